@@ -1,0 +1,36 @@
+//! proxytune: Proxy-Tuning of autoregressive image models.
+//!
+//! A diffusion model learns a subject from a few photos and makes *proxy* images of it; these become VQ tokens
+//! in a Lance store, and an autoregressive (AR) student trains its LoRA adapter on them while they are still
+//! arriving. Evaluation follows downstream.
+//!
+//! The map, from the outside in; imports run downwards only:
+//!
+//! | room | what is in it |
+//! |---|---|
+//! | [`cli`] | one file per command |
+//! | [`nano`] | the drawn world and the training of the nano checkpoints |
+//! | [`pipeline`] | the graph: builds the stages, spawns, drains, joins |
+//! | [`stages`] | one file per box of the dataflow |
+//! | [`training`], [`evaluation`] | trainer, optimizers, adapter files; metrics, protocol, report |
+//! | [`models`] | one file or folder per architecture; the traits and the registry |
+//! | [`nn`], [`diffusion`] | differentiable layers; noise schedules and samplers |
+//! | [`store`], [`plan`], [`config`], [`stream`], [`images`] | Lance; what happens in which order; TOML to types; channels and workers; pictures |
+
+pub mod cli;
+pub mod config;
+pub mod diffusion;
+pub mod error;
+pub mod evaluation;
+pub mod images;
+pub mod models;
+pub mod nano;
+pub mod nn;
+pub mod pipeline;
+pub mod plan;
+pub mod stages;
+pub mod store;
+pub mod stream;
+pub mod training;
+
+pub use error::{Error, Result};

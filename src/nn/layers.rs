@@ -1,0 +1,242 @@
+//! Layers that hold weights: what `candle_nn` offers under the same names, with right gradients, frozen weights off
+//! the tape, and room for an adapter.
+
+use candle_core::Tensor;
+
+use super::adapter::Lora;
+use super::{Init, Weights, ops, parameter};
+use crate::Result;
+
+/// `y = x·Wᵀ + bias`, plus the adapter's `scale · (x·Aᵀ)·Bᵀ` where one is attached.
+#[derive(Clone)]
+pub struct Linear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+    lora: Option<Lora>,
+}
+
+impl Linear {
+    /// Takes `weight` (`outputs`, `inputs`) and, if `bias`, `bias` (`outputs`) at this place of `weights`.
+    pub fn new(inputs: usize, outputs: usize, bias: bool, weights: &Weights) -> Result<Self> {
+        let init = Init::Normal((1.0 / inputs as f64).sqrt());
+        Self::with_init(inputs, outputs, bias, init, weights)
+    }
+
+    /// Like [`Linear::new`]; a weight that no checkpoint gives starts as `init`, the bias as zero.
+    pub fn with_init(
+        inputs: usize,
+        outputs: usize,
+        bias: bool,
+        init: Init,
+        weights: &Weights,
+    ) -> Result<Self> {
+        let weight = weights.get((outputs, inputs), "weight", init)?;
+        let bias = if bias {
+            Some(weights.get(outputs, "bias", Init::Zeros)?)
+        } else {
+            None
+        };
+        Ok(Self {
+            weight,
+            bias,
+            lora: weights.lora(inputs, outputs)?,
+        })
+    }
+
+    /// `x` (…, inputs) to (…, outputs).
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        match &self.lora {
+            None => ops::linear(x, &self.weight, self.bias.as_ref()),
+            Some(lora) => ops::linear_lora(
+                x,
+                &self.weight,
+                self.bias.as_ref(),
+                &lora.a,
+                &lora.b,
+                lora.scale,
+            ),
+        }
+    }
+
+    /// W, shape (outputs, inputs), without the adapter.
+    pub fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+}
+
+/// A two-dimensional convolution over (b, c, h, w).
+#[derive(Clone)]
+pub struct Conv2d {
+    weight: Tensor,
+    bias: Option<Tensor>,
+    stride: usize,
+    padding: ops::Padding,
+}
+
+impl Conv2d {
+    /// Takes `weight` (`outputs`, `inputs`, `kernel`, `kernel`) and `bias` (`outputs`).
+    pub fn new(
+        inputs: usize,
+        outputs: usize,
+        kernel: usize,
+        stride: usize,
+        padding: ops::Padding,
+        weights: &Weights,
+    ) -> Result<Self> {
+        let init = Init::Normal((1.0 / (inputs * kernel * kernel) as f64).sqrt());
+        let weight = weights.get((outputs, inputs, kernel, kernel), "weight", init)?;
+        let bias = Some(weights.get(outputs, "bias", Init::Zeros)?);
+        Ok(Self {
+            weight,
+            bias,
+            stride,
+            padding,
+        })
+    }
+
+    /// Like [`Conv2d::new`] without a bias.
+    pub fn without_bias(
+        inputs: usize,
+        outputs: usize,
+        kernel: usize,
+        stride: usize,
+        padding: ops::Padding,
+        weights: &Weights,
+    ) -> Result<Self> {
+        let init = Init::Normal((1.0 / (inputs * kernel * kernel) as f64).sqrt());
+        let weight = weights.get((outputs, inputs, kernel, kernel), "weight", init)?;
+        Ok(Self {
+            weight,
+            bias: None,
+            stride,
+            padding,
+        })
+    }
+
+    /// `x` (b, inputs, h, w) to (b, outputs, h', w').
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        ops::conv2d(
+            x,
+            &self.weight,
+            self.bias.as_ref(),
+            self.stride,
+            self.padding,
+        )
+    }
+}
+
+/// Layer normalisation over the last dimension.
+#[derive(Clone)]
+pub struct LayerNorm {
+    weight: Option<Tensor>,
+    bias: Option<Tensor>,
+    eps: f64,
+}
+
+impl LayerNorm {
+    /// Takes `weight` and `bias`, both (`width`).
+    pub fn new(width: usize, eps: f64, weights: &Weights) -> Result<Self> {
+        let weight = Some(weights.get(width, "weight", Init::Ones)?);
+        let bias = Some(weights.get(width, "bias", Init::Zeros)?);
+        Ok(Self { weight, bias, eps })
+    }
+
+    /// Without weights: `(x − mean) / √(variance + eps)`.
+    pub fn plain(eps: f64) -> Self {
+        Self {
+            weight: None,
+            bias: None,
+            eps,
+        }
+    }
+
+    /// `x` (…, width) to the same shape.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        ops::layer_norm(x, self.weight.as_ref(), self.bias.as_ref(), self.eps)
+    }
+}
+
+/// Root-mean-square normalisation over the last dimension: `x / √(mean(x²) + eps) · weight`.
+#[derive(Clone)]
+pub struct RmsNorm {
+    weight: Tensor,
+    eps: f64,
+}
+
+impl RmsNorm {
+    /// Takes `weight` (`width`).
+    pub fn new(width: usize, eps: f64, weights: &Weights) -> Result<Self> {
+        Ok(Self {
+            weight: weights.get(width, "weight", Init::Ones)?,
+            eps,
+        })
+    }
+
+    /// `x` (…, width) to the same shape.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        ops::rms_norm(x, &self.weight, self.eps)
+    }
+}
+
+/// Group normalisation of (b, c, …) over `groups` equal groups of channels.
+#[derive(Clone)]
+pub struct GroupNorm {
+    weight: Tensor,
+    bias: Tensor,
+    groups: usize,
+    eps: f64,
+}
+
+impl GroupNorm {
+    /// Takes `weight` and `bias`, both (`channels`).
+    pub fn new(groups: usize, channels: usize, eps: f64, weights: &Weights) -> Result<Self> {
+        let weight = weights.get(channels, "weight", Init::Ones)?;
+        let bias = weights.get(channels, "bias", Init::Zeros)?;
+        Ok(Self {
+            weight,
+            bias,
+            groups,
+            eps,
+        })
+    }
+
+    /// `x` (b, channels, h, w) to the same shape.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        ops::group_norm(x, self.groups, &self.weight, &self.bias, self.eps)
+    }
+
+    /// The norm followed by SiLU, as residual blocks of VAEs and U-Nets use it, in one operation.
+    pub fn forward_silu(&self, x: &Tensor) -> Result<Tensor> {
+        ops::group_norm_silu(x, self.groups, &self.weight, &self.bias, self.eps)
+    }
+}
+
+/// A table of vectors.
+#[derive(Clone)]
+pub struct Embedding {
+    weight: Tensor,
+}
+
+impl Embedding {
+    /// Takes `weight` (`count`, `width`).
+    pub fn new(count: usize, width: usize, weights: &Weights) -> Result<Self> {
+        Ok(Self {
+            weight: weights.get((count, width), "weight", Init::Normal(0.02))?,
+        })
+    }
+
+    /// The table, (count, width).
+    pub fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
+    /// `ids` (…) of u32 to (…, width).
+    pub fn forward(&self, ids: &Tensor) -> Result<Tensor> {
+        let width = self.weight.dim(1)?;
+        let mut shape = ids.dims().to_vec();
+        shape.push(width);
+        Ok(parameter(&self.weight)
+            .index_select(&ids.flatten_all()?, 0)?
+            .reshape(shape)?)
+    }
+}
