@@ -1,1 +1,3 @@
+//! Training: optimizers, the trainer, adapter files in and out.
 
+pub mod optimizer;
