@@ -1,3 +1,5 @@
-//! Training: optimizers, the trainer, adapter files in and out.
+//! Training: the trainer, optimizers, adapter files in and out, checkpoints.
 
+pub mod adapters;
+pub mod files;
 pub mod optimizer;

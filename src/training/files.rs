@@ -1,0 +1,112 @@
+//! Files that are either wholly there or not at all: written aside, synced, renamed.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use candle_core::{Device, Tensor};
+
+use crate::{Error, Result};
+
+fn aside(path: &Path) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    path.with_file_name(format!(".{name}.{}.tmp", std::process::id()))
+}
+
+fn sync(path: &Path) -> Result<()> {
+    File::open(path)
+        .and_then(|file| file.sync_all())
+        .map_err(Error::io(path))
+}
+
+fn sync_parent(path: &Path) -> Result<()> {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => sync(parent),
+        _ => Ok(()),
+    }
+}
+
+/// Creates `dir` and its parents.
+pub fn create_dir(dir: &Path) -> Result<()> {
+    std::fs::create_dir_all(dir).map_err(Error::io(dir))
+}
+
+/// Replaces the file `path` by `bytes`.
+pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+    if let Some(parent) = path.parent() {
+        create_dir(parent)?;
+    }
+    let temporary = aside(path);
+    std::fs::write(&temporary, bytes).map_err(Error::io(path))?;
+    sync(&temporary)?;
+    std::fs::rename(&temporary, path).map_err(Error::io(path))?;
+    sync_parent(path)
+}
+
+/// Replaces the folder `dir` by what `fill` puts into an empty one.
+pub fn write_dir(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let temporary = aside(dir);
+    let remove = |path: &Path| match std::fs::remove_dir_all(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path)(e)),
+        _ => Ok(()),
+    };
+    remove(&temporary)?;
+    create_dir(&temporary)?;
+    fill(&temporary)?;
+    for entry in std::fs::read_dir(&temporary).map_err(Error::io(&temporary))? {
+        sync(&entry.map_err(Error::io(&temporary))?.path())?;
+    }
+    sync(&temporary)?;
+    remove(dir)?;
+    std::fs::rename(&temporary, dir).map_err(Error::io(dir))?;
+    sync_parent(dir)
+}
+
+/// Writes `tensors` as safetensors with `metadata` in the header (beside `format: pt`, which readers expect).
+pub fn write_tensors(
+    path: &Path,
+    tensors: &BTreeMap<String, Tensor>,
+    metadata: &[(&str, String)],
+) -> Result<()> {
+    let mut header: HashMap<String, String> =
+        HashMap::from([("format".to_string(), "pt".to_string())]);
+    header.extend(
+        metadata
+            .iter()
+            .map(|(key, value)| (key.to_string(), value.clone())),
+    );
+    let tensors = tensors
+        .iter()
+        .map(|(name, tensor)| Ok((name.clone(), tensor.to_device(&Device::Cpu)?.contiguous()?)))
+        .collect::<Result<Vec<_>>>()?;
+    let bytes = safetensors::serialize(
+        tensors.iter().map(|(name, tensor)| (name, tensor)),
+        Some(header),
+    )
+    .map_err(|e| Error::Checkpoint {
+        path: path.to_path_buf(),
+        faults: vec![e.to_string()],
+    })?;
+    write(path, &bytes)
+}
+
+/// All tensors of a safetensors file, and its header's metadata.
+pub fn read_tensors(path: &Path) -> Result<(BTreeMap<String, Tensor>, BTreeMap<String, String>)> {
+    let bytes = std::fs::read(path).map_err(Error::io(path))?;
+    let fault = |e: String| Error::Checkpoint {
+        path: path.to_path_buf(),
+        faults: vec![e],
+    };
+    let (_, header) = safetensors::SafeTensors::read_metadata(&bytes)
+        .map_err(|e| fault(format!("not a safetensors file: {e}")))?;
+    let metadata = header
+        .metadata()
+        .clone()
+        .unwrap_or_default()
+        .into_iter()
+        .collect();
+    let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)?
+        .into_iter()
+        .collect();
+    Ok((tensors, metadata))
+}
