@@ -1,1 +1,92 @@
+//! Architectures, one file or folder each, and what the rest of the house sees of them: a [`Learner`].
 
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use candle_core::{Tensor, Var};
+use image::RgbImage;
+use rand_chacha::ChaCha8Rng;
+
+use crate::Result;
+
+/// What a backbone learns from one image, in its own terms.
+#[derive(Debug, Clone)]
+pub enum Example {
+    /// VQ tokens, row by row.
+    Tokens(Vec<u32>),
+    /// The latent distribution of a VAE: mean and log-variance, each (c, h, w).
+    Latents { mean: Tensor, logvar: Tensor },
+}
+
+/// An example with its prompt.
+#[derive(Debug, Clone)]
+pub struct Lesson {
+    pub example: Example,
+    pub prompt: String,
+}
+
+/// One image to draw. Equal requests in equal batches give equal images.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Request {
+    pub prompt: String,
+    pub seed: u64,
+}
+
+/// How images are drawn; a family reads the fields that it knows.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sampling {
+    /// Classifier-free guidance; 1 is off.
+    pub guidance_scale: f64,
+    /// Denoising steps of a diffusion model.
+    pub num_inference_steps: usize,
+    /// What a diffusion model is guided away from.
+    pub negative_prompt: String,
+    /// An AR model samples among this many likeliest tokens; 0 is all.
+    pub top_k: usize,
+    /// An AR model samples among the likeliest tokens of this total probability, in (0, 1].
+    pub top_p: f64,
+    /// Logits are divided by this; 0 takes the likeliest token.
+    pub temperature: f64,
+}
+
+/// A backbone that can learn and draw: diffusion and AR models alike.
+pub trait Learner: Send {
+    /// Side length in pixels of the square images that it draws and learns from.
+    fn resolution(&self) -> u32;
+
+    /// Turns images of that size into examples.
+    fn encode(&mut self, images: &[RgbImage]) -> Result<Vec<Example>>;
+
+    /// The mean loss of a batch, a scalar with its graph. All randomness (noise, timesteps, dropout) comes from
+    /// `generator`.
+    fn loss(&mut self, batch: &[Lesson], generator: &mut ChaCha8Rng) -> Result<Tensor>;
+
+    /// Draws one image for each request, without a graph.
+    fn generate(&mut self, requests: &[Request], sampling: &Sampling) -> Result<Vec<RgbImage>>;
+
+    /// What is trained: the adapter's factors, or all weights. Empty for a frozen model.
+    fn variables(&self) -> Vec<(String, Var)>;
+
+    /// Writes what was learnt into the folder `dir`, as it is published for this family: an adapter, or a whole
+    /// checkpoint where all weights are trained. `values` stand in for the variables (see [`snapshot`]).
+    fn save(&self, dir: &Path, values: &BTreeMap<String, Tensor>) -> Result<()>;
+
+    /// The values that a folder written by [`Learner::save`] holds, by the names of the variables.
+    fn read(&self, dir: &Path) -> Result<BTreeMap<String, Tensor>>;
+}
+
+/// Detached copies of the variables' values, on the CPU.
+pub fn snapshot(variables: &[(String, Var)]) -> Result<BTreeMap<String, Tensor>> {
+    variables
+        .iter()
+        .map(|(name, v)| {
+            Ok((
+                name.clone(),
+                v.as_tensor()
+                    .detach()
+                    .to_device(&candle_core::Device::Cpu)?
+                    .copy()?,
+            ))
+        })
+        .collect()
+}
