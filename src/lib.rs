@@ -15,13 +15,14 @@
 //! | [`training`], [`evaluation`] | trainer, optimizers, adapter files; metrics, protocol, report |
 //! | [`models`] | one file or folder per architecture; the traits and the registry |
 //! | [`nn`], [`diffusion`] | differentiable layers; noise schedules and samplers |
-//! | [`store`], [`plan`], [`config`], [`stream`], [`images`] | Lance; what happens in which order; TOML to types; channels and workers; pictures |
+//! | [`store`], [`plan`], [`config`], [`stream`], [`images`], [`files`] | Lance; what happens in which order; TOML to types; channels and workers; pictures; atomic files |
 
 pub mod cli;
 pub mod config;
 pub mod diffusion;
 pub mod error;
 pub mod evaluation;
+pub mod files;
 pub mod images;
 pub mod models;
 pub mod nano;

@@ -1,13 +1,18 @@
 //! Architectures, one file or folder each, and what the rest of the house sees of them: a [`Learner`].
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use candle_core::{Tensor, Var};
+use candle_core::{Device, Tensor, Var};
 use image::RgbImage;
 use rand_chacha::ChaCha8Rng;
 
-use crate::Result;
+use crate::config::Family;
+use crate::nn::{Adapter, LoraConfig, Weights};
+use crate::{Error, Result};
+
+pub mod adapters;
 
 /// What a backbone learns from one image, in its own terms.
 #[derive(Debug, Clone)]
@@ -89,4 +94,74 @@ pub fn snapshot(variables: &[(String, Var)]) -> Result<BTreeMap<String, Tensor>>
             ))
         })
         .collect()
+}
+
+/// What of a model is trained.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Tuning {
+    /// A LoRA adapter.
+    Lora(LoraConfig),
+    /// All weights of the backbone.
+    Full,
+    /// Nothing.
+    Frozen,
+}
+
+/// How a learner is opened.
+#[derive(Debug, Clone)]
+pub struct Opening {
+    /// The checkpoint's folder.
+    pub dir: PathBuf,
+    /// What adapters name as their base: the model as the pipeline file names it.
+    pub name: String,
+    pub family: Family,
+    pub tuning: Tuning,
+    /// Draws what starts at random.
+    pub seed: u64,
+    pub device: Device,
+    /// Dropout inside the backbone while it learns, in [0, 1).
+    pub dropout: f64,
+    /// Share of examples that are learnt without their caption, in [0, 1].
+    pub condition_dropout: f64,
+}
+
+impl Opening {
+    /// `weights` with the adapter that `tuning` asks for.
+    fn attach(&self, weights: Weights) -> (Weights, Option<Arc<Adapter>>) {
+        match &self.tuning {
+            Tuning::Lora(config) => {
+                let adapter = Arc::new(Adapter::new(config.clone(), self.seed));
+                (weights.with_adapter(adapter.clone()), Some(adapter))
+            }
+            Tuning::Full | Tuning::Frozen => (weights, None),
+        }
+    }
+}
+
+/// Opens the learner of the opening's family.
+pub fn open(opening: &Opening) -> Result<Box<dyn Learner>> {
+    match opening.family {
+        Family::LlamaGen => Ok(Box::new(llamagen::LlamaGen::open(opening)?)),
+        Family::Sd3 => Ok(Box::new(sd3::Sd3Learner::open(opening)?)),
+        family @ (Family::Sdxl | Family::Flux | Family::Lumina | Family::Clip | Family::Dino) => Err(Error::invalid(
+            format!("{family} cannot be trained here"),
+            "models that can: SD3 and SD3.5 (diffusion), LlamaGen (autoregressive)",
+        )),
+    }
+}
+
+/// Reports the faults of several components at once.
+fn finish_all(components: &[&Weights]) -> Result<()> {
+    let mut faults = Vec::new();
+    let mut first = None;
+    for component in components {
+        if let Err(Error::Checkpoint { path, faults: own }) = component.finish() {
+            faults.extend(own.into_iter().map(|fault| format!("{}: {fault}", path.display())));
+            first.get_or_insert(path);
+        }
+    }
+    match first {
+        Some(path) => Err(Error::Checkpoint { path, faults }),
+        None => Ok(()),
+    }
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{Tensor, Var};
 use serde::{Deserialize, Serialize};
 
-use super::files;
+use crate::files;
 use super::optimizer::AdamW;
 use crate::{Error, Result};
 

@@ -1,6 +1,7 @@
-//! Training: the trainer, optimizers, adapter files in and out, checkpoints.
+//! Training: a learner with its optimizer, and checkpoints.
 
-pub mod adapters;
 pub mod checkpoints;
-pub mod files;
 pub mod optimizer;
+mod trainee;
+
+pub use trainee::{Progress, Trainee, tuning};

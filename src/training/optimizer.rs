@@ -6,8 +6,7 @@ use std::collections::BTreeMap;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Storage, Tensor, Var};
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
-
+use crate::config::LrScheduler;
 use crate::{Error, Result};
 
 /// The constants of [`AdamW`]; the learning rate is given to each step.
@@ -301,32 +300,17 @@ fn sum_of_squares(tensor: &Tensor) -> Result<f64> {
     }
 }
 
-/// How the learning rate changes over the steps; the names are those of the diffusers and transformers trainers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum LrScheduler {
-    /// The same at every step.
-    Constant,
-    /// Rises linearly over the warm-up, then stays.
-    ConstantWithWarmup,
-    /// Rises linearly over the warm-up, then falls linearly to zero.
-    Linear,
-    /// Rises linearly over the warm-up, then falls to zero along half a cosine.
-    Cosine,
-}
-
-impl LrScheduler {
-    /// The factor on the learning rate at `step` (0-based) of `steps`, in [0, 1].
-    pub fn factor(self, step: usize, steps: usize, warmup_steps: usize) -> f64 {
-        if self != LrScheduler::Constant && step < warmup_steps {
-            return (step + 1) as f64 / warmup_steps as f64;
-        }
-        let progress = (step.saturating_sub(warmup_steps)) as f64
-            / (steps.saturating_sub(warmup_steps)).max(1) as f64;
-        match self {
-            LrScheduler::Constant | LrScheduler::ConstantWithWarmup => 1.0,
-            LrScheduler::Linear => (1.0 - progress).max(0.0),
-            LrScheduler::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * progress.min(1.0)).cos()),
-        }
+/// The factor on the learning rate at `step` (0-based) of `steps`, in [0, 1], as the trainers of diffusers and
+/// transformers compute it.
+pub fn learning_rate_factor(scheduler: LrScheduler, step: usize, steps: usize, warmup_steps: usize) -> f64 {
+    if scheduler != LrScheduler::Constant && step < warmup_steps {
+        return (step + 1) as f64 / warmup_steps as f64;
+    }
+    let after = step.saturating_sub(warmup_steps) as f64;
+    let progress = after / steps.saturating_sub(warmup_steps).max(1) as f64;
+    match scheduler {
+        LrScheduler::Constant | LrScheduler::ConstantWithWarmup => 1.0,
+        LrScheduler::Linear => (1.0 - progress).max(0.0),
+        LrScheduler::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * progress.min(1.0)).cos()),
     }
 }

@@ -1,5 +1,5 @@
-//! Adapter files: PEFT's layout for students, diffusers' for supervisors, and reading either of them or kohya-like
-//! names. Scale is `alpha / rank`; where a layout has no place for alpha, B is written scaled so that alpha = rank.
+//! What learners write and read: adapters in PEFT's layout for students and in diffusers' for supervisors, or whole
+//! checkpoints. Reading takes either layout, and kohya-like names. Scale is `alpha / rank`; where a layout has no place for alpha, B is written scaled so that alpha = rank.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -7,14 +7,16 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Tensor};
 use serde_json::json;
 
-use super::files;
-use crate::nn::{Adapter, LoraConfig};
+use crate::files;
+use crate::nn::LoraConfig;
 use crate::{Error, Result};
 
 /// PEFT's file names.
 pub const PEFT_WEIGHTS: &str = "adapter_model.safetensors";
 /// PEFT's configuration beside the weights.
 pub const PEFT_CONFIG: &str = "adapter_config.json";
+/// A whole checkpoint's file name.
+pub const CHECKPOINT_WEIGHTS: &str = "model.safetensors";
 /// diffusers' file name.
 pub const DIFFUSERS_WEIGHTS: &str = "pytorch_lora_weights.safetensors";
 
@@ -158,7 +160,7 @@ fn json_number(text: &str, keys: &[&str]) -> Option<f64> {
     keys.iter().find_map(|key| value.get(key)?.as_f64())
 }
 
-/// Writes `tensors` (names as in [`Adapter::variables`]) in PEFT's layout into the folder `dir`.
+/// Writes `tensors` (names as in [`crate::nn::Adapter::variables`]) in PEFT's layout into the folder `dir`.
 pub fn write_peft(
     dir: &Path,
     tensors: &BTreeMap<String, Tensor>,
@@ -209,24 +211,25 @@ pub fn write_diffusers(
     Ok(path)
 }
 
-/// Gives `adapter` the values of `file`, scaled where the two differ in `alpha / rank`.
-pub fn load_into(adapter: &Adapter, file: &AdapterFile) -> Result<()> {
-    let wanted = adapter.config();
+/// The values of the adapter at `path` for a model that carries one of configuration `wanted`: scaled where the two
+/// differ in `alpha / rank`.
+pub fn read_for(path: &Path, wanted: &LoraConfig) -> Result<BTreeMap<String, Tensor>> {
+    let file = AdapterFile::read(path)?;
     let factor = (file.alpha / file.rank as f64) / (wanted.alpha / wanted.rank as f64);
-    let tensors = file
-        .tensors
-        .iter()
-        .map(|(name, tensor)| {
-            let scaled = name.ends_with("lora_B.weight") && factor != 1.0;
-            Ok((
-                name.clone(),
-                if scaled {
-                    (tensor * factor)?
-                } else {
-                    tensor.clone()
-                },
-            ))
-        })
-        .collect::<Result<BTreeMap<_, _>>>()?;
-    adapter.load(&tensors)
+    let scale = |(name, tensor): (String, Tensor)| {
+        let scaled = name.ends_with("lora_B.weight") && factor != 1.0;
+        Ok((name, if scaled { (tensor * factor)? } else { tensor }))
+    };
+    file.tensors.into_iter().map(scale).collect()
+}
+
+/// Writes a whole checkpoint, `model.safetensors` beside `config.json`, into the folder `dir`.
+pub fn write_checkpoint(dir: &Path, tensors: &BTreeMap<String, Tensor>, config: &str) -> Result<()> {
+    files::write_tensors(&dir.join(CHECKPOINT_WEIGHTS), tensors, &[])?;
+    files::write(&dir.join("config.json"), config.as_bytes())
+}
+
+/// The tensors of a folder that [`write_checkpoint`] wrote.
+pub fn read_checkpoint(dir: &Path) -> Result<BTreeMap<String, Tensor>> {
+    Ok(files::read_tensors(&dir.join(CHECKPOINT_WEIGHTS))?.0)
 }

@@ -1,0 +1,230 @@
+//! LlamaGen as a [`Learner`]: GPT, its T5 caption encoder and its VQ tokenizer, from one checkpoint folder.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor, Var};
+use image::RgbImage;
+use rand::Rng;
+use rand_chacha::ChaCha8Rng;
+
+use super::generate::Sampling as TokenSampling;
+use super::gpt::{Config, Gpt};
+use super::{load_weights, vq};
+use crate::models::t5::T5Encoder;
+use crate::models::tokenizer::TextTokenizer;
+use crate::models::{Example, Learner, Lesson, Opening, Request, Sampling, Tuning, adapters, finish_all};
+use crate::nn::{Adapter, Weights, no_grad, ops};
+use crate::{Error, Result, images};
+
+/// The VQ tokenizer alone: what the tokenizing stage runs on a thread of its own.
+pub struct ImageTokenizer {
+    model: vq::Vq,
+    resolution: u32,
+}
+
+impl ImageTokenizer {
+    /// Opens the tokenizer of the LlamaGen checkpoint in `dir`.
+    pub fn open(dir: &Path, device: &Device) -> Result<Self> {
+        let config: Config = read_config(dir)?;
+        let folder = tokenizer_dir(dir);
+        let vq_config: vq::Config = read_config(&folder)?;
+        let weights = load_weights(&folder, DType::F32, device)?;
+        let model = vq::Vq::new(&vq_config, &weights)?;
+        weights.finish()?;
+        let resolution = (config.grid() * vq_config.downsampling()) as u32;
+        Ok(Self { model, resolution })
+    }
+
+    /// Side length of the images in pixels.
+    pub fn resolution(&self) -> u32 {
+        self.resolution
+    }
+
+    /// The tokens of each image, row by row; images have the tokenizer's resolution.
+    pub fn encode(&self, images: &[RgbImage]) -> Result<Vec<Vec<u32>>> {
+        let pixels = images::to_tensor(images, self.model.device())?;
+        Ok(no_grad(|| self.model.encode(&pixels))?.to_vec2::<u32>()?)
+    }
+
+    /// The images of tokens (b, n).
+    pub fn decode(&self, tokens: &[Vec<u32>]) -> Result<Vec<RgbImage>> {
+        let side = tokens.first().map_or(0, Vec::len);
+        let flat: Vec<u32> = tokens.concat();
+        let tokens = Tensor::from_vec(flat, (tokens.len(), side), self.model.device())?;
+        images::from_tensor(&no_grad(|| self.model.decode(&tokens))?)
+    }
+}
+
+/// Where the tokenizer of the checkpoint in `dir` lies: a folder `vq`, or the checkpoint's own.
+pub fn tokenizer_dir(dir: &Path) -> PathBuf {
+    dir.join("vq")
+}
+
+fn read_config<T: serde::de::DeserializeOwned>(dir: &Path) -> Result<T> {
+    let path = dir.join("config.json");
+    let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+    serde_json::from_str(&text).map_err(|e| Error::Checkpoint { path, faults: vec![e.to_string()] })
+}
+
+/// The caption encoder with a memory of what it has encoded.
+struct Captions {
+    tokenizer: TextTokenizer,
+    encoder: T5Encoder,
+    known: HashMap<String, (Tensor, Vec<u8>)>,
+    length: usize,
+    device: Device,
+}
+
+impl Captions {
+    /// Features (length, d) with the valid ones at the right end and zeros before, and the mask.
+    fn encode(&mut self, prompt: &str) -> Result<(Tensor, Vec<u8>)> {
+        if let Some(known) = self.known.get(prompt) {
+            return Ok(known.clone());
+        }
+        // One caption at a time and without padding, so that a caption's features depend on nothing else.
+        let ids = self.tokenizer.encode(prompt, self.length)?;
+        let count = ids.len();
+        let ids = Tensor::from_vec(ids, (1, count), &self.device)?;
+        let mask = Tensor::ones((1, count), DType::U8, &self.device)?;
+        let features = no_grad(|| self.encoder.forward(&ids, &mask))?.squeeze(0)?;
+        let features = features.pad_with_zeros(0, self.length - count, 0)?.detach();
+        let mut mask = vec![0; self.length - count];
+        mask.resize(self.length, 1);
+        self.known.insert(prompt.to_string(), (features.clone(), mask.clone()));
+        Ok((features, mask))
+    }
+
+    fn batch<'a>(&mut self, prompts: impl Iterator<Item = &'a str>) -> Result<(Tensor, Tensor)> {
+        let encoded = prompts.map(|prompt| self.encode(prompt)).collect::<Result<Vec<_>>>()?;
+        let features = Tensor::stack(&encoded.iter().map(|(f, _)| f.clone()).collect::<Vec<_>>(), 0)?;
+        let mask: Vec<u8> = encoded.iter().flat_map(|(_, mask)| mask.iter().copied()).collect();
+        let mask = Tensor::from_vec(mask, (encoded.len(), self.length), &self.device)?;
+        Ok((features, mask))
+    }
+}
+
+/// LlamaGen, ready to learn and to draw.
+pub struct LlamaGen {
+    gpt: Gpt,
+    captions: Captions,
+    tokenizer: ImageTokenizer,
+    weights: Weights,
+    adapter: Option<Arc<Adapter>>,
+    config_text: String,
+    base: String,
+    condition_dropout: f64,
+    device: Device,
+}
+
+impl LlamaGen {
+    /// Opens the checkpoint in `opening.dir`: `config.json` with the GPT's weights, `vq/` and `t5/` beside them.
+    pub fn open(opening: &Opening) -> Result<Self> {
+        let (dir, device) = (&opening.dir, &opening.device);
+        let mut config: Config = read_config(dir)?;
+        config.token_dropout_p = opening.dropout;
+        config.resid_dropout_p = opening.dropout;
+        config.ffn_dropout_p = opening.dropout;
+        let weights = match opening.tuning {
+            Tuning::Full => Weights::trainable(&[dir.join("model.safetensors")], opening.seed, device)?,
+            Tuning::Lora(_) | Tuning::Frozen => load_weights(dir, DType::F32, device)?,
+        };
+        let (weights, adapter) = opening.attach(weights);
+        let gpt = Gpt::new(&config, &weights)?;
+        let t5 = dir.join("t5");
+        let t5_weights = Weights::from_files(&[t5.join("model.safetensors")], DType::F32, device)?;
+        let encoder = T5Encoder::new(&read_config(&t5)?, &t5_weights)?;
+        let tokenizer = ImageTokenizer::open(dir, device)?;
+        finish_all(&[&weights, &t5_weights])?;
+        let captions = Captions {
+            tokenizer: TextTokenizer::from_file(&t5.join("tokenizer.json"))?,
+            encoder,
+            known: HashMap::new(),
+            length: config.cls_token_num,
+            device: device.clone(),
+        };
+        let config_path = dir.join("config.json");
+        let config_text = std::fs::read_to_string(&config_path).map_err(Error::io(&config_path))?;
+        Ok(Self {
+            gpt,
+            captions,
+            tokenizer,
+            weights,
+            adapter,
+            config_text,
+            base: opening.name.clone(),
+            condition_dropout: opening.condition_dropout,
+            device: device.clone(),
+        })
+    }
+}
+
+impl Learner for LlamaGen {
+    fn resolution(&self) -> u32 {
+        self.tokenizer.resolution()
+    }
+
+    fn encode(&mut self, images: &[RgbImage]) -> Result<Vec<Example>> {
+        Ok(self.tokenizer.encode(images)?.into_iter().map(Example::Tokens).collect())
+    }
+
+    fn loss(&mut self, batch: &[Lesson], generator: &mut ChaCha8Rng) -> Result<Tensor> {
+        let tokens = batch
+            .iter()
+            .map(|lesson| match &lesson.example {
+                Example::Tokens(tokens) => Ok(tokens.as_slice()),
+                Example::Latents { .. } => Err(Error::Invalid {
+                    what: "an autoregressive model was given latents to learn".into(),
+                    hint: None,
+                }),
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let (b, n) = (tokens.len(), tokens.first().map_or(0, |tokens| tokens.len()));
+        let (captions, mask) = self.captions.batch(batch.iter().map(|lesson| lesson.prompt.as_str()))?;
+        let drop: Vec<bool> = (0..b).map(|_| generator.random::<f64>() < self.condition_dropout).collect();
+        let captions = self.gpt.drop_captions(&captions, &drop)?;
+        let targets = Tensor::from_vec(tokens.concat(), (b, n), &self.device)?;
+        let inputs = targets.narrow(1, 0, n - 1)?.contiguous()?;
+        let logits = self.gpt.forward(&captions, &mask, &inputs, Some(generator))?;
+        let vocabulary = logits.dim(2)?;
+        let losses = ops::cross_entropy(&logits.reshape((b * n, vocabulary))?, &targets.flatten_all()?)?;
+        Ok(losses.mean_all()?)
+    }
+
+    fn generate(&mut self, requests: &[Request], sampling: &Sampling) -> Result<Vec<RgbImage>> {
+        let (captions, mask) = self.captions.batch(requests.iter().map(|request| request.prompt.as_str()))?;
+        let seeds: Vec<u64> = requests.iter().map(|request| request.seed).collect();
+        let settings = TokenSampling {
+            guidance_scale: sampling.guidance_scale,
+            guidance_interval: None,
+            temperature: sampling.temperature,
+            top_k: sampling.top_k,
+            top_p: sampling.top_p,
+        };
+        let count = self.gpt.config().block_size;
+        let tokens = no_grad(|| self.gpt.generate(&captions, &mask, count, &settings, &seeds))?;
+        self.tokenizer.decode(&tokens)
+    }
+
+    fn variables(&self) -> Vec<(String, Var)> {
+        match &self.adapter {
+            Some(adapter) => adapter.variables(),
+            None => self.weights.variables(),
+        }
+    }
+
+    fn save(&self, dir: &Path, values: &BTreeMap<String, Tensor>) -> Result<()> {
+        match &self.adapter {
+            Some(adapter) => adapters::write_peft(dir, values, adapter.config(), &self.base),
+            None => adapters::write_checkpoint(dir, values, &self.config_text),
+        }
+    }
+
+    fn read(&self, dir: &Path) -> Result<BTreeMap<String, Tensor>> {
+        match &self.adapter {
+            Some(adapter) => adapters::read_for(dir, adapter.config()),
+            None => adapters::read_checkpoint(dir),
+        }
+    }
+}
