@@ -1,1 +1,274 @@
+//! The boxes of the dataflow, one file each: a stream in, a stream out.
+//!
+//! ```text
+//! references ──▶ supervise ──▶ synthesize ──▶ keep ──┬─▶ tokenize ──▶ train ──▶ evaluate ──▶ report
+//!                                                    └─▶ score
+//! ```
+//! [`direct`] trains the baseline beside them, on the references alone.
 
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::Tensor;
+use image::RgbImage;
+
+use crate::config::Resolved;
+use crate::evaluation::Evaluator;
+use crate::models::{Learner, Opening, open};
+use crate::plan::Plan;
+use crate::store::{MetricRow, Store, Writer, now_us};
+use crate::stream::{Board, Meter, Stop, Worker};
+use crate::{Error, Result};
+
+pub mod direct;
+pub mod evaluate;
+pub mod keep;
+pub mod references;
+pub mod report;
+pub mod score;
+pub mod supervise;
+pub mod synthesize;
+pub mod tokenize;
+pub mod train;
+
+/// What all stages of a run share.
+pub struct Context {
+    /// The run's name in the store.
+    pub run: String,
+    /// The run's directory.
+    pub dir: PathBuf,
+    pub resolved: Resolved,
+    pub plan: Plan,
+    pub subjects: Vec<Arc<Subject>>,
+    pub store: Store,
+    /// Loss curves.
+    pub metrics: Writer<MetricRow>,
+    pub board: Board,
+    pub stop: Stop,
+    /// The supervisor's backbone for drawing: proxies, and its own samples in the evaluation.
+    pub painter: Option<Lazy>,
+    /// The student's backbone for drawing.
+    pub sampler: Lazy,
+    pub evaluator: LazyEvaluator,
+    /// Digest of the student's image tokenizer and its tokens per image; `None` for a diffusion student.
+    pub tokenizer: Option<TokenizerIdentity>,
+    /// Every step waits until all proxies are there and every stage until the one before it has ended.
+    pub sequential: bool,
+    pub warnings: Warnings,
+}
+
+impl Context {
+    /// The subject at `index` of the plan.
+    pub fn subject(&self, index: usize) -> &Arc<Subject> {
+        &self.subjects[index]
+    }
+
+    /// Records the numbers of one training step.
+    pub async fn record(&self, owner: &str, stage: &str, step: usize, numbers: &[(&str, f64)]) -> Result<()> {
+        for (name, value) in numbers {
+            let row = MetricRow {
+                run: owner.to_string(),
+                stage: stage.to_string(),
+                step: step as u64,
+                name: name.to_string(),
+                value: *value,
+                created_us: now_us(),
+            };
+            self.metrics.push(row).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Which image tokenizer the student reads.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenizerIdentity {
+    /// Digest of its files.
+    pub digest: String,
+    /// Tokens per image; the grid is square.
+    pub count: usize,
+}
+
+/// A subject with its reference images.
+#[derive(Debug)]
+pub struct Subject {
+    pub name: String,
+    pub class: String,
+    pub token: String,
+    /// Digests of the files, in the order of their names.
+    pub digests: Vec<String>,
+    /// File names, in the same order.
+    pub files: Vec<String>,
+    /// The central squares, at most 1024 px wide, in the same order.
+    pub images: Vec<RgbImage>,
+}
+
+/// A supervisor that has learnt its subject.
+#[derive(Debug, Clone)]
+pub struct Supervisor {
+    /// The subject's index in the plan.
+    pub subject: usize,
+    /// Digest of everything that made it.
+    pub key: String,
+    /// The folder with its adapter.
+    pub adapter: PathBuf,
+}
+
+/// A planned batch of proxies.
+#[derive(Debug, Clone)]
+pub struct ProxyBatch {
+    /// Its number in the plan.
+    pub batch: usize,
+    /// The proxies' keys, in the order of the plan.
+    pub keys: Vec<String>,
+    /// Their pixels, if they have just been made; else they are in the store.
+    pub images: Option<Arc<Vec<RgbImage>>>,
+}
+
+/// A planned batch of proxies that a training step may use.
+#[derive(Debug, Clone)]
+pub struct ReadyBatch {
+    /// Its number in the plan.
+    pub batch: usize,
+    /// The proxies' keys, in the order of the plan.
+    pub keys: Vec<String>,
+}
+
+/// Who drew an evaluated image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Method {
+    /// The student before it learnt anything.
+    Untouched,
+    /// The student tuned on the references.
+    Direct,
+    /// A diffusion model tuned on the references.
+    Supervisor,
+    /// The student of this pipeline.
+    Student,
+}
+
+impl Method {
+    /// The name in the store.
+    pub fn name(self) -> &'static str {
+        match self {
+            Method::Untouched => "untouched",
+            Method::Direct => "direct",
+            Method::Supervisor => "supervisor",
+            Method::Student => "student",
+        }
+    }
+}
+
+/// Something to draw samples with, on its way to evaluation.
+#[derive(Debug, Clone)]
+pub struct Checkpoint {
+    pub method: Method,
+    /// Training steps taken.
+    pub step: usize,
+    /// The subjects that it can draw.
+    pub subjects: Vec<usize>,
+    /// The values of what was trained, by name.
+    pub values: Arc<BTreeMap<String, Tensor>>,
+}
+
+/// A learner that is opened when it is first needed, on its own thread, and shared.
+#[derive(Clone)]
+pub struct Lazy {
+    name: String,
+    opening: Arc<Opening>,
+    worker: Arc<tokio::sync::OnceCell<Worker<Box<dyn Learner>>>>,
+}
+
+impl Lazy {
+    /// The learner `opening` asks for, on a thread called `name`.
+    pub fn new(name: &str, opening: Opening) -> Self {
+        Self { name: name.to_string(), opening: Arc::new(opening), worker: Arc::default() }
+    }
+
+    /// The learner's thread.
+    pub async fn get(&self) -> Result<&Worker<Box<dyn Learner>>> {
+        self.worker
+            .get_or_try_init(|| async {
+                let opening = self.opening.clone();
+                Worker::spawn(&self.name, move || open(&opening)).await
+            })
+            .await
+    }
+}
+
+/// The evaluators, opened when first needed, on their own thread.
+#[derive(Clone)]
+pub struct LazyEvaluator {
+    build: Arc<dyn Fn() -> Result<Evaluator> + Send + Sync>,
+    worker: Arc<tokio::sync::OnceCell<Worker<Evaluator>>>,
+    /// Digest of both checkpoints.
+    pub digest: String,
+    /// Length of a CLIP embedding.
+    pub clip: usize,
+    /// Length of a DINO embedding.
+    pub dino: usize,
+}
+
+impl LazyEvaluator {
+    /// Evaluators that `build` opens; `digest` and the lengths of their embeddings name their table.
+    pub fn new(
+        build: impl Fn() -> Result<Evaluator> + Send + Sync + 'static,
+        digest: String,
+        clip: usize,
+        dino: usize,
+    ) -> Self {
+        Self { build: Arc::new(build), worker: Arc::default(), digest, clip, dino }
+    }
+
+    /// The evaluators' thread.
+    pub async fn get(&self) -> Result<&Worker<Evaluator>> {
+        self.worker
+            .get_or_try_init(|| async {
+                let build = self.build.clone();
+                Worker::spawn("evaluator", move || build()).await
+            })
+            .await
+    }
+}
+
+/// Things that went wrong without stopping the run: photos set aside, unknown words.
+#[derive(Clone, Default)]
+pub struct Warnings {
+    list: Arc<Mutex<Vec<String>>>,
+}
+
+impl Warnings {
+    /// Notes one, and says it at once.
+    pub fn add(&self, warning: impl Into<String>) {
+        let warning = warning.into();
+        tracing::warn!("{warning}");
+        self.list.lock().unwrap_or_else(PoisonError::into_inner).push(warning);
+    }
+
+    /// All of them, in their order.
+    pub fn all(&self) -> Vec<String> {
+        self.list.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// A batch that ended although its plan did not.
+fn ended_early(stage: &str) -> Error {
+    Error::Invalid { what: format!("{stage}: the input ended before the plan did"), hint: None }
+}
+
+/// Opens a learner on a thread of its own and prepares it for training.
+async fn spawn_trainee(
+    name: &str,
+    opening: Opening,
+    settings: crate::config::Training,
+) -> Result<Worker<crate::training::Trainee>> {
+    Worker::spawn(name, move || crate::training::Trainee::new(open(&opening)?, &settings)).await
+}
+
+/// A meter on the board for `stage`.
+fn meter(board: &Board, stage: &str, unit: &str, total: usize) -> Meter {
+    let meter = board.meter(stage, unit);
+    meter.expect(total);
+    meter
+}

@@ -1,7 +1,8 @@
 //! Training: a learner with its optimizer, and checkpoints.
 
-pub mod checkpoints;
+mod checkpoints;
 pub mod optimizer;
 mod trainee;
 
+pub use checkpoints::{Checkpoints, restore};
 pub use trainee::{Progress, Trainee, tuning};

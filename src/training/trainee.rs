@@ -53,13 +53,22 @@ impl Trainee {
         Ok(Self { learner, optimizer, settings: settings.clone() })
     }
 
-    /// Step `step` (0-based) on `batch`; noise, timesteps and dropout are drawn from `seed`.
+    /// Step `step` (0-based) on the weighted sum of the mean losses of `batches`; noise, timesteps and dropout are
+    /// drawn from `seed`.
     ///
     /// # Errors
     /// When the loss or a gradient is not finite; the weights are then as before.
-    pub fn step(&mut self, step: usize, batch: &[Lesson], seed: u64) -> Result<Progress> {
+    pub fn step(&mut self, step: usize, batches: &[(f64, Vec<Lesson>)], seed: u64) -> Result<Progress> {
         let mut generator = ChaCha8Rng::seed_from_u64(seed);
-        let loss = self.learner.loss(batch, &mut generator)?;
+        let mut total: Option<Tensor> = None;
+        for (weight, batch) in batches {
+            let loss = (self.learner.loss(batch, &mut generator)? * *weight)?;
+            total = Some(match total {
+                Some(total) => (total + loss)?,
+                None => loss,
+            });
+        }
+        let loss = total.ok_or_else(|| Error::Invalid { what: "a step without a batch".into(), hint: None })?;
         let value = f64::from(loss.to_dtype(candle_core::DType::F32)?.to_scalar::<f32>()?);
         if !value.is_finite() {
             return Err(Error::NotFinite { what: "the loss".into(), step });

@@ -1,0 +1,179 @@
+//! A run's own directory: what was asked for, what it came to, and the lock that keeps two processes apart.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use crate::{Error, Result, files};
+
+const RESOLVED: &str = "resolved.toml";
+const PIPELINE: &str = "pipeline.toml";
+const COMPLETE: &str = "complete.json";
+
+/// The directory of one run, locked while this value lives.
+pub struct RunDir {
+    path: PathBuf,
+    id: String,
+    /// Whether the directory was there before, with the same resolved file.
+    pub resumed: bool,
+    /// For a new run of a pipeline that ran before: what its resolved file changed since, one line for each field.
+    pub changes: Vec<String>,
+    _lock: File,
+}
+
+impl RunDir {
+    /// Opens the run of the pipeline file `pipeline`, whose text is `text` and whose resolved file is `resolved`,
+    /// under `out`. The run's name is the file's stem and a digest of `resolved`, so that an unchanged resolved file
+    /// resumes; with `new`, a run of that name that is there already is left alone and a number appended.
+    ///
+    /// # Errors
+    /// When the directory cannot be written, or another process has it open.
+    pub fn open(out: &Path, pipeline: &Path, text: &str, resolved: &str, new: bool) -> Result<Self> {
+        let stem = pipeline.file_stem().map_or("run".into(), |stem| stem.to_string_lossy().into_owned());
+        let digest = blake3::hash(resolved.as_bytes()).to_hex();
+        let base = format!("{stem}-{}", &digest[..8]);
+        let mut id = base.clone();
+        let mut number = 1;
+        let taken = |id: &str| out.join(id).join(RESOLVED).exists();
+        if new {
+            while taken(&id) {
+                number += 1;
+                id = format!("{base}-{number}");
+            }
+        } else {
+            // The newest of the runs that `--new` made.
+            while taken(&format!("{base}-{}", number + 1)) {
+                number += 1;
+                id = format!("{base}-{number}");
+            }
+        }
+        let path = out.join(&id);
+        let resumed = taken(&id);
+        let changes = if resumed { Vec::new() } else { changes_since_last(out, &stem, resolved)? };
+        files::create_dir(&path)?;
+        let lock = lock(&path)?;
+        if !resumed {
+            files::write(&path.join(PIPELINE), text.as_bytes())?;
+            files::write(&path.join(RESOLVED), resolved.as_bytes())?;
+        }
+        Ok(Self { path, id, resumed, changes, _lock: lock })
+    }
+
+    /// The run's name: the directory's last part, and what rows of the store call it.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// A place in the directory.
+    pub fn join(&self, name: impl AsRef<Path>) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// Whether the run has ended well before.
+    pub fn is_complete(&self) -> bool {
+        self.path.join(COMPLETE).exists()
+    }
+
+    /// Notes that the run has ended well, with a summary.
+    pub fn complete(&self, summary: &serde_json::Value) -> Result<()> {
+        files::write(&self.path.join(COMPLETE), format!("{summary:#}\n").as_bytes())
+    }
+}
+
+fn lock(path: &Path) -> Result<File> {
+    let name = path.join("lock");
+    let file = File::options().create(true).truncate(false).write(true).open(&name).map_err(Error::io(&name))?;
+    // The lock dies with the process, however that ends.
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => Err(Error::invalid(
+            format!("{}: another process is running this", path.display()),
+            "wait for it, or start another run with --new",
+        )),
+        Err(std::fs::TryLockError::Error(e)) => Err(Error::io(&name)(e)),
+    }
+}
+
+/// The fields in which `resolved` differs from the newest run of the same pipeline file.
+fn changes_since_last(out: &Path, stem: &str, resolved: &str) -> Result<Vec<String>> {
+    let entries = match std::fs::read_dir(out) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(Error::io(out)(e)),
+    };
+    let mut newest: Option<(std::time::SystemTime, PathBuf)> = None;
+    for entry in entries {
+        let path = entry.map_err(Error::io(out))?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let is_of_stem = name.strip_prefix(stem).is_some_and(|rest| rest.starts_with('-'));
+        let file = path.join(RESOLVED);
+        if let (true, Ok(time)) = (is_of_stem, file.metadata().and_then(|m| m.modified())) {
+            if newest.as_ref().is_none_or(|(latest, _)| time > *latest) {
+                newest = Some((time, file));
+            }
+        }
+    }
+    let Some((_, file)) = newest else { return Ok(Vec::new()) };
+    let before = fields(&std::fs::read_to_string(&file).map_err(Error::io(&file))?);
+    let after = fields(resolved);
+    let mut names: Vec<&String> = before.keys().chain(after.keys()).collect();
+    names.sort();
+    names.dedup();
+    let show = |value: Option<&String>| value.cloned().unwrap_or_else(|| "(absent)".into());
+    Ok(names
+        .into_iter()
+        .filter(|name| before.get(*name) != after.get(*name))
+        .map(|name| format!("{name}: {} -> {}", show(before.get(name)), show(after.get(name))))
+        .collect())
+}
+
+/// Every value of a TOML text by its dotted path.
+fn fields(text: &str) -> BTreeMap<String, String> {
+    fn walk(prefix: &str, value: &toml::Value, found: &mut BTreeMap<String, String>) {
+        match value {
+            toml::Value::Table(table) => {
+                for (key, value) in table {
+                    let path = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
+                    walk(&path, value, found);
+                }
+            }
+            other => {
+                found.insert(prefix.to_string(), other.to_string());
+            }
+        }
+    }
+    let mut found = BTreeMap::new();
+    if let Ok(table) = text.parse::<toml::Table>() {
+        walk("", &toml::Value::Table(table), &mut found);
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unchanged_file_resumes_and_a_changed_one_says_what_changed() {
+        let out = tempfile::tempdir().unwrap();
+        let open = |resolved: &str, new| RunDir::open(out.path(), Path::new("a/dog.toml"), "", resolved, new);
+        let first = open("seed = 1\n[student]\nsteps = 2\n", false).unwrap();
+        assert!(!first.resumed && first.changes.is_empty());
+        let (path, id) = (first.path().to_path_buf(), first.id().to_string());
+        assert!(open("seed = 1\n[student]\nsteps = 2\n", false).is_err(), "it is locked");
+        drop(first);
+        let again = open("seed = 1\n[student]\nsteps = 2\n", false).unwrap();
+        assert!(again.resumed && again.path() == path);
+        let changed = open("seed = 1\n[student]\nsteps = 3\n", false).unwrap();
+        assert_eq!(changed.changes, ["student.steps: 2 -> 3"]);
+        let afresh = open("seed = 1\n[student]\nsteps = 2\n", true).unwrap();
+        assert!(!afresh.resumed && afresh.id() == format!("{id}-2"));
+        drop(afresh);
+        assert_eq!(open("seed = 1\n[student]\nsteps = 2\n", false).unwrap().id(), format!("{id}-2"));
+    }
+}

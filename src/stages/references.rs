@@ -1,0 +1,85 @@
+//! references: folders of photos become subjects. A bad photo is set aside by name; a folder without a usable one
+//! stops the run before it starts.
+
+use std::sync::Arc;
+
+use async_stream::try_stream;
+use futures::Stream;
+
+use super::{Context, Subject, Warnings};
+use crate::config;
+use crate::images::{Filter, encode_png, folder, resize_exact, square};
+use crate::plan::Digest;
+use crate::store::{SubjectRow, now_us};
+use crate::stream::Meter;
+use crate::{Error, Result};
+
+/// Larger photos are reduced to squares of this side before anything else reads them.
+const LARGEST: u32 = 1024;
+
+/// Reads the photos of one subject. Blocks.
+///
+/// # Errors
+/// When the folder is missing or holds nothing usable.
+pub fn load(subject: &config::Subject, warnings: &Warnings) -> Result<Subject> {
+    let folder = folder(&subject.images)?;
+    for fault in folder.set_aside {
+        warnings.add(format!("subject {}: set aside: {fault}", subject.name));
+    }
+    let mut loaded = Subject {
+        name: subject.name.clone(),
+        class: subject.class.clone(),
+        token: subject.token.clone(),
+        digests: Vec::new(),
+        files: Vec::new(),
+        images: Vec::new(),
+    };
+    for photo in folder.photos {
+        let side = photo.image.width().min(photo.image.height()).min(LARGEST);
+        loaded.digests.push(photo.digest);
+        loaded.files.push(photo.path.file_name().unwrap_or_default().to_string_lossy().into_owned());
+        loaded.images.push(square(&photo.image, side));
+    }
+    if loaded.images.is_empty() {
+        return Err(Error::invalid(
+            format!("subject {}: no usable photo in {}", subject.name, subject.images.display()),
+            "put 3 to 6 photos of the subject there, as JPEG, PNG or WebP",
+        ));
+    }
+    Ok(loaded)
+}
+
+/// The subject's images at the side length that a model wants.
+pub fn at_resolution(subject: &Subject, side: u32) -> Vec<image::RgbImage> {
+    subject.images.iter().map(|image| resize_exact(image, side, side, Filter::Lanczos)).collect()
+}
+
+/// Commits the subjects to the store and passes their numbers on.
+pub fn references(context: Arc<Context>, meter: Meter) -> impl Stream<Item = Result<usize>> + Send {
+    try_stream! {
+        let table = context.store.subjects().await?;
+        for (index, subject) in context.subjects.iter().enumerate() {
+            let mut rows = Vec::new();
+            for (number, image) in subject.images.iter().enumerate() {
+                rows.push(SubjectRow {
+                    key: Digest::new("reference")
+                        .field("subject", &subject.name)
+                        .field("photo", &subject.digests[number])
+                        .finish(),
+                    subject: subject.name.clone(),
+                    class: subject.class.clone(),
+                    token: subject.token.clone(),
+                    index: number as u32,
+                    file_name: subject.files[number].clone(),
+                    width: image.width(),
+                    height: image.height(),
+                    image: encode_png(image)?,
+                    created_us: now_us(),
+                });
+            }
+            meter.busy(table.append(&rows)).await?;
+            meter.add(1);
+            yield index;
+        }
+    }
+}

@@ -1,0 +1,216 @@
+//! train: the student learns from proxies while they arrive, and hands its checkpoints on. The loop itself,
+//! [`Course`], is the same for supervisors and for the direct baseline.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use async_stream::try_stream;
+use candle_core::Tensor;
+use futures::{Stream, StreamExt};
+
+use super::{Checkpoint, Context, Method, ReadyBatch, ended_early, spawn_trainee};
+use crate::config::Training;
+use crate::images::decode_png;
+use crate::models::{Example, Lesson, Opening};
+use crate::plan::step_seed;
+use crate::store::Columns;
+use crate::stream::{Meter, Worker};
+use crate::training::{Checkpoints, Trainee, tuning};
+use crate::{Result, files};
+
+/// One training: a trainee on its thread, its checkpoints, and where its curve goes.
+pub(super) struct Course {
+    pub context: Arc<Context>,
+    pub meter: Meter,
+    /// The stage's name in the metrics.
+    pub name: String,
+    /// Whose curve it is: the run, or the supervisor's key.
+    pub owner: String,
+    pub settings: Training,
+    pub worker: Worker<Trainee>,
+    pub checkpoints: Checkpoints,
+}
+
+impl Course {
+    /// Opens the trainee; `dir` is where its checkpoints go and `identity` what they must match.
+    pub async fn start(
+        context: Arc<Context>,
+        meter: Meter,
+        name: &str,
+        owner: &str,
+        opening: Opening,
+        settings: &Training,
+        (dir, identity): (PathBuf, String),
+    ) -> Result<Self> {
+        meter.say("opens the model");
+        let opening = Opening { tuning: tuning(settings), ..opening };
+        let worker = spawn_trainee(name, opening, settings.clone()).await?;
+        meter.say("");
+        Ok(Self {
+            context,
+            meter,
+            name: name.to_string(),
+            owner: owner.to_string(),
+            settings: settings.clone(),
+            worker,
+            checkpoints: Checkpoints::new(dir, identity),
+        })
+    }
+
+    /// Continues from the newest checkpoint; returns the steps that are done.
+    pub async fn resume(&self) -> Result<usize> {
+        let checkpoints = self.checkpoints.clone();
+        let step = self.worker.call(&self.meter, move |trainee| trainee.resume(&checkpoints)).await?;
+        self.meter.reuse(step);
+        Ok(step)
+    }
+
+    /// Takes step `step` on weighted batches, records it and, when due, writes a checkpoint.
+    pub async fn step(&self, step: usize, batches: Vec<(f64, Vec<Lesson>)>) -> Result<()> {
+        let seed = step_seed(self.context.resolved.seed, &self.name, step);
+        let progress = self.worker.call(&self.meter, move |trainee| trainee.step(step, &batches, seed)).await?;
+        self.meter.add(1);
+        self.meter.say(format!("loss {:.4}", progress.loss));
+        let numbers =
+            [("loss", progress.loss), ("grad_norm", progress.grad_norm), ("learning_rate", progress.learning_rate)];
+        self.context.record(&self.owner, &self.name, step, &numbers).await?;
+        let done = step + 1;
+        if done < self.settings.steps && done.is_multiple_of(self.settings.checkpoint_every) {
+            self.save(done).await?;
+        }
+        Ok(())
+    }
+
+    /// Commits the curve so far and writes a checkpoint after `steps` steps.
+    pub async fn save(&self, steps: usize) -> Result<()> {
+        self.context.metrics.flush().await?;
+        let checkpoints = self.checkpoints.clone();
+        self.worker.call(&self.meter, move |trainee| trainee.save(&checkpoints, steps)).await
+    }
+
+    /// The current values of what is trained.
+    pub async fn snapshot(&self) -> Result<Arc<BTreeMap<String, Tensor>>> {
+        self.worker.call(&self.meter, |trainee| Ok(Arc::new(trainee.snapshot()?))).await
+    }
+
+    /// Publishes what was learnt as the folder `dir`, wholly or not at all, and removes the checkpoints.
+    pub async fn publish(&self, dir: PathBuf) -> Result<Arc<BTreeMap<String, Tensor>>> {
+        self.context.metrics.flush().await?;
+        let checkpoints = self.checkpoints.clone();
+        self.worker
+            .call(&self.meter, move |trainee| {
+                let values = Arc::new(trainee.snapshot()?);
+                if let Some(parent) = dir.parent() {
+                    files::create_dir(parent)?;
+                }
+                files::write_dir(&dir, |aside| trainee.learner().save(aside, &values))?;
+                checkpoints.clear()?;
+                Ok(values)
+            })
+            .await
+    }
+}
+
+/// What the student reads: examples by proxy number, taken from the store when a step first needs them.
+struct Examples {
+    known: BTreeMap<usize, Example>,
+}
+
+impl Examples {
+    /// Reads the examples of a batch that has just become ready.
+    async fn read(&mut self, context: &Context, course: &Course, ready: &ReadyBatch) -> Result<()> {
+        let numbers = context.plan.batch(ready.batch).numbers.clone();
+        let lost = || super::ended_early("train");
+        match &context.tokenizer {
+            Some(tokenizer) => {
+                let table = context.store.tokens(&tokenizer.digest, tokenizer.count).await?;
+                for (number, row) in numbers.zip(table.get(&ready.keys, Columns::All).await?) {
+                    self.known.insert(number, Example::Tokens(row.ok_or_else(lost)?.tokens));
+                }
+            }
+            None => {
+                let rows = context.store.proxies().await?.get(&ready.keys, Columns::All).await?;
+                let images = rows
+                    .into_iter()
+                    .map(|row| {
+                        let row = row.ok_or_else(lost)?;
+                        decode_png(&row.image, &row.key)
+                    })
+                    .collect::<Result<Vec<_>>>()?;
+                let examples =
+                    course.worker.call(&course.meter, move |trainee| trainee.learner().encode(&images)).await?;
+                self.known.extend(numbers.zip(examples));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Trains the student on the batches of `input`, each step as soon as the proxies that it may use are committed.
+/// Yields the untouched student if the evaluation wants it, the checkpoints that are due, and the last.
+pub fn train(
+    context: Arc<Context>,
+    opening: Opening,
+    input: impl Stream<Item = ReadyBatch> + Send,
+    meter: Meter,
+) -> impl Stream<Item = Result<Checkpoint>> + Send {
+    try_stream! {
+        let student = &context.resolved.student;
+        let steps = student.training.steps;
+        let evaluation = &context.resolved.evaluation;
+        let everyone: Vec<usize> = (0..context.subjects.len()).collect();
+        let checkpoint = |method, step, values| Checkpoint { method, step, subjects: everyone.clone(), values };
+        let identity = format!("student {}", context.plan.digest());
+        let place = (context.dir.join("checkpoints/student"), identity);
+        let course =
+            Course::start(context.clone(), meter.clone(), "train", &context.run, opening, &student.training, place).await?;
+        if evaluation.untouched {
+            yield checkpoint(Method::Untouched, 0, course.snapshot().await?);
+        }
+        let mut step = course.resume().await?;
+        let mut input = std::pin::pin!(input);
+        let mut examples = Examples { known: BTreeMap::new() };
+        let mut batches = 0;
+        // A checkpoint that fell due on the very step from which this run resumes still goes down.
+        if step > 0 && evaluation.every > 0 && step.is_multiple_of(evaluation.every) {
+            yield checkpoint(Method::Student, step, course.snapshot().await?);
+        }
+        while step < steps && !context.stop.requested() {
+            let needed = if context.sequential { context.plan.batches() } else { context.plan.needs(step) };
+            while batches < needed {
+                match input.next().await {
+                    Some(ready) => examples.read(&context, &course, &ready).await?,
+                    None if context.stop.requested() => break,
+                    None => Err(ended_early("train"))?,
+                }
+                batches += 1;
+            }
+            if batches < needed {
+                break;
+            }
+            let lessons = context
+                .plan
+                .lessons(step)
+                .iter()
+                .map(|&number| Lesson {
+                    example: examples.known[&number].clone(),
+                    prompt: context.plan.proxy(number).prompt.clone(),
+                })
+                .collect();
+            course.step(step, vec![(1.0, lessons)]).await?;
+            step += 1;
+            if evaluation.every > 0 && step.is_multiple_of(evaluation.every) && step < steps {
+                yield checkpoint(Method::Student, step, course.snapshot().await?);
+            }
+        }
+        if step < steps {
+            course.save(step).await?;
+            return;
+        }
+        let values = course.publish(context.dir.join("student")).await?;
+        yield checkpoint(Method::Student, steps, values);
+        // What is still on its way only has to be committed, which it is; taking it lets the stages before end.
+        while input.next().await.is_some() {}
+    }
+}
