@@ -1,1 +1,3 @@
+//! Scoring: prompt lists, metrics, the protocol, the report.
 
+pub mod prompts;
