@@ -70,14 +70,14 @@ pub(super) fn mirror(canvas: &mut Canvas, generator: &mut Generator) {
         (start + 66.0, 14.0),
         (start + 90.0, 5.0),
     ] {
-        let left = |x: f32| x.clamp(7.0, SIDE - 7.0);
+        let inside = |x: f32| x.clamp(7.0, SIDE - 7.0);
         let (top, bottom) = (offset + 40.0, offset);
         canvas.polygon(
             &[
-                (left(top), edge),
-                (left(top + width), edge),
-                (left(bottom + width), SIDE),
-                (left(bottom), SIDE),
+                (inside(top), edge),
+                (inside(top + width), edge),
+                (inside(bottom + width), SIDE),
+                (inside(bottom), SIDE),
             ],
             Ink::hex(0xeffbfd),
         );

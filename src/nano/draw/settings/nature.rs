@@ -280,13 +280,11 @@ pub(super) fn sunflowers(canvas: &mut Canvas, x: f32, ground: f32, generator: &m
             Ink::hex(0x3a8a28),
         );
     }
-    let mut planted = 0;
-    while planted < 11 {
+    for _ in 0..11 {
         let (fx, fy) = (within(generator, 2.0, 126.0), within(generator, 4.0, 122.0));
         // The middle is the subject's.
         let (dx, dy) = ((fx - x) / 34.0, (fy - (ground - 36.0)) / 46.0);
         let crowded = dx * dx + dy * dy < 1.0;
-        planted += 1;
         if crowded {
             continue;
         }
