@@ -295,7 +295,10 @@ fn absent(model: &KnownModel) -> Error {
         ),
     };
     Error::invalid(
-        format!("model {}: missing in {}: {files}", model.name, model.directory),
+        format!(
+            "model {}: missing in {}: {files}",
+            model.name, model.directory
+        ),
         hint,
     )
 }

@@ -18,11 +18,19 @@ impl PromptList {
     pub fn templates(&self, class: &str) -> Vec<String> {
         match self {
             PromptList::DreamBooth => {
-                let middle = if LIVE_CLASSES.contains(&class) { &LIVE } else { &OBJECTS };
+                let middle = if LIVE_CLASSES.contains(&class) {
+                    &LIVE
+                } else {
+                    &OBJECTS
+                };
                 let settings = SHARED.iter().chain(middle.iter());
                 settings
                     .map(|setting| format!("a {{token}} {{class}} {setting}"))
-                    .chain(PROPERTIES.iter().map(|property| format!("a {property} {{token}} {{class}}")))
+                    .chain(
+                        PROPERTIES
+                            .iter()
+                            .map(|property| format!("a {property} {{token}} {{class}}")),
+                    )
                     .collect()
             }
             PromptList::Nano10 => SHARED
@@ -68,7 +76,9 @@ pub fn fill_without_token(template: &str, class: &str) -> String {
 pub fn unknown_placeholder(template: &str) -> Option<String> {
     let rest = template.replace("{token}", "").replace("{class}", "");
     let start = rest.find(['{', '}'])?;
-    let end = rest[start..].find('}').map_or(rest.len(), |length| start + length + 1);
+    let end = rest[start..]
+        .find('}')
+        .map_or(rest.len(), |length| start + length + 1);
     Some(rest[start..end].to_string())
 }
 
@@ -114,8 +124,9 @@ const PROPERTIES: [&str; 5] = ["red", "purple", "shiny", "wet", "cube shaped"];
 
 /// Words that the text encoders know and that mean nothing, in the order in which subjects get them.
 pub const RARE_TOKENS: [&str; 64] = [
-    "sks", "ohwx", "zwx", "phol", "kta", "ktn", "hta", "uhn", "vdn", "rff", "jcz", "ucl", "ngl", "trm", "bnha", "dpr",
-    "olis", "crg", "shul", "ymc", "pls", "waj", "drv", "mnt", "fpv", "gsw", "hws", "jts", "kbz", "lvx", "mqr", "nkd",
-    "oxw", "pjn", "qlm", "rgk", "svb", "tkz", "udx", "vqp", "wmh", "xjr", "ybt", "zfn", "blq", "cvk", "djx", "egz",
-    "fhk", "gmv", "hqn", "ivr", "jwl", "kxd", "lzb", "mbw", "ncf", "odj", "pgx", "qht", "rkv", "slz", "tnq", "uwp",
+    "sks", "ohwx", "zwx", "phol", "kta", "ktn", "hta", "uhn", "vdn", "rff", "jcz", "ucl", "ngl",
+    "trm", "bnha", "dpr", "olis", "crg", "shul", "ymc", "pls", "waj", "drv", "mnt", "fpv", "gsw",
+    "hws", "jts", "kbz", "lvx", "mqr", "nkd", "oxw", "pjn", "qlm", "rgk", "svb", "tkz", "udx",
+    "vqp", "wmh", "xjr", "ybt", "zfn", "blq", "cvk", "djx", "egz", "fhk", "gmv", "hqn", "ivr",
+    "jwl", "kxd", "lzb", "mbw", "ncf", "odj", "pgx", "qht", "rkv", "slz", "tnq", "uwp",
 ];

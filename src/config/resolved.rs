@@ -354,10 +354,7 @@ impl Serialize for Device {
     }
 }
 
-fn subjects_by_name<S: Serializer>(
-    subjects: &[Subject],
-    serializer: S,
-) -> Result<S::Ok, S::Error> {
+fn subjects_by_name<S: Serializer>(subjects: &[Subject], serializer: S) -> Result<S::Ok, S::Error> {
     let mut map = serializer.serialize_map(Some(subjects.len()))?;
     for subject in subjects {
         map.serialize_entry(&subject.name, subject)?;
