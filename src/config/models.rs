@@ -87,7 +87,7 @@ pub const KNOWN: &[KnownModel] = &[
         resolution: Some(32),
         directory: "datasets/nano/checkpoints/llamagen",
         hub: None,
-        files: &["config.json"],
+        files: &[],
     },
     KnownModel {
         name: "nano-clip",
@@ -227,7 +227,7 @@ pub fn family(name: &str) -> Result<Family> {
         serde_json::from_str(&text).ok()
     };
     let pipeline = read("model_index.json");
-    let config = read("config.json");
+    let config = read("config.json").or_else(|| read("gpt/config.json"));
     let class = text_at(&pipeline, "_class_name");
     let model_type = text_at(&config, "model_type");
     let has = |key: &str| config.as_ref().is_some_and(|json| json.get(key).is_some());
@@ -238,7 +238,7 @@ pub fn family(name: &str) -> Result<Family> {
         (_, Some("chameleon")) => Ok(Family::Lumina),
         (_, Some("clip")) => Ok(Family::Clip),
         (_, Some("vit")) => Ok(Family::Dino),
-        _ if has("cls_token_num") || has("gpt") => Ok(Family::LlamaGen),
+        _ if has("cls_token_num") => Ok(Family::LlamaGen),
         _ => Err(Error::invalid(
             format!("{name}: the layout tells no known model family"),
             "a checkpoint directory has a model_index.json (diffusers), or a config.json with model_type \
@@ -273,7 +273,7 @@ pub fn locate(name: &str) -> Result<PathBuf> {
     std::iter::once(Path::new(""))
         .chain(above)
         .map(|base| base.join(model.directory))
-        .find(|directory| missing(model, directory).is_empty())
+        .find(|directory| directory.is_dir() && missing(model, directory).is_empty())
         .ok_or_else(|| absent(model))
 }
 
@@ -283,7 +283,10 @@ fn missing(model: &KnownModel, directory: &Path) -> Vec<&'static str> {
 }
 
 fn absent(model: &KnownModel) -> Error {
-    let files = missing(model, Path::new(model.directory)).join(", ");
+    let files = match missing(model, Path::new(model.directory)).as_slice() {
+        [] => "everything".to_string(),
+        files => files.join(", "),
+    };
     let hint = match model.hub {
         None => "start in the repository that the program was built in: these files ship with it; or make them \
                  again with: proxytune pretrain pipelines/nano-pretrain.toml"

@@ -152,7 +152,7 @@ pub struct AutoregressiveSampling {
     pub top_k: usize,
     /// Only the most likely tokens that together reach this probability may be drawn; 0 < p ≤ 1. Default 1.
     pub top_p: f64,
-    /// Logits are divided by this; above 0. Default 1.
+    /// Logits are divided by this; 0 takes the likeliest token. At least 0, default 1.
     pub temperature: f64,
 }
 
@@ -239,12 +239,12 @@ pub struct Channels {
     pub references: usize,
     /// Trained supervisors, on the way to synthesis. Default 1.
     pub supervisors: usize,
-    /// Batches of proxies, on the way to tokenizing and scoring. Default 2.
+    /// Batches of proxies that have just been made, on the way to the store. Default 2.
     pub proxies: usize,
-    /// Batches of tokens and scores, on the way to the store. Default 4.
+    /// Batches of committed proxies, on the way to tokenizing, and as many to scoring. Default 4.
+    pub kept: usize,
+    /// Batches with committed tokens, on the way to training. Default 16.
     pub tokens: usize,
-    /// Committed batches, on the way to training. Default 16.
-    pub committed: usize,
     /// Checkpoints, on the way to evaluation. Default 2.
     pub checkpoints: usize,
     /// Scores of a checkpoint, on the way to the report. Default 4.
@@ -344,6 +344,23 @@ impl std::fmt::Display for Device {
             Device::Cpu => f.write_str("cpu"),
             Device::Cuda(0) => f.write_str("cuda"),
             Device::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+        }
+    }
+}
+
+impl std::str::FromStr for Device {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let ordinal = text
+            .strip_prefix("cuda:")
+            .and_then(|ordinal| ordinal.parse().ok());
+        match text {
+            "cpu" => Ok(Device::Cpu),
+            "cuda" => Ok(Device::Cuda(0)),
+            _ => ordinal.map(Device::Cuda).ok_or_else(|| {
+                "the devices are \"cpu\", \"cuda\" (the first card) and \"cuda:N\"".to_string()
+            }),
         }
     }
 }

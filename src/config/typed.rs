@@ -137,8 +137,8 @@ pub(super) struct Channels {
     pub references: Typed<usize>,
     pub supervisors: Typed<usize>,
     pub proxies: Typed<usize>,
+    pub kept: Typed<usize>,
     pub tokens: Typed<usize>,
-    pub committed: Typed<usize>,
     pub checkpoints: Typed<usize>,
     pub evaluations: Typed<usize>,
     pub requests: Typed<usize>,
@@ -289,7 +289,7 @@ impl Sampling {
         Sampling {
             top_k: section.count("top_k", 0),
             top_p: section.number("top_p", PROBABILITY),
-            temperature: section.number("temperature", ABOVE_ZERO),
+            temperature: section.number("temperature", NOT_NEGATIVE),
             ..Sampling::read_diffusion(section)
         }
     }
@@ -369,8 +369,8 @@ impl Channels {
             references: section.count("references", 1),
             supervisors: section.count("supervisors", 1),
             proxies: section.count("proxies", 1),
+            kept: section.count("kept", 1),
             tokens: section.count("tokens", 1),
-            committed: section.count("committed", 1),
             checkpoints: section.count("checkpoints", 1),
             evaluations: section.count("evaluations", 1),
             requests: section.count("requests", 1),
@@ -382,27 +382,20 @@ impl Channels {
 
 fn device(section: &Section<'_>) -> Typed<Device> {
     let text = section.text("device")?;
-    let device = match text.value.as_str() {
-        "cpu" => Some(Device::Cpu),
-        "cuda" => Some(Device::Cuda(0)),
-        other => other
-            .strip_prefix("cuda:")
-            .and_then(|ordinal| ordinal.parse().ok())
-            .map(Device::Cuda),
-    };
-    if device.is_none() {
-        section.faults().push(
-            &text.place,
-            format!(
+    match text.value.parse() {
+        Ok(value) => Some(At {
+            value,
+            place: text.place,
+        }),
+        Err(hint) => {
+            let what = format!(
                 "{} = {:?} is not a device",
                 section.name("device"),
                 text.value
-            ),
-            "the devices are \"cpu\", \"cuda\" (the first card) and \"cuda:N\"",
-        );
+            );
+            let hint: String = hint;
+            section.faults().push(&text.place, what, hint);
+            None
+        }
     }
-    device.map(|value| At {
-        value,
-        place: text.place,
-    })
 }

@@ -1,1 +1,0 @@
-//! Idea 2: what happens in which order, made before anything starts.
