@@ -6,9 +6,12 @@
 //! - [`no_grad`] runs a closure without building a graph: sampling, encoding and evaluation use it.
 
 mod adapter;
+pub mod bench;
+mod cpu;
 pub mod layers;
 pub mod ops;
 pub mod plain;
+mod vjp;
 mod weights;
 
 pub use adapter::{Adapter, Lora, LoraConfig};
