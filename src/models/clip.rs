@@ -113,7 +113,7 @@ const NAMES: Names = Names {
 };
 
 fn layers(sizes: &Sizes, weights: &Weights) -> Result<Vec<Layer>> {
-    if sizes.heads == 0 || sizes.width % sizes.heads != 0 {
+    if sizes.heads == 0 || !sizes.width.is_multiple_of(sizes.heads) {
         return Err(Error::invalid(
             format!(
                 "{} attention heads for a width of {}",

@@ -47,9 +47,8 @@ impl TextTokenizer {
         Ok(Self { tokenizer, unknown })
     }
 
-    /// The ids of `text`, its words cut so that with the special tokens they are at most `max_length`, then padded on
-    /// the right with `padding` to exactly that.
-    pub fn encode(&self, text: &str, max_length: usize, padding: u32) -> Result<Encoded> {
+    /// The ids of `text`, its words cut so that with the special tokens they are at most `max_length`.
+    pub fn ids(&self, text: &str, max_length: usize) -> Result<Vec<u32>> {
         let failed = |e: tokenizers::Error| {
             Error::invalid(
                 format!("text {text:?} cannot be tokenized: {e}"),
@@ -72,7 +71,12 @@ impl TextTokenizer {
             .tokenizer
             .post_process(encoding, None, true)
             .map_err(failed)?;
-        let mut ids = encoding.get_ids().to_vec();
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// [`TextTokenizer::ids`], padded on the right with `padding` to exactly `max_length`.
+    pub fn encode(&self, text: &str, max_length: usize, padding: u32) -> Result<Encoded> {
+        let mut ids = self.ids(text, max_length)?;
         let mut mask = vec![1; ids.len()];
         ids.resize(max_length, padding);
         mask.resize(max_length, 0);
@@ -172,6 +176,7 @@ mod tests {
         assert_eq!(padded.mask, [1, 1, 1, 0, 0]);
         let cut = tokenizer.encode("a dog in a dog", 3, 0).unwrap();
         assert_eq!(cut.ids, [3, 4, 1]);
+        assert_eq!(tokenizer.ids("a dog", 5).unwrap(), [3, 4, 1]);
         assert!(tokenizer.encode("a", 0, 0).is_err());
     }
 

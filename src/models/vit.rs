@@ -125,7 +125,7 @@ impl Vit {
         if c.patch_size == 0
             || c.image_size < c.patch_size
             || c.num_attention_heads == 0
-            || c.hidden_size % c.num_attention_heads != 0
+            || !c.hidden_size.is_multiple_of(c.num_attention_heads)
         {
             return Err(Error::invalid(
                 format!("config of a ViT: {c:?}"),

@@ -118,13 +118,14 @@ impl Config {
         if self.grid() * self.grid() != self.block_size {
             faults.push(format!("block_size {} is not a square", self.block_size));
         }
-        if self.n_head == 0 || self.kv_heads() == 0 || self.n_head % self.kv_heads() != 0 {
+        if self.n_head == 0 || self.kv_heads() == 0 || !self.n_head.is_multiple_of(self.kv_heads())
+        {
             faults.push(format!(
                 "n_head {} is not a multiple of n_kv_head {}",
                 self.n_head,
                 self.kv_heads()
             ));
-        } else if self.dim % self.n_head != 0 || self.head_dim() % 4 != 0 {
+        } else if !self.dim.is_multiple_of(self.n_head) || !self.head_dim().is_multiple_of(4) {
             faults.push(format!(
                 "dim {} does not give {} heads of a width that is a multiple of 4",
                 self.dim, self.n_head
@@ -153,14 +154,23 @@ impl CaptionEmbedder {
     fn new(c: &Config, weights: &Weights) -> Result<Self> {
         let mlp = weights.pp("cap_proj");
         let init = Init::Normal(0.02);
+        // The reference stores 120 rows whatever cls_token_num is, and shorter captions meet the first ones.
+        let rows = weights
+            .dims("uncond_embedding")
+            .and_then(|dims| dims.first().copied())
+            .unwrap_or(0)
+            .max(c.cls_token_num);
+        let uncond_embedding = weights
+            .buffer(
+                (rows, c.caption_dim),
+                "uncond_embedding",
+                Init::Normal((1.0 / c.caption_dim as f64).sqrt()),
+            )?
+            .narrow(0, 0, c.cls_token_num)?;
         Ok(Self {
             fc1: Linear::with_init(c.caption_dim, c.dim, false, init, &mlp.pp("fc1"))?,
             fc2: Linear::with_init(c.dim, c.dim, false, init, &mlp.pp("fc2"))?,
-            uncond_embedding: weights.buffer(
-                (c.cls_token_num, c.caption_dim),
-                "uncond_embedding",
-                Init::Normal((1.0 / c.caption_dim as f64).sqrt()),
-            )?,
+            uncond_embedding,
         })
     }
 

@@ -4,7 +4,7 @@
 //! Unlike taming-transformers, `decoder.conv_blocks.0` is the lowest resolution. Codes are looked up in the
 //! normalised codebook, in decoding too.
 
-use candle_core::{D, DType, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 use serde::Deserialize;
 
 use crate::nn::ops::{self, Padding};
@@ -403,12 +403,17 @@ impl VqModel {
         &self.config
     }
 
+    /// Where the weights are.
+    pub fn device(&self) -> &Device {
+        self.embedding.device()
+    }
+
     /// The encoding before quantisation and normalisation, (b, codebook_embed_dim, h / f, w / f) for `image`
     /// (b, 3, h, w) in [−1, 1] with h and w multiples of the downsampling f.
     pub fn encode_continuous(&self, image: &Tensor) -> Result<Tensor> {
         let (_, c, h, w) = image.dims4()?;
         let f = self.config.downsampling();
-        if c != 3 || h % f != 0 || w % f != 0 || h == 0 || w == 0 {
+        if c != 3 || !h.is_multiple_of(f) || !w.is_multiple_of(f) || h == 0 || w == 0 {
             return Err(Error::invalid(
                 format!("an image of shape {:?} for the tokenizer", image.dims()),
                 format!("three channels and sides that are multiples of {f} are expected"),
