@@ -1,5 +1,8 @@
 //! Architectures, one file or folder each, and what the rest of the house sees of them: a [`Learner`].
 
+pub mod autoencoder;
+pub mod sd3;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 
