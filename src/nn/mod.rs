@@ -11,6 +11,7 @@ pub mod ops;
 pub mod plain;
 mod weights;
 
+pub(crate) use adapter::seeded;
 pub use adapter::{Adapter, Lora, LoraConfig};
 pub use layers::{Conv2d, Embedding, GroupNorm, LayerNorm, Linear, RmsNorm};
 pub use ops::Mask;
