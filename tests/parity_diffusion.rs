@@ -17,7 +17,9 @@ use safetensors::SafeTensors;
 type Tensors = HashMap<String, Tensor>;
 
 fn golden(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(path)
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/golden")
+        .join(path)
 }
 
 fn load(path: PathBuf) -> Result<Tensors> {
@@ -28,7 +30,11 @@ fn load(path: PathBuf) -> Result<Tensors> {
 fn error(got: &Tensor, want: &Tensor) -> Result<f64> {
     assert_eq!(got.dims(), want.dims());
     let norm = |t: &Tensor| -> Result<f64> {
-        Ok(t.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>()?.sqrt())
+        Ok(t.to_dtype(DType::F64)?
+            .sqr()?
+            .sum_all()?
+            .to_scalar::<f64>()?
+            .sqrt())
     };
     Ok(norm(&(got - want)?)? / norm(want)?.max(1e-12))
 }
@@ -41,16 +47,34 @@ fn assert_close(got: &Tensor, want: &Tensor, tolerance: f64, what: &str) {
 
 /// Every `grad.NAME` of `reference` against the gradient of the variable of that name: 1e-3 of its own norm, with a
 /// floor of 1e-6 of all of them together. Returns how many were compared.
-fn assert_gradients(reference: &Tensors, grads: &GradStore, variables: &BTreeMap<String, Var>) -> usize {
-    let norm = |t: &Tensor| t.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
+fn assert_gradients(
+    reference: &Tensors,
+    grads: &GradStore,
+    variables: &BTreeMap<String, Var>,
+) -> usize {
+    let norm = |t: &Tensor| {
+        t.sqr()
+            .unwrap()
+            .sum_all()
+            .unwrap()
+            .to_scalar::<f32>()
+            .unwrap()
+            .sqrt()
+    };
     let wanted: Vec<(&str, &Tensor)> = reference
         .iter()
         .filter_map(|(key, tensor)| Some((key.strip_prefix("grad.")?, tensor)))
         .collect();
-    let whole = wanted.iter().map(|(_, t)| norm(t).powi(2)).sum::<f32>().sqrt();
+    let whole = wanted
+        .iter()
+        .map(|(_, t)| norm(t).powi(2))
+        .sum::<f32>()
+        .sqrt();
     for (name, want) in &wanted {
         let name = name.strip_prefix("transformer.").unwrap_or(name);
-        let variable = variables.get(name).unwrap_or_else(|| panic!("no variable {name}"));
+        let variable = variables
+            .get(name)
+            .unwrap_or_else(|| panic!("no variable {name}"));
         let got = match grads.get(variable.as_tensor()) {
             Some(gradient) => gradient.clone(),
             None => variable.as_tensor().zeros_like().unwrap(),
@@ -58,7 +82,11 @@ fn assert_gradients(reference: &Tensors, grads: &GradStore, variables: &BTreeMap
         assert_eq!(got.dims(), want.dims(), "{name}");
         let difference = norm(&(got - *want).unwrap());
         let allowed = 1e-3 * norm(want) + 1e-6 * whole;
-        assert!(difference <= allowed, "{name}: off by {difference:.2e}, its norm is {:.2e}", norm(want));
+        assert!(
+            difference <= allowed,
+            "{name}: off by {difference:.2e}, its norm is {:.2e}",
+            norm(want)
+        );
     }
     wanted.len()
 }
@@ -68,7 +96,8 @@ fn read_adapter(path: &Path) -> (LoraConfig, BTreeMap<String, Tensor>) {
     let bytes = std::fs::read(path).unwrap();
     let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
     let metadata = header.metadata().as_ref().unwrap();
-    let settings: serde_json::Value = serde_json::from_str(&metadata["lora_adapter_metadata"]).unwrap();
+    let settings: serde_json::Value =
+        serde_json::from_str(&metadata["lora_adapter_metadata"]).unwrap();
     let config = LoraConfig {
         rank: settings["transformer.r"].as_u64().unwrap() as usize,
         alpha: settings["transformer.lora_alpha"].as_f64().unwrap(),
@@ -77,7 +106,12 @@ fn read_adapter(path: &Path) -> (LoraConfig, BTreeMap<String, Tensor>) {
     let tensors = load(path.to_path_buf())
         .unwrap()
         .into_iter()
-        .map(|(name, tensor)| (name.strip_prefix("transformer.").unwrap().to_string(), tensor))
+        .map(|(name, tensor)| {
+            (
+                name.strip_prefix("transformer.").unwrap().to_string(),
+                tensor,
+            )
+        })
         .collect();
     (config, tensors)
 }
@@ -110,7 +144,12 @@ fn open(name: &str, train: bool) -> Result<Case> {
     assert!(weights.unused().is_empty(), "{:?}", weights.unused());
     adapter.load(&values)?;
     let inputs = load(folder.join("reference.safetensors"))?;
-    Ok(Case { model, weights, adapter, inputs })
+    Ok(Case {
+        model,
+        weights,
+        adapter,
+        inputs,
+    })
 }
 
 impl Case {
@@ -131,10 +170,16 @@ fn the_denoiser_and_the_gradients_of_its_adapter_equal_diffusers() -> Result<()>
         let case = open(name, false)?;
         let output = case.forward()?;
         assert_close(&output, &case.inputs["output"], 1e-4, name);
-        let grads = (output * &case.inputs["cotangent"])?.sum_all()?.backward()?;
+        let grads = (output * &case.inputs["cotangent"])?
+            .sum_all()?
+            .backward()?;
         let variables: BTreeMap<String, Var> = case.adapter.variables().into_iter().collect();
         let compared = assert_gradients(&case.inputs, &grads, &variables);
-        assert_eq!(compared, variables.len(), "{name}: every factor has a reference");
+        assert_eq!(
+            compared,
+            variables.len(),
+            "{name}: every factor has a reference"
+        );
     }
     Ok(())
 }
@@ -143,11 +188,21 @@ fn the_denoiser_and_the_gradients_of_its_adapter_equal_diffusers() -> Result<()>
 fn the_gradients_of_the_denoisers_own_weights_equal_diffusers() -> Result<()> {
     for name in ["sd3", "sd35"] {
         let case = open(name, true)?;
-        let grads = (case.forward()? * &case.inputs["cotangent"])?.sum_all()?.backward()?;
-        let reference = load(golden("sd3-transformer").join(name).join("base_gradients.safetensors"))?;
+        let grads = (case.forward()? * &case.inputs["cotangent"])?
+            .sum_all()?
+            .backward()?;
+        let reference = load(
+            golden("sd3-transformer")
+                .join(name)
+                .join("base_gradients.safetensors"),
+        )?;
         let variables: BTreeMap<String, Var> = case.weights.variables().into_iter().collect();
         assert!(assert_gradients(&reference, &grads, &variables) > 40);
-        assert!(grads.get(variables["pos_embed.pos_embed"].as_tensor()).is_none());
+        assert!(
+            grads
+                .get(variables["pos_embed.pos_embed"].as_tensor())
+                .is_none()
+        );
     }
     Ok(())
 }
@@ -156,7 +211,11 @@ fn the_gradients_of_the_denoisers_own_weights_equal_diffusers() -> Result<()> {
 fn ten_guided_steps_end_where_diffusers_ends_and_leave_no_graph() -> Result<()> {
     for name in ["sd3", "sd35"] {
         let case = open(name, false)?;
-        let sampling = load(golden("sd3-transformer").join(name).join("sampling.safetensors"))?;
+        let sampling = load(
+            golden("sd3-transformer")
+                .join(name)
+                .join("sampling.safetensors"),
+        )?;
         let schedule = FlowMatchEuler::new(SchedulerConfig {
             shift: 3.0,
             ..SchedulerConfig::default()
@@ -170,7 +229,14 @@ fn ten_guided_steps_end_where_diffusers_ends_and_leave_no_graph() -> Result<()> 
             pooled: sampling["negative_pooled"].clone(),
         };
         let guided = Some((&negative, 4.5));
-        let latents = sd3::denoise(&case.model, &schedule, &sampling["noise"], &positive, guided, 10)?;
+        let latents = sd3::denoise(
+            &case.model,
+            &schedule,
+            &sampling["noise"],
+            &positive,
+            guided,
+            10,
+        )?;
         assert_close(&latents, &sampling["latents"], 1e-4, name);
         assert!(!latents.track_op());
     }
@@ -200,7 +266,12 @@ fn a_new_denoiser_starts_with_diffusers_table_of_positions() -> Result<()> {
         let pooled = Tensor::zeros((batch, c.pooled_projection_dim), DType::F32, &Device::Cpu)?;
         let scale = Tensor::arange(0f32, 2.0 * c.inner_dim() as f32, &Device::Cpu)?;
         variables["norm_out.linear.bias"].set(&scale)?;
-        let y = model.forward(&x, &Tensor::zeros(1, DType::F32, &Device::Cpu)?, &context, &pooled)?;
+        let y = model.forward(
+            &x,
+            &Tensor::zeros(1, DType::F32, &Device::Cpu)?,
+            &context,
+            &pooled,
+        )?;
         let y = y.flatten_all()?.to_vec1::<f32>()?;
         assert!(y.iter().any(|v| (v - y[0]).abs() > 1e-3));
     }
@@ -234,8 +305,17 @@ fn the_autoencoder_and_all_its_gradients_equal_diffusers_both_ways() -> Result<(
         assert!(assert_gradients(&extra, &grads, &variables) > 20);
 
         let latents = &decode["input.latents"];
-        assert_close(&model.unscale(&model.scale(latents)?)?, latents, 1e-6, "scale and back");
-        assert!(model.encode(&Tensor::zeros((1, 3, 7, 8), DType::F32, &Device::Cpu)?).is_err());
+        assert_close(
+            &model.unscale(&model.scale(latents)?)?,
+            latents,
+            1e-6,
+            "scale and back",
+        );
+        assert!(
+            model
+                .encode(&Tensor::zeros((1, 3, 7, 8), DType::F32, &Device::Cpu)?)
+                .is_err()
+        );
     }
     Ok(())
 }
@@ -245,6 +325,7 @@ fn many_images_are_computed_in_slices_with_the_same_result() -> Result<()> {
     let config = autoencoder::Config {
         block_out_channels: vec![4, 4],
         norm_num_groups: 2,
+        mid_block_add_attention: false,
         ..autoencoder::Config::default()
     };
     let model = AutoencoderKl::new(config, &Weights::trainable(&[], 1, &Device::Cpu)?)?;
@@ -266,11 +347,17 @@ fn the_schedule_equals_diffusers_to_the_bit() -> Result<()> {
             ..SchedulerConfig::default()
         })?;
         let want = |name: String| reference[&name].to_vec1::<f32>();
-        assert_eq!(schedule.training_sigmas(), want(format!("training.{shift:?}"))?);
+        assert_eq!(
+            schedule.training_sigmas(),
+            want(format!("training.{shift:?}"))?
+        );
         for steps in [1, 4, 28] {
             let sigmas = schedule.sigmas(steps)?;
             assert_eq!(sigmas, want(format!("sigmas.{shift:?}.{steps}"))?);
-            let timesteps: Vec<f32> = sigmas[..steps].iter().map(|&s| schedule.timestep(s)).collect();
+            let timesteps: Vec<f32> = sigmas[..steps]
+                .iter()
+                .map(|&s| schedule.timestep(s))
+                .collect();
             assert_eq!(timesteps, want(format!("timesteps.{shift:?}.{steps}"))?);
         }
         assert!(schedule.sigmas(0).is_err());
@@ -291,18 +378,27 @@ fn a_step_and_both_forms_of_the_loss_equal_diffusers() -> Result<()> {
     assert_close(&stepped, &reference["step.output"], 1e-6, "step");
 
     let draw = TrainingDraw {
-        indices: reference["loss.indices"].to_vec1::<f32>()?.iter().map(|&i| i as usize).collect(),
+        indices: reference["loss.indices"]
+            .to_vec1::<f32>()?
+            .iter()
+            .map(|&i| i as usize)
+            .collect(),
         noise: reference["loss.noise"].clone(),
     };
     for (form, name) in [
         (LossForm::Preconditioned, "loss.preconditioned"),
         (LossForm::Velocity, "loss.velocity_target"),
     ] {
-        let loss = schedule.loss(&reference["loss.latents"], &draw, form, |noisy, timesteps| {
-            assert_close(noisy, &reference["loss.noisy"], 1e-6, "noisy latents");
-            assert_close(timesteps, &reference["loss.timesteps"], 1e-7, "timesteps");
-            Ok(reference["loss.velocity"].clone())
-        })?;
+        let loss = schedule.loss(
+            &reference["loss.latents"],
+            &draw,
+            form,
+            |noisy, timesteps| {
+                assert_close(noisy, &reference["loss.noisy"], 1e-6, "noisy latents");
+                assert_close(timesteps, &reference["loss.timesteps"], 1e-7, "timesteps");
+                Ok(reference["loss.velocity"].clone())
+            },
+        )?;
         assert_close(&loss.reshape(1)?, &reference[name], 1e-5, name);
     }
     Ok(())

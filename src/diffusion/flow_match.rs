@@ -88,7 +88,10 @@ impl FlowMatchEuler {
             ("use_beta_sigmas", config.use_beta_sigmas),
             ("invert_sigmas", config.invert_sigmas),
             ("stochastic_sampling", config.stochastic_sampling),
-            ("shift_terminal", config.shift_terminal.is_some_and(|to| to != 0.0)),
+            (
+                "shift_terminal",
+                config.shift_terminal.is_some_and(|to| to != 0.0),
+            ),
         ];
         if let Some((name, _)) = unsupported.iter().find(|(_, is_set)| *is_set) {
             return Err(Error::invalid(
@@ -99,7 +102,10 @@ impl FlowMatchEuler {
         let steps = config.num_train_timesteps;
         if steps == 0 || !config.shift.is_finite() || config.shift <= 0.0 {
             return Err(Error::invalid(
-                format!("a schedule of {steps} timesteps with shift {}", config.shift),
+                format!(
+                    "a schedule of {steps} timesteps with shift {}",
+                    config.shift
+                ),
                 "num_train_timesteps must be at least 1 and shift above 0",
             ));
         }
@@ -122,10 +128,15 @@ impl FlowMatchEuler {
     /// ends of the training table, which is shifted already, and shifted once more: what diffusers does, and what
     /// published samples of SD3 were made with. Fails for 0 steps.
     pub fn sigmas(&self, num_inference_steps: usize) -> Result<Vec<f32>> {
-        let (Some(&first), Some(&last), true) =
-            (self.table.first(), self.table.last(), num_inference_steps > 0)
-        else {
-            return Err(Error::invalid("num_inference_steps 0", "take at least one step"));
+        let (Some(&first), Some(&last), true) = (
+            self.table.first(),
+            self.table.last(),
+            num_inference_steps > 0,
+        ) else {
+            return Err(Error::invalid(
+                "num_inference_steps 0",
+                "take at least one step",
+            ));
         };
         let steps = self.config.num_train_timesteps as f64;
         let (start, stop) = (f64::from(first) * steps, f64::from(last) * steps);
@@ -149,7 +160,13 @@ impl FlowMatchEuler {
     }
 
     /// One Euler step along the flow, `x + (σ_next − σ) · velocity`. Both tensors f32 of one shape.
-    pub fn step(&self, velocity: &Tensor, sample: &Tensor, sigma: f32, sigma_next: f32) -> Result<Tensor> {
+    pub fn step(
+        &self,
+        velocity: &Tensor,
+        sample: &Tensor,
+        sigma: f32,
+        sigma_next: f32,
+    ) -> Result<Tensor> {
         let difference = f64::from(sigma_next - sigma);
         Ok((sample + (velocity * difference)?)?)
     }
@@ -229,7 +246,11 @@ mod tests {
         };
         let (one, three) = (draw(1)?, draw(3)?);
         assert_eq!(one.indices[0], three.indices[0]);
-        let row = three.noise.narrow(0, 0, 1)?.flatten_all()?.to_vec1::<f32>()?;
+        let row = three
+            .noise
+            .narrow(0, 0, 1)?
+            .flatten_all()?
+            .to_vec1::<f32>()?;
         assert_eq!(one.noise.flatten_all()?.to_vec1::<f32>()?, row);
         Ok(())
     }
@@ -251,7 +272,10 @@ mod tests {
             use_dynamic_shifting: true,
             ..SchedulerConfig::default()
         };
-        let error = FlowMatchEuler::new(config).map(|_| ()).unwrap_err().to_string();
+        let error = FlowMatchEuler::new(config)
+            .map(|_| ())
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("use_dynamic_shifting"), "{error}");
     }
 }

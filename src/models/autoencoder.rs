@@ -92,7 +92,14 @@ impl ResnetBlock {
             None
         } else {
             let place = weights.pp("conv_shortcut");
-            Some(Conv2d::new(inputs, outputs, 1, 1, Padding::Same(0), &place)?)
+            Some(Conv2d::new(
+                inputs,
+                outputs,
+                1,
+                1,
+                Padding::Same(0),
+                &place,
+            )?)
         };
         Ok(Self {
             norm1: GroupNorm::new(groups, inputs, EPS, &weights.pp("norm1"))?,
@@ -240,7 +247,9 @@ impl Encoder {
                 Some(Conv2d::new(outputs, outputs, 3, 2, padding, &place)?)
             };
             let layers = config.layers_per_block;
-            down_blocks.push(Level::new(inputs, outputs, layers, groups, resample, &place)?);
+            down_blocks.push(Level::new(
+                inputs, outputs, layers, groups, resample, &place,
+            )?);
             inputs = outputs;
         }
         let place = weights.pp("conv_in");
@@ -293,7 +302,9 @@ impl Decoder {
                 Some(Conv2d::new(outputs, outputs, 3, 1, same, &place)?)
             };
             let layers = config.layers_per_block + 1;
-            up_blocks.push(Level::new(inputs, outputs, layers, groups, resample, &place)?);
+            up_blocks.push(Level::new(
+                inputs, outputs, layers, groups, resample, &place,
+            )?);
             inputs = outputs;
         }
         let place = weights.pp("conv_in");
@@ -302,7 +313,14 @@ impl Decoder {
             mid_block: MidBlock::new(coarsest, config, &weights.pp("mid_block"))?,
             up_blocks,
             conv_norm_out: GroupNorm::new(groups, finest, EPS, &weights.pp("conv_norm_out"))?,
-            conv_out: Conv2d::new(finest, config.out_channels, 3, 1, same, &weights.pp("conv_out"))?,
+            conv_out: Conv2d::new(
+                finest,
+                config.out_channels,
+                3,
+                1,
+                same,
+                &weights.pp("conv_out"),
+            )?,
         })
     }
 
@@ -405,7 +423,11 @@ impl AutoencoderKl {
 }
 
 /// `body` over as many images of `x` at a time as hold [`PIXELS_AT_ONCE`] pixels, at least one.
-fn in_slices(x: &Tensor, pixels: usize, body: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
+fn in_slices(
+    x: &Tensor,
+    pixels: usize,
+    body: impl Fn(&Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
     let images = x.dim(0)?;
     let step = (PIXELS_AT_ONCE / pixels.max(1)).max(1);
     if images <= step {

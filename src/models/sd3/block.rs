@@ -88,7 +88,9 @@ impl Projections {
 fn attend(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
     let (b, heads, n, d) = q.dims4()?;
     let y = ops::attention(q, k, v, 1.0 / (d as f64).sqrt(), &Mask::None)?;
-    Ok(y.transpose(1, 2)?.contiguous()?.reshape((b, n, heads * d))?)
+    Ok(y.transpose(1, 2)?
+        .contiguous()?
+        .reshape((b, n, heads * d))?)
 }
 
 /// Linear, GELU (tanh), linear, four times as wide within.
@@ -135,11 +137,20 @@ impl JointTransformerBlock {
     pub(super) fn new(config: &Config, index: usize, weights: &Weights) -> Result<Self> {
         let d = config.inner_dim();
         let own = ["to_q", "to_k", "to_v", "norm_q", "norm_k"];
-        let added = ["add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k"];
+        let added = [
+            "add_q_proj",
+            "add_k_proj",
+            "add_v_proj",
+            "norm_added_q",
+            "norm_added_k",
+        ];
         let (attn, attn2) = (weights.pp("attn"), weights.pp("attn2"));
         let linear = |weights: &Weights| Linear::new(d, d, true, weights);
         let dual = if config.dual_attention_layers.contains(&index) {
-            Some((Projections::new(config, own, &attn2)?, linear(&attn2.pp("to_out.0"))?))
+            Some((
+                Projections::new(config, own, &attn2)?,
+                linear(&attn2.pp("to_out.0"))?,
+            ))
         } else {
             None
         };
@@ -154,7 +165,11 @@ impl JointTransformerBlock {
         };
         Ok(Self {
             norm1: Modulation::new(d, if dual.is_some() { 9 } else { 6 }, &weights.pp("norm1"))?,
-            norm1_context: Modulation::new(d, if is_last { 2 } else { 6 }, &weights.pp("norm1_context"))?,
+            norm1_context: Modulation::new(
+                d,
+                if is_last { 2 } else { 6 },
+                &weights.pp("norm1_context"),
+            )?,
             norm: LayerNorm::plain(EPS),
             image: Projections::new(config, own, &attn)?,
             text: Projections::new(config, added, &attn)?,
@@ -167,7 +182,12 @@ impl JointTransformerBlock {
 
     /// `x` (b, n, d) the image's patches, `context` (b, m, d) the text, `temb` (b, d) the condition. Gives both
     /// streams after the block; the text is `None` after the last.
-    pub fn forward(&self, x: &Tensor, context: &Tensor, temb: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        context: &Tensor,
+        temb: &Tensor,
+    ) -> Result<(Tensor, Option<Tensor>)> {
         let (n, m) = (x.dim(1)?, context.dim(1)?);
         // shift, scale and gate of the attention, the same of the feed-forward, the same of the second attention
         let image = self.norm1.forward(temb)?;
@@ -192,7 +212,9 @@ impl JointTransformerBlock {
         let v = Tensor::cat(&[v, text_v], 2)?;
         let attended = attend(&q, &k, &v)?;
 
-        let y = self.to_out.forward(&attended.narrow(1, 0, n)?.contiguous()?)?;
+        let y = self
+            .to_out
+            .forward(&attended.narrow(1, 0, n)?.contiguous()?)?;
         let mut x = gated_residual(x, &image[2], &y)?;
         if let Some((projections, to_out)) = &self.dual {
             let [q, k, v] = projections.forward(&modulate(&normed, &image[7], &image[6])?)?;
@@ -205,7 +227,9 @@ impl JointTransformerBlock {
         let Some(tail) = &self.context_tail else {
             return Ok((x, None));
         };
-        let y = tail.to_add_out.forward(&attended.narrow(1, n, m)?.contiguous()?)?;
+        let y = tail
+            .to_add_out
+            .forward(&attended.narrow(1, n, m)?.contiguous()?)?;
         let context = gated_residual(context, &text[2], &y)?;
         let y = modulate(&self.norm.forward(&context)?, &text[4], &text[3])?;
         let context = gated_residual(&context, &text[5], &tail.ff.forward(&y)?)?;

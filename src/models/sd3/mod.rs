@@ -108,7 +108,10 @@ impl Sd3 {
         for weights in &opened {
             match weights.finish() {
                 Err(Error::Checkpoint { path, faults: own }) => {
-                    faults.extend(own.iter().map(|fault| format!("{}: {fault}", path.display())));
+                    faults.extend(
+                        own.iter()
+                            .map(|fault| format!("{}: {fault}", path.display())),
+                    );
                 }
                 other => other?,
             }
@@ -187,12 +190,15 @@ impl Sd3 {
         conditioning: &Conditioning,
         generator: &mut ChaCha8Rng,
     ) -> Result<Tensor> {
-        let draw = self.schedule.draw(latents.dims4()?, generator, latents.device())?;
-        self.schedule.loss(latents, &draw, self.loss_form, |noisy, timesteps| {
-            let noisy = noisy.to_dtype(self.dtype)?;
-            let Conditioning { context, pooled } = conditioning;
-            self.transformer.forward(&noisy, timesteps, context, pooled)
-        })
+        let draw = self
+            .schedule
+            .draw(latents.dims4()?, generator, latents.device())?;
+        self.schedule
+            .loss(latents, &draw, self.loss_form, |noisy, timesteps| {
+                let noisy = noisy.to_dtype(self.dtype)?;
+                let Conditioning { context, pooled } = conditioning;
+                self.transformer.forward(&noisy, timesteps, context, pooled)
+            })
     }
 
     /// One image for each prompt and seed: (b, 3, height, width) in [−1, 1], f32, without a graph. The noise of an
@@ -233,7 +239,12 @@ impl Sd3 {
             ));
         }
         let f = self.vae.config().downscale();
-        let shape = (1, self.transformer.config().in_channels, height / f, width / f);
+        let shape = (
+            1,
+            self.transformer.config().in_channels,
+            height / f,
+            width / f,
+        );
         let noise = seeds
             .iter()
             .map(|&seed| diffusion::noise(shape, &mut nn::seeded(seed, "latents"), &self.device))
@@ -243,7 +254,19 @@ impl Sd3 {
         let negative = negative.repeat(b)?;
         let guided = (scale > 1.0).then_some((&negative, scale));
         let steps = settings.num_inference_steps;
-        let latents = denoise(&self.transformer, &self.schedule, &noise, conditioning, guided, steps)?;
-        nn::no_grad(|| Ok(self.vae.decode(&self.vae.unscale(&latents)?)?.clamp(-1f32, 1f32)?))
+        let latents = denoise(
+            &self.transformer,
+            &self.schedule,
+            &noise,
+            conditioning,
+            guided,
+            steps,
+        )?;
+        nn::no_grad(|| {
+            Ok(self
+                .vae
+                .decode(&self.vae.unscale(&latents)?)?
+                .clamp(-1f32, 1f32)?)
+        })
     }
 }

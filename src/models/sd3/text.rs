@@ -32,16 +32,23 @@ impl Padded {
             if token.is_none() && path.is_file() {
                 let settings: Value = read_json(&path)?;
                 let entry = settings.get("pad_token");
-                let text = entry.and_then(|entry| entry.as_str().or_else(|| entry.get("content")?.as_str()));
+                let text = entry
+                    .and_then(|entry| entry.as_str().or_else(|| entry.get("content")?.as_str()));
                 token = text.map(String::from);
             }
         }
         let token = token.unwrap_or_else(|| fallback.to_string());
         let padding = tokenizer.id(&token).ok_or_else(|| Error::Checkpoint {
             path: folder.to_path_buf(),
-            faults: vec![format!("the padding token {token:?} is not in tokenizer.json")],
+            faults: vec![format!(
+                "the padding token {token:?} is not in tokenizer.json"
+            )],
         })?;
-        Ok(Self { tokenizer, padding, length })
+        Ok(Self {
+            tokenizer,
+            padding,
+            length,
+        })
     }
 
     /// The ids (1, length) of one text.
@@ -91,7 +98,8 @@ impl TextEncoders {
                 let model = clip::TextModel::new(&text, &weights)?;
                 opened.push(weights);
                 let folder = directory.join(format!("tokenizer{suffix}"));
-                let tokenizer = Padded::open(&folder, text.max_position_embeddings, "<|endoftext|>")?;
+                let tokenizer =
+                    Padded::open(&folder, text.max_position_embeddings, "<|endoftext|>")?;
                 clips.push(ClipText { model, tokenizer });
             }
         }
@@ -135,7 +143,9 @@ impl TextEncoders {
         let mut states = Vec::with_capacity(self.clips.len());
         let mut pooled = Vec::with_capacity(self.clips.len());
         for clip in &self.clips {
-            let output = clip.model.forward(&clip.tokenizer.ids(prompt, &self.device)?)?;
+            let output = clip
+                .model
+                .forward(&clip.tokenizer.ids(prompt, &self.device)?)?;
             states.push(output.penultimate);
             pooled.push(output.pooled);
         }
@@ -160,9 +170,11 @@ impl TextEncoders {
                 Some(t5.model.forward(&ids, &ids.ones_like()?)?)
             }
             // a transformer wider than its CLIPs was trained with T5 and takes zeros in its place
-            None if width < joint => {
-                Some(Tensor::zeros((1, T5_TOKENS, joint), self.dtype, &self.device)?)
-            }
+            None if width < joint => Some(Tensor::zeros(
+                (1, T5_TOKENS, joint),
+                self.dtype,
+                &self.device,
+            )?),
             None => None,
         };
         let context = match long {

@@ -99,7 +99,9 @@ impl Config {
         let (what, hint) = if self.caption_projection_dim != inner {
             (
                 format!("caption_projection_dim {}", self.caption_projection_dim),
-                format!("num_attention_heads · attention_head_dim is {inner}: both streams have that width"),
+                format!(
+                    "num_attention_heads · attention_head_dim is {inner}: both streams have that width"
+                ),
             )
         } else if inner == 0 || !inner.is_multiple_of(4) {
             (
@@ -108,7 +110,10 @@ impl Config {
             )
         } else if self.patch_size == 0 || self.sample_size < self.patch_size {
             (
-                format!("patch_size {} for sample_size {}", self.patch_size, self.sample_size),
+                format!(
+                    "patch_size {} for sample_size {}",
+                    self.patch_size, self.sample_size
+                ),
                 "a patch holds at least one latent and fits into the sample".to_string(),
             )
         } else if self.num_layers == 0 {
@@ -131,30 +136,61 @@ struct PatchEmbed {
 
 impl PatchEmbed {
     fn new(config: &Config, weights: &Weights) -> Result<Self> {
-        let (patch, max, d) = (config.patch_size, config.pos_embed_max_size, config.inner_dim());
+        let (patch, max, d) = (
+            config.patch_size,
+            config.pos_embed_max_size,
+            config.inner_dim(),
+        );
         let padding = Padding::Same(0);
-        let proj = Conv2d::new(config.in_channels, d, patch, patch, padding, &weights.pp("proj"))?;
+        let proj = Conv2d::new(
+            config.in_channels,
+            d,
+            patch,
+            patch,
+            padding,
+            &weights.pp("proj"),
+        )?;
         let pos_embed = weights.buffer((1, max * max, d), "pos_embed", Init::Zeros)?;
         if !weights.contains("pos_embed") {
             let name = format!("{}.pos_embed", weights.path());
-            let drawn = weights.variables().into_iter().find(|(key, _)| *key == name);
+            let drawn = weights
+                .variables()
+                .into_iter()
+                .find(|(key, _)| *key == name);
             if let Some((_, variable)) = drawn {
-                let table = sin_cos_positions(max, config.sample_size / patch, d, weights.device())?;
+                let table =
+                    sin_cos_positions(max, config.sample_size / patch, d, weights.device())?;
                 variable.set(&table.to_dtype(variable.dtype())?)?;
             }
         }
-        Ok(Self { proj, pos_embed, patch, max })
+        Ok(Self {
+            proj,
+            pos_embed,
+            patch,
+            max,
+        })
     }
 
     /// (b, c, h, w) to (b, h / patch · w / patch, d).
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (_, _, h, w) = x.dims4()?;
         let (rows, columns) = (h / self.patch, w / self.patch);
-        if rows == 0 || columns == 0 || h % self.patch != 0 || w % self.patch != 0 || rows.max(columns) > self.max {
+        if rows == 0
+            || columns == 0
+            || h % self.patch != 0
+            || w % self.patch != 0
+            || rows.max(columns) > self.max
+        {
             let largest = self.max * self.patch;
             return Err(Error::invalid(
-                format!("latents of {h}×{w} for patches of {} and positions up to {largest}", self.patch),
-                format!("use sides that are multiples of {}, at most {largest}", self.patch),
+                format!(
+                    "latents of {h}×{w} for patches of {} and positions up to {largest}",
+                    self.patch
+                ),
+                format!(
+                    "use sides that are multiples of {}, at most {largest}",
+                    self.patch
+                ),
             ));
         }
         let (top, left) = ((self.max - rows) / 2, (self.max - columns) / 2);
@@ -207,7 +243,8 @@ impl Embedder {
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.linear_2.forward(&ops::silu(&self.linear_1.forward(x)?)?)
+        self.linear_2
+            .forward(&ops::silu(&self.linear_1.forward(x)?)?)
     }
 }
 
@@ -219,7 +256,10 @@ fn timestep_embedding(timestep: &Tensor) -> Result<Tensor> {
         .map(|i| (-(10000f32.ln()) * i as f32 / half as f32).exp())
         .collect();
     let frequencies = Tensor::from_vec(frequencies, (1, half), timestep.device())?;
-    let angles = timestep.to_dtype(DType::F32)?.unsqueeze(1)?.broadcast_mul(&frequencies)?;
+    let angles = timestep
+        .to_dtype(DType::F32)?
+        .unsqueeze(1)?
+        .broadcast_mul(&frequencies)?;
     Ok(Tensor::cat(&[angles.cos()?, angles.sin()?], 1)?)
 }
 
@@ -252,8 +292,17 @@ impl Sd3Transformer {
         Ok(Self {
             pos_embed: PatchEmbed::new(&config, &weights.pp("pos_embed"))?,
             timestep_embedder: Embedder::new(TIMESTEP_CHANNELS, d, &embed.pp("timestep_embedder"))?,
-            text_embedder: Embedder::new(config.pooled_projection_dim, d, &embed.pp("text_embedder"))?,
-            context_embedder: Linear::new(config.joint_attention_dim, d, true, &weights.pp("context_embedder"))?,
+            text_embedder: Embedder::new(
+                config.pooled_projection_dim,
+                d,
+                &embed.pp("text_embedder"),
+            )?,
+            context_embedder: Linear::new(
+                config.joint_attention_dim,
+                d,
+                true,
+                &weights.pp("context_embedder"),
+            )?,
             transformer_blocks,
             norm_out: Modulation::new(d, 2, &weights.pp("norm_out"))?,
             norm: LayerNorm::plain(super::block::EPS),
