@@ -14,6 +14,7 @@ pub mod plain;
 mod vjp;
 mod weights;
 
+pub(crate) use adapter::seeded;
 pub use adapter::{Adapter, Lora, LoraConfig};
 pub use layers::{Conv2d, Embedding, GroupNorm, LayerNorm, Linear, RmsNorm};
 pub use ops::Mask;
