@@ -3,5 +3,9 @@
 
 pub mod embed;
 pub mod metrics;
+pub mod plot;
 pub mod preprocess;
+pub mod report;
 pub mod sheet;
+
+mod html;

@@ -1,6 +1,7 @@
 //! Resizing with the arithmetic of Pillow (`src/libImaging/Resample.c`), which the reference pipelines of CLIP, DINO,
 //! LlamaGen and DreamBooth use: separable antialiased filters whose support grows with the scale, coefficients in
-//! 22-bit fixed point, and an 8-bit picture between the horizontal and the vertical pass.
+//! 22-bit fixed point, and an 8-bit picture between the horizontal and the vertical pass. Rows come first, as in Pillow
+//! up to 12; Pillow 13 swaps the passes where the height shrinks far more than the width, one level's difference at most.
 
 use image::RgbImage;
 use rayon::prelude::*;
