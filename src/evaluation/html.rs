@@ -52,7 +52,7 @@ h2 { font-size: 1.2rem; margin: 3rem 0 0.8rem; padding-bottom: 0.35rem; border-b
 p { max-width: 48rem; margin: 0.6rem 0; }
 .lead { font-size: 1.08rem; color: var(--faint); }
 .note { font-size: 0.875rem; color: var(--faint); }
-dl.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: 0.9rem 2rem; margin: 1.6rem 0 0; }
+dl.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: 0.9rem 1.6rem; margin: 1.6rem 0 0; }
 dl.facts dt { font-size: 0.8rem; color: var(--faint); }
 dl.facts dd { margin: 0; font-weight: 550; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
@@ -61,6 +61,9 @@ table.scores { font-size: 1.05rem; }
 th, td { text-align: left; padding: 0.4rem 1.6rem 0.4rem 0; border-bottom: 1px solid var(--rule); white-space: nowrap; vertical-align: baseline; }
 thead th { font-size: 0.85rem; font-weight: 600; color: var(--faint); border-bottom-color: var(--faint); }
 td.n, th.n { text-align: right; }
+table.dense { font-size: 0.85rem; } table.dense th, table.dense td { padding-right: 0.8rem; }
+table.dense td:first-child { min-width: 14rem; white-space: normal; }
+table.dense .first { padding-left: 0.8rem; border-left: 1px solid var(--rule); }
 td.wrap { white-space: normal; overflow-wrap: anywhere; }
 tbody th { font-weight: 550; }
 td.best { color: var(--best); font-weight: 650; }

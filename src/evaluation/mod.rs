@@ -2,6 +2,7 @@
 //! pictures, a page, a table.
 
 pub mod embed;
+pub mod embedders;
 pub mod metrics;
 pub mod plot;
 pub mod preprocess;

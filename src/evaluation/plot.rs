@@ -177,16 +177,15 @@ fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
         .collect()
 }
 
-/// Exponential running mean over about a twelfth of the points, without the pull of its start.
+/// Mean over about a twelfth of the points around each, less towards the ends, so that nothing is shifted.
 fn smooth(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
-    let keep = 1.0 - 1.0 / (points.len() as f64 / 12.0).max(1.0);
-    let (mut sum, mut weight) = (0.0, 0.0);
-    points
-        .iter()
-        .map(|&(x, y)| {
-            sum = keep * sum + y;
-            weight = keep * weight + 1.0;
-            (x, sum / weight)
+    let reach = points.len() / 24;
+    (0..points.len())
+        .map(|i| {
+            let reach = reach.min(i).min(points.len() - 1 - i);
+            let window = &points[i - reach..=i + reach];
+            let sum: f64 = window.iter().map(|(_, y)| y).sum();
+            (points[i].0, sum / window.len() as f64)
         })
         .collect()
 }

@@ -219,12 +219,16 @@ impl Report {
         if rows.is_empty() {
             return;
         }
-        let best: Vec<f64> = METRICS
+        // The best of each column, unless all look the same.
+        let shown = |value: f64| format!("{value:.3}");
+        let best: Vec<Option<String>> = METRICS
             .iter()
             .map(|(_, score)| {
-                rows.iter()
-                    .map(|(_, s)| score(s).mean)
-                    .fold(f64::MIN, f64::max)
+                let means = || rows.iter().map(|(_, s)| score(s).mean);
+                let highest = shown(means().fold(f64::MIN, f64::max));
+                means()
+                    .any(|mean| shown(mean) != highest)
+                    .then_some(highest)
             })
             .collect();
         page.push_str(
@@ -238,7 +242,8 @@ impl Report {
             let _ = write!(page, "<tr><th>{}</th>", escape(name));
             for ((_, score), best) in METRICS.iter().zip(&best) {
                 let estimate = score(summary);
-                let class = if rows.len() > 1 && estimate.mean == *best {
+                let mean = shown(estimate.mean);
+                let class = if best.as_ref() == Some(&mean) {
                     "n best"
                 } else {
                     "n"
@@ -247,11 +252,7 @@ impl Report {
                     .standard_error
                     .map(|e| format!(" <small>± {e:.3}</small>"))
                     .unwrap_or_default();
-                let _ = write!(
-                    page,
-                    "<td class=\"{class}\">{:.3}{error}</td>",
-                    estimate.mean
-                );
+                let _ = write!(page, "<td class=\"{class}\">{mean}{error}</td>");
             }
             let _ = writeln!(page, "<td class=\"n\">{}</td></tr>", summary.images);
         }
@@ -275,14 +276,18 @@ impl Report {
         if prompts.is_empty() {
             return;
         }
-        page.push_str("<h2>Scores by prompt</h2>\n<div class=\"scroll\"><table><thead><tr><th rowspan=\"2\">Prompt</th>");
+        page.push_str("<h2>Scores by prompt</h2>\n<div class=\"scroll\"><table class=\"dense\"><thead><tr><th rowspan=\"2\">Prompt</th>");
         for model in &self.models {
-            let _ = write!(page, "<th colspan=\"3\">{}</th>", escape(&model.name));
+            let _ = write!(
+                page,
+                "<th class=\"first\" colspan=\"3\">{}</th>",
+                escape(&model.name)
+            );
         }
         page.push_str("</tr><tr>");
         for _ in &self.models {
-            for (name, _) in METRICS {
-                let _ = write!(page, "<th class=\"n\">{name}</th>");
+            for (index, (name, _)) in METRICS.iter().enumerate() {
+                let _ = write!(page, "<th class=\"{}\">{name}</th>", column_class(index));
             }
         }
         page.push_str("</tr></thead><tbody>\n");
@@ -308,8 +313,9 @@ impl Report {
                     let sum: f64 = scores.iter().map(score).sum();
                     format!("{:.3}", sum / scores.len() as f64)
                 };
-                for cell in [mean(|s| s.clip_i), mean(|s| s.clip_t), mean(|s| s.dino)] {
-                    let _ = write!(page, "<td class=\"n\">{cell}</td>");
+                let cells = [mean(|s| s.clip_i), mean(|s| s.clip_t), mean(|s| s.dino)];
+                for (index, cell) in cells.iter().enumerate() {
+                    let _ = write!(page, "<td class=\"{}\">{cell}</td>", column_class(index));
                 }
             }
             page.push_str("</tr>\n");
@@ -373,6 +379,11 @@ impl Report {
             );
         }
     }
+}
+
+/// Class of a number's cell; the first of a model's three has a line before it.
+fn column_class(index: usize) -> &'static str {
+    if index == 0 { "n first" } else { "n" }
 }
 
 fn basis_note(basis: Basis) -> &'static str {

@@ -61,7 +61,7 @@ impl Sheet {
 
         let title = Canvas::wrap(&self.title, 4, inner);
         let subtitle = Canvas::wrap(&self.subtitle, 2, inner);
-        let title_height = title.len() as u32 * (Canvas::text_height(4) + LINE_GAP)
+        let title_height = title.len() as u32 * (Canvas::text_height(4) + 2 * LINE_GAP)
             + subtitle.len() as u32 * (Canvas::text_height(2) + LINE_GAP);
         let labels: Vec<Vec<String>> = std::iter::once("references")
             .chain(self.columns.iter().map(String::as_str))
@@ -136,10 +136,12 @@ impl Sheet {
 }
 
 fn lines(canvas: &mut Canvas, text: &[String], x: u32, y: u32, scale: u32, ink: [u8; 3]) -> u32 {
+    // Large letters want more room below.
+    let line_gap = LINE_GAP * (scale / 2).max(1);
     let mut y = y;
     for line in text {
         canvas.text(line, x, y, scale, ink);
-        y += Canvas::text_height(scale) + LINE_GAP;
+        y += Canvas::text_height(scale) + line_gap;
     }
     y
 }

@@ -1,6 +1,7 @@
 """Golden pictures from Pillow: python generate.py writes golden.safetensors beside itself.
 
 `source` is a picture of 61x47 pixels with smooth and hard parts. `resize.FILTER.WxH` is Pillow's resize of it.
+`preprocess.NAME` is `source` as an evaluator's image processor of transformers (its PIL backend) has it, (3, h, w).
 `file.NAME` is an encoded photo and `pixels.NAME` what it must decode to, as (h, w, 3) u8.
 """
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from transformers import CLIPImageProcessorPil, ViTImageProcessorPil
 
 generator = np.random.default_rng(5)
 height, width = 47, 61
@@ -33,6 +35,19 @@ FILTERS = {
 for name, kind in FILTERS.items():
     for size in [(16, 16), (32, 24), (61, 20), (9, 47), (70, 50), (1, 1), (13, 64)]:
         tensors[f"resize.{name}.{size[0]}x{size[1]}"] = np.asarray(picture.resize(size, kind))
+
+processors = {
+    "clip": CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+    "dino": CLIPImageProcessorPil(
+        size={"shortest_edge": 32},
+        crop_size={"height": 28, "width": 28},
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
+    ),
+    "vit": ViTImageProcessorPil(size={"height": 32, "width": 32}),
+}
+for name, processor in processors.items():
+    tensors[f"preprocess.{name}"] = np.asarray(processor(picture)["pixel_values"][0], np.float32)
 
 
 def add(name, image, expected, **options):
@@ -104,6 +119,6 @@ scaled = np.floor(sixteen / 257 + 0.5).astype(np.uint8)
 add("png.grey_16_bit", Image.fromarray(sixteen), np.repeat(scaled[..., None], 3, -1), format="PNG")
 
 save_file(
-    {name: torch.from_numpy(np.array(array)) for name, array in sorted(tensors.items())},
+    {name: torch.from_numpy(np.array(array, order="C")) for name, array in sorted(tensors.items())},
     pathlib.Path(__file__).with_name("golden.safetensors"),
 )
