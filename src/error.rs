@@ -88,6 +88,9 @@ impl Error {
             Error::Checkpoint { .. } => {
                 Some("compare the files with config.json of the same checkpoint, or fetch the checkpoint again".into())
             }
+            Error::Image { .. } => {
+                Some("save it again as JPEG, PNG or WebP with an image editor, or take it out of the folder".into())
+            }
             _ => None,
         }
     }

@@ -1,1 +1,31 @@
+//! TOML to types, all faults at once, and the resolved file.
+//!
+//! A pipeline file is read in three steps: [`tree`] turns text and `--set` overrides into values that know their
+//! place; [`typed`] reads these into structs of options, what was typed; [`resolve`] fills every default and gives
+//! [`Resolved`], what it means. Faults of all steps are collected and reported together.
 
+mod defaults;
+pub mod models;
+pub mod prompts;
+mod reader;
+mod resolve;
+mod resolved;
+mod tree;
+mod typed;
+
+use std::path::Path;
+
+pub use models::{Family, Kind, locate};
+pub use resolve::Document;
+pub use resolved::*;
+
+use crate::Result;
+
+/// Reads and resolves the pipeline file at `path` with overrides of the form `a.b=value`.
+///
+/// # Errors
+/// [`Error::Config`](crate::Error::Config) with every fault of the file and the overrides, each as
+/// `FILE:LINE:COLUMN: what` and `hint: …`; [`Error::Io`](crate::Error::Io) when the file cannot be read.
+pub fn load(path: &Path, overrides: &[String]) -> Result<Resolved> {
+    Document::open(path, overrides)?.resolve()
+}

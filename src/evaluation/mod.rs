@@ -1,1 +1,13 @@
+//! How good an image is: CLIP-I, CLIP-T and DINO as the Proxy-Tuning paper reports them, and what shows it: a sheet of
+//! pictures, a page, a table.
 
+pub mod embed;
+pub mod embedders;
+pub mod metrics;
+pub mod plot;
+pub mod preprocess;
+pub mod prompts;
+pub mod report;
+pub mod sheet;
+
+mod html;

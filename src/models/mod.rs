@@ -1,5 +1,14 @@
 //! Architectures, one file or folder each, and what the rest of the house sees of them: a [`Learner`].
 
+pub mod autoencoder;
+pub mod clip;
+pub mod encoder;
+pub mod llamagen;
+pub mod sd3;
+pub mod t5;
+pub mod tokenizer;
+pub mod vit;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

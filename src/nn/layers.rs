@@ -4,7 +4,7 @@
 use candle_core::Tensor;
 
 use super::adapter::Lora;
-use super::{Init, Weights, ops, parameter};
+use super::{Init, Weights, ops};
 use crate::Result;
 
 /// `y = x·Wᵀ + bias`, plus the adapter's `scale · (x·Aᵀ)·Bᵀ` where one is attached.
@@ -232,11 +232,6 @@ impl Embedding {
 
     /// `ids` (…) of u32 to (…, width).
     pub fn forward(&self, ids: &Tensor) -> Result<Tensor> {
-        let width = self.weight.dim(1)?;
-        let mut shape = ids.dims().to_vec();
-        shape.push(width);
-        Ok(parameter(&self.weight)
-            .index_select(&ids.flatten_all()?, 0)?
-            .reshape(shape)?)
+        ops::embedding(&self.weight, ids)
     }
 }

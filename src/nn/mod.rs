@@ -6,11 +6,15 @@
 //! - [`no_grad`] runs a closure without building a graph: sampling, encoding and evaluation use it.
 
 mod adapter;
+pub mod bench;
+mod cpu;
 pub mod layers;
 pub mod ops;
 pub mod plain;
+mod vjp;
 mod weights;
 
+pub(crate) use adapter::seeded;
 pub use adapter::{Adapter, Lora, LoraConfig};
 pub use layers::{Conv2d, Embedding, GroupNorm, LayerNorm, Linear, RmsNorm};
 pub use ops::Mask;

@@ -3,9 +3,14 @@
 //! is recorded inside [`super::no_grad`].
 
 use candle_core::Tensor;
+use rand::Rng;
+use rand_chacha::ChaCha8Rng;
 
-use super::{parameter, plain};
-use crate::Result;
+use super::cpu::activation::{Gelu, GeluErf, QuickGelu, Silu, activation, gated};
+use super::cpu::rope::{Pairing, rope};
+use super::cpu::takes;
+use super::{cpu, parameter, plain, vjp};
+use crate::{Error, Result};
 
 /// Zeros around the two spatial dimensions of a convolution's input.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -29,7 +34,12 @@ pub enum Mask {
 
 /// `x` (…, inputs) · `weight` (outputs, inputs)ᵀ + `bias` (outputs).
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    plain::linear(x, &parameter(weight), bias.map(parameter).as_ref())
+    let (weight, bias) = (parameter(weight), bias.map(parameter));
+    let bias = bias.as_ref();
+    if takes([x, &weight].into_iter().chain(bias)) {
+        return Ok(cpu::linear::linear(x, &weight, bias)?);
+    }
+    plain::linear(x, &weight, bias)
 }
 
 /// [`linear`] plus `scale · (x·aᵀ)·bᵀ` with `a` (rank, inputs) and `b` (outputs, rank).
@@ -41,14 +51,19 @@ pub fn linear_lora(
     b: &Tensor,
     scale: f64,
 ) -> Result<Tensor> {
-    plain::linear_lora(
-        x,
-        &parameter(weight),
-        bias.map(parameter).as_ref(),
-        &parameter(a),
-        &parameter(b),
-        scale,
-    )
+    let (weight, bias, a, b) = (
+        parameter(weight),
+        bias.map(parameter),
+        parameter(a),
+        parameter(b),
+    );
+    let bias = bias.as_ref();
+    let all: Vec<&Tensor> = [x, &weight, &a, &b].into_iter().chain(bias).collect();
+    let tracked = all.iter().filter(|t| t.track_op()).count();
+    if takes(all) && tracked <= vjp::MOST_TRACKED {
+        return Ok(cpu::linear::linear_lora(x, &weight, bias, &a, &b, scale)?);
+    }
+    plain::linear_lora(x, &weight, bias, &a, &b, scale)
 }
 
 /// `x` (b, c, h, w) convolved with `weight` (outputs, c, k, k).
@@ -59,18 +74,29 @@ pub fn conv2d(
     stride: usize,
     padding: Padding,
 ) -> Result<Tensor> {
-    plain::conv2d(
-        x,
-        &parameter(weight),
-        bias.map(parameter).as_ref(),
-        stride,
-        padding,
-    )
+    let (weight, bias) = (parameter(weight), bias.map(parameter));
+    let bias = bias.as_ref();
+    if takes([x, &weight].into_iter().chain(bias)) {
+        return Ok(cpu::conv::conv2d(x, &weight, bias, stride, padding)?);
+    }
+    plain::conv2d(x, &weight, bias, stride, padding)
 }
 
-/// softmax(scale · q·kᵀ + mask) · v. `q` (b, h, n, d), `k` and `v` (b, h, m, d); result (b, h, n, d).
+/// softmax(scale · q·kᵀ + mask) · v. `q` (b, h, n, d), `k` and `v` (b, h, m, d); result (b, h, n, d). Views whose
+/// last dimension is adjacent, such as a transposed (b, n, h, d), are read in place.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) -> Result<Tensor> {
+    if takes([q, k, v]) && cpu::attention::takes_mask(mask, q.dim(2)?, k.dim(2)?) {
+        return Ok(cpu::attention::attention(q, k, v, scale, mask)?);
+    }
     plain::attention(q, k, v, scale, mask)
+}
+
+/// Softmax over the last dimension.
+pub fn softmax(x: &Tensor) -> Result<Tensor> {
+    if takes([x]) {
+        return Ok(cpu::softmax::softmax(x)?);
+    }
+    plain::softmax(x)
 }
 
 /// `(x − mean) / √(variance + eps) · weight + bias` over the last dimension.
@@ -80,17 +106,21 @@ pub fn layer_norm(
     bias: Option<&Tensor>,
     eps: f64,
 ) -> Result<Tensor> {
-    plain::layer_norm(
-        x,
-        weight.map(parameter).as_ref(),
-        bias.map(parameter).as_ref(),
-        eps,
-    )
+    let (weight, bias) = (weight.map(parameter), bias.map(parameter));
+    let (weight, bias) = (weight.as_ref(), bias.as_ref());
+    if takes([x].into_iter().chain(weight).chain(bias)) {
+        return Ok(cpu::norm::norm(x, weight, bias, eps, true)?);
+    }
+    plain::layer_norm(x, weight, bias, eps)
 }
 
 /// `x / √(mean(x²) + eps) · weight` over the last dimension, normalised in f32.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
-    plain::rms_norm(x, &parameter(weight), eps)
+    let weight = parameter(weight);
+    if takes([x, &weight]) {
+        return Ok(cpu::norm::norm(x, Some(&weight), None, eps, false)?);
+    }
+    plain::rms_norm(x, &weight, eps)
 }
 
 /// Group normalisation of `x` (b, c, …); `weight` and `bias` (c).
@@ -101,7 +131,13 @@ pub fn group_norm(
     bias: &Tensor,
     eps: f64,
 ) -> Result<Tensor> {
-    plain::group_norm(x, groups, &parameter(weight), &parameter(bias), eps)
+    let (weight, bias) = (parameter(weight), parameter(bias));
+    if takes([x, &weight, &bias]) {
+        return Ok(cpu::group_norm::group_norm(
+            x, groups, &weight, &bias, eps, false,
+        )?);
+    }
+    plain::group_norm(x, groups, &weight, &bias, eps)
 }
 
 /// SiLU of [`group_norm`].
@@ -112,50 +148,154 @@ pub fn group_norm_silu(
     bias: &Tensor,
     eps: f64,
 ) -> Result<Tensor> {
-    silu(&group_norm(x, groups, weight, bias, eps)?)
+    let (weight, bias) = (parameter(weight), parameter(bias));
+    if takes([x, &weight, &bias]) {
+        return Ok(cpu::group_norm::group_norm(
+            x, groups, &weight, &bias, eps, true,
+        )?);
+    }
+    Ok(plain::group_norm(x, groups, &weight, &bias, eps)?.silu()?)
 }
 
 /// `x · sigmoid(x)`.
 pub fn silu(x: &Tensor) -> Result<Tensor> {
+    if takes([x]) {
+        return Ok(activation::<Silu>(x)?);
+    }
     Ok(x.silu()?)
 }
 
 /// GELU in the tanh approximation (torch's `approximate="tanh"`, T5's `gelu_new`).
 pub fn gelu(x: &Tensor) -> Result<Tensor> {
+    if takes([x]) {
+        return Ok(activation::<Gelu>(x)?);
+    }
     Ok(x.gelu()?)
 }
 
 /// GELU with the error function.
 pub fn gelu_erf(x: &Tensor) -> Result<Tensor> {
+    if takes([x]) {
+        return Ok(activation::<GeluErf>(x)?);
+    }
     Ok(x.gelu_erf()?)
 }
 
 /// `x · sigmoid(1.702·x)`, CLIP's activation.
 pub fn quick_gelu(x: &Tensor) -> Result<Tensor> {
+    if takes([x]) {
+        return Ok(activation::<QuickGelu>(x)?);
+    }
     plain::quick_gelu(x)
 }
 
 /// `silu(gate) · up`, elementwise.
 pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    if takes([gate, up]) {
+        return Ok(gated::<Silu>(gate, up)?);
+    }
     plain::swiglu(gate, up)
+}
+
+/// `value · gelu_erf(gate)`, elementwise.
+pub fn geglu(value: &Tensor, gate: &Tensor) -> Result<Tensor> {
+    if takes([value, gate]) {
+        return Ok(gated::<GeluErf>(gate, value)?);
+    }
+    plain::geglu(value, gate)
+}
+
+/// `value · gelu(gate)` with the tanh approximation, elementwise: the feed-forward of T5 1.1.
+pub fn geglu_tanh(value: &Tensor, gate: &Tensor) -> Result<Tensor> {
+    if takes([value, gate]) {
+        return Ok(gated::<Gelu>(gate, value)?);
+    }
+    plain::geglu_tanh(value, gate)
 }
 
 /// Rotary embedding of `x` (b, h, n, d), pairs (2i, 2i+1); `cos` and `sin` (n, d/2).
 pub fn rope_adjacent(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    if takes([x, cos, sin]) && !cos.track_op() && !sin.track_op() {
+        return Ok(rope(x, cos, sin, Pairing::Adjacent)?);
+    }
     plain::rope_adjacent(x, cos, sin)
 }
 
 /// Rotary embedding of `x` (b, h, n, d), pairs (i, i + d/2); `cos` and `sin` (n, d/2).
 pub fn rope_halves(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
+    if takes([x, cos, sin]) && !cos.track_op() && !sin.track_op() {
+        return Ok(rope(x, cos, sin, Pairing::Halves)?);
+    }
     plain::rope_halves(x, cos, sin)
 }
 
 /// −log softmax(logits)[target] for each row. `logits` (n, v), `targets` (n) of u32; result (n), f32.
 pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
+    if takes([logits]) {
+        return Ok(cpu::softmax::cross_entropy(logits, targets)?);
+    }
     plain::cross_entropy(logits, targets)
+}
+
+/// The rows of `weight` (count, width) that `ids` (…) of u32 name: (…, width).
+pub fn embedding(weight: &Tensor, ids: &Tensor) -> Result<Tensor> {
+    let weight = parameter(weight);
+    if takes([&weight]) {
+        return Ok(cpu::embedding::embedding(&weight, ids)?);
+    }
+    plain::embedding(&weight, ids)
+}
+
+/// `x · (1 + scale) + shift` with `x` (b, n, c), `shift` and `scale` (b, c).
+pub fn modulate(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tensor> {
+    if takes([x, shift, scale]) {
+        return Ok(cpu::rows::modulate(x, shift, scale)?);
+    }
+    plain::modulate(x, shift, scale)
+}
+
+/// `x + gate · y` with `x` and `y` (b, n, c) and `gate` (b, c).
+pub fn gated_residual(x: &Tensor, gate: &Tensor, y: &Tensor) -> Result<Tensor> {
+    if takes([x, gate, y]) {
+        return Ok(cpu::rows::gated_residual(x, gate, y)?);
+    }
+    plain::gated_residual(x, gate, y)
+}
+
+/// Each element of `x` zero with probability `p` in 0..1, the others divided by 1 − p. Draws one number per element
+/// from `generator`, none if `p` is 0.
+pub fn dropout(x: &Tensor, p: f64, generator: &mut ChaCha8Rng) -> Result<Tensor> {
+    if !(0.0..1.0).contains(&p) {
+        return Err(Error::invalid(
+            format!("dropout with probability {p}"),
+            "choose one from 0 up to, but not including, 1",
+        ));
+    }
+    if p == 0.0 {
+        return Ok(x.clone());
+    }
+    let threshold = (p * (1u64 << 32) as f64) as u32;
+    let kept = (1.0 / (1.0 - p)) as f32;
+    let factors: Vec<f32> = (0..x.elem_count())
+        .map(|_| {
+            if generator.random::<u32>() < threshold {
+                0.0
+            } else {
+                kept
+            }
+        })
+        .collect();
+    if takes([x]) {
+        return Ok(cpu::rows::times(x, factors)?);
+    }
+    let factors = Tensor::from_vec(factors, x.shape(), x.device())?.to_dtype(x.dtype())?;
+    Ok((x * factors)?)
 }
 
 /// Each pixel of `x` (b, c, h, w) four times: (b, c, 2h, 2w).
 pub fn upsample_nearest2x(x: &Tensor) -> Result<Tensor> {
+    if takes([x]) {
+        return Ok(cpu::rows::upsample_nearest2x(x)?);
+    }
     plain::upsample_nearest2x(x)
 }

@@ -49,7 +49,19 @@ pub fn conv2d(
         Padding::Same(n) => (x.clone(), n),
         Padding::RightBottom => (x.pad_with_zeros(3, 0, 1)?.pad_with_zeros(2, 0, 1)?, 0),
     };
-    let y = x.contiguous()?.conv2d(weight, symmetric, stride, 1, 1)?;
+    // candle's gradient of a convolution takes images to be square. More zeros on the right or at the bottom only add
+    // pixels to the result, which are cut off again.
+    let (_, _, h, w) = x.dims4()?;
+    let side = h.max(w);
+    let square = x
+        .pad_with_zeros(2, 0, side - h)?
+        .pad_with_zeros(3, 0, side - w)?;
+    let y = square
+        .contiguous()?
+        .conv2d(weight, symmetric, stride, 1, 1)?;
+    let kernel = weight.dim(2)?;
+    let result = |size: usize| ((size + 2 * symmetric).saturating_sub(kernel)) / stride + 1;
+    let y = y.narrow(2, 0, result(h))?.narrow(3, 0, result(w))?;
     match bias {
         Some(bias) => Ok(y.broadcast_add(&bias.reshape((1, bias.elem_count(), 1, 1))?)?),
         None => Ok(y),
@@ -186,4 +198,39 @@ pub fn upsample_nearest2x(x: &Tensor) -> Result<Tensor> {
         .broadcast_as((b, c, h, 2, w, 2))?
         .contiguous()?
         .reshape((b, c, 2 * h, 2 * w))?)
+}
+
+/// See [`super::ops::softmax`].
+pub fn softmax(x: &Tensor) -> Result<Tensor> {
+    Ok(candle_nn::ops::softmax(x, D::Minus1)?)
+}
+
+/// See [`super::ops::geglu`].
+pub fn geglu(value: &Tensor, gate: &Tensor) -> Result<Tensor> {
+    Ok((value * gate.gelu_erf()?)?)
+}
+
+/// See [`super::ops::geglu_tanh`].
+pub fn geglu_tanh(value: &Tensor, gate: &Tensor) -> Result<Tensor> {
+    Ok((value * gate.gelu()?)?)
+}
+
+/// See [`super::ops::embedding`].
+pub fn embedding(weight: &Tensor, ids: &Tensor) -> Result<Tensor> {
+    let mut shape = ids.dims().to_vec();
+    shape.push(weight.dim(1)?);
+    Ok(weight
+        .index_select(&ids.flatten_all()?, 0)?
+        .reshape(shape)?)
+}
+
+/// See [`super::ops::modulate`].
+pub fn modulate(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tensor> {
+    let (scale, shift) = (scale.unsqueeze(1)?, shift.unsqueeze(1)?);
+    Ok(x.broadcast_mul(&(scale + 1.0)?)?.broadcast_add(&shift)?)
+}
+
+/// See [`super::ops::gated_residual`].
+pub fn gated_residual(x: &Tensor, gate: &Tensor, y: &Tensor) -> Result<Tensor> {
+    Ok((x + y.broadcast_mul(&gate.unsqueeze(1)?)?)?)
 }

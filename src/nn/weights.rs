@@ -16,6 +16,8 @@ use crate::{Error, Result};
 pub enum Init {
     Zeros,
     Ones,
+    /// This value everywhere.
+    Constant(f64),
     /// Normal with mean 0 and this standard deviation.
     Normal(f64),
     /// Uniform in ±bound.
@@ -272,6 +274,7 @@ fn draw(shape: &Shape, init: Init, seed: u64, name: &str, device: &Device) -> Re
     let values: Vec<f32> = match init {
         Init::Zeros => vec![0.0; count],
         Init::Ones => vec![1.0; count],
+        Init::Constant(value) => vec![value as f32; count],
         Init::Normal(deviation) => {
             let normal = Normal::new(0f32, deviation as f32).map_err(|_| {
                 Error::invalid(

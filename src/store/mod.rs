@@ -1,1 +1,175 @@
+//! The store: one directory, one Lance dataset per kind of record.
+//!
+//! | table | a row is | key |
+//! |---|---|---|
+//! | `subjects.lance` | a reference image | digest of subject and bytes |
+//! | `proxies.lance` | an image made by a supervisor | digest of everything that affects it |
+//! | `tokens_<tokenizer>.lance` | the indices a tokenizer gives a proxy | the proxy's |
+//! | `evaluations_<evaluators>.lance` | scores and embeddings of an image | digest of its origin |
+//! | `metrics.lance` | one number of one step | run, stage, step, name |
+//! | `runs.lance` | a change of a run's status | run, time, status |
+//!
+//! Scores of different evaluators cannot be compared, nor do their embeddings have one length: each pair of
+//! evaluators has a table of its own, as each tokenizer has. A table comes into being with its first row.
+//!
+//! Any number of processes may append to one store. A row exists once it is committed; readers keep the first row
+//! of a key. Python's `lance` and DuckDB can open the tables.
 
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use arrow::datatypes::SchemaRef;
+use lance::session::Session;
+use tokio::sync::Mutex;
+
+mod columns;
+mod dataset;
+mod failure;
+mod rows;
+mod table;
+mod writer;
+
+pub use columns::DESCRIPTION;
+pub use dataset::Compacted;
+pub use rows::{
+    EvaluationRow, MetricRow, ProxyRow, Row, RunRow, SCHEMA_VERSION, SubjectRow, TokenRow, now_us,
+};
+pub use table::{Columns, Table};
+pub use writer::{Limits, Writer};
+
+use crate::{Error, Result};
+
+/// What Lance may keep in memory of one store, in bytes; its own defaults are several GiB.
+const INDEX_CACHE: usize = 64 << 20;
+const METADATA_CACHE: usize = 64 << 20;
+/// Digits of a digest that a table's name carries.
+const NAME_DIGITS: usize = 12;
+
+/// A directory of tables. Handles to one table from one store share what they know of it.
+pub struct Store {
+    path: PathBuf,
+    session: Arc<Session>,
+    open: Mutex<BTreeMap<String, Arc<dataset::RawTable>>>,
+}
+
+impl Store {
+    /// Opens the store in `path`, a local directory, which is created if absent.
+    ///
+    /// Errors: a URL; a directory that cannot be created.
+    pub async fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref().to_path_buf();
+        if path.to_str().is_some_and(|text| text.contains("://")) {
+            return Err(Error::invalid(
+                format!("{} is a URL; a store is a local directory", path.display()),
+                "name a directory with --store; a bucket must be mounted first",
+            ));
+        }
+        tokio::fs::create_dir_all(&path)
+            .await
+            .map_err(Error::io(&path))?;
+        let path = tokio::fs::canonicalize(&path)
+            .await
+            .map_err(Error::io(&path))?;
+        Ok(Self {
+            path,
+            session: Arc::new(Session::new(INDEX_CACHE, METADATA_CACHE, Arc::default())),
+            open: Mutex::default(),
+        })
+    }
+
+    /// The directory, absolute.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The names of the tables that exist, sorted, without `.lance`.
+    ///
+    /// Errors: a directory that cannot be read.
+    pub async fn table_names(&self) -> Result<Vec<String>> {
+        let mut entries = tokio::fs::read_dir(&self.path)
+            .await
+            .map_err(Error::io(&self.path))?;
+        let mut names = Vec::new();
+        while let Some(entry) = entries.next_entry().await.map_err(Error::io(&self.path))? {
+            let name = entry.file_name();
+            names.extend(
+                name.to_str()
+                    .and_then(|n| n.strip_suffix(".lance"))
+                    .map(str::to_string),
+            );
+        }
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    /// The reference images.
+    ///
+    /// Errors, here and below: a table of another schema version; files that cannot be read.
+    pub async fn subjects(&self) -> Result<Table<SubjectRow>> {
+        self.table("subjects".into(), SubjectRow::schema()).await
+    }
+
+    /// The proxies of all supervisors.
+    pub async fn proxies(&self) -> Result<Table<ProxyRow>> {
+        self.table("proxies".into(), ProxyRow::schema()).await
+    }
+
+    /// What the tokenizer of this digest gives: `n` tokens per image.
+    pub async fn tokens(&self, tokenizer_digest: &str, n: usize) -> Result<Table<TokenRow>> {
+        let name = format!("tokens_{}", short(tokenizer_digest)?);
+        self.table(name, TokenRow::schema(n)).await
+    }
+
+    /// What the evaluators of this digest give; their embeddings have `clip` and `dino` values.
+    pub async fn evaluations(
+        &self,
+        evaluators_digest: &str,
+        clip: usize,
+        dino: usize,
+    ) -> Result<Table<EvaluationRow>> {
+        let name = format!("evaluations_{}", short(evaluators_digest)?);
+        self.table(name, EvaluationRow::schema(clip, dino)).await
+    }
+
+    /// Loss curves and the like.
+    pub async fn metrics(&self) -> Result<Table<MetricRow>> {
+        self.table("metrics".into(), MetricRow::schema()).await
+    }
+
+    /// The runs and what became of them.
+    pub async fn runs(&self) -> Result<Table<RunRow>> {
+        self.table("runs".into(), RunRow::schema()).await
+    }
+
+    /// Where each run stands: its latest row, by run.
+    pub async fn latest_runs(&self) -> Result<BTreeMap<String, RunRow>> {
+        let rows = self.runs().await?.rows(None, Columns::All).await?;
+        Ok(rows.into_iter().map(|row| (row.run.clone(), row)).collect())
+    }
+
+    async fn table<R: Row>(&self, name: String, schema: SchemaRef) -> Result<Table<R>> {
+        let mut open = self.open.lock().await;
+        if let Some(raw) = open.get(&name)
+            && raw.schema() == &schema
+        {
+            return Ok(Table::new(raw.clone()));
+        }
+        let path = self.path.join(format!("{name}.lance"));
+        let raw =
+            Arc::new(dataset::RawTable::open(path, schema, R::KEY, self.session.clone()).await?);
+        open.insert(name, raw.clone());
+        Ok(Table::new(raw))
+    }
+}
+
+/// The part of a digest that names a table.
+fn short(digest: &str) -> Result<&str> {
+    let digits = digest
+        .get(..NAME_DIGITS)
+        .filter(|d| d.bytes().all(|b| b.is_ascii_hexdigit()));
+    digits.ok_or_else(|| Error::Store {
+        what: format!("{digest:?} is no digest: at least {NAME_DIGITS} hex digits are needed"),
+        hint: None,
+    })
+}

@@ -1,0 +1,688 @@
+//! From what was typed to what it means: every default filled in, everything that can be known beforehand checked.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use super::defaults;
+use super::models::{self, Family, Kind};
+use super::prompts::{self, PromptList};
+use super::reader::{At, Fault, Faults, did_you_mean};
+use super::resolved::*;
+use super::tree::{self, Place};
+use super::typed::{self, Typed};
+use crate::{Error, Result};
+
+/// A pipeline file that has been read but not yet given a meaning; it remembers where everything was typed.
+pub struct Document {
+    typed: typed::Pipeline,
+    faults: Vec<Fault>,
+    syntax_is_broken: bool,
+}
+
+impl Document {
+    /// Reads the file at `path` and lays `overrides` (`a.b=value`) over it.
+    ///
+    /// # Errors
+    /// Only when the file cannot be read; faults in it are kept for [`Document::resolve`].
+    pub fn open(path: &Path, overrides: &[String]) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
+        Ok(Self::parse(&text, &path.display().to_string(), overrides))
+    }
+
+    /// Reads `text`, which faults call `file`, and lays `overrides` over it.
+    pub fn parse(text: &str, file: &str, overrides: &[String]) -> Self {
+        let (table, syntax) = tree::parse(text, file, overrides);
+        let start = Place::File {
+            file: file.to_string(),
+            line: 1,
+            column: 1,
+        };
+        let faults = Faults::default();
+        let typed = typed::Pipeline::read(&faults, start, &table);
+        let syntax_is_broken = !syntax.is_empty();
+        // after a broken line, what seems to be missing may only not have been understood
+        let faults = if syntax_is_broken {
+            syntax
+        } else {
+            faults.into_inner()
+        };
+        Document {
+            typed,
+            faults,
+            syntax_is_broken,
+        }
+    }
+
+    /// What the file means.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with every fault of the file.
+    pub fn resolve(&self) -> Result<Resolved> {
+        let faults = Faults::default();
+        faults.extend(self.faults.clone());
+        let resolved = if self.syntax_is_broken {
+            None
+        } else {
+            pipeline(&self.typed, &faults)
+        };
+        let lines = faults.into_lines();
+        match resolved {
+            Some(resolved) if lines.is_empty() => Ok(resolved),
+            _ => Err(Error::Config(lines)),
+        }
+    }
+
+    /// Every folder and checkpoint that `resolved`, the meaning of this document, names and that is not there; in
+    /// the form of faults.
+    pub fn missing_files(&self, resolved: &Resolved) -> Vec<String> {
+        let faults = Faults::default();
+        for (typed, subject) in self.typed.subjects.iter().zip(&resolved.subjects) {
+            if !subject.images.is_dir() {
+                faults.push(
+                    place_of(&typed.images, &typed.place),
+                    format!("there is no folder {}", subject.images.display()),
+                    "place 3 to 6 photos of the subject there; relative paths start at the working directory",
+                );
+            }
+        }
+        let start = &self.typed.start;
+        let student = self.typed.student.as_ref();
+        let student = student.map_or(start, |student| place_of(&student.model, start));
+        let mut models = vec![(resolved.student.model.as_str(), student)];
+        if let (Some(typed), Some(supervisor)) = (&self.typed.supervisor, &resolved.supervisor) {
+            models.push((&supervisor.model, place_of(&typed.model, start)));
+        }
+        let evaluation = &self.typed.evaluation;
+        models.push((
+            &resolved.evaluation.clip,
+            place_of(&evaluation.clip, student),
+        ));
+        models.push((
+            &resolved.evaluation.dino,
+            place_of(&evaluation.dino, student),
+        ));
+        for (model, place) in models {
+            if let Err(error) = models::locate(model) {
+                faults.push(place, error.to_string(), error.hint().unwrap_or_default());
+            }
+        }
+        faults.into_lines()
+    }
+}
+
+fn place_of<'a, T>(typed: &'a Typed<T>, otherwise: &'a Place) -> &'a Place {
+    typed.as_ref().map_or(otherwise, |at| &at.place)
+}
+
+fn or<T: Clone>(typed: &Typed<T>, default: T) -> T {
+    typed.as_ref().map_or(default, |at| at.value.clone())
+}
+
+/// `None` only with a fault.
+fn pipeline(typed: &typed::Pipeline, faults: &Faults) -> Option<Resolved> {
+    let subjects = subjects(typed, faults);
+    let student = match &typed.student {
+        Some(student) => resolve_student(student, faults),
+        None => {
+            missing_section(faults, &typed.start, "student", "nano-llamagen");
+            None
+        }
+    };
+    let source = typed.student.as_ref().map_or(Source::Proxies, |student| {
+        or(&student.source, Source::Proxies)
+    });
+    let mut supervisor = None;
+    let mut proxies = None;
+    match (&typed.supervisor, source) {
+        (Some(section), Source::Proxies) => {
+            supervisor = resolve_supervisor(section, faults);
+            let family = supervisor
+                .as_ref()
+                .map_or(Family::Sd3, |supervisor| supervisor.family);
+            proxies = Some(resolve_proxies(&typed.proxies, family, faults));
+        }
+        (None, Source::Proxies) => missing_section(faults, &typed.start, "supervisor", "nano-sd3"),
+        (_, Source::References | Source::Augmented) => {}
+    }
+    let evaluation = resolve_evaluation(&typed.evaluation, student.as_ref(), faults);
+    let student = student?;
+    let direct = resolve_direct(&typed.direct, &student, faults);
+    let resolved = Resolved {
+        seed: or(&typed.seed, 0) as u64,
+        threads: threads(or(&typed.threads, 0)),
+        subjects: subjects?,
+        supervisor,
+        proxies,
+        student,
+        direct,
+        evaluation: evaluation?,
+        channels: channels(&typed.channels),
+    };
+    let whole = source != Source::Proxies || resolved.teacher().is_some();
+    whole.then_some(resolved)
+}
+
+fn missing_section(faults: &Faults, start: &Place, section: &str, model: &str) {
+    faults.push(
+        start,
+        format!("there is no [{section}]"),
+        format!("add the lines [{section}] and model = \"{model}\""),
+    );
+}
+
+fn threads(typed: usize) -> usize {
+    match typed {
+        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        threads => threads,
+    }
+}
+
+fn subjects(typed: &typed::Pipeline, faults: &Faults) -> Option<Vec<Subject>> {
+    if typed.subjects.is_empty() {
+        faults.push(
+            &typed.start,
+            "there is no subject",
+            "add the lines [subject.dog1], images = \"photos/dog1\" and class = \"dog\"",
+        );
+        return None;
+    }
+    let mut taken = BTreeSet::new();
+    for subject in &typed.subjects {
+        check_name(subject, faults);
+        if let Some(token) = &subject.token {
+            if token
+                .value
+                .contains(|c: char| c.is_whitespace() || "{}".contains(c))
+            {
+                faults.push(
+                    &token.place,
+                    "a token must be one word",
+                    "for example token = \"sks\"",
+                );
+            }
+            if !taken.insert(token.value.clone()) {
+                faults.push(
+                    &token.place,
+                    format!("subject.{} has the token {:?} of another subject", subject.name, token.value),
+                    "give every subject its own, or remove the line: then one that is free is chosen",
+                );
+            }
+        }
+    }
+    let mut resolved = Vec::new();
+    for subject in &typed.subjects {
+        let token = match &subject.token {
+            Some(token) => Some(token.value.clone()),
+            None => prompts::RARE_TOKENS
+                .iter()
+                .map(|token| token.to_string())
+                .find(|token| !taken.contains(token)),
+        };
+        if token.is_none() {
+            faults.push(
+                &subject.place,
+                format!("all {} rare tokens are taken", prompts::RARE_TOKENS.len()),
+                "set token to a word that the models know and that no prompt contains",
+            );
+        }
+        // what is missing here has been reported when the section was read
+        let (Some(images), Some(class), Some(token)) = (&subject.images, &subject.class, token)
+        else {
+            continue;
+        };
+        if class.value.split_whitespace().any(|word| word == token) {
+            faults.push(
+                place_of(&subject.token, &class.place),
+                format!(
+                    "subject.{} has its class's word {token:?} as token",
+                    subject.name
+                ),
+                "the token must not mean anything yet; remove the line to get one that does not",
+            );
+        }
+        taken.insert(token.clone());
+        resolved.push(Subject {
+            name: subject.name.clone(),
+            images: PathBuf::from(&images.value),
+            class: class.value.clone(),
+            token,
+        });
+    }
+    Some(resolved)
+}
+
+fn check_name(subject: &typed::Subject, faults: &Faults) {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
+    if subject.name.is_empty() || subject.name.starts_with('.') || !subject.name.chars().all(plain)
+    {
+        faults.push(
+            &subject.place,
+            format!("{:?} cannot be a subject's name", subject.name),
+            "names consist of letters, digits, _, - and ., and do not begin with a dot: folders are called after them",
+        );
+    }
+}
+
+/// The family of a model that is to play `role`.
+fn family(
+    model: &At<String>,
+    role: &str,
+    fits: impl Fn(Family) -> bool,
+    faults: &Faults,
+) -> Option<Family> {
+    match models::family(&model.value) {
+        Ok(family) if fits(family) => Some(family),
+        Ok(family) => {
+            let fitting = models::KNOWN
+                .iter()
+                .filter(|model| fits(model.family))
+                .map(|model| model.name);
+            faults.push(
+                &model.place,
+                format!(
+                    "{} is a {family} model and cannot be the {role}",
+                    model.value
+                ),
+                format!(
+                    "models for this role are {}",
+                    fitting.collect::<Vec<_>>().join(", ")
+                ),
+            );
+            None
+        }
+        Err(error) => {
+            let hint = if Path::new(&model.value).is_dir() {
+                error.hint().unwrap_or_default()
+            } else {
+                did_you_mean(
+                    &model.value,
+                    models::known_names().into_iter(),
+                    "the known models are",
+                )
+            };
+            faults.push(&model.place, error.to_string(), hint);
+            None
+        }
+    }
+}
+
+fn resolution(typed: &Typed<usize>, model: &str, faults: &Faults) -> Option<usize> {
+    if let Some(at) = typed
+        && at.value % 8 != 0
+    {
+        faults.push(
+            &at.place,
+            format!("a resolution of {} is not a multiple of 8", at.value),
+            format!("for example {}", at.value.next_multiple_of(8)),
+        );
+    }
+    let typed = typed.as_ref().map(|at| at.value);
+    typed.or_else(|| models::known(model).and_then(|model| model.resolution))
+}
+
+fn resolve_supervisor(typed: &typed::Supervisor, faults: &Faults) -> Option<Supervisor> {
+    let model = typed.model.as_ref()?;
+    let family = family(
+        model,
+        "supervisor",
+        |family| family.kind() == Kind::Diffusion,
+        faults,
+    )?;
+    let prior_preservation = typed.prior_preservation.as_ref().map(|prior| {
+        if let Some(prompt) = &prior.prompt {
+            check_template(prompt, Token::Forbidden, faults);
+        }
+        PriorPreservation {
+            class_images: or(&prior.class_images, 100),
+            weight: or(&prior.weight, 1.0),
+            prompt: or(&prior.prompt, "a {class}".to_string()),
+        }
+    });
+    if let Some(prompt) = &typed.prompt {
+        check_template(prompt, Token::Required, faults);
+    }
+    let default = family_training(&typed.training, family, &model.place, faults);
+    Some(Supervisor {
+        model: model.value.clone(),
+        family,
+        device: or(&typed.device, Device::Cpu),
+        resolution: resolution(&typed.resolution, &model.value, faults),
+        prompt: or(&typed.prompt, "a {token} {class}".to_string()),
+        training: training(&typed.training, &default, faults),
+        prior_preservation,
+    })
+}
+
+/// The training that a family gets when nothing is typed.
+fn family_training(
+    typed: &typed::Training,
+    family: Family,
+    model: &Place,
+    faults: &Faults,
+) -> Training {
+    let defaults = defaults::training(family);
+    if typed.learning_rate.is_none() && defaults.learning_rate.is_none() {
+        faults.push(
+            model,
+            format!("the paper trains {family} with Prodigy, which is not built yet"),
+            "set optimizer = \"adamw\" and a learning_rate, such as 1e-4",
+        );
+    }
+    Training {
+        tuning: Tuning::Lora,
+        steps: defaults.steps,
+        batch_size: defaults.batch_size,
+        learning_rate: defaults.learning_rate.unwrap_or_default(),
+        optimizer: Optimizer::Adamw,
+        adam_beta1: 0.9,
+        adam_beta2: defaults.adam_beta2,
+        adam_epsilon: 1e-8,
+        weight_decay: defaults.weight_decay,
+        max_grad_norm: defaults.max_grad_norm,
+        lr_scheduler: LrScheduler::Constant,
+        warmup_steps: 0,
+        rank: defaults::RANK,
+        alpha: defaults::RANK as f64,
+        targets: defaults::targets(family),
+        checkpoint_every: defaults::CHECKPOINT_EVERY,
+    }
+}
+
+/// What was typed, over `default`.
+fn training(typed: &typed::Training, default: &Training, faults: &Faults) -> Training {
+    let rank = or(&typed.rank, default.rank);
+    let alpha = if typed.rank.is_some() {
+        rank as f64
+    } else {
+        default.alpha
+    };
+    let targets = typed
+        .targets
+        .as_ref()
+        .map(|list| list.value.iter().map(|at| at.value.clone()).collect());
+    let training = Training {
+        tuning: or(&typed.tuning, default.tuning),
+        steps: or(&typed.steps, default.steps),
+        batch_size: or(&typed.batch_size, default.batch_size),
+        learning_rate: or(&typed.learning_rate, default.learning_rate),
+        optimizer: or(&typed.optimizer, default.optimizer),
+        adam_beta1: or(&typed.adam_beta1, default.adam_beta1),
+        adam_beta2: or(&typed.adam_beta2, default.adam_beta2),
+        adam_epsilon: or(&typed.adam_epsilon, default.adam_epsilon),
+        weight_decay: or(&typed.weight_decay, default.weight_decay),
+        max_grad_norm: or(&typed.max_grad_norm, default.max_grad_norm),
+        lr_scheduler: or(&typed.lr_scheduler, default.lr_scheduler),
+        warmup_steps: or(&typed.warmup_steps, default.warmup_steps),
+        rank,
+        alpha: or(&typed.alpha, alpha),
+        targets: targets.unwrap_or_else(|| default.targets.clone()),
+        checkpoint_every: or(&typed.checkpoint_every, default.checkpoint_every),
+    };
+    if let Some(warmup) = &typed.warmup_steps {
+        if warmup.value > training.steps {
+            faults.push(
+                &warmup.place,
+                format!(
+                    "{} warm-up steps are more than all {} steps",
+                    warmup.value, training.steps
+                ),
+                "lower warmup_steps, or raise steps",
+            );
+        }
+        if warmup.value > 0 && training.lr_scheduler == LrScheduler::Constant {
+            faults.push(
+                &warmup.place,
+                "warmup_steps has no effect with lr_scheduler = \"constant\"",
+                "use lr_scheduler = \"constant_with_warmup\"",
+            );
+        }
+    }
+    training
+}
+
+fn diffusion_sampling(typed: &typed::Sampling, family: Family) -> DiffusionSampling {
+    let default = defaults::diffusion_sampling(family);
+    DiffusionSampling {
+        num_inference_steps: or(&typed.num_inference_steps, default.num_inference_steps),
+        guidance_scale: or(&typed.guidance_scale, default.guidance_scale),
+        negative_prompt: or(&typed.negative_prompt, default.negative_prompt),
+    }
+}
+
+fn resolve_proxies(typed: &typed::Proxies, family: Family, faults: &Faults) -> Proxies {
+    let prompts = typed.prompts.as_ref().map(|list| {
+        list.value
+            .iter()
+            .for_each(|template| check_template(template, Token::Required, faults));
+        list.value.iter().map(|at| at.value.clone()).collect()
+    });
+    Proxies {
+        count: or(&typed.count, 100),
+        batch_size: or(&typed.batch_size, 4),
+        prompts: prompts.unwrap_or_else(|| vec!["a {token} {class}".to_string()]),
+        sampling: diffusion_sampling(&typed.sampling, family),
+    }
+}
+
+fn resolve_student(typed: &typed::Student, faults: &Faults) -> Option<Student> {
+    let model = typed.model.as_ref()?;
+    let family = family(
+        model,
+        "student",
+        |family| family.kind() != Kind::Evaluator,
+        faults,
+    )?;
+    let sampling = &typed.sampling;
+    let no_effect = |place: &Place, field: &str| {
+        faults.push(
+            place,
+            format!("student.{field} has no effect on a {family} model"),
+            "remove the line",
+        );
+    };
+    let resolved_sampling = if family.kind() == Kind::Diffusion {
+        for (place, field) in [
+            (sampling.top_k.as_ref().map(|at| &at.place), "top_k"),
+            (sampling.top_p.as_ref().map(|at| &at.place), "top_p"),
+            (
+                sampling.temperature.as_ref().map(|at| &at.place),
+                "temperature",
+            ),
+        ] {
+            place.into_iter().for_each(|place| no_effect(place, field));
+        }
+        Sampling::Diffusion(diffusion_sampling(sampling, family))
+    } else {
+        for (place, field) in [
+            (
+                sampling.num_inference_steps.as_ref().map(|at| &at.place),
+                "num_inference_steps",
+            ),
+            (
+                sampling.negative_prompt.as_ref().map(|at| &at.place),
+                "negative_prompt",
+            ),
+        ] {
+            place.into_iter().for_each(|place| no_effect(place, field));
+        }
+        let default = defaults::autoregressive_sampling(family);
+        Sampling::Autoregressive(AutoregressiveSampling {
+            guidance_scale: or(&sampling.guidance_scale, default.guidance_scale),
+            top_k: or(&sampling.top_k, default.top_k),
+            top_p: or(&sampling.top_p, default.top_p),
+            temperature: or(&sampling.temperature, default.temperature),
+        })
+    };
+    let default = family_training(&typed.training, family, &model.place, faults);
+    Some(Student {
+        model: model.value.clone(),
+        family,
+        device: or(&typed.device, Device::Cpu),
+        resolution: resolution(&typed.resolution, &model.value, faults),
+        source: or(&typed.source, Source::Proxies),
+        training: training(&typed.training, &default, faults),
+        condition_dropout: or(&typed.condition_dropout, 0.1),
+        dropout: or(&typed.dropout, defaults::training(family).dropout),
+        overlap: or(&typed.overlap, 0.5),
+        sampling: resolved_sampling,
+    })
+}
+
+fn resolve_direct(typed: &typed::Direct, student: &Student, faults: &Faults) -> Direct {
+    if let Some(source) = &typed.source
+        && source.value == Source::Proxies
+    {
+        faults.push(
+            &source.place,
+            "direct.source = \"proxies\" would not be direct",
+            "the choices here are \"references\" and \"augmented\"",
+        );
+    }
+    Direct {
+        enabled: or(&typed.enabled, student.source == Source::Proxies),
+        source: or(&typed.source, Source::References),
+        training: training(&typed.training, &student.training, faults),
+        condition_dropout: or(&typed.condition_dropout, student.condition_dropout),
+        dropout: or(&typed.dropout, student.dropout),
+    }
+}
+
+fn resolve_evaluation(
+    typed: &typed::Evaluation,
+    student: Option<&Student>,
+    faults: &Faults,
+) -> Option<Evaluation> {
+    let nano = student.is_some_and(|student| student.model.starts_with("nano-"));
+    let [clip, dino] = if nano {
+        ["nano-clip", "nano-dino"]
+    } else {
+        ["clip-vit-base-patch32", "dino-vits16"]
+    };
+    let fits = [(&typed.clip, Family::Clip), (&typed.dino, Family::Dino)].map(|(typed, wanted)| {
+        let Some(model) = typed else { return true };
+        let role = format!("{wanted} of the evaluation");
+        family(model, &role, |family| family == wanted, faults).is_some()
+    });
+    let prompts = match &typed.prompts {
+        None => Some(PromptList::DreamBooth),
+        Some(typed::Prompts::Named(name)) => {
+            PromptList::named(&name.value).or_else(|| prompt_file(name, faults))
+        }
+        Some(typed::Prompts::Listed(templates)) => {
+            templates
+                .iter()
+                .for_each(|template| check_template(template, Token::Allowed, faults));
+            Some(PromptList::Listed(
+                templates.iter().map(|at| at.value.clone()).collect(),
+            ))
+        }
+    };
+    (fits == [true, true]).then_some(())?;
+    Some(Evaluation {
+        prompts: prompts?,
+        images_per_prompt: or(&typed.images_per_prompt, 4),
+        batch_size: or(&typed.batch_size, 5),
+        every: or(&typed.every, 0),
+        untouched: or(&typed.untouched, true),
+        clip: or(&typed.clip, clip.to_string()),
+        dino: or(&typed.dino, dino.to_string()),
+        device: or(&typed.device, Device::Cpu),
+    })
+}
+
+/// One template per line; empty lines and lines that begin with `#` do not count.
+fn prompt_file(name: &At<String>, faults: &Faults) -> Option<PromptList> {
+    let text = match std::fs::read_to_string(&name.value) {
+        Ok(text) => text,
+        Err(error) => {
+            faults.push(
+                &name.place,
+                format!(
+                    "evaluation.prompts = {:?} is neither a list that ships nor a file: {error}",
+                    name.value
+                ),
+                did_you_mean(
+                    &name.value,
+                    ["dreambooth", "nano-10"].into_iter(),
+                    "the lists are",
+                ),
+            );
+            return None;
+        }
+    };
+    let mut templates = Vec::new();
+    for (index, line) in text.lines().enumerate() {
+        let template = line.trim();
+        if template.is_empty() || template.starts_with('#') {
+            continue;
+        }
+        let place = Place::File {
+            file: name.value.clone(),
+            line: index + 1,
+            column: 1,
+        };
+        check_template(
+            &At {
+                value: template.to_string(),
+                place,
+            },
+            Token::Allowed,
+            faults,
+        );
+        templates.push(template.to_string());
+    }
+    if templates.is_empty() {
+        faults.push(
+            &name.place,
+            format!("{} has no prompts", name.value),
+            "write one per line, such as: a {token} {class} on the beach",
+        );
+    }
+    Some(PromptList::Listed(templates))
+}
+
+/// What a template does with the subject's token.
+#[derive(PartialEq)]
+enum Token {
+    Required,
+    Allowed,
+    Forbidden,
+}
+
+fn check_template(template: &At<String>, token: Token, faults: &Faults) {
+    if let Some(placeholder) = prompts::unknown_placeholder(&template.value) {
+        faults.push(
+            &template.place,
+            format!("{placeholder} in {:?} means nothing", template.value),
+            "the placeholders are {token} and {class}",
+        );
+    }
+    let has_token = template.value.contains("{token}");
+    if token == Token::Required && !has_token {
+        faults.push(
+            &template.place,
+            format!("{:?} does not contain {{token}}", template.value),
+            "without it the subject cannot be learned; for example \"a {token} {class}\"",
+        );
+    }
+    if token == Token::Forbidden && has_token {
+        faults.push(
+            &template.place,
+            format!("{:?} contains {{token}}", template.value),
+            "class images must not show the subject; for example \"a {class}\"",
+        );
+    }
+}
+
+fn channels(typed: &typed::Channels) -> Channels {
+    Channels {
+        references: or(&typed.references, 4),
+        supervisors: or(&typed.supervisors, 1),
+        proxies: or(&typed.proxies, 2),
+        kept: or(&typed.kept, 4),
+        tokens: or(&typed.tokens, 16),
+        checkpoints: or(&typed.checkpoints, 2),
+        evaluations: or(&typed.evaluations, 4),
+        requests: or(&typed.requests, 1),
+    }
+}

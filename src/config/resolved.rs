@@ -1,0 +1,380 @@
+//! What a pipeline file means: every field has a value. This is what runs, is kept in the run directory and goes
+//! into keys; [`Resolved::to_toml`] prints it as a pipeline file that means the same.
+
+use std::path::PathBuf;
+
+use serde::ser::SerializeMap;
+use serde::{Serialize, Serializer};
+
+use super::models::Family;
+use super::prompts::PromptList;
+use crate::{Error, Result};
+
+/// A whole pipeline with every value decided.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Resolved {
+    /// All randomness of a run comes from this number. 0 to 2⁶³−1, default 0.
+    pub seed: u64,
+    /// Threads for computing, at least 1. Default: all cores of the machine on which the file was resolved.
+    pub threads: usize,
+    /// The subjects in the order of the file; at least one.
+    #[serde(rename = "subject", serialize_with = "subjects_by_name")]
+    pub subjects: Vec<Subject>,
+    /// Present exactly when the student learns from proxies.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub supervisor: Option<Supervisor>,
+    /// Present exactly when the student learns from proxies.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub proxies: Option<Proxies>,
+    pub student: Student,
+    pub direct: Direct,
+    pub evaluation: Evaluation,
+    pub channels: Channels,
+}
+
+/// `[subject.NAME]`: what is to be learned.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Subject {
+    /// Letters, digits, `_`, `-` and `.`; seeds of proxies depend on it.
+    #[serde(skip)]
+    pub name: String,
+    /// Folder with the reference images; relative paths start at the working directory. Required.
+    pub images: PathBuf,
+    /// What kind of thing it is, as a prompt says it, such as "dog". Required.
+    pub class: String,
+    /// The rare word that stands for this subject in prompts. Default: the first of
+    /// [`RARE_TOKENS`](super::prompts::RARE_TOKENS) that no other subject has.
+    pub token: String,
+}
+
+/// `[supervisor]`: the diffusion model that learns each subject and makes the proxies.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Supervisor {
+    /// A known name or a directory. Required.
+    pub model: String,
+    /// Decided by `model`.
+    #[serde(skip)]
+    pub family: Family,
+    /// Where it computes. Default "cpu".
+    pub device: Device,
+    /// Side of the square training images and of the proxies in pixels. Default: known by the model's name, else
+    /// (`None`) the checkpoint's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub resolution: Option<usize>,
+    /// Caption of the references; `{token}` and `{class}` are replaced. Default "a {token} {class}".
+    pub prompt: String,
+    #[serde(flatten)]
+    pub training: Training,
+    /// DreamBooth's class images beside the references (Ruiz et al. 2023, section 3.2). Default: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prior_preservation: Option<PriorPreservation>,
+}
+
+/// `[supervisor.prior_preservation]`: the table's presence turns it on.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct PriorPreservation {
+    /// Images per subject that the untouched model makes. At least 1, default 100.
+    pub class_images: usize,
+    /// Weight of their loss beside the references' loss. Above 0, default 1.
+    pub weight: f64,
+    /// Prompt and caption of the class images; `{class}` is replaced. Default "a {class}".
+    pub prompt: String,
+}
+
+/// How a backbone learns; part of `[supervisor]`, `[student]` and `[direct]`. Defaults are the paper's Table 8 by
+/// model family, and the reference training code's where the paper is silent.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Training {
+    /// A LoRA adapter or all weights. Default "lora".
+    pub tuning: Tuning,
+    /// Optimizer steps, at least 1. Default: diffusion 500, LlamaGen 1250, Lumina 2500.
+    pub steps: usize,
+    /// Examples per step, at least 1. Default: LlamaGen 8, others 4.
+    pub batch_size: usize,
+    /// Peak learning rate, above 0. Default: SDXL and LlamaGen 1e-4, SD3 4e-4, Lumina 2e-5.
+    pub learning_rate: f64,
+    /// Default "adamw".
+    pub optimizer: Optimizer,
+    /// Decay of the first moment, 0 ≤ β < 1. Default 0.9.
+    pub adam_beta1: f64,
+    /// Decay of the second moment, 0 ≤ β < 1. Default: diffusion 0.999, AR 0.95.
+    pub adam_beta2: f64,
+    /// Added to the root of the second moment, above 0. Default 1e-8.
+    pub adam_epsilon: f64,
+    /// Decoupled weight decay, at least 0. Default: diffusion 1e-4, LlamaGen 0.05, Lumina 0.1.
+    pub weight_decay: f64,
+    /// The gradient's norm is clipped to this; above 0. Default 1, Lumina 4.
+    pub max_grad_norm: f64,
+    /// Default "constant".
+    pub lr_scheduler: LrScheduler,
+    /// Steps of linear rise at the start; 0 to `steps`. Default 0.
+    pub warmup_steps: usize,
+    /// LoRA rank, at least 1. Default 16.
+    pub rank: usize,
+    /// The adapter is scaled by `alpha / rank`; above 0. Default: `rank`.
+    pub alpha: f64,
+    /// Ends of the names of the layers that carry the adapter. Default: by family, as published training code has it.
+    pub targets: Vec<String>,
+    /// Steps between checkpoints from which a stopped run resumes, at least 1. Does not affect the result. Default 100.
+    pub checkpoint_every: usize,
+}
+
+/// `[proxies]`: the images the supervisors make.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Proxies {
+    /// Proxies per subject, at least 1. Default 100.
+    pub count: usize,
+    /// Proxies generated, tokenized and scored together, at least 1. Default 4.
+    pub batch_size: usize,
+    /// Prompt templates, taken in turn. Default ["a {token} {class}"].
+    pub prompts: Vec<String>,
+    #[serde(flatten)]
+    pub sampling: DiffusionSampling,
+}
+
+/// How a diffusion model samples.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct DiffusionSampling {
+    /// Denoising steps, at least 1. Default: 28, SDXL 50.
+    pub num_inference_steps: usize,
+    /// Classifier-free guidance, at least 0; 1 is none. Default: SD3 7, SDXL 5, FLUX 3.5.
+    pub guidance_scale: f64,
+    /// What guidance leads away from. Default "".
+    pub negative_prompt: String,
+}
+
+/// How an autoregressive model samples.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct AutoregressiveSampling {
+    /// Classifier-free guidance on logits, at least 0; 1 is none. Default: LlamaGen 7.5, Lumina 4.
+    pub guidance_scale: f64,
+    /// Only this many most likely tokens may be drawn; 0 is all. Default: LlamaGen 1000, Lumina 2000.
+    pub top_k: usize,
+    /// Only the most likely tokens that together reach this probability may be drawn; 0 < p ≤ 1. Default 1.
+    pub top_p: f64,
+    /// Logits are divided by this; 0 takes the likeliest token. At least 0, default 1.
+    pub temperature: f64,
+}
+
+/// The student's way of sampling follows from its family.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum Sampling {
+    Diffusion(DiffusionSampling),
+    Autoregressive(AutoregressiveSampling),
+}
+
+/// `[student]`: the model that learns from a source of images.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Student {
+    /// A known name or a directory. Required. Usually autoregressive; a diffusion model may stand here (Table 4).
+    pub model: String,
+    /// Decided by `model`.
+    #[serde(skip)]
+    pub family: Family,
+    /// Where it computes. Default "cpu".
+    pub device: Device,
+    /// Side of its square images in pixels. Default: known by the model's name, else (`None`) the checkpoint's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub resolution: Option<usize>,
+    /// What it learns from. Default "proxies".
+    pub source: Source,
+    #[serde(flatten)]
+    pub training: Training,
+    /// Share of examples whose caption is replaced by the empty condition; 0 to 1. Default 0.1.
+    pub condition_dropout: f64,
+    /// Dropout inside the backbone while training, as its checkpoint was trained; 0 ≤ p < 1. Default: LlamaGen 0.1,
+    /// Lumina 0.05, diffusion 0.
+    pub dropout: f64,
+    /// Share of the steps during which proxies are still being made; 0 to 1. 0: training begins when all are made.
+    /// Default 0.5.
+    pub overlap: f64,
+    #[serde(flatten)]
+    pub sampling: Sampling,
+}
+
+/// `[direct]`: the baseline, the same student tuned directly on the references (Table 1). Fields default to
+/// `[student]`'s.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Direct {
+    /// Default: true when the student learns from proxies.
+    pub enabled: bool,
+    /// "references" or "augmented". Default "references".
+    pub source: Source,
+    #[serde(flatten)]
+    pub training: Training,
+    /// Share of examples whose caption is replaced by the empty condition; 0 to 1.
+    pub condition_dropout: f64,
+    /// Dropout inside the backbone while training; 0 ≤ p < 1.
+    pub dropout: f64,
+}
+
+/// `[evaluation]`: which images are sampled from each checkpoint, and what scores them.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Evaluation {
+    /// "dreambooth" (25 prompts by class), "nano-10", a text file with one template per line, or a list of templates.
+    /// A file is read when the pipeline is resolved, and its lines kept. Default "dreambooth".
+    pub prompts: PromptList,
+    /// Images per prompt, at least 1. Default 4.
+    pub images_per_prompt: usize,
+    /// Images sampled together, at least 1. Default 5.
+    pub batch_size: usize,
+    /// Student steps between evaluated checkpoints; 0: only the last. Default 0.
+    pub every: usize,
+    /// Evaluate the student before it has learned anything, too. Default true.
+    pub untouched: bool,
+    /// CLIP checkpoint: a known name or a directory. Default: "nano-clip" for nano students, else
+    /// "clip-vit-base-patch32".
+    pub clip: String,
+    /// DINO checkpoint: a known name or a directory. Default: "nano-dino" for nano students, else "dino-vits16".
+    pub dino: String,
+    /// Where CLIP and DINO compute. Default "cpu".
+    pub device: Device,
+}
+
+/// `[channels]`: how many items may wait between two stages, each at least 1. Does not affect the result.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Channels {
+    /// Subjects with their references, on the way to supervision. Default 4.
+    pub references: usize,
+    /// Trained supervisors, on the way to synthesis. Default 1.
+    pub supervisors: usize,
+    /// Batches of proxies that have just been made, on the way to the store. Default 2.
+    pub proxies: usize,
+    /// Batches of committed proxies, on the way to tokenizing, and as many to scoring. Default 4.
+    pub kept: usize,
+    /// Batches with committed tokens, on the way to training. Default 16.
+    pub tokens: usize,
+    /// Checkpoints, on the way to evaluation. Default 2.
+    pub checkpoints: usize,
+    /// Scores of a checkpoint, on the way to the report. Default 4.
+    pub evaluations: usize,
+    /// Requests waiting at a model's own thread. Default 1.
+    pub requests: usize,
+}
+
+/// A device by the name a pipeline file gives it: "cpu", "cuda" (the first card) or "cuda:N".
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Device {
+    Cpu,
+    /// The card's number, from 0.
+    Cuda(usize),
+}
+
+/// What is learned: a low-rank adapter, or all weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Tuning {
+    Lora,
+    Full,
+}
+
+/// The optimizers that are built.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Optimizer {
+    /// Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101), with torch's semantics.
+    Adamw,
+}
+
+/// How the learning rate goes on after the warm-up. The names are diffusers' own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LrScheduler {
+    /// Constant, without warm-up.
+    Constant,
+    /// Linear warm-up, then constant.
+    ConstantWithWarmup,
+    /// Linear warm-up, then linear to 0 at the last step.
+    Linear,
+    /// Linear warm-up, then half a cosine to 0 at the last step.
+    Cosine,
+}
+
+/// Where (image, prompt) pairs come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Source {
+    /// Images made by a supervisor for each subject.
+    Proxies,
+    /// The subjects' own photos.
+    References,
+    /// The photos, changed at random each time they are drawn (Table 7).
+    Augmented,
+}
+
+impl Resolved {
+    /// The full pipeline file; reading it again gives an equal value.
+    ///
+    /// # Errors
+    /// When a value cannot be written as TOML, such as a path that is not UTF-8.
+    pub fn to_toml(&self) -> Result<String> {
+        toml::to_string(self).map_err(|error| {
+            Error::invalid(
+                format!("the resolved pipeline cannot be written as TOML: {error}"),
+                "use file names that are valid UTF-8",
+            )
+        })
+    }
+
+    /// Supervisor and proxies, when the student learns from proxies.
+    pub fn teacher(&self) -> Option<(&Supervisor, &Proxies)> {
+        self.supervisor.as_ref().zip(self.proxies.as_ref())
+    }
+
+    /// The baseline, when it is enabled.
+    pub fn direct(&self) -> Option<&Direct> {
+        self.direct.enabled.then_some(&self.direct)
+    }
+}
+
+impl Device {
+    /// The kind alone, "cpu" or "cuda": the part that can affect results.
+    pub fn kind(self) -> &'static str {
+        match self {
+            Device::Cpu => "cpu",
+            Device::Cuda(_) => "cuda",
+        }
+    }
+}
+
+impl std::fmt::Display for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Device::Cpu => f.write_str("cpu"),
+            Device::Cuda(0) => f.write_str("cuda"),
+            Device::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+        }
+    }
+}
+
+impl std::str::FromStr for Device {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let ordinal = text
+            .strip_prefix("cuda:")
+            .and_then(|ordinal| ordinal.parse().ok());
+        match text {
+            "cpu" => Ok(Device::Cpu),
+            "cuda" => Ok(Device::Cuda(0)),
+            _ => ordinal.map(Device::Cuda).ok_or_else(|| {
+                "the devices are \"cpu\", \"cuda\" (the first card) and \"cuda:N\"".to_string()
+            }),
+        }
+    }
+}
+
+impl Serialize for Device {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+fn subjects_by_name<S: Serializer>(subjects: &[Subject], serializer: S) -> Result<S::Ok, S::Error> {
+    let mut map = serializer.serialize_map(Some(subjects.len()))?;
+    for subject in subjects {
+        map.serialize_entry(&subject.name, subject)?;
+    }
+    map.end()
+}

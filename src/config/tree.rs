@@ -1,0 +1,281 @@
+//! A TOML document as values that know where they were typed, with overrides laid over it.
+
+use std::fmt;
+
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+use super::reader::Fault;
+
+/// Where a value was typed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Place {
+    /// A file's name with line and column, from 1; columns count characters.
+    File {
+        file: String,
+        line: usize,
+        column: usize,
+    },
+    /// An override, as it was typed.
+    Override(String),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Place::File { file, line, column } => write!(f, "{file}:{line}:{column}"),
+            Place::Override(text) => write!(f, "--set {text}"),
+        }
+    }
+}
+
+/// A value and its place.
+#[derive(Debug, Clone)]
+pub(super) struct Node {
+    pub place: Place,
+    pub value: Value,
+}
+
+/// A value, with integers wide enough to tell "too large" from "wrong".
+#[derive(Debug, Clone)]
+pub(super) enum Value {
+    Text(String),
+    Integer(i128),
+    Float(f64),
+    Boolean(bool),
+    Date(String),
+    List(Vec<Node>),
+    Table(Table),
+}
+
+impl Value {
+    /// What the value is, in words.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Value::Text(_) => "a text",
+            Value::Integer(_) => "a whole number",
+            Value::Float(_) => "a number",
+            Value::Boolean(_) => "true or false",
+            Value::Date(_) => "a date",
+            Value::List(_) => "a list",
+            Value::Table(_) => "a table",
+        }
+    }
+}
+
+/// The entries of a table in the order in which they were typed.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Table {
+    pub entries: Vec<Entry>,
+}
+
+/// One key of a table; `place` is the key's, the node knows the value's.
+#[derive(Debug, Clone)]
+pub(super) struct Entry {
+    pub key: String,
+    pub place: Place,
+    pub node: Node,
+}
+
+impl Table {
+    pub fn get(&self, key: &str) -> Option<&Entry> {
+        self.entries.iter().find(|entry| entry.key == key)
+    }
+}
+
+/// Parses `text`, which is called `file` in faults, and lays `overrides` (`a.b=value`) over it.
+///
+/// The tree is whole even where there are faults; after a fault of syntax it may lack what followed.
+pub(super) fn parse(text: &str, file: &str, overrides: &[String]) -> (Table, Vec<Fault>) {
+    let places = Places::new(text, file);
+    let (document, errors) = DeTable::parse_recoverable(text);
+    let mut faults: Vec<Fault> = errors
+        .iter()
+        .map(|error| Fault {
+            place: places.at(error.span().map_or(0, |span| span.start)),
+            what: error.message().to_string(),
+            hint: syntax_hint(error.message()).to_string(),
+        })
+        .collect();
+    let mut table = places.table(document.get_ref());
+    for text in overrides {
+        if let Err(fault) = lay_over(&mut table, text) {
+            faults.push(fault);
+        }
+    }
+    (table, faults)
+}
+
+fn syntax_hint(message: &str) -> &'static str {
+    if message.contains("duplicate key") {
+        "keep one of the two"
+    } else {
+        "texts stand in double quotes, tables in [brackets]; https://toml.io explains the format"
+    }
+}
+
+/// Finds lines and columns in a text.
+struct Places<'a> {
+    text: &'a str,
+    file: &'a str,
+    line_starts: Vec<usize>,
+}
+
+impl<'a> Places<'a> {
+    fn new(text: &'a str, file: &'a str) -> Self {
+        let after_newlines = text.match_indices('\n').map(|(at, _)| at + 1);
+        Self {
+            text,
+            file,
+            line_starts: std::iter::once(0).chain(after_newlines).collect(),
+        }
+    }
+
+    fn at(&self, offset: usize) -> Place {
+        let line = self.line_starts.partition_point(|start| *start <= offset);
+        let start = self.line_starts[line - 1]; // the first line starts at 0 <= offset, so `line` is at least 1
+        let before = self.text.get(start..offset).unwrap_or("");
+        Place::File {
+            file: self.file.to_string(),
+            line,
+            column: before.chars().count() + 1,
+        }
+    }
+
+    fn table(&self, table: &DeTable<'_>) -> Table {
+        let mut entries: Vec<(usize, Entry)> = table
+            .iter()
+            .map(|(key, value)| {
+                let start = key.span().start;
+                let entry = Entry {
+                    key: key.get_ref().to_string(),
+                    place: self.at(start),
+                    node: self.node(value),
+                };
+                (start, entry)
+            })
+            .collect();
+        entries.sort_by_key(|(start, _)| *start);
+        Table {
+            entries: entries.into_iter().map(|(_, entry)| entry).collect(),
+        }
+    }
+
+    fn node(&self, value: &Spanned<DeValue<'_>>) -> Node {
+        Node {
+            place: self.at(value.span().start),
+            value: self.value(value.get_ref()),
+        }
+    }
+
+    fn value(&self, value: &DeValue<'_>) -> Value {
+        match value {
+            DeValue::String(text) => Value::Text(text.to_string()),
+            DeValue::Integer(number) => i128::from_str_radix(number.as_str(), number.radix())
+                .map_or(Value::Integer(i128::MAX), Value::Integer),
+            DeValue::Float(number) => Value::Float(number.as_str().parse().unwrap_or(f64::NAN)),
+            DeValue::Boolean(value) => Value::Boolean(*value),
+            DeValue::Datetime(date) => Value::Date(date.to_string()),
+            DeValue::Array(items) => {
+                Value::List(items.iter().map(|item| self.node(item)).collect())
+            }
+            DeValue::Table(table) => Value::Table(self.table(table)),
+        }
+    }
+}
+
+/// Sets one value; tables on the way are made where they are missing.
+fn lay_over(root: &mut Table, text: &str) -> Result<(), Fault> {
+    let place = Place::Override(text.to_string());
+    let fault = |what: String, hint: &str| Fault {
+        place: place.clone(),
+        what,
+        hint: hint.to_string(),
+    };
+    let Some((path, typed)) = text.split_once('=') else {
+        return Err(fault(
+            "an override has the form PATH=VALUE".to_string(),
+            "for example --set subject.dog1.images=photos/dog",
+        ));
+    };
+    let keys: Vec<&str> = path.split('.').map(str::trim).collect();
+    let Some((last, tables)) = keys.split_last() else {
+        return Err(fault(
+            "the path is empty".to_string(),
+            "name a field, such as student.steps",
+        ));
+    };
+    if keys.iter().any(|key| key.is_empty()) {
+        return Err(fault(
+            format!("{path:?} has an empty part"),
+            "name a field, such as student.steps",
+        ));
+    }
+    let mut table = root;
+    for key in tables {
+        let node = &mut entry(table, key, &place).node;
+        table = match &mut node.value {
+            Value::Table(inner) => inner,
+            other => {
+                return Err(fault(
+                    format!("{key} is {}, not a table", other.kind()),
+                    "set the field itself",
+                ));
+            }
+        };
+    }
+    let entry = entry(table, last, &place);
+    entry.place = place.clone();
+    entry.node = override_value(typed.trim(), &place);
+    Ok(())
+}
+
+fn entry<'t>(table: &'t mut Table, key: &str, place: &Place) -> &'t mut Entry {
+    let at = table.entries.iter().position(|entry| entry.key == key);
+    let at = at.unwrap_or_else(|| {
+        table.entries.push(Entry {
+            key: key.to_string(),
+            place: place.clone(),
+            node: Node {
+                place: place.clone(),
+                value: Value::Table(Table::default()),
+            },
+        });
+        table.entries.len() - 1
+    });
+    &mut table.entries[at]
+}
+
+/// What is a TOML value is read as one; everything else, dates too, is a text.
+fn override_value(typed: &str, place: &Place) -> Node {
+    let line = format!("value = {typed}");
+    let parsed = DeTable::parse(&line).ok();
+    let value = parsed
+        .as_ref()
+        .filter(|document| document.get_ref().len() == 1)
+        .and_then(|document| document.get_ref().get("value"))
+        .map(|value| Places::new(&line, "").value(value.get_ref()));
+    let mut node = Node {
+        place: place.clone(),
+        value: match value {
+            None | Some(Value::Date(_)) => Value::Text(typed.to_string()),
+            Some(value) => value,
+        },
+    };
+    put_at(&mut node, place);
+    node
+}
+
+fn put_at(node: &mut Node, place: &Place) {
+    node.place = place.clone();
+    match &mut node.value {
+        Value::List(items) => items.iter_mut().for_each(|item| put_at(item, place)),
+        Value::Table(table) => {
+            for entry in &mut table.entries {
+                entry.place = place.clone();
+                put_at(&mut entry.node, place);
+            }
+        }
+        _ => {}
+    }
+}

@@ -1,0 +1,401 @@
+//! What was typed: the sections of a pipeline file with the fields that stand in it, each with its place.
+
+use std::ops::Bound::{Excluded, Included, Unbounded};
+
+use super::reader::{At, Choice, Faults, Section};
+use super::resolved::{Device, LrScheduler, Optimizer, Source, Tuning};
+use super::tree::{Place, Table};
+
+type Bounds = (std::ops::Bound<f64>, std::ops::Bound<f64>);
+const ABOVE_ZERO: Bounds = (Excluded(0.0), Unbounded);
+const NOT_NEGATIVE: Bounds = (Included(0.0), Unbounded);
+const SHARE: Bounds = (Included(0.0), Included(1.0));
+const BELOW_ONE: Bounds = (Included(0.0), Excluded(1.0));
+const PROBABILITY: Bounds = (Excluded(0.0), Included(1.0));
+
+/// A field that may have been typed.
+pub(super) type Typed<T> = Option<At<T>>;
+
+pub(super) struct Pipeline {
+    /// The start of the file, for what is missing.
+    pub start: Place,
+    pub seed: Typed<usize>,
+    pub threads: Typed<usize>,
+    pub subjects: Vec<Subject>,
+    pub supervisor: Option<Supervisor>,
+    pub proxies: Proxies,
+    pub student: Option<Student>,
+    pub direct: Direct,
+    pub evaluation: Evaluation,
+    pub channels: Channels,
+}
+
+pub(super) struct Subject {
+    pub name: String,
+    pub place: Place,
+    pub images: Typed<String>,
+    pub class: Typed<String>,
+    pub token: Typed<String>,
+}
+
+pub(super) struct Supervisor {
+    pub model: Typed<String>,
+    pub device: Typed<Device>,
+    pub resolution: Typed<usize>,
+    pub prompt: Typed<String>,
+    pub training: Training,
+    pub prior_preservation: Option<PriorPreservation>,
+}
+
+pub(super) struct PriorPreservation {
+    pub class_images: Typed<usize>,
+    pub weight: Typed<f64>,
+    pub prompt: Typed<String>,
+}
+
+#[derive(Default)]
+pub(super) struct Training {
+    pub tuning: Typed<Tuning>,
+    pub steps: Typed<usize>,
+    pub batch_size: Typed<usize>,
+    pub learning_rate: Typed<f64>,
+    pub optimizer: Typed<Optimizer>,
+    pub adam_beta1: Typed<f64>,
+    pub adam_beta2: Typed<f64>,
+    pub adam_epsilon: Typed<f64>,
+    pub weight_decay: Typed<f64>,
+    pub max_grad_norm: Typed<f64>,
+    pub lr_scheduler: Typed<LrScheduler>,
+    pub warmup_steps: Typed<usize>,
+    pub rank: Typed<usize>,
+    pub alpha: Typed<f64>,
+    pub targets: Typed<Vec<At<String>>>,
+    pub checkpoint_every: Typed<usize>,
+}
+
+/// The fields of both ways of sampling; the model's family decides which may be typed.
+#[derive(Default)]
+pub(super) struct Sampling {
+    pub guidance_scale: Typed<f64>,
+    pub num_inference_steps: Typed<usize>,
+    pub negative_prompt: Typed<String>,
+    pub top_k: Typed<usize>,
+    pub top_p: Typed<f64>,
+    pub temperature: Typed<f64>,
+}
+
+#[derive(Default)]
+pub(super) struct Proxies {
+    pub count: Typed<usize>,
+    pub batch_size: Typed<usize>,
+    pub prompts: Typed<Vec<At<String>>>,
+    pub sampling: Sampling,
+}
+
+pub(super) struct Student {
+    pub model: Typed<String>,
+    pub device: Typed<Device>,
+    pub resolution: Typed<usize>,
+    pub source: Typed<Source>,
+    pub training: Training,
+    pub condition_dropout: Typed<f64>,
+    pub dropout: Typed<f64>,
+    pub overlap: Typed<f64>,
+    pub sampling: Sampling,
+}
+
+#[derive(Default)]
+pub(super) struct Direct {
+    pub enabled: Typed<bool>,
+    pub source: Typed<Source>,
+    pub training: Training,
+    pub condition_dropout: Typed<f64>,
+    pub dropout: Typed<f64>,
+}
+
+/// The prompts of `[evaluation]` as typed.
+pub(super) enum Prompts {
+    /// The name of a list, or a file.
+    Named(At<String>),
+    Listed(Vec<At<String>>),
+}
+
+#[derive(Default)]
+pub(super) struct Evaluation {
+    pub prompts: Option<Prompts>,
+    pub images_per_prompt: Typed<usize>,
+    pub batch_size: Typed<usize>,
+    pub every: Typed<usize>,
+    pub untouched: Typed<bool>,
+    pub clip: Typed<String>,
+    pub dino: Typed<String>,
+    pub device: Typed<Device>,
+}
+
+#[derive(Default)]
+pub(super) struct Channels {
+    pub references: Typed<usize>,
+    pub supervisors: Typed<usize>,
+    pub proxies: Typed<usize>,
+    pub kept: Typed<usize>,
+    pub tokens: Typed<usize>,
+    pub checkpoints: Typed<usize>,
+    pub evaluations: Typed<usize>,
+    pub requests: Typed<usize>,
+}
+
+impl Choice for Tuning {
+    const SPELLINGS: &'static [(&'static str, Self)] =
+        &[("lora", Tuning::Lora), ("full", Tuning::Full)];
+}
+
+impl Choice for Optimizer {
+    const SPELLINGS: &'static [(&'static str, Self)] = &[("adamw", Optimizer::Adamw)];
+    const NOT_BUILT_YET: &'static [(&'static str, &'static str)] = &[(
+        "prodigy",
+        "use optimizer = \"adamw\" with a learning_rate such as 1e-4 (Prodigy's 1.0 is far too high for it)",
+    )];
+}
+
+impl Choice for LrScheduler {
+    const SPELLINGS: &'static [(&'static str, Self)] = &[
+        ("constant", LrScheduler::Constant),
+        ("constant_with_warmup", LrScheduler::ConstantWithWarmup),
+        ("linear", LrScheduler::Linear),
+        ("cosine", LrScheduler::Cosine),
+    ];
+}
+
+impl Choice for Source {
+    const SPELLINGS: &'static [(&'static str, Self)] = &[
+        ("proxies", Source::Proxies),
+        ("references", Source::References),
+        ("augmented", Source::Augmented),
+    ];
+}
+
+impl Pipeline {
+    /// Reads the whole file.
+    pub fn read(faults: &Faults, start: Place, table: &Table) -> Self {
+        let root = Section::new(faults, "", start.clone(), table);
+        let pipeline = Pipeline {
+            start,
+            seed: root.count("seed", 0),
+            threads: root.count("threads", 0),
+            subjects: root.section("subject").map_or_else(Vec::new, |all| {
+                let subjects = all.sections().into_iter();
+                subjects
+                    .map(|(name, section)| Subject::read(name, section))
+                    .collect()
+            }),
+            supervisor: root.section("supervisor").map(Supervisor::read),
+            proxies: root
+                .section("proxies")
+                .map(Proxies::read)
+                .unwrap_or_default(),
+            student: root.section("student").map(Student::read),
+            direct: root.section("direct").map(Direct::read).unwrap_or_default(),
+            evaluation: root
+                .section("evaluation")
+                .map(Evaluation::read)
+                .unwrap_or_default(),
+            channels: root
+                .section("channels")
+                .map(Channels::read)
+                .unwrap_or_default(),
+        };
+        root.finish();
+        pipeline
+    }
+}
+
+impl Subject {
+    fn read(name: String, section: Section<'_>) -> Self {
+        let subject = Subject {
+            place: section.place().clone(),
+            images: section.required_text("images", "\"photos/dog\""),
+            class: section.required_text("class", "\"dog\""),
+            token: section.text("token"),
+            name,
+        };
+        section.finish();
+        subject
+    }
+}
+
+impl Supervisor {
+    fn read(section: Section<'_>) -> Self {
+        let supervisor = Supervisor {
+            model: section.required_text("model", "\"nano-sd3\""),
+            device: device(&section),
+            resolution: section.count("resolution", 8),
+            prompt: section.text("prompt"),
+            training: Training::read(&section),
+            prior_preservation: section
+                .section("prior_preservation")
+                .map(PriorPreservation::read),
+        };
+        section.finish();
+        supervisor
+    }
+}
+
+impl PriorPreservation {
+    fn read(section: Section<'_>) -> Self {
+        let prior = PriorPreservation {
+            class_images: section.count("class_images", 1),
+            weight: section.number("weight", ABOVE_ZERO),
+            prompt: section.text("prompt"),
+        };
+        section.finish();
+        prior
+    }
+}
+
+impl Training {
+    fn read(section: &Section<'_>) -> Self {
+        Training {
+            tuning: section.choice("tuning"),
+            steps: section.count("steps", 1),
+            batch_size: section.count("batch_size", 1),
+            learning_rate: section.number("learning_rate", ABOVE_ZERO),
+            optimizer: section.choice("optimizer"),
+            adam_beta1: section.number("adam_beta1", BELOW_ONE),
+            adam_beta2: section.number("adam_beta2", BELOW_ONE),
+            adam_epsilon: section.number("adam_epsilon", ABOVE_ZERO),
+            weight_decay: section.number("weight_decay", NOT_NEGATIVE),
+            max_grad_norm: section.number("max_grad_norm", ABOVE_ZERO),
+            lr_scheduler: section.choice("lr_scheduler"),
+            warmup_steps: section.count("warmup_steps", 0),
+            rank: section.count("rank", 1),
+            alpha: section.number("alpha", ABOVE_ZERO),
+            targets: section.texts("targets"),
+            checkpoint_every: section.count("checkpoint_every", 1),
+        }
+    }
+}
+
+impl Sampling {
+    fn read_diffusion(section: &Section<'_>) -> Self {
+        Sampling {
+            guidance_scale: section.number("guidance_scale", NOT_NEGATIVE),
+            num_inference_steps: section.count("num_inference_steps", 1),
+            negative_prompt: section.any_text("negative_prompt"),
+            ..Sampling::default()
+        }
+    }
+
+    fn read_any(section: &Section<'_>) -> Self {
+        Sampling {
+            top_k: section.count("top_k", 0),
+            top_p: section.number("top_p", PROBABILITY),
+            temperature: section.number("temperature", NOT_NEGATIVE),
+            ..Sampling::read_diffusion(section)
+        }
+    }
+}
+
+impl Proxies {
+    fn read(section: Section<'_>) -> Self {
+        let proxies = Proxies {
+            count: section.count("count", 1),
+            batch_size: section.count("batch_size", 1),
+            prompts: section.texts("prompts"),
+            sampling: Sampling::read_diffusion(&section),
+        };
+        section.finish();
+        proxies
+    }
+}
+
+impl Student {
+    fn read(section: Section<'_>) -> Self {
+        let student = Student {
+            model: section.required_text("model", "\"nano-llamagen\""),
+            device: device(&section),
+            resolution: section.count("resolution", 8),
+            source: section.choice("source"),
+            training: Training::read(&section),
+            condition_dropout: section.number("condition_dropout", SHARE),
+            dropout: section.number("dropout", BELOW_ONE),
+            overlap: section.number("overlap", SHARE),
+            sampling: Sampling::read_any(&section),
+        };
+        section.finish();
+        student
+    }
+}
+
+impl Direct {
+    fn read(section: Section<'_>) -> Self {
+        let direct = Direct {
+            enabled: section.boolean("enabled"),
+            source: section.choice("source"),
+            training: Training::read(&section),
+            condition_dropout: section.number("condition_dropout", SHARE),
+            dropout: section.number("dropout", BELOW_ONE),
+        };
+        section.finish();
+        direct
+    }
+}
+
+impl Evaluation {
+    fn read(section: Section<'_>) -> Self {
+        let evaluation = Evaluation {
+            prompts: if section.is_text("prompts") {
+                section.text("prompts").map(Prompts::Named)
+            } else {
+                section
+                    .texts("prompts")
+                    .map(|list| Prompts::Listed(list.value))
+            },
+            images_per_prompt: section.count("images_per_prompt", 1),
+            batch_size: section.count("batch_size", 1),
+            every: section.count("every", 0),
+            untouched: section.boolean("untouched"),
+            clip: section.text("clip"),
+            dino: section.text("dino"),
+            device: device(&section),
+        };
+        section.finish();
+        evaluation
+    }
+}
+
+impl Channels {
+    fn read(section: Section<'_>) -> Self {
+        let channels = Channels {
+            references: section.count("references", 1),
+            supervisors: section.count("supervisors", 1),
+            proxies: section.count("proxies", 1),
+            kept: section.count("kept", 1),
+            tokens: section.count("tokens", 1),
+            checkpoints: section.count("checkpoints", 1),
+            evaluations: section.count("evaluations", 1),
+            requests: section.count("requests", 1),
+        };
+        section.finish();
+        channels
+    }
+}
+
+fn device(section: &Section<'_>) -> Typed<Device> {
+    let text = section.text("device")?;
+    match text.value.parse() {
+        Ok(value) => Some(At {
+            value,
+            place: text.place,
+        }),
+        Err(hint) => {
+            let what = format!(
+                "{} = {:?} is not a device",
+                section.name("device"),
+                text.value
+            );
+            let hint: String = hint;
+            section.faults().push(&text.place, what, hint);
+            None
+        }
+    }
+}

@@ -1,0 +1,281 @@
+//! Rectified flow with a shifted schedule (Esser et al. 2024, arXiv 2403.03206), in the numbers of diffusers'
+//! `FlowMatchEulerDiscreteScheduler` and `train_dreambooth_lora_sd3.py`.
+
+use candle_core::{Device, Tensor};
+use rand::Rng;
+use rand_distr::{Distribution, StandardNormal};
+use serde::{Deserialize, Serialize};
+
+use super::noise;
+use crate::{Error, Result};
+
+/// `scheduler/scheduler_config.json`; the defaults are diffusers'.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SchedulerConfig {
+    /// Number of noise levels that training draws from.
+    pub num_train_timesteps: usize,
+    /// How far the levels are moved towards noise: `σ' = shift · σ / (1 + (shift − 1) · σ)` (section 5.3.2).
+    pub shift: f64,
+    /// Shift by image size; not supported, since no model here uses it.
+    pub use_dynamic_shifting: bool,
+    /// Not supported.
+    pub use_karras_sigmas: bool,
+    /// Not supported.
+    pub use_exponential_sigmas: bool,
+    /// Not supported.
+    pub use_beta_sigmas: bool,
+    /// Not supported.
+    pub invert_sigmas: bool,
+    /// Not supported.
+    pub stochastic_sampling: bool,
+    /// Not supported.
+    pub shift_terminal: Option<f64>,
+}
+
+impl Default for SchedulerConfig {
+    fn default() -> Self {
+        Self {
+            num_train_timesteps: 1000,
+            shift: 1.0,
+            use_dynamic_shifting: false,
+            use_karras_sigmas: false,
+            use_exponential_sigmas: false,
+            use_beta_sigmas: false,
+            invert_sigmas: false,
+            stochastic_sampling: false,
+            shift_terminal: None,
+        }
+    }
+}
+
+/// What the training loss compares.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LossForm {
+    /// The clean latents that the velocity implies, `x_σ − σ·v`, with the clean latents: the velocity loss weighted
+    /// by σ² (diffusers' `precondition_outputs=1`, its default).
+    #[default]
+    Preconditioned,
+    /// The velocity with `noise − latents` (equation 13 with weight 1).
+    Velocity,
+}
+
+/// What one training step draws, one entry for each sample of its batch.
+#[derive(Debug, Clone)]
+pub struct TrainingDraw {
+    /// Index into the descending table of noise levels.
+    pub indices: Vec<usize>,
+    /// Shape of the latents, f32.
+    pub noise: Tensor,
+}
+
+/// The schedule of a rectified-flow model and the Euler sampler.
+#[derive(Debug, Clone)]
+pub struct FlowMatchEuler {
+    config: SchedulerConfig,
+    /// Shifted, from 1 down.
+    table: Vec<f32>,
+}
+
+impl FlowMatchEuler {
+    /// Fails for settings that change the schedule in ways that are not implemented.
+    pub fn new(config: SchedulerConfig) -> Result<Self> {
+        let unsupported = [
+            ("use_dynamic_shifting", config.use_dynamic_shifting),
+            ("use_karras_sigmas", config.use_karras_sigmas),
+            ("use_exponential_sigmas", config.use_exponential_sigmas),
+            ("use_beta_sigmas", config.use_beta_sigmas),
+            ("invert_sigmas", config.invert_sigmas),
+            ("stochastic_sampling", config.stochastic_sampling),
+            (
+                "shift_terminal",
+                config.shift_terminal.is_some_and(|to| to != 0.0),
+            ),
+        ];
+        if let Some((name, _)) = unsupported.iter().find(|(_, is_set)| *is_set) {
+            return Err(Error::invalid(
+                format!("scheduler_config.json sets {name}, which is not supported"),
+                "Stable Diffusion 3 and 3.5 are published without it",
+            ));
+        }
+        let steps = config.num_train_timesteps;
+        if steps == 0 || !config.shift.is_finite() || config.shift <= 0.0 {
+            return Err(Error::invalid(
+                format!(
+                    "a schedule of {steps} timesteps with shift {}",
+                    config.shift
+                ),
+                "num_train_timesteps must be at least 1 and shift above 0",
+            ));
+        }
+        // in f32 like the reference, so that the tables are equal to the bit
+        let shift = config.shift as f32;
+        let table = (1..=steps)
+            .rev()
+            .map(|t| t as f32 / steps as f32)
+            .map(|sigma| shift * sigma / (1.0 + (config.shift - 1.0) as f32 * sigma))
+            .collect();
+        Ok(Self { config, table })
+    }
+
+    /// The noise levels that training draws from, descending from 1, `num_train_timesteps` of them.
+    pub fn training_sigmas(&self) -> &[f32] {
+        &self.table
+    }
+
+    /// The levels of a sampler of `num_inference_steps` steps: as many, then 0. They are spaced evenly between the
+    /// ends of the training table, which is shifted already, and shifted once more: what diffusers does, and what
+    /// published samples of SD3 were made with. Fails for 0 steps.
+    pub fn sigmas(&self, num_inference_steps: usize) -> Result<Vec<f32>> {
+        let (Some(&first), Some(&last), true) = (
+            self.table.first(),
+            self.table.last(),
+            num_inference_steps > 0,
+        ) else {
+            return Err(Error::invalid(
+                "num_inference_steps 0",
+                "take at least one step",
+            ));
+        };
+        let steps = self.config.num_train_timesteps as f64;
+        let (start, stop) = (f64::from(first) * steps, f64::from(last) * steps);
+        let gaps = num_inference_steps - 1;
+        let shift = self.config.shift;
+        let level = |i: usize| {
+            let t = match i {
+                0 => start,
+                _ if i == gaps => stop,
+                _ => start + (stop - start) / gaps as f64 * i as f64,
+            };
+            let sigma = t / steps;
+            (shift * sigma / (1.0 + (shift - 1.0) * sigma)) as f32
+        };
+        Ok((0..num_inference_steps).map(level).chain([0.0]).collect())
+    }
+
+    /// The timestep that the model is told at noise level `sigma`: `σ · num_train_timesteps`.
+    pub fn timestep(&self, sigma: f32) -> f32 {
+        sigma * self.config.num_train_timesteps as f32
+    }
+
+    /// One Euler step along the flow, `x + (σ_next − σ) · velocity`. Both tensors f32 of one shape.
+    pub fn step(
+        &self,
+        velocity: &Tensor,
+        sample: &Tensor,
+        sigma: f32,
+        sigma_next: f32,
+    ) -> Result<Tensor> {
+        let difference = f64::from(sigma_next - sigma);
+        Ok((sample + (velocity * difference)?)?)
+    }
+
+    /// Draws the level and the noise of each sample of `latents_shape` (b, c, h, w): for one sample after another,
+    /// u = sigmoid(N(0, 1)) (logit-normal density, equation 19 with m = 0 and s = 1), index ⌊u · n⌋ into the
+    /// descending table, then its noise.
+    pub fn draw(
+        &self,
+        latents_shape: (usize, usize, usize, usize),
+        generator: &mut impl Rng,
+        device: &Device,
+    ) -> Result<TrainingDraw> {
+        let (b, c, h, w) = latents_shape;
+        let count = self.table.len();
+        let mut indices = Vec::with_capacity(b);
+        let mut rows = Vec::with_capacity(b);
+        for _ in 0..b {
+            let normal: f64 = StandardNormal.sample(generator);
+            let u = 1.0 / (1.0 + (-normal).exp());
+            indices.push(((u * count as f64) as usize).min(count - 1));
+            rows.push(noise((1, c, h, w), generator, device)?);
+        }
+        let noise = Tensor::cat(&rows, 0)?;
+        Ok(TrainingDraw { indices, noise })
+    }
+
+    /// The loss of a batch: the mean over all elements of the squared difference that `form` names (the weighting of
+    /// the logit-normal scheme is 1). `latents` (b, c, h, w), scaled as the model sees them, f32; `predict` gives the
+    /// velocity of noisy latents (b, c, h, w) at timesteps (b). The result is a scalar with a gradient to whatever
+    /// `predict` depends on.
+    pub fn loss(
+        &self,
+        latents: &Tensor,
+        draw: &TrainingDraw,
+        form: LossForm,
+        predict: impl FnOnce(&Tensor, &Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let b = latents.dim(0)?;
+        let sigmas: Vec<f32> = draw
+            .indices
+            .iter()
+            .filter_map(|&index| self.table.get(index).copied())
+            .collect();
+        if sigmas.len() != b {
+            return Err(Error::invalid(
+                format!("{} noise levels for {b} samples", sigmas.len()),
+                "draw one index below num_train_timesteps for each sample",
+            ));
+        }
+        let timesteps: Vec<f32> = sigmas.iter().map(|&sigma| self.timestep(sigma)).collect();
+        let timesteps = Tensor::from_vec(timesteps, b, latents.device())?;
+        let sigmas = Tensor::from_vec(sigmas, (b, 1, 1, 1), latents.device())?;
+        let clean = latents.broadcast_mul(&sigmas.affine(-1.0, 1.0)?)?;
+        let noisy = (clean + draw.noise.broadcast_mul(&sigmas)?)?;
+        let velocity = predict(&noisy, &timesteps)?.to_dtype(latents.dtype())?;
+        let difference = match form {
+            LossForm::Preconditioned => ((&noisy - velocity.broadcast_mul(&sigmas)?)? - latents)?,
+            LossForm::Velocity => (velocity - (&draw.noise - latents)?)?,
+        };
+        Ok(difference.sqr()?.mean_all()?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rand::SeedableRng;
+    use rand_chacha::ChaCha8Rng;
+
+    #[test]
+    fn the_draw_of_a_sample_does_not_depend_on_the_samples_after_it() -> Result<()> {
+        let schedule = FlowMatchEuler::new(SchedulerConfig::default())?;
+        let draw = |b: usize| {
+            let mut generator = ChaCha8Rng::seed_from_u64(3);
+            schedule.draw((b, 2, 3, 3), &mut generator, &Device::Cpu)
+        };
+        let (one, three) = (draw(1)?, draw(3)?);
+        assert_eq!(one.indices[0], three.indices[0]);
+        let row = three
+            .noise
+            .narrow(0, 0, 1)?
+            .flatten_all()?
+            .to_vec1::<f32>()?;
+        assert_eq!(one.noise.flatten_all()?.to_vec1::<f32>()?, row);
+        Ok(())
+    }
+
+    #[test]
+    fn drawn_levels_follow_the_logit_normal_density() -> Result<()> {
+        let schedule = FlowMatchEuler::new(SchedulerConfig::default())?;
+        let mut generator = ChaCha8Rng::seed_from_u64(4);
+        let draw = schedule.draw((20_000, 1, 1, 1), &mut generator, &Device::Cpu)?;
+        // P(u < 0.25) of a logit-normal with mean 0 and deviation 1 is Φ(ln(1/3)) = 0.1360
+        let below = draw.indices.iter().filter(|&&index| index < 250).count();
+        assert!((below as f64 / 20_000.0 - 0.1360).abs() < 0.01, "{below}");
+        Ok(())
+    }
+
+    #[test]
+    fn an_unsupported_schedule_is_refused_by_name() {
+        let config = SchedulerConfig {
+            use_dynamic_shifting: true,
+            ..SchedulerConfig::default()
+        };
+        let error = FlowMatchEuler::new(config)
+            .map(|_| ())
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("use_dynamic_shifting"), "{error}");
+    }
+}

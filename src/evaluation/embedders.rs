@@ -1,0 +1,156 @@
+//! CLIP and DINO from checkpoint folders, as [`super::embed`] wants them.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use image::RgbImage;
+use serde::de::DeserializeOwned;
+
+use super::embed::{ImageEmbedder, TextEmbedder};
+use super::preprocess::Preprocessing;
+use crate::models::clip::{self, Clip};
+use crate::models::tokenizer::TextTokenizer;
+use crate::models::vit::{self, Vit};
+use crate::nn::Weights;
+use crate::{Error, Result};
+
+/// Pictures that go through a model at once.
+const BATCH: usize = 16;
+
+/// CLIP, with both towers.
+pub struct ClipEmbedder {
+    model: Clip,
+    tokenizer: TextTokenizer,
+    /// The most tokens of a text; the rest is cut off.
+    max_length: usize,
+    preprocessing: Preprocessing,
+    directory: PathBuf,
+    device: Device,
+}
+
+impl ClipEmbedder {
+    /// Reads `config.json`, `model.safetensors`, `tokenizer.json` and, where there is one, `preprocessor_config.json`
+    /// from the folder of a `CLIPModel`. Computes in f32. Fails when a file is missing or does not fit the others.
+    pub fn load(directory: &Path, device: &Device) -> Result<Self> {
+        let config: clip::Config = read_config(directory)?;
+        let weights = read_weights(directory, device)?;
+        let model = Clip::new(&config, &weights)?;
+        weights.finish()?;
+        let official = Preprocessing::clip(config.vision_config.image_size as u32);
+        Ok(Self {
+            model,
+            tokenizer: TextTokenizer::from_file(&directory.join("tokenizer.json"))?,
+            max_length: config.text_config.max_position_embeddings,
+            preprocessing: Preprocessing::from_checkpoint(directory, official)?,
+            directory: directory.to_path_buf(),
+            device: device.clone(),
+        })
+    }
+}
+
+impl ImageEmbedder for ClipEmbedder {
+    fn images(&self, images: &[RgbImage]) -> Result<Vec<Vec<f32>>> {
+        in_batches(images, |batch| {
+            let pixels = self.preprocessing.apply(batch, &self.device)?;
+            self.model.encode_image(&pixels)
+        })
+    }
+
+    fn description(&self) -> String {
+        describe("CLIP", &self.directory, &self.preprocessing)
+    }
+}
+
+impl TextEmbedder for ClipEmbedder {
+    /// One text at a time and without padding, so that neither the other texts nor a padding token can matter.
+    fn texts(&self, texts: &[String]) -> Result<Vec<Vec<f32>>> {
+        texts
+            .iter()
+            .map(|text| {
+                let encoded = self.tokenizer.encode(text, self.max_length, 0)?;
+                let length = encoded.mask.iter().filter(|&&kept| kept == 1).count();
+                let ids = Tensor::new(&encoded.ids[..length], &self.device)?.unsqueeze(0)?;
+                let embedding = self.model.encode_text(&ids)?.squeeze(0)?;
+                Ok(embedding.to_dtype(DType::F32)?.to_vec1()?)
+            })
+            .collect()
+    }
+}
+
+/// DINO's vision transformer; an embedding is its class token after the final norm.
+pub struct DinoEmbedder {
+    model: Vit,
+    preprocessing: Preprocessing,
+    directory: PathBuf,
+    device: Device,
+}
+
+impl DinoEmbedder {
+    /// Reads `config.json`, `model.safetensors` and, where there is one, `preprocessor_config.json` from the folder of
+    /// a `ViTModel`. Computes in f32. Fails when a file is missing or does not fit the others.
+    pub fn load(directory: &Path, device: &Device) -> Result<Self> {
+        let config: vit::Config = read_config(directory)?;
+        let weights = read_weights(directory, device)?;
+        let model = Vit::new(&config, &weights)?;
+        weights.finish()?;
+        let official = Preprocessing::dino(config.image_size as u32);
+        Ok(Self {
+            model,
+            preprocessing: Preprocessing::from_checkpoint(directory, official)?,
+            directory: directory.to_path_buf(),
+            device: device.clone(),
+        })
+    }
+
+    /// With other steps, for example [`Preprocessing::dino`] where the checkpoint's own file says something else: DINO
+    /// scores in papers are mostly taken with the official ones.
+    pub fn with_preprocessing(self, preprocessing: Preprocessing) -> Self {
+        Self {
+            preprocessing,
+            ..self
+        }
+    }
+}
+
+impl ImageEmbedder for DinoEmbedder {
+    fn images(&self, images: &[RgbImage]) -> Result<Vec<Vec<f32>>> {
+        in_batches(images, |batch| {
+            let pixels = self.preprocessing.apply(batch, &self.device)?;
+            self.model.forward(&pixels)
+        })
+    }
+
+    fn description(&self) -> String {
+        describe("DINO", &self.directory, &self.preprocessing)
+    }
+}
+
+fn in_batches(
+    images: &[RgbImage],
+    embed: impl Fn(&[RgbImage]) -> Result<Tensor>,
+) -> Result<Vec<Vec<f32>>> {
+    let mut embeddings = Vec::with_capacity(images.len());
+    for batch in images.chunks(BATCH) {
+        embeddings.extend(embed(batch)?.to_dtype(DType::F32)?.to_vec2::<f32>()?);
+    }
+    Ok(embeddings)
+}
+
+/// A sentence for the report; the folder by its name alone, because a page may be passed on.
+fn describe(kind: &str, directory: &Path, preprocessing: &Preprocessing) -> String {
+    let name = directory.file_name().unwrap_or_default().to_string_lossy();
+    format!("{kind}: {name} ({}).", preprocessing.name)
+}
+
+fn read_config<T: DeserializeOwned>(directory: &Path) -> Result<T> {
+    let path = directory.join("config.json");
+    let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+    serde_json::from_str(&text).map_err(|e| Error::Checkpoint {
+        path,
+        faults: vec![e.to_string()],
+    })
+}
+
+fn read_weights(directory: &Path, device: &Device) -> Result<Weights> {
+    Weights::from_files(&[directory.join("model.safetensors")], DType::F32, device)
+}

@@ -1,0 +1,155 @@
+//! The pre-norm transformer layer that CLIP's towers and the ViT share, and the activations their configs name.
+
+use candle_core::Tensor;
+use serde::Deserialize;
+
+use crate::Result;
+use crate::nn::{Init, LayerNorm, Linear, Mask, Weights, ops};
+
+/// An activation by its name in Hugging Face configs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Activation {
+    /// `x · sigmoid(1.702·x)`.
+    QuickGelu,
+    /// With the error function.
+    Gelu,
+    /// In the tanh approximation.
+    #[serde(alias = "gelu_pytorch_tanh")]
+    GeluNew,
+    Relu,
+    #[serde(alias = "swish")]
+    Silu,
+}
+
+impl Activation {
+    /// Elementwise, any shape.
+    pub fn forward(self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::QuickGelu => ops::quick_gelu(x),
+            Self::Gelu => ops::gelu_erf(x),
+            Self::GeluNew => ops::gelu(x),
+            Self::Relu => Ok(x.relu()?),
+            Self::Silu => ops::silu(x),
+        }
+    }
+}
+
+/// Sizes of a stack of layers.
+#[derive(Debug, Clone)]
+pub(super) struct Sizes {
+    pub width: usize,
+    pub hidden: usize,
+    pub heads: usize,
+    /// Number of layers in the stack; it scales how new weights are drawn.
+    pub layers: usize,
+    pub eps: f64,
+    pub activation: Activation,
+    pub qkv_bias: bool,
+}
+
+/// Where a layer's parts are in the checkpoint, relative to the layer.
+pub(super) struct Names {
+    pub norm1: &'static str,
+    pub attention: Projections,
+    pub out: &'static str,
+    pub norm2: &'static str,
+    pub fc1: &'static str,
+    pub fc2: &'static str,
+}
+
+/// How queries, keys and values are stored.
+pub(super) enum Projections {
+    Separate([&'static str; 3]),
+    /// One matrix, queries first.
+    Joint(&'static str),
+}
+
+enum Qkv {
+    Separate([Linear; 3]),
+    Joint(Linear),
+}
+
+/// `x + attention(norm1(x))`, then `x + mlp(norm2(x))`.
+pub(super) struct Layer {
+    norm1: LayerNorm,
+    qkv: Qkv,
+    out: Linear,
+    norm2: LayerNorm,
+    fc1: Linear,
+    fc2: Linear,
+    heads: usize,
+    activation: Activation,
+}
+
+impl Layer {
+    pub fn new(s: &Sizes, names: &Names, weights: &Weights) -> Result<Self> {
+        let d = s.width;
+        let at = |name: &str| name.split('.').fold(weights.clone(), |w, part| w.pp(part));
+        // As CLIP's own initialisation: what adds to the residual stream is smaller in deeper stacks.
+        let wide = (d as f64).powf(-0.5);
+        let deep = wide * (2.0 * s.layers as f64).powf(-0.5);
+        let linear = |name, inputs, outputs, bias, deviation| {
+            Linear::with_init(inputs, outputs, bias, Init::Normal(deviation), &at(name))
+        };
+        let qkv = match names.attention {
+            Projections::Separate([q, k, v]) => Qkv::Separate([
+                linear(q, d, d, s.qkv_bias, deep)?,
+                linear(k, d, d, s.qkv_bias, deep)?,
+                linear(v, d, d, s.qkv_bias, deep)?,
+            ]),
+            Projections::Joint(name) => Qkv::Joint(linear(name, d, 3 * d, s.qkv_bias, deep)?),
+        };
+        Ok(Self {
+            norm1: LayerNorm::new(d, s.eps, &at(names.norm1))?,
+            qkv,
+            out: linear(names.out, d, d, true, wide)?,
+            norm2: LayerNorm::new(d, s.eps, &at(names.norm2))?,
+            fc1: linear(names.fc1, d, s.hidden, true, wide * 0.5f64.sqrt())?,
+            fc2: linear(names.fc2, s.hidden, d, true, deep)?,
+            heads: s.heads,
+            activation: s.activation,
+        })
+    }
+
+    /// `x` (b, n, width) to the same shape.
+    pub fn forward(&self, x: &Tensor, mask: &Mask) -> Result<Tensor> {
+        let (b, n, d) = x.dims3()?;
+        let head_dim = d / self.heads;
+        let split = |x: &Tensor| -> Result<Tensor> {
+            Ok(x.reshape((b, n, self.heads, head_dim))?
+                .transpose(1, 2)?
+                .contiguous()?)
+        };
+        let normed = self.norm1.forward(x)?;
+        let (q, k, v) = match &self.qkv {
+            Qkv::Separate([q, k, v]) => (
+                split(&q.forward(&normed)?)?,
+                split(&k.forward(&normed)?)?,
+                split(&v.forward(&normed)?)?,
+            ),
+            Qkv::Joint(qkv) => {
+                let all = qkv.forward(&normed)?;
+                let part = |i: usize| split(&all.narrow(2, i * d, d)?.contiguous()?);
+                (part(0)?, part(1)?, part(2)?)
+            }
+        };
+        let y = ops::attention(&q, &k, &v, 1.0 / (head_dim as f64).sqrt(), mask)?;
+        let y = y.transpose(1, 2)?.contiguous()?.reshape((b, n, d))?;
+        let x = (x + self.out.forward(&y)?)?;
+        let hidden = self.fc1.forward(&self.norm2.forward(&x)?)?;
+        Ok((&x + self.fc2.forward(&self.activation.forward(&hidden)?)?)?)
+    }
+}
+
+/// Patches of `pixels` (b, c, h, w) after their convolution, (b, width, h', w'), as a sequence (b, h'·w', width)
+/// with the class token (width) in front.
+pub(super) fn with_class_token(patches: &Tensor, class: &Tensor) -> Result<Tensor> {
+    let (b, width, h, w) = patches.dims4()?;
+    let patches = patches
+        .reshape((b, width, h * w))?
+        .transpose(1, 2)?
+        .contiguous()?;
+    let class = class.reshape((1, 1, width))?.broadcast_as((b, 1, width))?;
+    Ok(Tensor::cat(&[class.contiguous()?, patches], 1)?)
+}

@@ -1,0 +1,670 @@
+//! LlamaGen's text-to-image GPT. Reference: `autoregressive/models/gpt.py`.
+//!
+//! The sequence is `cls_token_num` caption positions and then the image's tokens, row by row. Two properties of the
+//! published weights are kept as they are: the caption positions have rotary rows of zeros, which makes their queries
+//! and keys zero, and a caption's padding stands on the left.
+
+use candle_core::{D, DType, Device, Tensor};
+use rand::Rng;
+use rand_chacha::ChaCha8Rng;
+use serde::Deserialize;
+
+use crate::nn::{Embedding, Init, Linear, Mask, RmsNorm, Weights, no_grad, ops};
+use crate::{Error, Result};
+
+/// `config.json`: the fields of the reference's `ModelArgs` that matter here, with its text-to-image defaults.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct Config {
+    /// Width of the residual stream.
+    pub dim: usize,
+    /// Number of blocks.
+    pub n_layer: usize,
+    /// Number of query heads.
+    pub n_head: usize,
+    /// Number of key and value heads; `n_head` where absent.
+    pub n_kv_head: Option<usize>,
+    /// The feed-forward's width is rounded up to a multiple of this.
+    pub multiple_of: usize,
+    /// Factor on the feed-forward's width before rounding.
+    pub ffn_dim_multiplier: Option<f64>,
+    /// Base of the rotary frequencies.
+    pub rope_base: f64,
+    /// Added to the mean square in norms.
+    pub norm_eps: f64,
+    /// Dropout after the embeddings, in training.
+    pub token_dropout_p: f64,
+    /// Dropout on attention probabilities; only 0 is supported, the published value.
+    pub attn_dropout_p: f64,
+    /// Dropout after the attention's output projection, in training.
+    pub resid_dropout_p: f64,
+    /// Dropout after the feed-forward, in training.
+    pub ffn_dropout_p: f64,
+    /// Width of the caption features.
+    pub caption_dim: usize,
+    /// Share of training samples whose caption is replaced by the null condition.
+    pub class_dropout_prob: f64,
+    /// `t2i`; nothing else is supported.
+    pub model_type: String,
+    /// Number of image tokens in the codebook.
+    pub vocab_size: usize,
+    /// Number of caption positions.
+    pub cls_token_num: usize,
+    /// Number of tokens of an image; a square.
+    pub block_size: usize,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            dim: 4096,
+            n_layer: 32,
+            n_head: 32,
+            n_kv_head: None,
+            multiple_of: 256,
+            ffn_dim_multiplier: None,
+            rope_base: 10000.0,
+            norm_eps: 1e-5,
+            token_dropout_p: 0.1,
+            attn_dropout_p: 0.0,
+            resid_dropout_p: 0.1,
+            ffn_dropout_p: 0.1,
+            caption_dim: 2048,
+            class_dropout_prob: 0.1,
+            model_type: "t2i".into(),
+            vocab_size: 16384,
+            cls_token_num: 120,
+            block_size: 256,
+        }
+    }
+}
+
+impl Config {
+    /// Width of the feed-forward's hidden layer.
+    pub fn hidden_dim(&self) -> usize {
+        let mut hidden = 8 * self.dim / 3;
+        if let Some(factor) = self.ffn_dim_multiplier {
+            hidden = (factor * hidden as f64) as usize;
+        }
+        hidden.next_multiple_of(self.multiple_of)
+    }
+
+    /// Number of key and value heads.
+    pub fn kv_heads(&self) -> usize {
+        self.n_kv_head.unwrap_or(self.n_head)
+    }
+
+    /// Width of one head.
+    pub fn head_dim(&self) -> usize {
+        self.dim / self.n_head
+    }
+
+    /// Side of the square of image tokens.
+    pub fn grid(&self) -> usize {
+        self.block_size.isqrt()
+    }
+
+    fn validate(&self) -> Result<()> {
+        let mut faults = Vec::new();
+        if self.model_type != "t2i" {
+            faults.push(format!("model_type is {:?}, t2i expected", self.model_type));
+        }
+        if self.attn_dropout_p != 0.0 {
+            faults.push(format!(
+                "attn_dropout_p is {}, 0 expected",
+                self.attn_dropout_p
+            ));
+        }
+        if self.grid() * self.grid() != self.block_size {
+            faults.push(format!("block_size {} is not a square", self.block_size));
+        }
+        if self.n_head == 0 || self.kv_heads() == 0 || !self.n_head.is_multiple_of(self.kv_heads())
+        {
+            faults.push(format!(
+                "n_head {} is not a multiple of n_kv_head {}",
+                self.n_head,
+                self.kv_heads()
+            ));
+        } else if !self.dim.is_multiple_of(self.n_head) || !self.head_dim().is_multiple_of(4) {
+            faults.push(format!(
+                "dim {} does not give {} heads of a width that is a multiple of 4",
+                self.dim, self.n_head
+            ));
+        }
+        if self.multiple_of == 0 || self.cls_token_num == 0 {
+            faults.push("multiple_of and cls_token_num must be at least 1".into());
+        }
+        if faults.is_empty() {
+            return Ok(());
+        }
+        Err(Error::invalid(
+            format!("config of a LlamaGen GPT: {}", faults.join("; ")),
+            "only LlamaGen's text-to-image models are supported",
+        ))
+    }
+}
+
+struct CaptionEmbedder {
+    fc1: Linear,
+    fc2: Linear,
+    uncond_embedding: Tensor,
+}
+
+impl CaptionEmbedder {
+    fn new(c: &Config, weights: &Weights) -> Result<Self> {
+        let mlp = weights.pp("cap_proj");
+        let init = Init::Normal(0.02);
+        // The reference stores 120 rows whatever cls_token_num is, and shorter captions meet the first ones.
+        let rows = weights
+            .dims("uncond_embedding")
+            .and_then(|dims| dims.first().copied())
+            .unwrap_or(0)
+            .max(c.cls_token_num);
+        let uncond_embedding = weights
+            .buffer(
+                (rows, c.caption_dim),
+                "uncond_embedding",
+                Init::Normal((1.0 / c.caption_dim as f64).sqrt()),
+            )?
+            .narrow(0, 0, c.cls_token_num)?;
+        Ok(Self {
+            fc1: Linear::with_init(c.caption_dim, c.dim, false, init, &mlp.pp("fc1"))?,
+            fc2: Linear::with_init(c.dim, c.dim, false, init, &mlp.pp("fc2"))?,
+            uncond_embedding,
+        })
+    }
+
+    fn forward(&self, captions: &Tensor) -> Result<Tensor> {
+        self.fc2.forward(&ops::gelu(&self.fc1.forward(captions)?)?)
+    }
+}
+
+/// Rotary tables of some positions: cosines and sines, each (n, head_dim / 2), f32.
+struct Rotary {
+    cos: Tensor,
+    sin: Tensor,
+}
+
+impl Rotary {
+    /// Rows of zeros for the captions, then one row per place of the grid: the first half of the pairs turns with
+    /// the row, the second with the column.
+    fn new(c: &Config, device: &Device) -> Result<Self> {
+        let (grid, quarter) = (c.grid(), c.head_dim() / 4);
+        let half_dim = c.head_dim() / 2;
+        let frequencies: Vec<f32> = (0..quarter)
+            .map(|k| 1.0 / (c.rope_base as f32).powf((2 * k) as f32 / half_dim as f32))
+            .collect();
+        let rows = c.cls_token_num + c.block_size;
+        let zeros = c.cls_token_num * half_dim;
+        let (mut cos, mut sin) = (vec![0f32; zeros], vec![0f32; zeros]);
+        for row in 0..grid {
+            for column in 0..grid {
+                for position in [row, column] {
+                    for frequency in &frequencies {
+                        let angle = position as f32 * frequency;
+                        cos.push(angle.cos());
+                        sin.push(angle.sin());
+                    }
+                }
+            }
+        }
+        Ok(Self {
+            cos: Tensor::from_vec(cos, (rows, half_dim), device)?,
+            sin: Tensor::from_vec(sin, (rows, half_dim), device)?,
+        })
+    }
+
+    fn narrow(&self, start: usize, count: usize) -> Result<Self> {
+        Ok(Self {
+            cos: self.cos.narrow(0, start, count)?,
+            sin: self.sin.narrow(0, start, count)?,
+        })
+    }
+
+    /// Turns `x` (b, h, n, d), in f32 as the reference does.
+    fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        let turned = ops::rope_adjacent(&x.to_dtype(DType::F32)?, &self.cos, &self.sin)?;
+        Ok(turned.to_dtype(x.dtype())?)
+    }
+}
+
+struct Attention {
+    wqkv: Linear,
+    wo: Linear,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+}
+
+impl Attention {
+    fn new(c: &Config, weights: &Weights) -> Result<Self> {
+        let outputs = (c.n_head + 2 * c.kv_heads()) * c.head_dim();
+        let init = Init::Normal(0.02);
+        Ok(Self {
+            wqkv: Linear::with_init(c.dim, outputs, false, init, &weights.pp("wqkv"))?,
+            wo: Linear::with_init(c.dim, c.dim, false, init, &weights.pp("wo"))?,
+            heads: c.n_head,
+            kv_heads: c.kv_heads(),
+            head_dim: c.head_dim(),
+        })
+    }
+
+    fn forward(
+        &self,
+        x: &Tensor,
+        rotary: &Rotary,
+        mask: &Mask,
+        cache: Option<(&LayerCache, usize)>,
+    ) -> Result<Tensor> {
+        let (b, n, dim) = x.dims3()?;
+        let kv_dim = self.kv_heads * self.head_dim;
+        let qkv = self.wqkv.forward(x)?;
+        let split = |start, width, heads| -> Result<Tensor> {
+            Ok(qkv
+                .narrow(D::Minus1, start, width)?
+                .reshape((b, n, heads, self.head_dim))?
+                .transpose(1, 2)?
+                .contiguous()?)
+        };
+        let q = rotary.apply(&split(0, dim, self.heads)?)?;
+        let k = rotary.apply(&split(dim, kv_dim, self.kv_heads)?)?;
+        let v = split(dim + kv_dim, kv_dim, self.kv_heads)?;
+        let (k, v) = match cache {
+            None => (k, v),
+            Some((cache, position)) => cache.extend(&k, &v, position)?,
+        };
+        let (k, v) = (self.repeat(k)?, self.repeat(v)?);
+        let scale = 1.0 / (self.head_dim as f64).sqrt();
+        let y = ops::attention(&q, &k, &v, scale, mask)?;
+        self.wo
+            .forward(&y.transpose(1, 2)?.contiguous()?.reshape((b, n, dim))?)
+    }
+
+    /// Each key or value head once for every query head that it serves.
+    fn repeat(&self, x: Tensor) -> Result<Tensor> {
+        let times = self.heads / self.kv_heads;
+        if times == 1 {
+            return Ok(x);
+        }
+        let (b, h, m, d) = x.dims4()?;
+        Ok(x.unsqueeze(2)?
+            .broadcast_as((b, h, times, m, d))?
+            .contiguous()?
+            .reshape((b, h * times, m, d))?)
+    }
+}
+
+struct FeedForward {
+    w1: Linear,
+    w2: Linear,
+    w3: Linear,
+}
+
+impl FeedForward {
+    fn new(c: &Config, weights: &Weights) -> Result<Self> {
+        let hidden = c.hidden_dim();
+        let init = Init::Normal(0.02);
+        Ok(Self {
+            w1: Linear::with_init(c.dim, hidden, false, init, &weights.pp("w1"))?,
+            w2: Linear::with_init(hidden, c.dim, false, init, &weights.pp("w2"))?,
+            w3: Linear::with_init(c.dim, hidden, false, init, &weights.pp("w3"))?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.w2
+            .forward(&ops::swiglu(&self.w1.forward(x)?, &self.w3.forward(x)?)?)
+    }
+}
+
+struct Block {
+    attention: Attention,
+    feed_forward: FeedForward,
+    attention_norm: RmsNorm,
+    ffn_norm: RmsNorm,
+}
+
+impl Block {
+    fn new(c: &Config, weights: &Weights) -> Result<Self> {
+        Ok(Self {
+            attention: Attention::new(c, &weights.pp("attention"))?,
+            feed_forward: FeedForward::new(c, &weights.pp("feed_forward"))?,
+            attention_norm: RmsNorm::new(c.dim, c.norm_eps, &weights.pp("attention_norm"))?,
+            ffn_norm: RmsNorm::new(c.dim, c.norm_eps, &weights.pp("ffn_norm"))?,
+        })
+    }
+}
+
+struct LayerCache {
+    keys: Tensor,
+    values: Tensor,
+}
+
+impl LayerCache {
+    /// Writes `k` and `v` (b, h, n, d) at `position` and returns everything up to their end.
+    fn extend(&self, k: &Tensor, v: &Tensor, position: usize) -> Result<(Tensor, Tensor)> {
+        let length = position + k.dim(2)?;
+        self.keys.slice_set(k, 2, position)?;
+        self.values.slice_set(v, 2, position)?;
+        Ok((
+            self.keys.narrow(2, 0, length)?,
+            self.values.narrow(2, 0, length)?,
+        ))
+    }
+}
+
+/// Keys and values of a batch of sequences that are being sampled, with room for a fixed number of tokens.
+pub struct Cache {
+    layers: Vec<LayerCache>,
+    /// Additive mask over keys, (b, 1, 1, capacity): caption padding is hidden.
+    hidden: Option<Tensor>,
+    length: usize,
+    capacity: usize,
+}
+
+impl Cache {
+    /// Number of positions held, captions included.
+    pub fn len(&self) -> usize {
+        self.length
+    }
+
+    /// Whether nothing has been prefilled.
+    pub fn is_empty(&self) -> bool {
+        self.length == 0
+    }
+}
+
+/// The model.
+pub struct Gpt {
+    config: Config,
+    cls_embedding: CaptionEmbedder,
+    tok_embeddings: Embedding,
+    layers: Vec<Block>,
+    norm: RmsNorm,
+    output: Linear,
+    rotary: Rotary,
+    dtype: DType,
+    device: Device,
+}
+
+impl Gpt {
+    /// Builds the model from `weights`, whose root is the checkpoint's. Call [`Weights::finish`] afterwards.
+    pub fn new(config: &Config, weights: &Weights) -> Result<Self> {
+        config.validate()?;
+        let c = config;
+        Ok(Self {
+            config: c.clone(),
+            cls_embedding: CaptionEmbedder::new(c, &weights.pp("cls_embedding"))?,
+            tok_embeddings: Embedding::new(c.vocab_size, c.dim, &weights.pp("tok_embeddings"))?,
+            layers: (0..c.n_layer)
+                .map(|i| Block::new(c, &weights.pp("layers").pp(i)))
+                .collect::<Result<_>>()?,
+            norm: RmsNorm::new(c.dim, c.norm_eps, &weights.pp("norm"))?,
+            output: Linear::with_init(
+                c.dim,
+                c.vocab_size,
+                false,
+                Init::Zeros,
+                &weights.pp("output"),
+            )?,
+            rotary: Rotary::new(c, weights.device())?,
+            dtype: weights.dtype(),
+            device: weights.device().clone(),
+        })
+    }
+
+    /// The configuration it was built with.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Where the weights are.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The null condition that stands for "no caption", (cls_token_num, caption_dim).
+    pub fn uncond_embedding(&self) -> &Tensor {
+        &self.cls_embedding.uncond_embedding
+    }
+
+    /// `caption_embeddings` (b, cls_token_num, caption_dim) with the null condition in place of sample i where
+    /// `drop[i]`, as condition dropout in training does. The caption's mask stays as it is.
+    pub fn drop_captions(&self, caption_embeddings: &Tensor, drop: &[bool]) -> Result<Tensor> {
+        let b = caption_embeddings.dim(0)?;
+        if drop.len() != b {
+            return Err(Error::invalid(
+                format!("{} drop flags for {b} captions", drop.len()),
+                "give one for each caption",
+            ));
+        }
+        let dtype = caption_embeddings.dtype();
+        let null = self.uncond_embedding().to_dtype(dtype)?;
+        let rows = drop
+            .iter()
+            .enumerate()
+            .map(|(i, &drop)| {
+                if drop {
+                    Ok(null.clone())
+                } else {
+                    Ok(caption_embeddings.get(i)?)
+                }
+            })
+            .collect::<Result<Vec<_>>>()?;
+        Ok(Tensor::stack(&rows, 0)?)
+    }
+
+    /// Logits (b, n, vocab_size) in f32 for all n tokens of images whose first n − 1 are given: from the last caption
+    /// position on, as in training.
+    ///
+    /// `caption_embeddings` (b, cls_token_num, caption_dim); `caption_mask` (b, cls_token_num), nonzero where valid,
+    /// padded on the left; `tokens` (b, n − 1) of u32 (n − 1 may be 0). Dropout happens only where a generator is given.
+    pub fn forward(
+        &self,
+        caption_embeddings: &Tensor,
+        caption_mask: &Tensor,
+        tokens: &Tensor,
+        mut dropout: Option<&mut ChaCha8Rng>,
+    ) -> Result<Tensor> {
+        let c = &self.config;
+        let b = self.check_captions(caption_embeddings, caption_mask)?;
+        let (rows, given) = tokens.dims2()?;
+        if rows != b || given >= c.block_size {
+            return Err(Error::invalid(
+                format!("tokens of shape ({rows}, {given}) for {b} captions"),
+                format!("at most {} tokens for each caption", c.block_size - 1),
+            ));
+        }
+        let captions = self
+            .cls_embedding
+            .forward(&caption_embeddings.to_dtype(self.dtype)?)?;
+        let h = if given == 0 {
+            captions
+        } else {
+            Tensor::cat(&[captions, self.tok_embeddings.forward(tokens)?], 1)?
+        };
+        let mut h = drop_out(h, c.token_dropout_p, &mut dropout)?;
+        let n = c.cls_token_num + given;
+        let rotary = self.rotary.narrow(0, n)?;
+        let mask = Mask::Additive(self.causal_mask(caption_mask, n)?);
+        for layer in &self.layers {
+            h = self.block(layer, h, &rotary, &mask, None, &mut dropout)?;
+        }
+        let images = h.narrow(1, c.cls_token_num - 1, given + 1)?.contiguous()?;
+        self.logits(&images)
+    }
+
+    /// An empty cache for `batch` sequences of a caption and up to `tokens` image tokens.
+    pub fn cache(&self, batch: usize, tokens: usize) -> Result<Cache> {
+        let c = &self.config;
+        let capacity = c.cls_token_num + tokens.min(c.block_size);
+        let shape = (batch, c.kv_heads(), capacity, c.head_dim());
+        let layers = (0..c.n_layer)
+            .map(|_| {
+                Ok(LayerCache {
+                    keys: Tensor::zeros(shape, self.dtype, &self.device)?,
+                    values: Tensor::zeros(shape, self.dtype, &self.device)?,
+                })
+            })
+            .collect::<Result<_>>()?;
+        Ok(Cache {
+            layers,
+            hidden: None,
+            length: 0,
+            capacity,
+        })
+    }
+
+    /// Fills an empty `cache` with captions and gives the logits (b, vocab_size), f32, of the first image token.
+    /// Inputs as in [`Gpt::forward`]. Nothing is recorded for gradients.
+    pub fn prefill(
+        &self,
+        caption_embeddings: &Tensor,
+        caption_mask: &Tensor,
+        cache: &mut Cache,
+    ) -> Result<Tensor> {
+        let n = self.config.cls_token_num;
+        let b = self.check_captions(caption_embeddings, caption_mask)?;
+        no_grad(|| {
+            let mut h = self
+                .cls_embedding
+                .forward(&caption_embeddings.to_dtype(self.dtype)?)?;
+            let rotary = self.rotary.narrow(0, n)?;
+            let mask = Mask::Additive(self.causal_mask(caption_mask, n)?);
+            for (layer, cache) in self.layers.iter().zip(&cache.layers) {
+                h = self.block(layer, h, &rotary, &mask, Some((cache, 0)), &mut None)?;
+            }
+            let images = Tensor::ones((b, cache.capacity - n), DType::U8, &self.device)?;
+            let valid = Tensor::cat(&[self.valid(caption_mask)?, images], 1)?;
+            cache.hidden = Some(self.additive(&valid)?.unsqueeze(1)?.unsqueeze(1)?);
+            cache.length = n;
+            Ok(self
+                .logits(&h.narrow(1, n - 1, 1)?.contiguous()?)?
+                .squeeze(1)?)
+        })
+    }
+
+    /// Appends one token to each sequence and gives the logits (b, vocab_size), f32, of the next. `tokens` (b) of u32.
+    /// Nothing is recorded for gradients.
+    pub fn step(&self, tokens: &Tensor, cache: &mut Cache) -> Result<Tensor> {
+        let Some(hidden) = cache.hidden.clone() else {
+            return Err(Error::invalid(
+                "a step with an empty cache",
+                "call prefill first",
+            ));
+        };
+        if cache.length == cache.capacity {
+            return Err(Error::invalid(
+                format!("the cache's {} positions are used up", cache.capacity),
+                "make the cache for more tokens",
+            ));
+        }
+        no_grad(|| {
+            let position = cache.length;
+            let mut h = self.tok_embeddings.forward(&tokens.unsqueeze(1)?)?;
+            let rotary = self.rotary.narrow(position, 1)?;
+            let mask = Mask::Additive(hidden.narrow(3, 0, position + 1)?.contiguous()?);
+            for (layer, cache) in self.layers.iter().zip(&cache.layers) {
+                h = self.block(layer, h, &rotary, &mask, Some((cache, position)), &mut None)?;
+            }
+            cache.length += 1;
+            Ok(self.logits(&h)?.squeeze(1)?)
+        })
+    }
+
+    fn block(
+        &self,
+        layer: &Block,
+        x: Tensor,
+        rotary: &Rotary,
+        mask: &Mask,
+        cache: Option<(&LayerCache, usize)>,
+        dropout: &mut Option<&mut ChaCha8Rng>,
+    ) -> Result<Tensor> {
+        let normed = layer.attention_norm.forward(&x)?;
+        let attended = layer.attention.forward(&normed, rotary, mask, cache)?;
+        let h = (x + drop_out(attended, self.config.resid_dropout_p, dropout)?)?;
+        let fed = layer.feed_forward.forward(&layer.ffn_norm.forward(&h)?)?;
+        Ok((h + drop_out(fed, self.config.ffn_dropout_p, dropout)?)?)
+    }
+
+    fn logits(&self, h: &Tensor) -> Result<Tensor> {
+        Ok(self
+            .output
+            .forward(&self.norm.forward(h)?)?
+            .to_dtype(DType::F32)?)
+    }
+
+    fn check_captions(&self, captions: &Tensor, mask: &Tensor) -> Result<usize> {
+        let c = &self.config;
+        let (b, n, d) = captions.dims3()?;
+        if (n, d) != (c.cls_token_num, c.caption_dim) || mask.dims() != [b, n] {
+            return Err(Error::invalid(
+                format!(
+                    "caption embeddings of shape {:?} with a mask of shape {:?}",
+                    captions.dims(),
+                    mask.dims()
+                ),
+                format!(
+                    "(b, {}, {}) and (b, {}) are expected",
+                    c.cls_token_num, c.caption_dim, c.cls_token_num
+                ),
+            ));
+        }
+        Ok(b)
+    }
+
+    /// `mask` as u8 ones and zeros on the model's device.
+    fn valid(&self, mask: &Tensor) -> Result<Tensor> {
+        Ok(mask
+            .to_device(&self.device)?
+            .ne(&mask.zeros_like()?.to_device(&self.device)?)?)
+    }
+
+    /// 0 where `allowed` (u8) is nonzero, −∞ elsewhere.
+    fn additive(&self, allowed: &Tensor) -> Result<Tensor> {
+        let zeros = Tensor::zeros(allowed.shape(), DType::F32, &self.device)?;
+        let hidden = Tensor::full(f32::NEG_INFINITY, allowed.shape(), &self.device)?;
+        Ok(allowed.where_cond(&zeros, &hidden)?)
+    }
+
+    /// (b, 1, n, n): causal, caption padding hidden, and the diagonal open whatever it is, so that no row is empty.
+    fn causal_mask(&self, caption_mask: &Tensor, n: usize) -> Result<Tensor> {
+        let (b, captions) = caption_mask.dims2()?;
+        let valid = self.valid(caption_mask)?;
+        let valid = if n > captions {
+            let images = Tensor::ones((b, n - captions), DType::U8, &self.device)?;
+            Tensor::cat(&[valid, images], 1)?
+        } else {
+            valid
+        };
+        let causal = Tensor::tril2(n, DType::U8, &self.device)?.unsqueeze(0)?;
+        let diagonal = Tensor::eye(n, DType::U8, &self.device)?.unsqueeze(0)?;
+        let allowed = causal
+            .broadcast_mul(&valid.unsqueeze(1)?)?
+            .broadcast_maximum(&diagonal)?;
+        self.additive(&allowed)?.unsqueeze(1).map_err(Into::into)
+    }
+}
+
+/// Zeroes each element with probability `p` and scales the others by 1/(1 − p).
+fn drop_out(x: Tensor, p: f64, generator: &mut Option<&mut ChaCha8Rng>) -> Result<Tensor> {
+    let Some(generator) = generator else {
+        return Ok(x);
+    };
+    if p <= 0.0 {
+        return Ok(x);
+    }
+    let kept = (1.0 / (1.0 - p)) as f32;
+    let values: Vec<f32> = (0..x.elem_count())
+        .map(|_| {
+            if generator.random::<f32>() < p as f32 {
+                0.0
+            } else {
+                kept
+            }
+        })
+        .collect();
+    let mask = Tensor::from_vec(values, x.shape(), x.device())?.to_dtype(x.dtype())?;
+    Ok((x * mask)?)
+}

@@ -1,0 +1,238 @@
+//! One block of MMDiT: image and text with weights of their own, attending to each other (arXiv 2403.03206, figure
+//! 2b); diffusers' `JointTransformerBlock`, with SD3.5 Medium's second attention over the image.
+
+use candle_core::{D, Tensor};
+
+use super::transformer::Config;
+use crate::Result;
+use crate::nn::{Init, LayerNorm, Linear, Mask, RmsNorm, Weights, ops};
+
+/// Epsilon of every norm of the transformer.
+pub(super) const EPS: f64 = 1e-6;
+
+/// `x · (1 + scale) + shift`; `x` (b, n, d), `scale` and `shift` (b, 1, d).
+pub(super) fn modulate(x: &Tensor, scale: &Tensor, shift: &Tensor) -> Result<Tensor> {
+    Ok(x.broadcast_mul(&(scale + 1.0)?)?.broadcast_add(shift)?)
+}
+
+/// `x + gate · y`; `x` and `y` (b, n, d), `gate` (b, 1, d).
+fn gated_residual(x: &Tensor, gate: &Tensor, y: &Tensor) -> Result<Tensor> {
+    Ok((x + y.broadcast_mul(gate)?)?)
+}
+
+/// A linear layer of SiLU(temb) whose output is cut into shifts, scales and gates.
+pub(super) struct Modulation {
+    linear: Linear,
+    chunks: usize,
+}
+
+impl Modulation {
+    pub(super) fn new(d: usize, chunks: usize, weights: &Weights) -> Result<Self> {
+        let place = weights.pp("linear");
+        let linear = Linear::with_init(d, chunks * d, true, Init::Zeros, &place)?;
+        Ok(Self { linear, chunks })
+    }
+
+    /// `temb` (b, d) to as many tensors (b, 1, d) as there are chunks.
+    pub(super) fn forward(&self, temb: &Tensor) -> Result<Vec<Tensor>> {
+        let all = self.linear.forward(&ops::silu(temb)?)?.unsqueeze(1)?;
+        Ok(all.chunk(self.chunks, D::Minus1)?)
+    }
+}
+
+/// Queries, keys and values of one stream.
+struct Projections {
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    norms: Option<(RmsNorm, RmsNorm)>,
+    heads: usize,
+}
+
+impl Projections {
+    /// `names` are those of q, k, v and of the norms of q and k.
+    fn new(config: &Config, names: [&str; 5], weights: &Weights) -> Result<Self> {
+        let d = config.inner_dim();
+        let linear = |name: &str| Linear::new(d, d, true, &weights.pp(name));
+        let norm = |name: &str| RmsNorm::new(config.attention_head_dim, EPS, &weights.pp(name));
+        let norms = match config.qk_norm {
+            Some(super::QkNorm::RmsNorm) => Some((norm(names[3])?, norm(names[4])?)),
+            None => None,
+        };
+        Ok(Self {
+            q: linear(names[0])?,
+            k: linear(names[1])?,
+            v: linear(names[2])?,
+            norms,
+            heads: config.num_attention_heads,
+        })
+    }
+
+    /// (b, n, d) to q, k and v, each (b, heads, n, d / heads).
+    fn forward(&self, x: &Tensor) -> Result<[Tensor; 3]> {
+        let (b, n, d) = x.dims3()?;
+        let split = |y: Tensor| -> Result<Tensor> {
+            let y = y.reshape((b, n, self.heads, d / self.heads))?;
+            Ok(y.transpose(1, 2)?.contiguous()?)
+        };
+        let (q, k) = (split(self.q.forward(x)?)?, split(self.k.forward(x)?)?);
+        let v = split(self.v.forward(x)?)?;
+        match &self.norms {
+            Some((norm_q, norm_k)) => Ok([norm_q.forward(&q)?, norm_k.forward(&k)?, v]),
+            None => Ok([q, k, v]),
+        }
+    }
+}
+
+/// softmax(q·kᵀ / √d) · v with the heads joined: (b, n, d).
+fn attend(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+    let (b, heads, n, d) = q.dims4()?;
+    let y = ops::attention(q, k, v, 1.0 / (d as f64).sqrt(), &Mask::None)?;
+    Ok(y.transpose(1, 2)?
+        .contiguous()?
+        .reshape((b, n, heads * d))?)
+}
+
+/// Linear, GELU (tanh), linear, four times as wide within.
+struct FeedForward {
+    proj: Linear,
+    out: Linear,
+}
+
+impl FeedForward {
+    fn new(d: usize, weights: &Weights) -> Result<Self> {
+        Ok(Self {
+            proj: Linear::new(d, 4 * d, true, &weights.pp("net.0.proj"))?,
+            out: Linear::new(4 * d, d, true, &weights.pp("net.2"))?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.out.forward(&ops::gelu(&self.proj.forward(x)?)?)
+    }
+}
+
+/// What the text stream has beyond attention; the last block has none of it, since nothing reads its text.
+struct ContextTail {
+    to_add_out: Linear,
+    ff: FeedForward,
+}
+
+/// One block of MMDiT.
+pub struct JointTransformerBlock {
+    norm1: Modulation,
+    norm1_context: Modulation,
+    norm: LayerNorm,
+    image: Projections,
+    text: Projections,
+    to_out: Linear,
+    /// The second attention over the image alone, and its output layer.
+    dual: Option<(Projections, Linear)>,
+    ff: FeedForward,
+    context_tail: Option<ContextTail>,
+}
+
+impl JointTransformerBlock {
+    /// Block `index` of `config`, from the weights at `transformer_blocks.INDEX`.
+    pub(super) fn new(config: &Config, index: usize, weights: &Weights) -> Result<Self> {
+        let d = config.inner_dim();
+        let own = ["to_q", "to_k", "to_v", "norm_q", "norm_k"];
+        let added = [
+            "add_q_proj",
+            "add_k_proj",
+            "add_v_proj",
+            "norm_added_q",
+            "norm_added_k",
+        ];
+        let (attn, attn2) = (weights.pp("attn"), weights.pp("attn2"));
+        let linear = |weights: &Weights| Linear::new(d, d, true, weights);
+        let dual = if config.dual_attention_layers.contains(&index) {
+            Some((
+                Projections::new(config, own, &attn2)?,
+                linear(&attn2.pp("to_out.0"))?,
+            ))
+        } else {
+            None
+        };
+        let is_last = index + 1 == config.num_layers;
+        let context_tail = if is_last {
+            None
+        } else {
+            Some(ContextTail {
+                to_add_out: linear(&attn.pp("to_add_out"))?,
+                ff: FeedForward::new(d, &weights.pp("ff_context"))?,
+            })
+        };
+        Ok(Self {
+            norm1: Modulation::new(d, if dual.is_some() { 9 } else { 6 }, &weights.pp("norm1"))?,
+            norm1_context: Modulation::new(
+                d,
+                if is_last { 2 } else { 6 },
+                &weights.pp("norm1_context"),
+            )?,
+            norm: LayerNorm::plain(EPS),
+            image: Projections::new(config, own, &attn)?,
+            text: Projections::new(config, added, &attn)?,
+            to_out: linear(&attn.pp("to_out.0"))?,
+            dual,
+            ff: FeedForward::new(d, &weights.pp("ff"))?,
+            context_tail,
+        })
+    }
+
+    /// `x` (b, n, d) the image's patches, `context` (b, m, d) the text, `temb` (b, d) the condition. Gives both
+    /// streams after the block; the text is `None` after the last.
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        context: &Tensor,
+        temb: &Tensor,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        let (n, m) = (x.dim(1)?, context.dim(1)?);
+        // shift, scale and gate of the attention, the same of the feed-forward, the same of the second attention
+        let image = self.norm1.forward(temb)?;
+        let text = self.norm1_context.forward(temb)?;
+        let normed = self.norm.forward(x)?;
+        let normed_text = self.norm.forward(context)?;
+        let x_in = modulate(&normed, &image[1], &image[0])?;
+        let context_in = match &self.context_tail {
+            Some(_) => modulate(&normed_text, &text[1], &text[0])?,
+            // the last block's text norm has its scale first
+            None => modulate(&normed_text, &text[0], &text[1])?,
+        };
+
+        let [q, k, v] = self.image.forward(&x_in)?;
+        let [text_q, text_k, text_v] = self.text.forward(&context_in)?;
+        // where nothing reads the text any more, it gives keys and values but asks for nothing
+        let q = match &self.context_tail {
+            Some(_) => Tensor::cat(&[q, text_q], 2)?,
+            None => q,
+        };
+        let k = Tensor::cat(&[k, text_k], 2)?;
+        let v = Tensor::cat(&[v, text_v], 2)?;
+        let attended = attend(&q, &k, &v)?;
+
+        let y = self
+            .to_out
+            .forward(&attended.narrow(1, 0, n)?.contiguous()?)?;
+        let mut x = gated_residual(x, &image[2], &y)?;
+        if let Some((projections, to_out)) = &self.dual {
+            let [q, k, v] = projections.forward(&modulate(&normed, &image[7], &image[6])?)?;
+            let y = to_out.forward(&attend(&q, &k, &v)?)?;
+            x = gated_residual(&x, &image[8], &y)?;
+        }
+        let y = modulate(&self.norm.forward(&x)?, &image[4], &image[3])?;
+        let x = gated_residual(&x, &image[5], &self.ff.forward(&y)?)?;
+
+        let Some(tail) = &self.context_tail else {
+            return Ok((x, None));
+        };
+        let y = tail
+            .to_add_out
+            .forward(&attended.narrow(1, n, m)?.contiguous()?)?;
+        let context = gated_residual(context, &text[2], &y)?;
+        let y = modulate(&self.norm.forward(&context)?, &text[4], &text[3])?;
+        let context = gated_residual(&context, &text[5], &tail.ff.forward(&y)?)?;
+        Ok((x, Some(context)))
+    }
+}

@@ -1,0 +1,272 @@
+//! Stable Diffusion 3 and 3.5 (Esser et al. 2024, arXiv 2403.03206) from a directory in diffusers' layout, for
+//! example `stabilityai/stable-diffusion-3-medium-diffusers`: `model_index.json`, `transformer/`, `vae/`,
+//! `scheduler/`, and for each text encoder `text_encoder*/` and `tokenizer*/tokenizer.json`.
+
+mod block;
+mod files;
+mod sampling;
+mod text;
+mod transformer;
+
+pub use block::JointTransformerBlock;
+pub use sampling::denoise;
+pub use transformer::{Config, LORA_TARGETS, QkNorm, Sd3Transformer};
+
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use rand_chacha::ChaCha8Rng;
+
+use self::text::TextEncoders;
+use super::autoencoder::{self, AutoencoderKl};
+use crate::diffusion::{self, FlowMatchEuler, LossForm};
+use crate::nn::{self, Weights};
+use crate::{Error, Result};
+
+/// What the denoiser knows of the prompts, one row for each.
+#[derive(Debug, Clone)]
+pub struct Conditioning {
+    /// Token states (b, n, joint_attention_dim).
+    pub context: Tensor,
+    /// Pooled states (b, pooled_projection_dim).
+    pub pooled: Tensor,
+}
+
+impl Conditioning {
+    /// The rows of all parts, one after another; n must be equal and `parts` not empty.
+    pub fn cat(parts: &[&Conditioning]) -> Result<Self> {
+        let contexts: Vec<&Tensor> = parts.iter().map(|part| &part.context).collect();
+        let pooled: Vec<&Tensor> = parts.iter().map(|part| &part.pooled).collect();
+        Ok(Self {
+            context: Tensor::cat(&contexts, 0)?,
+            pooled: Tensor::cat(&pooled, 0)?,
+        })
+    }
+
+    /// All rows `count` times over, at least once.
+    pub fn repeat(&self, count: usize) -> Result<Self> {
+        Self::cat(&vec![self; count.max(1)])
+    }
+}
+
+/// How images are drawn.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SampleSettings {
+    /// Euler steps, at least 1.
+    pub num_inference_steps: usize,
+    /// Classifier-free guidance; up to 1 there is none, as in the reference.
+    pub guidance_scale: f64,
+    /// Pixels, a multiple of [`Sd3::granularity`].
+    pub height: usize,
+    /// Pixels, a multiple of [`Sd3::granularity`].
+    pub width: usize,
+    /// What the images are guided away from; empty for nothing in particular.
+    pub negative_prompt: String,
+}
+
+/// The whole model. The adapter, if any, is on the transformer alone.
+pub struct Sd3 {
+    text: TextEncoders,
+    transformer: Sd3Transformer,
+    vae: AutoencoderKl,
+    schedule: FlowMatchEuler,
+    loss_form: LossForm,
+    dtype: DType,
+    device: Device,
+}
+
+/// The weight files of the transformer of `directory`, for [`Sd3::open`]. Fails where there are none.
+pub fn transformer_files(directory: &Path) -> Result<Vec<PathBuf>> {
+    files::weight_files(&directory.join("transformer"), "diffusion_pytorch_model")
+}
+
+impl Sd3 {
+    /// Opens `directory`. `transformer` holds the weights of [`transformer_files`], frozen, with an adapter, or
+    /// trainable; its dtype and device are those of the text encoders too, while the autoencoder computes in f32, in
+    /// which half precision would overflow. Everything that is missing or misshapen in any component is reported at
+    /// once.
+    pub fn open(directory: &Path, transformer: &Weights) -> Result<Self> {
+        let (dtype, device) = (transformer.dtype(), transformer.device().clone());
+        let config: Config = files::read_json(&directory.join("transformer/config.json"))?;
+        let vae_config: autoencoder::Config = files::read_json(&directory.join("vae/config.json"))?;
+        let scheduler = files::read_json(&directory.join("scheduler/scheduler_config.json"))?;
+
+        let vae_files = files::weight_files(&directory.join("vae"), "diffusion_pytorch_model")?;
+        let vae_weights = Weights::from_files(&vae_files, DType::F32, &device)?;
+        let mut opened = vec![transformer.clone(), vae_weights.clone()];
+        let text = TextEncoders::open(directory, &config, dtype, &device, &mut opened)?;
+        let model = Self {
+            text,
+            transformer: Sd3Transformer::new(config, transformer)?,
+            vae: AutoencoderKl::new(vae_config, &vae_weights)?,
+            schedule: FlowMatchEuler::new(scheduler)?,
+            loss_form: LossForm::default(),
+            dtype,
+            device,
+        };
+        let mut faults = Vec::new();
+        for weights in &opened {
+            match weights.finish() {
+                Err(Error::Checkpoint { path, faults: own }) => {
+                    faults.extend(
+                        own.iter()
+                            .map(|fault| format!("{}: {fault}", path.display())),
+                    );
+                }
+                other => other?,
+            }
+        }
+        if !faults.is_empty() {
+            let path = directory.to_path_buf();
+            return Err(Error::Checkpoint { path, faults });
+        }
+        Ok(model)
+    }
+
+    /// The same model with another form of the training loss.
+    pub fn with_loss_form(mut self, loss_form: LossForm) -> Self {
+        self.loss_form = loss_form;
+        self
+    }
+
+    /// The denoiser.
+    pub fn transformer(&self) -> &Sd3Transformer {
+        &self.transformer
+    }
+
+    /// The autoencoder.
+    pub fn vae(&self) -> &AutoencoderKl {
+        &self.vae
+    }
+
+    /// The schedule.
+    pub fn schedule(&self) -> &FlowMatchEuler {
+        &self.schedule
+    }
+
+    /// Where the model computes.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Sides of images are multiples of this many pixels.
+    pub fn granularity(&self) -> usize {
+        self.vae.config().downscale() * self.transformer.config().patch_size
+    }
+
+    /// Side in pixels of the square images that the checkpoint is for.
+    pub fn resolution(&self) -> usize {
+        self.vae.config().downscale() * self.transformer.config().sample_size
+    }
+
+    /// What the text encoders say of `prompts`, without a graph; at least one prompt. A prompt's row depends on
+    /// nothing else, so rows may be kept. Texts are cut at the encoders' lengths.
+    pub fn encode_prompts(&self, prompts: &[String]) -> Result<Conditioning> {
+        nn::no_grad(|| self.text.encode(prompts))
+    }
+
+    /// Mean and log-variance of the latents of `images` (b, 3, h, w) in [−1, 1], not rescaled, f32, without a graph.
+    pub fn encode_images(&self, images: &Tensor) -> Result<(Tensor, Tensor)> {
+        nn::no_grad(|| self.vae.encode(&images.to_dtype(DType::F32)?))
+    }
+
+    /// Latents drawn from the distribution that [`Sd3::encode_images`] gives, scaled as [`Sd3::loss`] takes them.
+    pub fn sample_latents(
+        &self,
+        mean: &Tensor,
+        logvar: &Tensor,
+        generator: &mut ChaCha8Rng,
+    ) -> Result<Tensor> {
+        let noise = diffusion::noise(mean.shape(), generator, mean.device())?;
+        let sample = (mean + ((logvar * 0.5)?.exp()? * noise)?)?;
+        self.vae.scale(&sample)
+    }
+
+    /// The training loss of a batch (a scalar, f32): `latents` (b, c, h, w) scaled, f32, with one row of
+    /// `conditioning` each. Noise levels and noise come from `generator`, sample by sample.
+    pub fn loss(
+        &self,
+        latents: &Tensor,
+        conditioning: &Conditioning,
+        generator: &mut ChaCha8Rng,
+    ) -> Result<Tensor> {
+        let draw = self
+            .schedule
+            .draw(latents.dims4()?, generator, latents.device())?;
+        self.schedule
+            .loss(latents, &draw, self.loss_form, |noisy, timesteps| {
+                let noisy = noisy.to_dtype(self.dtype)?;
+                let Conditioning { context, pooled } = conditioning;
+                self.transformer.forward(&noisy, timesteps, context, pooled)
+            })
+    }
+
+    /// One image for each prompt and seed: (b, 3, height, width) in [−1, 1], f32, without a graph. The noise of an
+    /// image depends on its own seed alone.
+    pub fn generate(
+        &self,
+        prompts: &[String],
+        seeds: &[u64],
+        settings: &SampleSettings,
+    ) -> Result<Tensor> {
+        let conditioning = self.encode_prompts(prompts)?;
+        let negative = self.encode_prompts(std::slice::from_ref(&settings.negative_prompt))?;
+        self.generate_from(&conditioning, &negative, seeds, settings)
+    }
+
+    /// [`Sd3::generate`] with the prompts encoded already: b rows of `conditioning`, and one row of `negative` that
+    /// stands in for `settings.negative_prompt`.
+    pub fn generate_from(
+        &self,
+        conditioning: &Conditioning,
+        negative: &Conditioning,
+        seeds: &[u64],
+        settings: &SampleSettings,
+    ) -> Result<Tensor> {
+        let (b, rows) = (seeds.len(), conditioning.context.dim(0)?);
+        if b != rows || b == 0 {
+            return Err(Error::invalid(
+                format!("{b} seeds for {rows} prompts"),
+                "give one seed for each prompt",
+            ));
+        }
+        let (height, width) = (settings.height, settings.width);
+        let unit = self.granularity();
+        if height == 0 || width == 0 || height % unit != 0 || width % unit != 0 {
+            return Err(Error::invalid(
+                format!("images of {width}×{height} pixels"),
+                format!("use a width and a height that are multiples of {unit}"),
+            ));
+        }
+        let f = self.vae.config().downscale();
+        let shape = (
+            1,
+            self.transformer.config().in_channels,
+            height / f,
+            width / f,
+        );
+        let noise = seeds
+            .iter()
+            .map(|&seed| diffusion::noise(shape, &mut nn::seeded(seed, "latents"), &self.device))
+            .collect::<Result<Vec<_>>>()?;
+        let noise = Tensor::cat(&noise, 0)?;
+        let scale = settings.guidance_scale;
+        let negative = negative.repeat(b)?;
+        let guided = (scale > 1.0).then_some((&negative, scale));
+        let steps = settings.num_inference_steps;
+        let latents = denoise(
+            &self.transformer,
+            &self.schedule,
+            &noise,
+            conditioning,
+            guided,
+            steps,
+        )?;
+        nn::no_grad(|| {
+            Ok(self
+                .vae
+                .decode(&self.vae.unscale(&latents)?)?
+                .clamp(-1f32, 1f32)?)
+        })
+    }
+}

@@ -1,0 +1,200 @@
+//! Text to token ids, by a `tokenizer.json` of Hugging Face's tokenizers.
+
+use std::path::Path;
+
+use candle_core::{Device, Tensor};
+use tokenizers::{PostProcessor, Tokenizer, TruncationDirection};
+
+use crate::{Error, Result};
+
+/// The ids of one text, and which of them are not padding.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Encoded {
+    /// As many ids as asked for, padding on the right.
+    pub ids: Vec<u32>,
+    /// 1 for each id of the text, 0 for padding.
+    pub mask: Vec<u32>,
+}
+
+/// A tokenizer. Which tokens open and close a text (CLIP's start and end, T5's `</s>`) is the file's own affair.
+#[derive(Clone)]
+pub struct TextTokenizer {
+    tokenizer: Tokenizer,
+    unknown: Option<u32>,
+}
+
+impl TextTokenizer {
+    /// Reads a `tokenizer.json`. Truncation and padding written in it are dropped: both are arguments of
+    /// [`TextTokenizer::encode`].
+    pub fn from_file(path: &Path) -> Result<Self> {
+        let text = std::fs::read(path).map_err(Error::io(path))?;
+        let fault = |what: String| Error::Checkpoint {
+            path: path.to_path_buf(),
+            faults: vec![format!("not a tokenizer: {what}")],
+        };
+        let mut tokenizer = Tokenizer::from_bytes(&text).map_err(|e| fault(e.to_string()))?;
+        tokenizer
+            .with_truncation(None)
+            .map_err(|e| fault(e.to_string()))?;
+        tokenizer.with_padding(None);
+        let json: serde_json::Value =
+            serde_json::from_slice(&text).map_err(|e| fault(e.to_string()))?;
+        let model = &json["model"];
+        let unknown = match model["unk_token"].as_str() {
+            Some(token) => tokenizer.token_to_id(token),
+            None => model["unk_id"].as_u64().and_then(|id| id.try_into().ok()),
+        };
+        Ok(Self { tokenizer, unknown })
+    }
+
+    /// The ids of `text`, its words cut so that with the special tokens they are at most `max_length`.
+    pub fn ids(&self, text: &str, max_length: usize) -> Result<Vec<u32>> {
+        let failed = |e: tokenizers::Error| {
+            Error::invalid(
+                format!("text {text:?} cannot be tokenized: {e}"),
+                "use a plainer text",
+            )
+        };
+        let special = self
+            .tokenizer
+            .get_post_processor()
+            .map_or(0, |processor| processor.added_tokens(false));
+        if max_length < special.max(1) {
+            return Err(Error::invalid(
+                format!("a text length of {max_length} tokens"),
+                format!("{special} of them are special tokens"),
+            ));
+        }
+        let mut encoding = self.tokenizer.encode(text, false).map_err(failed)?;
+        encoding.truncate(max_length - special, 0, TruncationDirection::Right);
+        let encoding = self
+            .tokenizer
+            .post_process(encoding, None, true)
+            .map_err(failed)?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// [`TextTokenizer::ids`], padded on the right with `padding` to exactly `max_length`.
+    pub fn encode(&self, text: &str, max_length: usize, padding: u32) -> Result<Encoded> {
+        let mut ids = self.ids(text, max_length)?;
+        let mut mask = vec![1; ids.len()];
+        ids.resize(max_length, padding);
+        mask.resize(max_length, 0);
+        Ok(Encoded { ids, mask })
+    }
+
+    /// [`TextTokenizer::encode`] for several texts: ids and mask, both (b, max_length) of u32.
+    pub fn encode_batch(
+        &self,
+        texts: &[String],
+        max_length: usize,
+        padding: u32,
+        device: &Device,
+    ) -> Result<(Tensor, Tensor)> {
+        let (mut ids, mut mask) = (Vec::new(), Vec::new());
+        for text in texts {
+            let encoded = self.encode(text, max_length, padding)?;
+            ids.extend(encoded.ids);
+            mask.extend(encoded.mask);
+        }
+        let shape = (texts.len(), max_length);
+        Ok((
+            Tensor::from_vec(ids, shape, device)?,
+            Tensor::from_vec(mask, shape, device)?,
+        ))
+    }
+
+    /// The id of `token`, if the vocabulary has it.
+    pub fn id(&self, token: &str) -> Option<u32> {
+        self.tokenizer.token_to_id(token)
+    }
+
+    /// Number of tokens, special ones included.
+    pub fn vocab_size(&self) -> usize {
+        self.tokenizer.get_vocab_size(true)
+    }
+
+    /// The parts of `text` that the vocabulary has no token for, in their order, each once.
+    pub fn unknown_words(&self, text: &str) -> Result<Vec<String>> {
+        let Some(unknown) = self.unknown else {
+            return Ok(Vec::new());
+        };
+        let encoding = self.tokenizer.encode(text, false).map_err(|e| {
+            Error::invalid(
+                format!("text {text:?} cannot be tokenized: {e}"),
+                "use a plainer text",
+            )
+        })?;
+        let mut words: Vec<String> = Vec::new();
+        for (&id, &(start, end)) in encoding.get_ids().iter().zip(encoding.get_offsets()) {
+            let word = text.get(start..end).unwrap_or_default().trim();
+            if id == unknown && !word.is_empty() && !words.iter().any(|known| known == word) {
+                words.push(word.to_string());
+            }
+        }
+        Ok(words)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn word_level() -> (tempfile::TempDir, TextTokenizer) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("tokenizer.json");
+        let json = serde_json::json!({
+            "version": "1.0",
+            "truncation": null,
+            "padding": null,
+            "added_tokens": [],
+            "normalizer": {"type": "Lowercase"},
+            "pre_tokenizer": {"type": "Whitespace"},
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}],
+                "pair": [],
+                "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}}
+            },
+            "decoder": null,
+            "model": {
+                "type": "WordLevel",
+                "vocab": {"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3, "dog": 4, "in": 5},
+                "unk_token": "<unk>"
+            }
+        });
+        std::fs::write(&path, json.to_string()).unwrap();
+        let tokenizer = TextTokenizer::from_file(&path).unwrap();
+        (directory, tokenizer)
+    }
+
+    #[test]
+    fn a_text_is_padded_to_its_length_and_keeps_its_end_token_when_cut() {
+        let (_directory, tokenizer) = word_level();
+        let padded = tokenizer.encode("A dog", 5, 0).unwrap();
+        assert_eq!(padded.ids, [3, 4, 1, 0, 0]);
+        assert_eq!(padded.mask, [1, 1, 1, 0, 0]);
+        let cut = tokenizer.encode("a dog in a dog", 3, 0).unwrap();
+        assert_eq!(cut.ids, [3, 4, 1]);
+        assert_eq!(tokenizer.ids("a dog", 5).unwrap(), [3, 4, 1]);
+        assert!(tokenizer.encode("a", 0, 0).is_err());
+    }
+
+    #[test]
+    fn words_without_a_token_are_named_once() {
+        let (_directory, tokenizer) = word_level();
+        let words = tokenizer
+            .unknown_words("a Zebra in zürich, a Zebra")
+            .unwrap();
+        assert_eq!(words, ["Zebra", "zürich", ","]);
+    }
+
+    #[test]
+    fn a_file_that_is_no_tokenizer_is_named() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("tokenizer.json");
+        std::fs::write(&path, "{}").unwrap();
+        let error = TextTokenizer::from_file(&path).err().unwrap();
+        assert!(error.to_string().contains("tokenizer.json"), "{error}");
+    }
+}

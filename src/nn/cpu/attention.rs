@@ -1,0 +1,373 @@
+//! Attention whose memory is linear in the sequence: scores exist for one block of queries at a time and are computed
+//! again in the backward pass from the saved log-sum-exp of each row (as in Dao et al. 2022, arXiv 2205.14135).
+
+use std::ops::Range;
+
+use candle_core::{Result, Tensor};
+use multiversion::multiversion;
+use rayon::prelude::*;
+
+use super::gemm::{Matrix, Threads, multiply};
+use super::{Values, detached, simd, strided_values, tensor, values};
+use crate::nn::ops::Mask;
+use crate::nn::vjp::record;
+
+/// Queries of one block.
+const BLOCK: usize = 64;
+
+/// Whether [`attention`] can take this mask: none of its gradients are wanted and it has a row for every query.
+pub fn takes_mask(mask: &Mask, n: usize, m: usize) -> bool {
+    match mask {
+        Mask::None | Mask::Causal => true,
+        Mask::Additive(bias) => {
+            super::takes([bias])
+                && !bias.track_op()
+                && matches!(bias.dims(), [_, _, rows, keys] if (*rows, *keys) == (n, m))
+        }
+    }
+}
+
+/// See [`crate::nn::ops::attention`]; the mask is one that [`takes_mask`].
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) -> Result<Tensor> {
+    let call = Call::new(q, k, v, scale, mask)?;
+    let (b, h, n, m, d) = (call.b, call.h, call.n, call.m, call.d);
+    let kept = [adjacent(q)?, adjacent(k)?, adjacent(v)?];
+    let mut y = vec![0.0; b * h * n * d];
+    let mut log_sums = vec![0.0; b * h * n];
+    {
+        let [q, k, v] = call.heads(&kept)?;
+        let mask = call.mask_values()?;
+        y.par_chunks_mut((n * d).max(1))
+            .zip(log_sums.par_chunks_mut(n.max(1)))
+            .enumerate()
+            .flat_map(|(head, (y, log_sums))| {
+                y.par_chunks_mut((BLOCK * d).max(1))
+                    .zip(log_sums.par_chunks_mut(BLOCK))
+                    .enumerate()
+                    .map(move |(block, out)| (head, block * BLOCK, out))
+            })
+            .for_each_init(Vec::new, |scores, (head, first, (y, log_sums))| {
+                let queries = first..first + log_sums.len();
+                let keys = call.keys(queries.end);
+                call.scores(&q, &k, head, queries.clone(), scores);
+                softmax_rows(
+                    scores,
+                    keys,
+                    call.visible(first),
+                    call.mask_rows(mask.as_deref(), head, first),
+                    log_sums,
+                );
+                multiply(
+                    1.0,
+                    Matrix::new(scores, queries.len(), keys),
+                    v.matrix(head, 0..keys),
+                    y,
+                    d,
+                    false,
+                    Threads::One,
+                );
+            });
+    }
+    let wanted = [q.track_op(), k.track_op(), v.track_op()];
+    record(&[q, k, v], y, (b, h, n, d), move |result, gradient| {
+        let result = detached(result)?;
+        let (y, g) = (values(&result)?, values(gradient)?);
+        let [q, k, v] = call.heads(&kept)?;
+        let mask = call.mask_values()?;
+        let mut dq = vec![0.0; b * h * n * d];
+        let mut dk = vec![0.0; b * h * m * d];
+        let mut dv = vec![0.0; b * h * m * d];
+        dq.par_chunks_mut((n * d).max(1))
+            .zip(dk.par_chunks_mut((m * d).max(1)))
+            .zip(dv.par_chunks_mut((m * d).max(1)))
+            .enumerate()
+            .for_each_init(
+                || (Vec::new(), Vec::new()),
+                |(scores, slopes), (head, ((dq, dk), dv))| {
+                    for first in (0..n).step_by(BLOCK) {
+                        let queries = first..(first + BLOCK).min(n);
+                        let keys = call.keys(queries.end);
+                        let rows = head * n + queries.start..head * n + queries.end;
+                        let (y, g) = (
+                            &y[rows.start * d..rows.end * d],
+                            &g[rows.start * d..rows.end * d],
+                        );
+                        let g_rows = Matrix::new(g, queries.len(), d);
+                        call.scores(&q, &k, head, queries.clone(), scores);
+                        slopes.resize(scores.len(), 0.0);
+                        multiply(
+                            1.0,
+                            g_rows,
+                            v.matrix(head, 0..keys).t(),
+                            slopes,
+                            keys,
+                            false,
+                            Threads::One,
+                        );
+                        differentiate_rows(
+                            (scores, slopes),
+                            keys,
+                            call.visible(first),
+                            call.mask_rows(mask.as_deref(), head, first),
+                            &log_sums[rows],
+                            (y, g),
+                        );
+                        let probabilities = Matrix::new(scores, queries.len(), keys);
+                        let slopes = Matrix::new(slopes, queries.len(), keys);
+                        multiply(1.0, probabilities.t(), g_rows, dv, d, true, Threads::One);
+                        multiply(
+                            call.scale,
+                            slopes,
+                            k.matrix(head, 0..keys),
+                            &mut dq[first * d..],
+                            d,
+                            false,
+                            Threads::One,
+                        );
+                        multiply(
+                            call.scale,
+                            slopes.t(),
+                            q.matrix(head, queries),
+                            dk,
+                            d,
+                            true,
+                            Threads::One,
+                        );
+                    }
+                },
+            );
+        let mut gradients = Vec::new();
+        for (wanted, gradient, length) in
+            [(wanted[0], dq, n), (wanted[1], dk, m), (wanted[2], dv, m)]
+        {
+            if wanted {
+                gradients.push(tensor(gradient, (b, h, length, d))?);
+            }
+        }
+        Ok(gradients)
+    })
+}
+
+/// The sizes and the mask of one call.
+struct Call {
+    b: usize,
+    h: usize,
+    n: usize,
+    m: usize,
+    d: usize,
+    scale: f32,
+    /// Whether later keys are hidden.
+    causal: bool,
+    bias: Option<Tensor>,
+}
+
+impl Call {
+    fn new(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) -> Result<Self> {
+        let (b, h, n, d) = q.dims4()?;
+        let m = k.dim(2)?;
+        let causal = matches!(mask, Mask::Causal);
+        if k.dims() != [b, h, m, d] || v.dims() != [b, h, m, d] || (causal && m < n) {
+            candle_core::bail!(
+                "attention of queries {:?}, keys {:?} and values {:?}",
+                q.dims(),
+                k.dims(),
+                v.dims()
+            );
+        }
+        let bias = match mask {
+            Mask::None | Mask::Causal => None,
+            Mask::Additive(bias) => {
+                let (images, heads, _, _) = bias.dims4()?;
+                if ![1, b].contains(&images) || ![1, h].contains(&heads) {
+                    candle_core::bail!(
+                        "a mask of {:?} for scores of {:?}",
+                        bias.dims(),
+                        [b, h, n, m]
+                    );
+                }
+                Some(detached(bias)?)
+            }
+        };
+        Ok(Self {
+            b,
+            h,
+            n,
+            m,
+            d,
+            scale: scale as f32,
+            causal,
+            bias,
+        })
+    }
+
+    fn heads<'a>(&self, kept: &'a [Tensor; 3]) -> Result<[Heads<'a>; 3]> {
+        Ok([
+            Heads::new(&kept[0])?,
+            Heads::new(&kept[1])?,
+            Heads::new(&kept[2])?,
+        ])
+    }
+
+    /// How many keys the queries before `end` can see.
+    fn keys(&self, end: usize) -> usize {
+        if self.causal {
+            end + self.m - self.n
+        } else {
+            self.m
+        }
+    }
+
+    /// How many keys query `first` sees, if each query after it sees one more.
+    fn visible(&self, first: usize) -> Option<usize> {
+        self.causal.then(|| first + 1 + self.m - self.n)
+    }
+
+    fn mask_values(&self) -> Result<Option<Values<'_>>> {
+        self.bias.as_ref().map(values).transpose()
+    }
+
+    /// What is added to the scores from query `first` of `head` on.
+    fn mask_rows<'a>(
+        &self,
+        all: Option<&'a [f32]>,
+        head: usize,
+        first: usize,
+    ) -> Option<&'a [f32]> {
+        let dims = self.bias.as_ref()?.dims();
+        let (image, head) = (head / self.h % dims[0], head % self.h % dims[1]);
+        let start = ((image * dims[1] + head) * self.n + first) * self.m;
+        all.map(|all| &all[start..])
+    }
+
+    /// scale · q·kᵀ for the queries and all the keys that one of them sees.
+    fn scores(
+        &self,
+        q: &Heads,
+        k: &Heads,
+        head: usize,
+        queries: Range<usize>,
+        scores: &mut Vec<f32>,
+    ) {
+        let keys = self.keys(queries.end);
+        scores.resize(queries.len() * keys, 0.0);
+        multiply(
+            self.scale,
+            q.matrix(head, queries),
+            k.matrix(head, 0..keys).t(),
+            scores,
+            keys,
+            false,
+            Threads::One,
+        );
+    }
+}
+
+/// A detached (b, h, n, d) whose last dimension is adjacent in memory; the others may have any stride.
+fn adjacent(x: &Tensor) -> Result<Tensor> {
+    if x.stride().last() == Some(&1) {
+        Ok(x.detach())
+    } else {
+        detached(x)
+    }
+}
+
+/// The (n, d) matrices of a tensor (b, h, n, d).
+struct Heads<'a> {
+    values: Values<'a>,
+    h: usize,
+    d: usize,
+    strides: [usize; 3],
+}
+
+impl<'a> Heads<'a> {
+    fn new(x: &'a Tensor) -> Result<Self> {
+        let (_, h, _, d) = x.dims4()?;
+        let strides = [x.stride()[0], x.stride()[1], x.stride()[2]];
+        Ok(Self {
+            values: strided_values(x)?,
+            h,
+            d,
+            strides,
+        })
+    }
+
+    fn matrix(&self, head: usize, rows: Range<usize>) -> Matrix<'_> {
+        let start = head / self.h * self.strides[0]
+            + head % self.h * self.strides[1]
+            + rows.start * self.strides[2];
+        Matrix::with_stride(&self.values[start..], rows.len(), self.d, self.strides[2])
+    }
+}
+
+/// The mask's rows are as long as all keys, the scores' only as long as those that can be seen.
+#[inline(always)]
+fn masked<'a>(
+    row: usize,
+    scores: &'a mut [f32],
+    visible: Option<usize>,
+    mask: Option<&[f32]>,
+) -> &'a mut [f32] {
+    let keys = scores.len();
+    let seen = visible.map_or(keys, |first| (first + row).min(keys));
+    let (seen, hidden) = scores.split_at_mut(seen);
+    hidden.fill(0.0);
+    if let Some(mask) = mask {
+        for (s, m) in seen.iter_mut().zip(&mask[row * keys..]) {
+            *s += m;
+        }
+    }
+    seen
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
+fn softmax_rows(
+    scores: &mut [f32],
+    keys: usize,
+    visible: Option<usize>,
+    mask: Option<&[f32]>,
+    log_sums: &mut [f32],
+) {
+    for (i, (row, log_sum)) in scores.chunks_exact_mut(keys).zip(log_sums).enumerate() {
+        let row = masked(i, row, visible, mask);
+        let highest = simd::max(row);
+        for s in row.iter_mut() {
+            *s = simd::exp(*s - highest);
+        }
+        let total = simd::sum(row, |v| v);
+        let inverse = 1.0 / total;
+        for s in row.iter_mut() {
+            *s *= inverse;
+        }
+        *log_sum = highest + total.ln();
+    }
+}
+
+/// Turns scores into probabilities P and `slopes`, which holds g·vᵀ, into the gradient of the scores:
+/// P ∘ (g·vᵀ − rowsum(g ∘ y)).
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
+fn differentiate_rows(
+    (scores, slopes): (&mut [f32], &mut [f32]),
+    keys: usize,
+    visible: Option<usize>,
+    mask: Option<&[f32]>,
+    log_sums: &[f32],
+    (y, g): (&[f32], &[f32]),
+) {
+    let d = y.len() / log_sums.len();
+    for (i, (row, slopes)) in scores
+        .chunks_exact_mut(keys)
+        .zip(slopes.chunks_exact_mut(keys))
+        .enumerate()
+    {
+        let of_row = i * d..(i + 1) * d;
+        let product = simd::sum_pairs(&y[of_row.clone()], &g[of_row], |y, g| y * g);
+        let row = masked(i, row, visible, mask);
+        let log_sum = log_sums[i];
+        let (slopes, hidden) = slopes.split_at_mut(row.len());
+        hidden.fill(0.0);
+        for (s, slope) in row.iter_mut().zip(slopes) {
+            *s = simd::exp(*s - log_sum);
+            *slope = *s * (*slope - product);
+        }
+    }
+}

@@ -1,0 +1,35 @@
+//! Rows of a table.
+
+use candle_core::{DType, Result, Tensor};
+
+use super::{detached, each_piece, tensor, values};
+use crate::nn::vjp::record;
+
+/// See [`crate::nn::ops::embedding`].
+pub fn embedding(weight: &Tensor, ids: &Tensor) -> Result<Tensor> {
+    let (count, width) = weight.dims2()?;
+    let mut shape = ids.dims().to_vec();
+    shape.push(width);
+    let ids = ids.flatten_all()?.to_dtype(DType::U32)?.to_vec1::<u32>()?;
+    if let Some(id) = ids.iter().find(|id| **id as usize >= count) {
+        candle_core::bail!("row {id} of a table of {count}");
+    }
+    let mut y = vec![0.0; ids.len() * width];
+    {
+        let weight = detached(weight)?;
+        let weight = values(&weight)?;
+        each_piece(&mut y, width, |i, y| {
+            y.copy_from_slice(&weight[ids[i] as usize * width..][..width]);
+        });
+    }
+    record(&[weight], y, shape, move |_, gradient| {
+        let g = values(gradient)?;
+        let mut dw = vec![0.0; count * width];
+        // One thread: an id may occur many times, and its rows are to be added in their order.
+        for (id, g) in ids.iter().zip(g.chunks_exact(width.max(1))) {
+            let row = &mut dw[*id as usize * width..][..width];
+            row.iter_mut().zip(g).for_each(|(d, g)| *d += g);
+        }
+        Ok(vec![tensor(dw, (count, width))?])
+    })
+}

@@ -1,0 +1,122 @@
+//! Matrix products of slices, by the `gemm` crate. It cuts the result into tiles and never the sums, so the number of
+//! threads does not change a bit.
+
+use gemm::Parallelism;
+
+/// A matrix in a slice: element (i, j) is at `i · row_stride + j · column_stride`.
+#[derive(Clone, Copy)]
+pub struct Matrix<'a> {
+    data: &'a [f32],
+    rows: usize,
+    columns: usize,
+    row_stride: usize,
+    column_stride: usize,
+}
+
+impl<'a> Matrix<'a> {
+    /// A matrix whose rows follow one another.
+    pub fn new(data: &'a [f32], rows: usize, columns: usize) -> Self {
+        Self::with_stride(data, rows, columns, columns)
+    }
+
+    /// A matrix whose rows start `row_stride` elements apart.
+    pub fn with_stride(data: &'a [f32], rows: usize, columns: usize, row_stride: usize) -> Self {
+        assert!(
+            rows == 0 || columns == 0 || (rows - 1) * row_stride + columns <= data.len(),
+            "a matrix of {rows} x {columns} with stride {row_stride} in {} elements",
+            data.len()
+        );
+        Self {
+            data,
+            rows,
+            columns,
+            row_stride,
+            column_stride: 1,
+        }
+    }
+
+    /// The transposed view.
+    pub fn t(self) -> Self {
+        Self {
+            data: self.data,
+            rows: self.columns,
+            columns: self.rows,
+            row_stride: self.column_stride,
+            column_stride: self.row_stride,
+        }
+    }
+}
+
+/// How many threads a product may use.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Threads {
+    /// The calling one: products inside a parallel loop.
+    One,
+    All,
+}
+
+/// `out = factor · a·b`, or `out += factor · a·b` if `accumulate`; the rows of `out` start `stride` elements apart.
+pub fn multiply(
+    factor: f32,
+    a: Matrix,
+    b: Matrix,
+    out: &mut [f32],
+    stride: usize,
+    accumulate: bool,
+    threads: Threads,
+) {
+    assert!(
+        a.rows == 0 || b.columns == 0 || (a.rows - 1) * stride + b.columns <= out.len(),
+        "a product of {} x {} with stride {stride} into {} elements",
+        a.rows,
+        b.columns,
+        out.len()
+    );
+    // SAFETY: the assertion above; `out` is borrowed mutably.
+    unsafe { multiply_into(factor, a, b, out.as_mut_ptr(), stride, accumulate, threads) }
+}
+
+/// [`multiply`] into memory that other threads write elsewhere at the same time.
+///
+/// # Safety
+/// `out` must be valid for writes (and reads, if `accumulate`) of `b.columns` elements at each multiple of `stride`
+/// below `a.rows · stride`, and nobody else may touch those during the call.
+pub unsafe fn multiply_into(
+    factor: f32,
+    a: Matrix,
+    b: Matrix,
+    out: *mut f32,
+    stride: usize,
+    accumulate: bool,
+    threads: Threads,
+) {
+    assert_eq!(a.columns, b.rows, "inner dimensions of a product");
+    let parallelism = match threads {
+        Threads::One => Parallelism::None,
+        Threads::All => Parallelism::Rayon(0),
+    };
+    // SAFETY: both matrices lie within their slices (checked when they were made); `out` by this function's contract.
+    unsafe {
+        gemm::gemm(
+            a.rows,
+            b.columns,
+            a.columns,
+            out,
+            1,
+            stride as isize,
+            accumulate,
+            a.data.as_ptr(),
+            a.column_stride as isize,
+            a.row_stride as isize,
+            b.data.as_ptr(),
+            b.column_stride as isize,
+            b.row_stride as isize,
+            1.0,
+            factor,
+            false,
+            false,
+            false,
+            parallelism,
+        );
+    }
+}

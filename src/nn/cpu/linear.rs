@@ -1,0 +1,299 @@
+//! Linear layers, with and without a low-rank addition.
+
+use std::sync::Arc;
+
+use candle_core::{Result, Tensor};
+use multiversion::multiversion;
+
+use super::gemm::{Matrix, Threads, multiply};
+use super::{detached, each_piece, simd, tensor, values};
+use crate::nn::vjp::record;
+
+/// Up to this many rows each weight is read once, straight from memory: packing it would take longer.
+const THIN: usize = 8;
+
+/// See [`crate::nn::ops::linear`].
+pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let shape = Shapes::of(x, weight)?;
+    let (x_kept, weight_kept) = (detached(x)?, detached(weight)?);
+    let y = forward(&x_kept, &weight_kept, bias, &shape)?;
+    let wanted = (
+        x.track_op(),
+        weight.track_op(),
+        bias.is_some_and(Tensor::track_op),
+    );
+    let inputs: Vec<&Tensor> = [x, weight].into_iter().chain(bias).collect();
+    let (x_dims, y_dims) = (x.dims().to_vec(), shape.result(x));
+    record(&inputs, y, y_dims, move |_, gradient| {
+        let g = values(gradient)?;
+        let mut gradients = Vec::new();
+        if wanted.0 {
+            let w = values(&weight_kept)?;
+            gradients.push(tensor(input_gradient(&g, &w, &shape), x_dims.clone())?);
+        }
+        if wanted.1 {
+            let dw = weight_gradient(&g, &values(&x_kept)?, &shape);
+            gradients.push(tensor(dw, (shape.outputs, shape.inputs))?);
+        }
+        if wanted.2 {
+            gradients.push(tensor(column_sums(&g, shape.outputs), shape.outputs)?);
+        }
+        Ok(gradients)
+    })
+}
+
+/// See [`crate::nn::ops::linear_lora`]. At most three of the five tensors may be tracked.
+pub fn linear_lora(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    a: &Tensor,
+    b: &Tensor,
+    scale: f64,
+) -> Result<Tensor> {
+    let shape = Shapes::of(x, weight)?;
+    let down = Shapes::of(x, a)?;
+    let scale = scale as f32;
+    let (x_kept, weight_kept) = (detached(x)?, detached(weight)?);
+    let (a_kept, b_kept) = (detached(a)?, detached(b)?);
+    if b_kept.dims2()? != (shape.outputs, down.outputs) {
+        candle_core::bail!(
+            "the factors of an adapter have shapes {:?} and {:?}",
+            a.dims(),
+            b.dims()
+        );
+    }
+    let low = forward(&x_kept, &a_kept, None, &down)?;
+    let mut y = forward(&x_kept, &weight_kept, bias, &shape)?;
+    add_product(&mut y, &low, &values(&b_kept)?, scale, &shape, down.outputs);
+    let wanted = [
+        x.track_op(),
+        weight.track_op(),
+        bias.is_some_and(Tensor::track_op),
+        a.track_op(),
+        b.track_op(),
+    ];
+    let inputs: Vec<&Tensor> = [x, weight].into_iter().chain(bias).chain([a, b]).collect();
+    let (x_dims, y_dims) = (x.dims().to_vec(), shape.result(x));
+    let low = Arc::new(low);
+    record(&inputs, y, y_dims, move |_, gradient| {
+        let g = values(gradient)?;
+        let (a, b) = (values(&a_kept)?, values(&b_kept)?);
+        let (rows, rank) = (shape.rows, down.outputs);
+        let mut low_gradient = vec![0.0; rows * rank];
+        if wanted[0] || wanted[3] {
+            multiply(
+                scale,
+                Matrix::new(&g, rows, shape.outputs),
+                Matrix::new(&b, shape.outputs, rank),
+                &mut low_gradient,
+                rank,
+                false,
+                Threads::All,
+            );
+        }
+        let mut gradients = Vec::new();
+        if wanted[0] {
+            let mut dx = input_gradient(&g, &values(&weight_kept)?, &shape);
+            multiply(
+                1.0,
+                Matrix::new(&low_gradient, rows, rank),
+                Matrix::new(&a, rank, shape.inputs),
+                &mut dx,
+                shape.inputs,
+                true,
+                Threads::All,
+            );
+            gradients.push(tensor(dx, x_dims.clone())?);
+        }
+        if wanted[1] {
+            let dw = weight_gradient(&g, &values(&x_kept)?, &shape);
+            gradients.push(tensor(dw, (shape.outputs, shape.inputs))?);
+        }
+        if wanted[2] {
+            gradients.push(tensor(column_sums(&g, shape.outputs), shape.outputs)?);
+        }
+        if wanted[3] {
+            let da = weight_gradient(&low_gradient, &values(&x_kept)?, &down);
+            gradients.push(tensor(da, (rank, shape.inputs))?);
+        }
+        if wanted[4] {
+            let mut db = vec![0.0; shape.outputs * rank];
+            multiply(
+                scale,
+                Matrix::new(&g, rows, shape.outputs).t(),
+                Matrix::new(&low, rows, rank),
+                &mut db,
+                rank,
+                false,
+                Threads::All,
+            );
+            gradients.push(tensor(db, (shape.outputs, rank))?);
+        }
+        Ok(gradients)
+    })
+}
+
+#[derive(Clone, Copy)]
+struct Shapes {
+    rows: usize,
+    inputs: usize,
+    outputs: usize,
+}
+
+impl Shapes {
+    fn of(x: &Tensor, weight: &Tensor) -> Result<Self> {
+        let (outputs, inputs) = weight.dims2()?;
+        if x.dims().last() != Some(&inputs) {
+            candle_core::bail!(
+                "a linear layer of {inputs} inputs was given a tensor of shape {:?}",
+                x.dims()
+            );
+        }
+        Ok(Self {
+            rows: x.elem_count() / inputs.max(1),
+            inputs,
+            outputs,
+        })
+    }
+
+    fn result(&self, x: &Tensor) -> Vec<usize> {
+        let mut dims = x.dims().to_vec();
+        if let Some(last) = dims.last_mut() {
+            *last = self.outputs;
+        }
+        dims
+    }
+}
+
+fn forward(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, shape: &Shapes) -> Result<Vec<f32>> {
+    let (x, w) = (values(x)?, values(weight)?);
+    let Shapes {
+        rows,
+        inputs,
+        outputs,
+    } = *shape;
+    let mut y = match bias {
+        Some(bias) => {
+            if bias.elem_count() != outputs {
+                candle_core::bail!("a bias of shape {:?} for {outputs} outputs", bias.dims());
+            }
+            let bias = detached(bias)?;
+            values(&bias)?.repeat(rows)
+        }
+        None => vec![0.0; rows * outputs],
+    };
+    if rows <= THIN {
+        let mut columns = vec![0.0; rows * outputs];
+        // (outputs, rows), so that pieces of outputs are contiguous.
+        let piece = (super::PIECE / inputs.max(1)).max(1);
+        let body = |i: usize, out: &mut [f32]| {
+            let from = i * piece;
+            let until = from + out.len() / rows.max(1);
+            thin(&x, &w[from * inputs..until * inputs], inputs, out);
+        };
+        if rows * outputs * inputs > super::ALONE {
+            use rayon::prelude::*;
+            columns
+                .par_chunks_mut((piece * rows).max(1))
+                .enumerate()
+                .for_each(|(i, out)| body(i, out));
+        } else {
+            each_piece(&mut columns, piece * rows, body);
+        }
+        for (i, row) in y.chunks_exact_mut(outputs.max(1)).enumerate() {
+            for (j, v) in row.iter_mut().enumerate() {
+                *v += columns[j * rows + i];
+            }
+        }
+    } else {
+        multiply(
+            1.0,
+            Matrix::new(&x, rows, inputs),
+            Matrix::new(&w, outputs, inputs).t(),
+            &mut y,
+            outputs,
+            bias.is_some(),
+            Threads::All,
+        );
+    }
+    Ok(y)
+}
+
+/// `y += scale · low·bᵀ`.
+fn add_product(y: &mut [f32], low: &[f32], b: &[f32], scale: f32, shape: &Shapes, rank: usize) {
+    multiply(
+        scale,
+        Matrix::new(low, shape.rows, rank),
+        Matrix::new(b, shape.outputs, rank).t(),
+        y,
+        shape.outputs,
+        true,
+        Threads::All,
+    );
+}
+
+fn input_gradient(g: &[f32], w: &[f32], shape: &Shapes) -> Vec<f32> {
+    let mut dx = vec![0.0; shape.rows * shape.inputs];
+    multiply(
+        1.0,
+        Matrix::new(g, shape.rows, shape.outputs),
+        Matrix::new(w, shape.outputs, shape.inputs),
+        &mut dx,
+        shape.inputs,
+        false,
+        Threads::All,
+    );
+    dx
+}
+
+fn weight_gradient(g: &[f32], x: &[f32], shape: &Shapes) -> Vec<f32> {
+    let mut dw = vec![0.0; shape.outputs * shape.inputs];
+    multiply(
+        1.0,
+        Matrix::new(g, shape.rows, shape.outputs).t(),
+        Matrix::new(x, shape.rows, shape.inputs),
+        &mut dw,
+        shape.inputs,
+        false,
+        Threads::All,
+    );
+    dw
+}
+
+/// Σ over rows of `g` (rows, `width`): each column from the first row to the last.
+pub fn column_sums(g: &[f32], width: usize) -> Vec<f32> {
+    use rayon::prelude::*;
+    const COLUMNS: usize = 128;
+    let mut sums = vec![0.0; width];
+    let body = |(i, sums): (usize, &mut [f32])| add_columns(g, width, i * COLUMNS, sums);
+    if g.len() > super::ALONE {
+        sums.par_chunks_mut(COLUMNS).enumerate().for_each(body);
+    } else {
+        sums.chunks_mut(COLUMNS).enumerate().for_each(body);
+    }
+    sums
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
+fn add_columns(g: &[f32], width: usize, from: usize, sums: &mut [f32]) {
+    for row in g.chunks_exact(width) {
+        for (s, v) in sums.iter_mut().zip(&row[from..]) {
+            *s += v;
+        }
+    }
+}
+
+/// `out` (weights' rows, x's rows): the inner product of each row of `w` with each row of `x`.
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
+fn thin(x: &[f32], w: &[f32], inputs: usize, out: &mut [f32]) {
+    let rows = x.len() / inputs.max(1);
+    for (w, out) in w
+        .chunks_exact(inputs.max(1))
+        .zip(out.chunks_exact_mut(rows.max(1)))
+    {
+        for (x, out) in x.chunks_exact(inputs.max(1)).zip(out) {
+            *out = simd::sum_pairs(x, w, |a, b| a * b);
+        }
+    }
+}

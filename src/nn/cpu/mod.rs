@@ -1,0 +1,137 @@
+//! The fused operations on the CPU in f32: each computes its result and its gradients itself, on all threads of the
+//! current rayon pool. Work is cut into pieces by shape alone and sums run in a fixed order, so that results are equal
+//! to the byte whatever the number of threads.
+
+pub mod activation;
+pub mod attention;
+pub mod conv;
+pub mod embedding;
+pub mod gemm;
+pub mod group_norm;
+pub mod linear;
+pub mod norm;
+pub mod rope;
+pub mod rows;
+pub mod simd;
+pub mod softmax;
+
+use std::ops::{Deref, Range};
+
+use candle_core::{CpuStorage, DType, Device, Result, Shape, Storage, StorageRef, Tensor};
+use rayon::prelude::*;
+
+/// Whether the fused operations can take these tensors: all in f32 on the CPU.
+pub fn takes<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> bool {
+    tensors
+        .into_iter()
+        .all(|t| t.dtype() == DType::F32 && t.device().is_cpu())
+}
+
+/// The values of a contiguous tensor, for reading.
+pub struct Values<'a> {
+    storage: StorageRef<'a>,
+    range: Range<usize>,
+}
+
+impl Deref for Values<'_> {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        match &*self.storage {
+            Storage::Cpu(CpuStorage::F32(values)) => &values[self.range.clone()],
+            // `values` and `all_values` return an error instead of such a guard.
+            _ => &[],
+        }
+    }
+}
+
+/// The values of `tensor`, which must be contiguous.
+pub fn values(tensor: &Tensor) -> Result<Values<'_>> {
+    let (storage, layout) = tensor.storage_and_layout();
+    match (&*storage, layout.contiguous_offsets()) {
+        (Storage::Cpu(CpuStorage::F32(_)), Some((start, end))) => Ok(Values {
+            range: start..end,
+            storage,
+        }),
+        _ => candle_core::bail!(
+            "a fused operation met a tensor that is not contiguous f32 on the CPU"
+        ),
+    }
+}
+
+/// The storage of `tensor` from its first element on, to be read with its strides.
+pub fn strided_values(tensor: &Tensor) -> Result<Values<'_>> {
+    let (storage, layout) = tensor.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(CpuStorage::F32(all)) => Ok(Values {
+            range: layout.start_offset()..all.len(),
+            storage,
+        }),
+        _ => candle_core::bail!("a fused operation met a tensor that is not f32 on the CPU"),
+    }
+}
+
+/// `tensor` contiguous and off the tape: what a kernel reads and a backward pass keeps.
+pub fn detached(tensor: &Tensor) -> Result<Tensor> {
+    tensor.detach().contiguous()
+}
+
+/// A tensor on the CPU.
+pub fn tensor(values: Vec<f32>, shape: impl Into<Shape>) -> Result<Tensor> {
+    Tensor::from_vec(values, shape.into(), &Device::Cpu)
+}
+
+/// Elements below which one thread does the work alone: waking another takes longer.
+const ALONE: usize = 1 << 14;
+
+/// Elements of one piece of elementwise work.
+pub const PIECE: usize = 1 << 13;
+
+/// Calls `body(i, piece)` for the pieces of `out` with `length` elements each (the last may be shorter), in parallel.
+pub fn each_piece(out: &mut [f32], length: usize, body: impl Fn(usize, &mut [f32]) + Sync + Send) {
+    let length = length.max(1);
+    if out.len() <= ALONE {
+        for (i, piece) in out.chunks_mut(length).enumerate() {
+            body(i, piece);
+        }
+    } else {
+        out.par_chunks_mut(length)
+            .enumerate()
+            .for_each(|(i, piece)| body(i, piece));
+    }
+}
+
+/// Like [`each_piece`] over two outputs cut into the same number of pieces.
+pub fn each_pair(
+    one: (&mut [f32], usize),
+    two: (&mut [f32], usize),
+    body: impl Fn(usize, &mut [f32], &mut [f32]) + Sync + Send,
+) {
+    let (one_length, two_length) = (one.1.max(1), two.1.max(1));
+    if one.0.len() <= ALONE {
+        let pieces = one
+            .0
+            .chunks_mut(one_length)
+            .zip(two.0.chunks_mut(two_length));
+        for (i, (a, b)) in pieces.enumerate() {
+            body(i, a, b);
+        }
+    } else {
+        one.0
+            .par_chunks_mut(one_length)
+            .zip(two.0.par_chunks_mut(two_length))
+            .enumerate()
+            .for_each(|(i, (a, b))| body(i, a, b));
+    }
+}
+
+/// Adds up `partial` (count, width), row after row.
+pub fn add_rows(partial: &[f32], width: usize) -> Vec<f32> {
+    let mut total = vec![0.0; width];
+    for row in partial.chunks_exact(width.max(1)) {
+        for (t, v) in total.iter_mut().zip(row) {
+            *t += v;
+        }
+    }
+    total
+}

@@ -1,0 +1,194 @@
+//! Layer norm and root-mean-square norm over the last dimension: the same operation with and without the mean.
+
+use candle_core::{Result, Tensor};
+use multiversion::multiversion;
+
+use super::{add_rows, detached, each_pair, simd, tensor, values};
+use crate::nn::vjp::record;
+
+/// Rows of one piece of work, and of one partial sum of the weights' gradients.
+const ROWS: usize = 64;
+
+/// `(x − mean) / √(variance + eps)`, or `x / √(mean(x²) + eps)` if not `centred`; times `weight`, plus `bias`.
+pub fn norm(
+    x: &Tensor,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    eps: f64,
+    centred: bool,
+) -> Result<Tensor> {
+    let width = x.dims().last().copied().unwrap_or(0).max(1);
+    for parameter in [weight, bias].into_iter().flatten() {
+        if parameter.dims() != [width] {
+            candle_core::bail!(
+                "a norm's parameter of shape {:?} for width {width}",
+                parameter.dims()
+            );
+        }
+    }
+    let kept = detached(x)?;
+    let weight_kept = weight.map(detached).transpose()?;
+    let rows = x.elem_count() / width;
+    let mut y = vec![0.0; x.elem_count()];
+    // Mean and 1/deviation of each row.
+    let mut moments = vec![0.0; 2 * rows];
+    {
+        let x = values(&kept)?;
+        let weight = weight_kept.as_ref().map(values).transpose()?;
+        let bias_kept = bias.map(detached).transpose()?;
+        let bias = bias_kept.as_ref().map(values).transpose()?;
+        each_pair(
+            (&mut y, ROWS * width),
+            (&mut moments, ROWS * 2),
+            |i, y, moments| {
+                let x = &x[i * ROWS * width..][..y.len()];
+                forward(
+                    x,
+                    weight.as_deref(),
+                    bias.as_deref(),
+                    eps as f32,
+                    centred,
+                    (y, moments),
+                );
+            },
+        );
+    }
+    let wanted = (
+        x.track_op(),
+        weight.is_some_and(Tensor::track_op),
+        bias.is_some_and(Tensor::track_op),
+    );
+    let inputs: Vec<&Tensor> = [x].into_iter().chain(weight).chain(bias).collect();
+    record(&inputs, y, x.shape(), move |_, gradient| {
+        let (x, g) = (values(&kept)?, values(gradient)?);
+        let weight = weight_kept.as_ref().map(values).transpose()?;
+        let mut dx = vec![0.0; x.len()];
+        let mut partial = vec![0.0; rows.div_ceil(ROWS) * 2 * width];
+        each_pair(
+            (&mut dx, ROWS * width),
+            (&mut partial, 2 * width),
+            |i, dx, partial| {
+                let piece = i * ROWS * width..i * ROWS * width + dx.len();
+                let moments = &moments[i * ROWS * 2..][..dx.len() / width * 2];
+                backward(
+                    &x[piece.clone()],
+                    &g[piece],
+                    weight.as_deref(),
+                    moments,
+                    centred,
+                    (dx, partial),
+                );
+            },
+        );
+        let mut gradients = Vec::new();
+        if wanted.0 {
+            gradients.push(tensor(dx, kept.shape())?);
+        }
+        let sums = add_rows(&partial, 2 * width);
+        if wanted.1 {
+            gradients.push(tensor(sums[..width].to_vec(), width)?);
+        }
+        if wanted.2 {
+            gradients.push(tensor(sums[width..].to_vec(), width)?);
+        }
+        Ok(gradients)
+    })
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
+fn forward(
+    x: &[f32],
+    weight: Option<&[f32]>,
+    bias: Option<&[f32]>,
+    eps: f32,
+    centred: bool,
+    (y, moments): (&mut [f32], &mut [f32]),
+) {
+    let width = 2 * x.len() / moments.len();
+    for ((x, y), moments) in x
+        .chunks_exact(width)
+        .zip(y.chunks_exact_mut(width))
+        .zip(moments.chunks_exact_mut(2))
+    {
+        let mean = if centred {
+            simd::sum(x, |v| v) / width as f32
+        } else {
+            0.0
+        };
+        let variance = simd::sum(x, |v| (v - mean) * (v - mean)) / width as f32;
+        let inverse = 1.0 / (variance + eps).sqrt();
+        moments.copy_from_slice(&[mean, inverse]);
+        match (weight, bias) {
+            (Some(weight), Some(bias)) => {
+                for (((y, x), w), b) in y.iter_mut().zip(x).zip(weight).zip(bias) {
+                    *y = (x - mean) * inverse * w + b;
+                }
+            }
+            (Some(weight), None) => {
+                for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
+                    *y = (x - mean) * inverse * w;
+                }
+            }
+            (None, bias) => {
+                for (y, x) in y.iter_mut().zip(x) {
+                    *y = (x - mean) * inverse;
+                }
+                for (y, b) in y.iter_mut().zip(bias.unwrap_or_default()) {
+                    *y += b;
+                }
+            }
+        }
+    }
+}
+
+/// With x̂ the normalised row and h = g · weight: dx = (h − [mean(h)] − x̂ · mean(h · x̂)) / deviation. The gradients of
+/// weight and bias, Σ g·x̂ and Σ g, are added to the two halves of `partial`.
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
+fn backward(
+    x: &[f32],
+    g: &[f32],
+    weight: Option<&[f32]>,
+    moments: &[f32],
+    centred: bool,
+    (dx, partial): (&mut [f32], &mut [f32]),
+) {
+    let width = partial.len() / 2;
+    let (weight_sum, bias_sum) = partial.split_at_mut(width);
+    let mut normal = vec![0.0; width];
+    for (((x, g), dx), moments) in x
+        .chunks_exact(width)
+        .zip(g.chunks_exact(width))
+        .zip(dx.chunks_exact_mut(width))
+        .zip(moments.chunks_exact(2))
+    {
+        let (mean, inverse) = (moments[0], moments[1]);
+        for ((((n, x), g), ws), bs) in normal
+            .iter_mut()
+            .zip(x)
+            .zip(g)
+            .zip(weight_sum.iter_mut())
+            .zip(bias_sum.iter_mut())
+        {
+            *n = (x - mean) * inverse;
+            *ws += g * *n;
+            *bs += g;
+        }
+        match weight {
+            Some(weight) => {
+                for ((dx, g), w) in dx.iter_mut().zip(g).zip(weight) {
+                    *dx = g * w;
+                }
+            }
+            None => dx.copy_from_slice(g),
+        }
+        let first = if centred {
+            simd::sum(dx, |v| v) / width as f32
+        } else {
+            0.0
+        };
+        let second = simd::sum_pairs(dx, &normal, |h, n| h * n) / width as f32;
+        for (dx, n) in dx.iter_mut().zip(&normal) {
+            *dx = (*dx - first - n * second) * inverse;
+        }
+    }
+}

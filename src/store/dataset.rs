@@ -1,0 +1,559 @@
+//! One Lance dataset, spoken to in record batches. Every call into Lance stands in this file and the next,
+//! so that what it compiles to is compiled once, not once per kind of row.
+//!
+//! A commit is a new manifest, put in place by one hard link: whoever reads sees the version before or after it,
+//! and what a killed writer leaves behind is in no manifest. Appends never conflict with appends.
+//!
+//! Rows carry Lance's stable ids, which grow with every commit and survive compaction, while fragments are sorted
+//! by their own ids, which do not. So "the first row of a key" is the one with the smallest row id.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+use std::time::Duration;
+
+use arrow::array::{Array, Int64Array, StringArray, UInt32Array, UInt64Array};
+use arrow::datatypes::{DataType, SchemaRef};
+use arrow::record_batch::RecordBatch;
+use futures::TryStreamExt;
+use lance::Dataset;
+use lance::dataset::builder::DatasetBuilder;
+use lance::dataset::cleanup::CleanupPolicy;
+use lance::dataset::optimize::{CompactionOptions, compact_files};
+use lance::dataset::{
+    InsertBuilder, ProjectionRequest, TakeBuilder, WriteDestination, WriteMode, WriteParams,
+};
+use lance::session::Session;
+
+use super::columns::{self, broken};
+use super::failure::{failed, refused};
+use crate::{Error, Result};
+
+const ROW_ID: &str = "_rowid";
+const ROW_ADDRESS: &str = "_rowaddr";
+/// A fragment at least this large is read well enough as it is, and dear to rewrite.
+const LARGE_FRAGMENT_BYTES: u64 = 16 << 20;
+/// Compaction makes fragments of about this many rows.
+const ROWS_PER_FRAGMENT: usize = 8192;
+/// So many small fragments make a compaction worth its while.
+const SMALL_FRAGMENTS: usize = 32;
+/// Rows that compaction holds at once; with the limit on fragments, at most 256 MiB.
+const COMPACTION_BATCH_ROWS: usize = 16;
+
+/// The digest of a key: what the index holds in place of the key itself.
+pub(super) fn key_digest(key: &str) -> u128 {
+    let mut short = [0; 16];
+    short.copy_from_slice(&blake3::hash(key.as_bytes()).as_bytes()[..16]);
+    u128::from_le_bytes(short)
+}
+
+/// Where the first row of each key lies in one version of the table.
+#[derive(Default)]
+pub(super) struct Index {
+    /// Row id of each key's first row.
+    rows: HashMap<u128, u64>,
+    /// Address by row id, of first rows alone: the order in which rows were committed.
+    addresses: BTreeMap<u64, u64>,
+    /// The fragments this was built from, each with its deleted rows.
+    fragments: Vec<(u64, usize)>,
+}
+
+impl Index {
+    pub fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    pub fn contains(&self, key: u128) -> bool {
+        self.rows.contains_key(&key)
+    }
+
+    /// The address of the first row of `key`.
+    fn address(&self, key: u128) -> Option<u64> {
+        self.addresses.get(self.rows.get(&key)?).copied()
+    }
+
+    fn insert(&mut self, key: u128, id: u64, address: u64) {
+        match self.rows.get(&key) {
+            Some(first) if *first <= id => return,
+            Some(later) => drop(self.addresses.remove(later)),
+            None => (),
+        }
+        self.rows.insert(key, id);
+        self.addresses.insert(id, address);
+    }
+}
+
+/// One version of a table: no dataset before the first row is committed.
+#[derive(Default)]
+struct Seen {
+    dataset: Option<Arc<Dataset>>,
+    index: Index,
+}
+
+/// What compaction did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Compacted {
+    /// Fragments before and after.
+    pub fragments_before: usize,
+    pub fragments_after: usize,
+    /// Bytes of older versions that were removed from disk.
+    pub bytes_removed: u64,
+}
+
+/// A table in a directory, without knowledge of what its rows mean.
+pub(super) struct RawTable {
+    path: PathBuf,
+    schema: SchemaRef,
+    key: &'static [&'static str],
+    session: Arc<Session>,
+    seen: RwLock<Seen>,
+    /// Held while the table changes through this handle.
+    changing: tokio::sync::Mutex<()>,
+}
+
+impl RawTable {
+    /// Opens the dataset at `path`, which need not exist yet.
+    ///
+    /// Errors: another layout than `schema`; files that cannot be read.
+    pub async fn open(
+        path: PathBuf,
+        schema: SchemaRef,
+        key: &'static [&'static str],
+        session: Arc<Session>,
+    ) -> Result<Self> {
+        let table = Self {
+            path,
+            schema,
+            key,
+            session,
+            seen: RwLock::default(),
+            changing: tokio::sync::Mutex::new(()),
+        };
+        table.refresh().await?;
+        Ok(table)
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub fn schema(&self) -> &SchemaRef {
+        &self.schema
+    }
+
+    fn seen(&self) -> RwLockReadGuard<'_, Seen> {
+        self.seen.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The version that was last seen.
+    pub fn dataset(&self) -> Option<Arc<Dataset>> {
+        self.seen().dataset.clone()
+    }
+
+    /// What `question` finds in the index of the version last seen.
+    pub fn ask<T>(&self, question: impl FnOnce(&Index) -> T) -> T {
+        question(&self.seen().index)
+    }
+
+    /// The version last seen, and the addresses in it of the first rows of `keys`.
+    pub fn locate(&self, keys: &[u128]) -> Option<(Arc<Dataset>, Vec<Option<u64>>)> {
+        let seen = self.seen();
+        let addresses = keys.iter().map(|key| seen.index.address(*key)).collect();
+        Some((seen.dataset.clone()?, addresses))
+    }
+
+    /// Takes up what was committed elsewhere.
+    pub async fn refresh(&self) -> Result<()> {
+        let _changing = self.changing.lock().await;
+        self.take_up_latest().await
+    }
+
+    /// Takes up the latest version and keeps other changes through this handle away until the guard is dropped.
+    pub async fn begin(&self) -> Result<Change<'_>> {
+        let guard = self.changing.lock().await;
+        self.take_up_latest().await?;
+        Ok(Change {
+            table: self,
+            _guard: guard,
+        })
+    }
+
+    async fn take_up_latest(&self) -> Result<()> {
+        let latest = match self.dataset() {
+            None => match self.load().await? {
+                None => return Ok(()),
+                Some(found) => found,
+            },
+            Some(seen) => {
+                let mut latest = Dataset::clone(&seen);
+                let checked = Box::pin(latest.checkout_latest()).await;
+                checked.map_err(|e| failed("read", &self.path, e))?;
+                if latest.version_id() == seen.version_id() {
+                    return Ok(());
+                }
+                latest
+            }
+        };
+        self.take_up(Arc::new(latest)).await
+    }
+
+    /// The dataset as it lies on disk; none where there is no directory, or none of its versions was committed.
+    async fn load(&self) -> Result<Option<Dataset>> {
+        let loading = DatasetBuilder::from_uri(self.uri()?).with_session(self.session.clone());
+        match Box::pin(loading.load()).await {
+            Ok(dataset) => {
+                self.check_layout(&dataset)?;
+                Ok(Some(dataset))
+            }
+            Err(lance::Error::DatasetNotFound { .. } | lance::Error::NotFound { .. }) => Ok(None),
+            Err(e) => Err(failed("open", &self.path, e)),
+        }
+    }
+
+    fn uri(&self) -> Result<&str> {
+        let text = self.path.to_str();
+        text.ok_or_else(|| {
+            Error::invalid(
+                "the store's path is not UTF-8",
+                "choose another directory with --store",
+            )
+        })
+    }
+
+    fn check_layout(&self, dataset: &Dataset) -> Result<()> {
+        let ours = self.schema.metadata().get(columns::SCHEMA_VERSION);
+        let found = dataset.schema().metadata.get(columns::SCHEMA_VERSION);
+        if found != ours {
+            return Err(refused(&self.path, found, ours));
+        }
+        let columns = |schema: &arrow::datatypes::Schema| -> BTreeMap<String, DataType> {
+            let fields = schema.fields().iter();
+            fields
+                .map(|f| (f.name().clone(), f.data_type().clone()))
+                .collect()
+        };
+        let (theirs, ours) = (columns(&dataset.schema().into()), columns(&self.schema));
+        let differing = |name: &&String| theirs.get(*name) != ours.get(*name);
+        let Some(name) = ours.keys().chain(theirs.keys()).find(differing) else {
+            return Ok(());
+        };
+        let kind = |kind: Option<&DataType>| kind.map_or("absent".to_string(), DataType::to_string);
+        Err(Error::Store {
+            what: format!(
+                "{}: column {name} is {}, but {} is asked for",
+                self.path.display(),
+                kind(theirs.get(name)),
+                kind(ours.get(name)),
+            ),
+            hint: Some("the table was made for another model or by another program: choose another --store".into()),
+        })
+    }
+
+    /// Makes `dataset` the version that readers see, with the index brought up to it.
+    async fn take_up(&self, dataset: Arc<Dataset>) -> Result<()> {
+        let fragments: Vec<_> = dataset
+            .fragments()
+            .iter()
+            .map(|f| {
+                (
+                    f.id,
+                    f.deletion_file
+                        .as_ref()
+                        .and_then(|d| d.num_deleted_rows)
+                        .unwrap_or(0),
+                )
+            })
+            .collect();
+        let known = self.ask(|index| {
+            fragments
+                .starts_with(&index.fragments)
+                .then_some(index.fragments.len())
+        });
+        let unseen = dataset.fragments()[known.unwrap_or(0)..].to_vec();
+        let mut rows = Vec::new();
+        if !unseen.is_empty() {
+            let mut scan = dataset.scan();
+            scan.with_fragments(unseen).with_row_id().with_row_address();
+            scan.project(self.key)
+                .map_err(|e| failed("read", &self.path, e))?;
+            self.each_batch(&mut scan, |batch| {
+                let (ids, addresses) = (ids(batch, ROW_ID)?, ids(batch, ROW_ADDRESS)?);
+                let keys = self.keys_of(batch)?.into_iter().map(|key| key_digest(&key));
+                rows.extend(
+                    keys.enumerate()
+                        .map(|(i, key)| (key, ids.value(i), addresses.value(i))),
+                );
+                Ok(())
+            })
+            .await?;
+        }
+        let mut seen = self.seen.write().unwrap_or_else(PoisonError::into_inner);
+        if known.is_none() {
+            seen.index = Index::default();
+        }
+        for (key, id, address) in rows {
+            seen.index.insert(key, id, address);
+        }
+        seen.index.fragments = fragments;
+        seen.dataset = Some(dataset);
+        Ok(())
+    }
+
+    async fn each_batch(
+        &self,
+        scan: &mut lance::dataset::scanner::Scanner,
+        mut take: impl FnMut(&RecordBatch) -> Result<()>,
+    ) -> Result<()> {
+        let failed = |e| failed("read", &self.path, e);
+        let mut batches = Box::pin(scan.try_into_stream()).await.map_err(failed)?;
+        while let Some(batch) = batches.try_next().await.map_err(failed)? {
+            take(&batch)?;
+        }
+        Ok(())
+    }
+
+    /// The keys of `batch`, row by row.
+    fn keys_of(&self, batch: &RecordBatch) -> Result<Vec<String>> {
+        let mut keys = vec![String::new(); batch.num_rows()];
+        for (position, name) in self.key.iter().enumerate() {
+            let column = batch.column_by_name(name);
+            let column = column
+                .ok_or_else(|| broken(format!("column {name} is missing")))?
+                .as_any();
+            for (row, key) in keys.iter_mut().enumerate() {
+                if position > 0 {
+                    key.push('/');
+                }
+                if let Some(texts) = column.downcast_ref::<StringArray>() {
+                    key.push_str(texts.value(row));
+                } else if let Some(numbers) = column.downcast_ref::<UInt64Array>() {
+                    key.push_str(&numbers.value(row).to_string());
+                } else if let Some(numbers) = column.downcast_ref::<Int64Array>() {
+                    key.push_str(&numbers.value(row).to_string());
+                } else if let Some(numbers) = column.downcast_ref::<UInt32Array>() {
+                    key.push_str(&numbers.value(row).to_string());
+                } else {
+                    return Err(broken(format!("column {name} cannot be part of a key")));
+                }
+            }
+        }
+        Ok(keys)
+    }
+
+    /// The keys of the table, in the order in which their first rows were committed.
+    pub async fn keys(&self) -> Result<Vec<String>> {
+        let Some(dataset) = self.dataset() else {
+            return Ok(Vec::new());
+        };
+        let mut scan = dataset.scan();
+        scan.with_row_id();
+        scan.project(self.key)
+            .map_err(|e| failed("read", &self.path, e))?;
+        let mut keys = BTreeMap::new();
+        self.each_batch(&mut scan, |batch| {
+            keys.extend(
+                ids(batch, ROW_ID)?
+                    .values()
+                    .iter()
+                    .copied()
+                    .zip(self.keys_of(batch)?),
+            );
+            Ok(())
+        })
+        .await?;
+        self.ask(|index| keys.retain(|id, _| index.addresses.contains_key(id)));
+        Ok(keys.into_values().collect())
+    }
+
+    /// The version last seen, and the addresses in it of the first rows that satisfy `filter` (SQL over the
+    /// columns), in the order of their commits.
+    pub async fn matching(&self, filter: Option<&str>) -> Result<Option<(Arc<Dataset>, Vec<u64>)>> {
+        let dataset = {
+            let seen = self.seen();
+            let Some(dataset) = &seen.dataset else {
+                return Ok(None);
+            };
+            if filter.is_none() {
+                return Ok(Some((
+                    dataset.clone(),
+                    seen.index.addresses.values().copied().collect(),
+                )));
+            }
+            dataset.clone()
+        };
+        let mut scan = dataset.scan();
+        scan.with_row_id().with_row_address();
+        scan.project::<&str>(&[])
+            .map_err(|e| failed("read", &self.path, e))?;
+        scan.filter(filter.unwrap_or("true"))
+            .map_err(|e| failed("filter", &self.path, e))?;
+        let mut found = BTreeMap::new();
+        self.each_batch(&mut scan, |batch| {
+            let (ids, addresses) = (ids(batch, ROW_ID)?, ids(batch, ROW_ADDRESS)?);
+            found.extend(
+                ids.values()
+                    .iter()
+                    .copied()
+                    .zip(addresses.values().iter().copied()),
+            );
+            Ok(())
+        })
+        .await?;
+        // Row ids outlive versions, so it does not matter if the index has moved on meanwhile.
+        self.ask(|index| found.retain(|id, _| index.addresses.contains_key(id)));
+        Ok(Some((dataset, found.into_values().collect())))
+    }
+
+    /// The rows of `dataset` at `addresses`, in that order, without the columns of `without`.
+    pub async fn take(
+        &self,
+        dataset: &Arc<Dataset>,
+        addresses: Vec<u64>,
+        without: &[&str],
+    ) -> Result<RecordBatch> {
+        let asked = addresses.len();
+        let names: Vec<&str> = self
+            .schema
+            .fields()
+            .iter()
+            .map(|f| f.name().as_str())
+            .collect();
+        let names = names.into_iter().filter(|name| !without.contains(name));
+        let wanted = ProjectionRequest::from_columns(names, dataset.schema());
+        let taken = async {
+            let plan = Arc::new(wanted.into_projection_plan(dataset.clone())?);
+            let take = TakeBuilder::try_new_from_addresses(dataset.clone(), addresses, plan)?;
+            take.execute().await
+        };
+        let batch = Box::pin(taken)
+            .await
+            .map_err(|e| failed("read", &self.path, e))?;
+        if batch.num_rows() != asked {
+            let found = batch.num_rows();
+            return Err(broken(format!(
+                "{}: {found} of {asked} rows could be read",
+                self.path.display()
+            )));
+        }
+        Ok(batch)
+    }
+
+    fn write_params(&self, mode: WriteMode) -> WriteParams {
+        WriteParams {
+            mode,
+            session: Some(self.session.clone()),
+            enable_stable_row_ids: true,
+            skip_auto_cleanup: true,
+            ..WriteParams::default()
+        }
+    }
+
+    /// Commits `batch` as the first of the table, unless another process was faster.
+    ///
+    /// Lance would let the slower of two creators overwrite the table of the faster one, so they take turns.
+    async fn create(&self, batch: RecordBatch) -> Result<Arc<Dataset>> {
+        let _turn = turn(self.path.with_file_name(".creating.lock")).await?;
+        if let Some(existing) = self.load().await? {
+            return self.append_to(Arc::new(existing), batch).await;
+        }
+        let params = self.write_params(WriteMode::Create);
+        let insert = InsertBuilder::new(self.uri()?).with_params(&params);
+        let inserted = Box::pin(insert.execute(vec![batch])).await;
+        inserted
+            .map(Arc::new)
+            .map_err(|e| failed("create", &self.path, e))
+    }
+
+    async fn append_to(&self, dataset: Arc<Dataset>, batch: RecordBatch) -> Result<Arc<Dataset>> {
+        let params = self.write_params(WriteMode::Append);
+        let insert = InsertBuilder::new(WriteDestination::Dataset(dataset)).with_params(&params);
+        let inserted = Box::pin(insert.execute(vec![batch])).await;
+        inserted
+            .map(Arc::new)
+            .map_err(|e| failed("append to", &self.path, e))
+    }
+}
+
+/// The right to change a table; the latest version has been taken up.
+pub(super) struct Change<'a> {
+    table: &'a RawTable,
+    _guard: tokio::sync::MutexGuard<'a, ()>,
+}
+
+impl Change<'_> {
+    /// Commits `batch`. After an error nothing of it is in the table, unless what failed was the reading afterwards.
+    pub async fn commit(&self, batch: RecordBatch) -> Result<()> {
+        let latest = match self.table.dataset() {
+            None => self.table.create(batch).await?,
+            Some(dataset) => self.table.append_to(dataset, batch).await?,
+        };
+        self.table.take_up(latest).await
+    }
+
+    /// Puts small fragments together once there are many of them, then removes versions older than `keep`.
+    pub async fn compact(&self, keep: Duration) -> Result<Compacted> {
+        let Some(dataset) = self.table.dataset() else {
+            return Ok(Compacted::default());
+        };
+        let failed = |e| failed("compact", self.table.path(), e);
+        let mut latest = Dataset::clone(&dataset);
+        let before = latest.count_fragments();
+        let (large, small): (Vec<_>, Vec<_>) = latest.fragments().iter().partition(|fragment| {
+            let sizes = fragment
+                .files
+                .iter()
+                .filter_map(|f| f.file_size_bytes.get());
+            sizes.map(u64::from).sum::<u64>() >= LARGE_FRAGMENT_BYTES
+                || fragment.num_rows().is_some_and(|n| n >= ROWS_PER_FRAGMENT)
+        });
+        if small.len() >= SMALL_FRAGMENTS {
+            let options = CompactionOptions {
+                target_rows_per_fragment: ROWS_PER_FRAGMENT,
+                batch_size: Some(COMPACTION_BATCH_ROWS),
+                num_threads: Some(1),
+                excluded_fragment_ids: large.iter().map(|f| f.id as u32).collect(),
+                ..CompactionOptions::default()
+            };
+            Box::pin(compact_files(&mut latest, options, None))
+                .await
+                .map_err(failed)?;
+        }
+        let oldest_us = super::rows::now_us() - keep.as_micros() as i64;
+        let versions = latest.versions().await.map_err(failed)?;
+        let oldest_kept = versions
+            .iter()
+            .find(|v| v.timestamp.timestamp_micros() >= oldest_us);
+        let policy = CleanupPolicy {
+            before_version: Some(oldest_kept.map_or(latest.version_id(), |v| v.version)),
+            error_if_tagged_old_versions: false,
+            ..CleanupPolicy::default()
+        };
+        let removed = latest.cleanup_with_policy(policy).await.map_err(failed)?;
+        let bytes_removed = removed.bytes_removed;
+        let after = latest.count_fragments();
+        self.table.take_up(Arc::new(latest)).await?;
+        Ok(Compacted {
+            fragments_before: before,
+            fragments_after: after,
+            bytes_removed,
+        })
+    }
+}
+
+/// Waits for the lock on `path`, which dies with the process that holds it.
+async fn turn(path: PathBuf) -> Result<std::fs::File> {
+    let locking = tokio::task::spawn_blocking(move || {
+        let options = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&path);
+        let file = options.map_err(Error::io(&path))?;
+        file.lock().map_err(Error::io(&path))?;
+        Ok(file)
+    });
+    locking.await.map_err(|e| broken(e.to_string()))?
+}
+
+fn ids<'a>(batch: &'a RecordBatch, name: &str) -> Result<&'a UInt64Array> {
+    columns::column(batch, name)
+}

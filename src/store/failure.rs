@@ -1,0 +1,92 @@
+//! What Lance reports, as this crate's errors: a full disk, missing rights and foreign layouts are recognised.
+
+use std::error::Error as Cause;
+use std::io;
+use std::path::Path;
+
+use crate::Error;
+
+/// `cause`, met while trying to `act` ("read", "append to") on the table at `path`.
+pub(super) fn failed(act: &str, path: &Path, cause: lance::Error) -> Error {
+    match io_kind(&cause) {
+        Some(kind) => Error::Io {
+            path: path.to_path_buf(),
+            source: io::Error::new(kind, format!("cannot {act} this table: {}", plain(&cause))),
+        },
+        None => Error::Store {
+            what: format!("cannot {act} {}: {}", path.display(), plain(&cause)),
+            hint: hint(&cause),
+        },
+    }
+}
+
+/// A table of another layout.
+pub(super) fn refused(path: &Path, found: Option<&String>, ours: Option<&String>) -> Error {
+    let found = found.map_or("no schema version".into(), |v| {
+        format!("schema version {v}")
+    });
+    let ours = ours.map_or("", |v| v);
+    Error::Store {
+        what: format!("{} has {found}; this program reads version {ours}", path.display()),
+        hint: Some("use the version of proxytune that made this store, or choose another directory with --store".into()),
+    }
+}
+
+/// Lance's message on one line, without the place in Lance's own source that it ends with.
+fn plain(cause: &lance::Error) -> String {
+    let text = cause.to_string();
+    let line = text.lines().next().unwrap_or_default();
+    let end = [", /", ", rust/", ", location: "]
+        .iter()
+        .filter_map(|mark| line.find(mark))
+        .min();
+    line[..end.unwrap_or(line.len())].to_string()
+}
+
+fn hint(cause: &lance::Error) -> Option<String> {
+    match cause {
+        lance::Error::InvalidInput { .. } => None,
+        lance::Error::NotFound { .. } => Some(
+            "another process may have compacted the table meanwhile: run the same command again"
+                .into(),
+        ),
+        lance::Error::CorruptFile { .. } => Some(
+            "the table is damaged: restore it, or delete its directory and let it be made again"
+                .into(),
+        ),
+        _ => None,
+    }
+}
+
+/// The kinds that the hints of [`Error::Io`] know, wherever in the chain of causes they stand.
+fn io_kind(cause: &(dyn Cause + 'static)) -> Option<io::ErrorKind> {
+    let mut next = Some(cause);
+    while let Some(cause) = next {
+        if let Some(io) = cause.downcast_ref::<io::Error>()
+            && let Some(kind) = known(io.kind())
+        {
+            return Some(kind);
+        }
+        next = cause.source();
+    }
+    // Some layers keep the text alone of what they met.
+    let text = cause.to_string();
+    let marks = [
+        (io::ErrorKind::StorageFull, "os error 28"),
+        (io::ErrorKind::QuotaExceeded, "os error 122"),
+        (io::ErrorKind::PermissionDenied, "os error 13"),
+        (io::ErrorKind::PermissionDenied, "os error 1)"),
+        (io::ErrorKind::ReadOnlyFilesystem, "os error 30"),
+    ];
+    let found = marks.iter().find(|(_, mark)| text.contains(mark))?;
+    known(found.0)
+}
+
+fn known(kind: io::ErrorKind) -> Option<io::ErrorKind> {
+    use io::ErrorKind::{PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull};
+    match kind {
+        StorageFull | QuotaExceeded => Some(StorageFull),
+        PermissionDenied | ReadOnlyFilesystem => Some(kind),
+        _ => None,
+    }
+}

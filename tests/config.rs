@@ -1,0 +1,516 @@
+//! Pipeline files: what they mean, and what is said when they are wrong.
+
+use std::path::Path;
+
+use proxytune::Error;
+use proxytune::cli::{CheckArgs, PipelineArgs, check::check};
+use proxytune::config::{Device, Document, Family, Resolved, Sampling, Source, locate, prompts};
+
+const MINIMAL: &str = r#"
+[subject.dog6]
+images = "photos/dog6"
+class = "dog"
+[supervisor]
+model = "sd3-medium"
+[student]
+model = "llamagen-xl"
+"#;
+
+fn resolve(text: &str, overrides: &[&str]) -> Result<Resolved, Error> {
+    let overrides: Vec<String> = overrides.iter().map(|text| text.to_string()).collect();
+    Document::parse(text, "test.toml", &overrides).resolve()
+}
+
+fn faults(text: &str, overrides: &[&str]) -> Vec<String> {
+    match resolve(text, overrides) {
+        Err(Error::Config(faults)) => faults,
+        other => panic!("faults expected, not {other:?}"),
+    }
+}
+
+/// The only fault of [`MINIMAL`] with these overrides.
+fn only_fault(overrides: &[&str]) -> String {
+    let mut faults = faults(MINIMAL, overrides);
+    assert_eq!(faults.len(), 1, "{faults:#?}");
+    faults.remove(0)
+}
+
+#[test]
+fn a_short_file_gets_the_papers_values() {
+    let resolved = resolve(MINIMAL, &[]).unwrap();
+    let supervisor = resolved.supervisor.as_ref().unwrap();
+    assert_eq!(supervisor.family, Family::Sd3);
+    assert_eq!(supervisor.training.learning_rate, 4e-4);
+    assert_eq!(
+        (supervisor.training.steps, supervisor.training.batch_size),
+        (500, 4)
+    );
+    let student = &resolved.student;
+    assert_eq!(student.training.learning_rate, 1e-4);
+    assert_eq!(
+        (student.training.steps, student.training.batch_size),
+        (1250, 8)
+    );
+    assert_eq!((student.training.rank, student.training.alpha), (16, 16.0));
+    assert_eq!((student.overlap, student.source), (0.5, Source::Proxies));
+    assert_eq!(resolved.subjects[0].token, "sks");
+    assert_eq!(
+        resolved.proxies.as_ref().unwrap().prompts,
+        ["a {token} {class}"]
+    );
+    assert!(resolved.direct().is_some());
+    assert!(resolved.threads >= 1);
+    let sdxl = resolve(
+        MINIMAL,
+        &["supervisor.model=sdxl", "student.model=lumina-mgpt-7b-768"],
+    )
+    .unwrap();
+    assert_eq!(sdxl.supervisor.unwrap().training.learning_rate, 1e-4);
+    assert_eq!(sdxl.student.training.learning_rate, 2e-5);
+    assert_eq!(
+        (
+            sdxl.student.training.steps,
+            sdxl.student.training.batch_size
+        ),
+        (2500, 4)
+    );
+}
+
+#[test]
+fn the_resolved_file_reads_back_as_itself() {
+    let prior = "supervisor.prior_preservation={weight=0.5}";
+    let second = [
+        "subject.Cat-2.images=\"a \\\"b\\\"\"",
+        "subject.Cat-2.class=cat",
+    ];
+    for overrides in [
+        vec![],
+        vec![prior, second[0], second[1], "seed=9223372036854775807"],
+        vec!["student.source=augmented", "student.tuning=full"],
+        vec![
+            "student.model=sdxl",
+            "student.negative_prompt=blurry",
+            "student.rank=4",
+        ],
+        vec![
+            "evaluation.prompts=[\"a {token} {class}\", \"ein {class}\"]",
+            "supervisor.device=cuda:1",
+        ],
+    ] {
+        let resolved = resolve(MINIMAL, &overrides).unwrap();
+        let text = resolved.to_toml().unwrap();
+        let again = resolve(&text, &[]).unwrap();
+        assert_eq!(again, resolved, "{text}");
+        assert_eq!(again.to_toml().unwrap(), text);
+    }
+}
+
+#[test]
+fn every_pipeline_that_ships_resolves_and_says_what_it_is_for() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("pipelines");
+    let mut seen = 0;
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(
+            text.starts_with("# "),
+            "{} opens without a comment",
+            path.display()
+        );
+        // the training of the nano checkpoints has a file format of its own
+        if path.file_name().unwrap() != "nano-pretrain.toml" {
+            if let Err(error) = proxytune::config::load(&path, &[]) {
+                panic!("{error}");
+            }
+            seen += 1;
+        }
+    }
+    assert!(seen >= 5);
+}
+
+#[test]
+fn all_faults_are_named_at_once_with_line_column_and_hint() {
+    let text = r#"seed = -1
+[subject.dog6]
+imags = "photos/dog6"
+class = "dog"
+[subject.cat]
+images = 3
+class = "cat"
+[supervisor]
+model = "sd3-medum"
+steps = "many"
+[proxies]
+count = 0
+[student]
+model = "llamagen-xl"
+source = "proxys"
+top_p = 1.5
+learning_rate = 0
+[studnt]
+"#;
+    let expected = [
+        (
+            "test.toml:1:8: seed = -1 is out of range",
+            "a whole number from 0",
+        ),
+        (
+            "test.toml:2:10: subject.dog6.images is missing",
+            "add a line such as images",
+        ),
+        (
+            "test.toml:3:1: unknown field subject.dog6.imags",
+            "did you mean images?",
+        ),
+        (
+            "test.toml:6:10: subject.cat.images must be a text, not a whole number",
+            "images = \"3\"",
+        ),
+        (
+            "test.toml:9:9: \"sd3-medum\" is neither a known model nor a directory",
+            "did you mean sd3-medium?",
+        ),
+        (
+            "test.toml:10:9: supervisor.steps must be a whole number, not a text",
+            "steps = 1",
+        ),
+        (
+            "test.toml:12:9: proxies.count = 0 is out of range",
+            "a whole number from 1",
+        ),
+        (
+            "test.toml:15:10: student.source = \"proxys\" is not a choice",
+            "did you mean proxies?",
+        ),
+        (
+            "test.toml:16:9: student.top_p = 1.5 is out of range",
+            "above 0 and at most 1",
+        ),
+        (
+            "test.toml:17:17: student.learning_rate = 0 is out of range",
+            "above 0",
+        ),
+        (
+            "test.toml:18:2: unknown field studnt",
+            "did you mean student?",
+        ),
+    ];
+    let faults = faults(text, &[]);
+    assert_eq!(faults.len(), expected.len(), "{faults:#?}");
+    for (fault, (what, hint)) in faults.iter().zip(expected) {
+        let (found, found_hint) = fault.split_once("\n  hint: ").unwrap();
+        assert_eq!(found, what);
+        assert!(
+            found_hint.contains(hint),
+            "{found_hint:?} should contain {hint:?}"
+        );
+    }
+}
+
+#[test]
+fn broken_syntax_is_named_alone() {
+    let faults = faults("seed = \n[student\nmodel = \"nano-llamagen\"\n", &[]);
+    assert!(faults[0].starts_with("test.toml:1:"), "{faults:#?}");
+    assert!(
+        faults
+            .iter()
+            .all(|fault| !fault.contains("missing") && !fault.contains("unknown")),
+        "{faults:#?}"
+    );
+}
+
+#[test]
+fn columns_count_characters_and_not_bytes() {
+    let faults = faults(
+        "\"größe\" = 1\nstudent = { \"ü\" = 1, model = \"llamagen-xl\" }",
+        &["student.source=references"],
+    );
+    assert!(
+        faults
+            .iter()
+            .any(|fault| fault.starts_with("test.toml:1:1: unknown field größe")),
+        "{faults:#?}"
+    );
+    assert!(
+        faults
+            .iter()
+            .any(|fault| fault.starts_with("test.toml:2:13: unknown field student.ü")),
+        "{faults:#?}"
+    );
+}
+
+#[test]
+fn overrides_are_read_as_toml_or_else_as_text_and_faults_name_them() {
+    let resolved = resolve(
+        MINIMAL,
+        &[
+            "subject.rex.images=/tmp/my photos",
+            "subject.rex.class=dog",
+            "student.steps=12",
+            "supervisor.device=cuda:1",
+            "evaluation.every = 3",
+            "proxies.negative_prompt=",
+        ],
+    )
+    .unwrap();
+    assert_eq!(resolved.subjects[1].images, Path::new("/tmp/my photos"));
+    assert_ne!(resolved.subjects[1].token, resolved.subjects[0].token);
+    assert_eq!(resolved.student.training.steps, 12);
+    assert_eq!(
+        resolved.supervisor.as_ref().unwrap().device,
+        Device::Cuda(1)
+    );
+    assert_eq!(resolved.evaluation.every, 3);
+
+    assert!(
+        only_fault(&["student.stesp=3"])
+            .starts_with("--set student.stesp=3: unknown field student.stesp")
+    );
+    assert!(only_fault(&["student.steps=3.5"]).contains("must be a whole number, not a number"));
+    assert!(only_fault(&["student.steps"]).contains("PATH=VALUE"));
+    assert!(only_fault(&["seed.a=1"]).contains("seed must be a whole number"));
+    assert!(only_fault(&["student.model.a=1"]).contains("model is a text, not a table"));
+    assert!(only_fault(&["student..a=1"]).contains("empty part"));
+}
+
+#[test]
+fn two_subjects_never_share_a_token() {
+    let text = format!(
+        "{MINIMAL}\n[subject.a]\nimages = \"a\"\nclass = \"cat\"\n[subject.b]\nimages = \"b\"\nclass = \"can\"\n"
+    );
+    let resolved = resolve(&text, &["subject.b.token=sks"]).unwrap();
+    let tokens: Vec<&str> = resolved
+        .subjects
+        .iter()
+        .map(|subject| subject.token.as_str())
+        .collect();
+    assert_eq!(tokens, ["ohwx", "zwx", "sks"]);
+    let clash = faults(&text, &["subject.a.token=sks", "subject.b.token=sks"]);
+    assert_eq!(clash.len(), 1);
+    assert!(
+        clash[0].contains("subject.b has the token \"sks\" of another subject"),
+        "{clash:?}"
+    );
+    assert!(only_fault(&["subject.dog6.token=two words"]).contains("must be one word"));
+    assert!(only_fault(&["subject.dog6.token=dog"]).contains("class's word"));
+}
+
+#[test]
+fn what_cannot_work_is_a_fault() {
+    for (overrides, what) in [
+        (
+            vec!["student.optimizer=prodigy"],
+            "student.optimizer = \"prodigy\" is not built yet",
+        ),
+        (
+            vec!["supervisor.model=flux.1-dev"],
+            "Prodigy, which is not built yet",
+        ),
+        (
+            vec!["supervisor.model=llamagen-xl"],
+            "cannot be the supervisor",
+        ),
+        (vec!["student.model=dino-vits16"], "cannot be the student"),
+        (
+            vec!["evaluation.clip=dino-vits16"],
+            "cannot be the CLIP of the evaluation",
+        ),
+        (
+            vec!["student.warmup_steps=10"],
+            "no effect with lr_scheduler",
+        ),
+        (
+            vec![
+                "student.warmup_steps=10",
+                "student.steps=5",
+                "student.lr_scheduler=cosine",
+            ],
+            "more than all 5 steps",
+        ),
+        (
+            vec!["student.num_inference_steps=5"],
+            "has no effect on a LlamaGen model",
+        ),
+        (
+            vec!["student.model=sdxl", "student.top_k=5"],
+            "has no effect on a SDXL model",
+        ),
+        (vec!["direct.source=proxies"], "would not be direct"),
+        (vec!["supervisor.prompt=a dog"], "does not contain {token}"),
+        (vec!["proxies.prompts=[\"a {token} {clas}\"]"], "{clas} in"),
+        (vec!["proxies.prompts=[]"], "proxies.prompts is empty"),
+        (
+            vec!["proxies.prompts=[1]"],
+            "must be a text, not a whole number",
+        ),
+        (
+            vec!["supervisor.prior_preservation.prompt=a {token} {class}"],
+            "contains {token}",
+        ),
+        (
+            vec!["evaluation.prompts=dreamboth"],
+            "neither a list that ships nor a file",
+        ),
+        (
+            vec!["student.device=gpu"],
+            "student.device = \"gpu\" is not a device",
+        ),
+        (vec!["supervisor.resolution=100"], "not a multiple of 8"),
+        (
+            vec!["channels.proxies=0"],
+            "channels.proxies = 0 is out of range",
+        ),
+        (vec!["student.dropout=1.0"], "out of range"),
+        (vec!["student.learning_rate=nan"], "out of range"),
+        (vec!["seed=9223372036854775808"], "out of range"),
+        (
+            vec!["direct=3"],
+            "direct must be a table, not a whole number",
+        ),
+        (vec!["student.model="], "student.model is empty"),
+    ] {
+        let fault = only_fault(&overrides);
+        assert!(fault.contains(what), "{overrides:?} gives {fault:?}");
+        assert!(fault.contains("\n  hint: "), "{fault:?}");
+    }
+    let bad_name = faults(MINIMAL, &["subject.a/b.images=x", "subject.a/b.class=dog"]);
+    assert!(bad_name[0].contains("cannot be a subject's name"));
+    let nothing = faults("", &[]);
+    assert_eq!(nothing.len(), 3, "{nothing:#?}");
+}
+
+#[test]
+fn a_student_of_references_needs_no_supervisor() {
+    let resolved = resolve(MINIMAL, &["student.source=references"]).unwrap();
+    assert!(resolved.teacher().is_none());
+    assert!(resolved.direct().is_none());
+    assert!(!resolved.to_toml().unwrap().contains("[supervisor]"));
+}
+
+#[test]
+fn a_diffusion_model_may_be_the_student() {
+    let resolved = resolve(MINIMAL, &["student.model=sd3-medium"]).unwrap();
+    assert!(matches!(resolved.student.sampling, Sampling::Diffusion(_)));
+    assert_eq!(resolved.student.training.steps, 500);
+}
+
+#[test]
+fn the_baseline_learns_as_the_student_does_unless_told_otherwise() {
+    let resolved = resolve(
+        MINIMAL,
+        &[
+            "student.rank=4",
+            "student.steps=77",
+            "direct.learning_rate=1e-5",
+        ],
+    )
+    .unwrap();
+    assert_eq!(resolved.direct.training.rank, 4);
+    assert_eq!(resolved.direct.training.steps, 77);
+    assert_eq!(resolved.direct.training.learning_rate, 1e-5);
+    let ranked = resolve(MINIMAL, &["student.rank=4", "direct.rank=8"]).unwrap();
+    assert_eq!(ranked.direct.training.alpha, 8.0);
+}
+
+#[test]
+fn a_prompt_file_is_kept_as_a_list() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("prompts.txt");
+    std::fs::write(&file, "# mine\na {token} {class} asleep\n\n a {class} \n").unwrap();
+    let set = format!("evaluation.prompts={}", file.display());
+    let resolved = resolve(MINIMAL, &[&set]).unwrap();
+    assert_eq!(
+        resolved.evaluation.prompts.templates("dog"),
+        ["a {token} {class} asleep", "a {class}"]
+    );
+    std::fs::write(&file, "a {token} {class}\na {colour} {class}\n").unwrap();
+    let fault = only_fault(&[&set]);
+    assert!(fault.contains("prompts.txt:2:1: {colour} in"), "{fault}");
+    assert!(!fault.contains("test.toml"));
+}
+
+#[test]
+fn dreambooth_has_25_prompts_for_objects_and_for_live_subjects() {
+    let resolved = resolve(MINIMAL, &[]).unwrap();
+    let dog = resolved.evaluation.prompts.templates("dog");
+    let can = resolved.evaluation.prompts.templates("can");
+    assert_eq!((dog.len(), can.len()), (25, 25));
+    assert_eq!(dog[..10], can[..10]);
+    assert_eq!(
+        prompts::fill(&dog[10], "sks", "dog"),
+        "a sks dog wearing a red hat"
+    );
+    assert_eq!(
+        prompts::fill_without_token(&can[24], "can"),
+        "a cube shaped can"
+    );
+}
+
+#[test]
+fn the_rare_tokens_differ() {
+    let distinct: std::collections::BTreeSet<_> = prompts::RARE_TOKENS.iter().collect();
+    assert_eq!(distinct.len(), 64);
+}
+
+#[test]
+fn a_missing_checkpoint_says_which_files_go_where() {
+    let error = locate("llamagen-xl").unwrap_err();
+    assert!(
+        error.to_string().contains("t2i_XL_stage2_512.pt"),
+        "{error}"
+    );
+    let hint = error.hint().unwrap();
+    assert!(
+        hint.contains("huggingface.co/peizesun/llamagen_t2i"),
+        "{hint}"
+    );
+    assert!(hint.contains("datasets/checkpoints/llamagen-xl"), "{hint}");
+    let unknown = locate("no-such-thing").unwrap_err();
+    assert!(unknown.hint().unwrap().contains("nano-sd3"));
+}
+
+#[test]
+fn a_directory_tells_its_family() {
+    let folder = tempfile::tempdir().unwrap();
+    let set = format!("supervisor.model={}", folder.path().display());
+    assert!(only_fault(&[&set]).contains("tells no known model family"));
+    std::fs::write(
+        folder.path().join("model_index.json"),
+        r#"{"_class_name": "StableDiffusion3Pipeline"}"#,
+    )
+    .unwrap();
+    let resolved = resolve(MINIMAL, &[&set]).unwrap();
+    let supervisor = resolved.supervisor.unwrap();
+    assert_eq!(
+        (supervisor.family, supervisor.resolution),
+        (Family::Sd3, None)
+    );
+}
+
+#[test]
+fn check_prints_the_full_file_and_notes_what_is_not_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("p.toml");
+    std::fs::write(&file, MINIMAL).unwrap();
+    let args = |overrides: &[&str]| CheckArgs {
+        pipeline: PipelineArgs {
+            file: file.clone(),
+            overrides: overrides.iter().map(|text| text.to_string()).collect(),
+        },
+    };
+    let (mut out, mut notes) = (Vec::new(), Vec::new());
+    check(&args(&[]), &mut out, &mut notes).unwrap();
+    let printed = String::from_utf8(out).unwrap();
+    assert_eq!(
+        resolve(&printed, &[]).unwrap(),
+        resolve(MINIMAL, &[]).unwrap()
+    );
+    let notes = String::from_utf8(notes).unwrap();
+    assert!(
+        notes.contains("p.toml:3:10: there is no folder photos/dog6"),
+        "{notes}"
+    );
+    let (mut out, mut notes) = (Vec::new(), Vec::new());
+    let error = check(&args(&["student.steps=x"]), &mut out, &mut notes).unwrap_err();
+    assert!(matches!(error, Error::Config(_)) && out.is_empty());
+}

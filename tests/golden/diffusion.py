@@ -1,0 +1,213 @@
+"""Writes sd3-transformer/, vae/ and scheduler/ beside this file: tiny random checkpoints saved by diffusers, adapters
+saved by diffusers and peft, and what the reference computes with them.
+
+    python diffusion.py        (diffusers 0.42.1, peft, torch, safetensors)
+"""
+
+import copy
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from diffusers.training_utils import compute_loss_weighting_for_sd3
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+
+HERE = Path(__file__).parent
+TARGETS = [
+    "attn.add_k_proj",
+    "attn.add_q_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "attn.to_k",
+    "attn.to_out.0",
+    "attn.to_q",
+    "attn.to_v",
+]
+
+
+def randomise(model, generator):
+    """Norm weights and biases start at one and zero: move them, so that a forgotten one shows."""
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+
+
+def save(path, tensors):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: t.detach().float().contiguous() for name, t in tensors.items()}, path)
+
+
+def small_gradients(model, is_base):
+    """Gradients of the weights themselves, as training from scratch needs them: the small ones reach everywhere."""
+    return {
+        f"grad.{name.replace('.base_layer', '')}": p.grad
+        for name, p in model.named_parameters()
+        if is_base(name) and p.grad is not None and p.numel() <= 600
+    }
+
+
+def transformer_case(name, seed, batch, height, width, tokens, rank, alpha, **config):
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    model = SD3Transformer2DModel(**config)
+    randomise(model, generator)
+    out = HERE / "sd3-transformer" / name
+    model.save_pretrained(out / "model")
+
+    lora = LoraConfig(r=rank, lora_alpha=alpha, target_modules=TARGETS, init_lora_weights="gaussian")
+    model.add_adapter(lora)
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(True)
+        if "lora_B" in key:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    StableDiffusion3Pipeline.save_lora_weights(
+        out / "adapter",
+        transformer_lora_layers=get_peft_model_state_dict(model),
+        transformer_lora_adapter_metadata=model.peft_config["default"].to_dict(),
+    )
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    inputs = {
+        "hidden_states": draw(batch, config["in_channels"], height, width),
+        "timestep": 1000 * torch.rand(batch, generator=generator),
+        "encoder_hidden_states": draw(batch, tokens, config["joint_attention_dim"]),
+        "pooled_projections": draw(batch, config["pooled_projection_dim"]),
+    }
+    output = model(**inputs).sample
+    cotangent = draw(*output.shape)
+    (output * cotangent).sum().backward()
+    reference = {f"input.{key}": value for key, value in inputs.items()}
+    reference |= {"output": output, "cotangent": cotangent}
+    base = small_gradients(model, lambda key: "lora_" not in key)
+    for key, parameter in model.named_parameters():
+        if "lora_" in key:
+            reference[f"grad.transformer.{key.replace('.default', '')}"] = parameter.grad
+    save(out / "reference.safetensors", reference)
+    save(out / "base_gradients.safetensors", base)
+
+    # ten guided steps, as the pipeline takes them
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(10)
+    latents, negative = draw(*inputs["hidden_states"].shape), draw(*inputs["encoder_hidden_states"].shape)
+    negative_pooled = draw(*inputs["pooled_projections"].shape)
+    sampling = {"noise": latents, "negative_context": negative, "negative_pooled": negative_pooled}
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            velocity = model(
+                hidden_states=torch.cat([latents] * 2),
+                timestep=t.expand(2 * batch),
+                encoder_hidden_states=torch.cat([negative, inputs["encoder_hidden_states"]]),
+                pooled_projections=torch.cat([negative_pooled, inputs["pooled_projections"]]),
+            ).sample
+            without, with_text = velocity.chunk(2)
+            latents = scheduler.step(without + 4.5 * (with_text - without), t, latents).prev_sample
+    save(out / "sampling.safetensors", sampling | {"latents": latents})
+
+
+def vae_case(name, seed, batch, height, width, **config):
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    model = AutoencoderKL(**config)
+    randomise(model, generator)
+    out = HERE / "vae" / name
+    model.save_pretrained(out / "model")
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    factor = 2 ** (len(config["block_out_channels"]) - 1)
+    sample = 2 * torch.rand(batch, 3, height * factor, width * factor, generator=generator) - 1
+    latents = draw(batch, config["latent_channels"], height, width)
+
+    for file, compute, key, value in [
+        ("reference", lambda x: model.encode(x).latent_dist, "input.sample", sample),
+        ("reference_decode", lambda x: model.decode(x).sample, "input.latents", latents),
+    ]:
+        model.zero_grad(set_to_none=True)
+        output = compute(value)
+        extra = {}
+        if file == "reference":
+            extra = {"logvar": output.logvar}
+            output = output.mean
+        cotangent = draw(*output.shape)
+        (output * cotangent).sum().backward()
+        save(out / f"{file}.safetensors", {key: value, "output": output, "cotangent": cotangent})
+        save(out / f"base_gradients_{key[6:]}.safetensors", small_gradients(model, lambda key: True) | extra)
+
+
+def scheduler_case():
+    generator = torch.Generator().manual_seed(5)
+    tensors = {}
+    for shift in [1.0, 3.0, 2.5]:
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+        tensors[f"training.{shift}"] = scheduler.sigmas.clone()
+        for steps in [1, 4, 28]:
+            fresh = copy.deepcopy(scheduler)
+            fresh.set_timesteps(steps)
+            tensors[f"sigmas.{shift}.{steps}"] = fresh.sigmas
+            tensors[f"timesteps.{shift}.{steps}"] = fresh.timesteps
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(28)
+    sample, velocity = (torch.randn(2, 4, 3, 5, generator=generator) for _ in range(2))
+    scheduler.set_begin_index(11)
+    stepped = scheduler.step(velocity, scheduler.timesteps[11], sample).prev_sample
+    tensors |= {"step.sample": sample, "step.velocity": velocity, "step.output": stepped}
+
+    # the loss of train_dreambooth_lora_sd3.py, its lines written out
+    training = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    latents, noise, velocity = (torch.randn(3, 4, 6, 5, generator=generator) for _ in range(3))
+    indices = torch.tensor([0, 431, 998])
+    sigmas = training.sigmas[indices].reshape(-1, 1, 1, 1)
+    noisy = (1.0 - sigmas) * latents + sigmas * noise
+    weighting = compute_loss_weighting_for_sd3("logit_normal", sigmas=sigmas)
+
+    def mean(difference):
+        return torch.mean((weighting.float() * difference.float() ** 2).reshape(3, -1), 1).mean()
+
+    tensors |= {
+        "loss.latents": latents,
+        "loss.noise": noise,
+        "loss.velocity": velocity,
+        "loss.indices": indices,
+        "loss.timesteps": training.timesteps[indices],
+        "loss.noisy": noisy,
+        "loss.preconditioned": mean(velocity * (-sigmas) + noisy - latents).reshape(1),
+        "loss.velocity_target": mean(velocity - (noise - latents)).reshape(1),
+    }
+    save(HERE / "scheduler" / "flow_match.safetensors", tensors)
+
+
+if __name__ == "__main__":
+    transformer_case(
+        "sd3", 1, batch=2, height=8, width=8, tokens=7, rank=4, alpha=6,
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=20, caption_projection_dim=32, pooled_projection_dim=12,
+        pos_embed_max_size=8,
+    )
+    transformer_case(
+        "sd35", 2, batch=3, height=10, width=6, tokens=4, rank=2, alpha=5,
+        sample_size=8, patch_size=2, in_channels=6, out_channels=6, num_layers=2, attention_head_dim=8,
+        num_attention_heads=3, joint_attention_dim=16, caption_projection_dim=24, pooled_projection_dim=10,
+        pos_embed_max_size=9, qk_norm="rms_norm", dual_attention_layers=(0,),
+    )
+    vae_case(
+        "kl-f2", 3, batch=3, height=5, width=3, block_out_channels=(8, 16), layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=3, norm_num_groups=4, shift_factor=0.06, scaling_factor=1.5,
+        use_quant_conv=False, use_post_quant_conv=False,
+    )
+    vae_case(
+        "kl-f4-quant", 4, batch=1, height=3, width=5, block_out_channels=(8, 8, 12), layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4, norm_num_groups=4,
+    )
+    scheduler_case()
