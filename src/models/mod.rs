@@ -1,5 +1,6 @@
 //! Architectures, one file or folder each, and what the rest of the house sees of them: a [`Learner`].
 
+pub mod adapters;
 pub mod autoencoder;
 pub mod clip;
 pub mod encoder;
@@ -20,8 +21,6 @@ use rand_chacha::ChaCha8Rng;
 use crate::config::Family;
 use crate::nn::{Adapter, LoraConfig, Weights};
 use crate::{Error, Result};
-
-pub mod adapters;
 
 /// What a backbone learns from one image, in its own terms.
 #[derive(Debug, Clone)]
@@ -85,6 +84,9 @@ pub trait Learner: Send {
     /// checkpoint where all weights are trained. `values` stand in for the variables (see [`snapshot`]).
     fn save(&self, dir: &Path, values: &BTreeMap<String, Tensor>) -> Result<()>;
 
+    /// The words of `prompt` that the model's text tokenizer has no token for.
+    fn unknown_words(&self, prompt: &str) -> Result<Vec<String>>;
+
     /// The values that a folder written by [`Learner::save`] holds, by the names of the variables.
     fn read(&self, dir: &Path) -> Result<BTreeMap<String, Tensor>>;
 }
@@ -124,6 +126,8 @@ pub struct Opening {
     /// What adapters name as their base: the model as the pipeline file names it.
     pub name: String,
     pub family: Family,
+    /// Side length of the images in pixels; the checkpoint's own where `None`.
+    pub resolution: Option<u32>,
     pub tuning: Tuning,
     /// Draws what starts at random.
     pub seed: u64,

@@ -20,8 +20,9 @@ use crate::{Error, Result, images};
 
 /// The VQ tokenizer alone: what the tokenizing stage runs on a thread of its own.
 pub struct ImageTokenizer {
-    model: vq::Vq,
+    model: vq::VqModel,
     resolution: u32,
+    count: usize,
 }
 
 impl ImageTokenizer {
@@ -31,15 +32,20 @@ impl ImageTokenizer {
         let folder = tokenizer_dir(dir);
         let vq_config: vq::Config = read_config(&folder)?;
         let weights = load_weights(&folder, DType::F32, device)?;
-        let model = vq::Vq::new(&vq_config, &weights)?;
+        let model = vq::VqModel::new(&vq_config, &weights)?;
         weights.finish()?;
         let resolution = (config.grid() * vq_config.downsampling()) as u32;
-        Ok(Self { model, resolution })
+        Ok(Self { model, resolution, count: config.block_size })
     }
 
     /// Side length of the images in pixels.
     pub fn resolution(&self) -> u32 {
         self.resolution
+    }
+
+    /// Tokens per image.
+    pub fn count(&self) -> usize {
+        self.count
     }
 
     /// The tokens of each image, row by row; images have the tokenizer's resolution.
@@ -84,7 +90,7 @@ impl Captions {
             return Ok(known.clone());
         }
         // One caption at a time and without padding, so that a caption's features depend on nothing else.
-        let ids = self.tokenizer.encode(prompt, self.length)?;
+        let ids = self.tokenizer.ids(prompt, self.length)?;
         let count = ids.len();
         let ids = Tensor::from_vec(ids, (1, count), &self.device)?;
         let mask = Tensor::ones((1, count), DType::U8, &self.device)?;
@@ -136,6 +142,12 @@ impl LlamaGen {
         let t5_weights = Weights::from_files(&[t5.join("model.safetensors")], DType::F32, device)?;
         let encoder = T5Encoder::new(&read_config(&t5)?, &t5_weights)?;
         let tokenizer = ImageTokenizer::open(dir, device)?;
+        if opening.resolution.is_some_and(|asked| asked != tokenizer.resolution()) {
+            return Err(Error::invalid(
+                format!("{} draws images of {} pixels", opening.name, tokenizer.resolution()),
+                "leave resolution out, or name the checkpoint for another size",
+            ));
+        }
         finish_all(&[&weights, &t5_weights])?;
         let captions = Captions {
             tokenizer: TextTokenizer::from_file(&t5.join("tokenizer.json"))?,
@@ -226,5 +238,9 @@ impl Learner for LlamaGen {
             Some(adapter) => adapters::read_for(dir, adapter.config()),
             None => adapters::read_checkpoint(dir),
         }
+    }
+
+    fn unknown_words(&self, prompt: &str) -> Result<Vec<String>> {
+        self.captions.tokenizer.unknown_words(prompt)
     }
 }

@@ -3,10 +3,12 @@
 
 pub mod generate;
 pub mod gpt;
+mod learner;
 pub mod vq;
 
 pub use generate::Sampling;
 pub use gpt::Gpt;
+pub use learner::{ImageTokenizer, LlamaGen, tokenizer_dir};
 pub use vq::VqModel;
 
 use std::collections::HashMap;

@@ -4,11 +4,13 @@
 
 mod block;
 mod files;
+mod learner;
 mod sampling;
 mod text;
 mod transformer;
 
 pub use block::JointTransformerBlock;
+pub use learner::Sd3Learner;
 pub use sampling::denoise;
 pub use transformer::{Config, LORA_TARGETS, QkNorm, Sd3Transformer};
 
@@ -157,6 +159,11 @@ impl Sd3 {
     /// Side in pixels of the square images that the checkpoint is for.
     pub fn resolution(&self) -> usize {
         self.vae.config().downscale() * self.transformer.config().sample_size
+    }
+
+    /// The words of `prompt` that the first tokenizer does not know.
+    pub fn unknown_words(&self, prompt: &str) -> Result<Vec<String>> {
+        self.text.unknown_words(prompt)
     }
 
     /// What the text encoders say of `prompts`, without a graph; at least one prompt. A prompt's row depends on

@@ -79,6 +79,14 @@ pub(super) struct TextEncoders {
 }
 
 impl TextEncoders {
+    /// The words of `prompt` that the first CLIP's tokenizer has no token for.
+    pub(super) fn unknown_words(&self, prompt: &str) -> Result<Vec<String>> {
+        match self.clips.first() {
+            Some(clip) => clip.tokenizer.tokenizer.unknown_words(prompt),
+            None => Ok(Vec::new()),
+        }
+    }
+
     /// Opens `text_encoder`, `text_encoder_2` and `text_encoder_3` of `directory`, as far as `model_index.json` names
     /// them. The weights that were opened are added to `opened`, for their faults to be reported together.
     pub(super) fn open(

@@ -1,0 +1,145 @@
+//! Stable Diffusion 3 and 3.5 as a [`Learner`].
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::{DType, Tensor, Var};
+use image::RgbImage;
+use rand::Rng;
+use rand_chacha::ChaCha8Rng;
+
+use super::{Conditioning, SampleSettings, Sd3, transformer_files};
+use crate::models::{Example, Learner, Lesson, Opening, Request, Sampling, Tuning, adapters};
+use crate::nn::{Adapter, Weights};
+use crate::{Error, Result, images};
+
+/// The denoiser with what it needs to learn and to draw.
+pub struct Sd3Learner {
+    model: Sd3,
+    known: HashMap<String, Conditioning>,
+    weights: Weights,
+    adapter: Option<Arc<Adapter>>,
+    config_text: String,
+    condition_dropout: f64,
+    side: usize,
+}
+
+impl Sd3Learner {
+    /// Opens the checkpoint in `opening.dir`, in diffusers' layout.
+    pub fn open(opening: &Opening) -> Result<Self> {
+        let files = transformer_files(&opening.dir)?;
+        let weights = match opening.tuning {
+            Tuning::Full => Weights::trainable(&files, opening.seed, &opening.device)?,
+            Tuning::Lora(_) | Tuning::Frozen => Weights::from_files(&files, DType::F32, &opening.device)?,
+        };
+        let (weights, adapter) = opening.attach(weights);
+        let model = Sd3::open(&opening.dir, &weights)?;
+        let side = opening.resolution.map_or(model.resolution(), |side| side as usize);
+        let config = opening.dir.join("transformer/config.json");
+        let config_text = std::fs::read_to_string(&config).map_err(Error::io(&config))?;
+        Ok(Self {
+            model,
+            known: HashMap::new(),
+            weights,
+            adapter,
+            config_text,
+            condition_dropout: opening.condition_dropout,
+            side,
+        })
+    }
+
+    fn condition(&mut self, prompts: &[&str]) -> Result<Conditioning> {
+        for &prompt in prompts {
+            if !self.known.contains_key(prompt) {
+                let conditioning = self.model.encode_prompts(&[prompt.to_string()])?;
+                self.known.insert(prompt.to_string(), conditioning);
+            }
+        }
+        let rows: Vec<&Conditioning> = prompts.iter().map(|&prompt| &self.known[prompt]).collect();
+        Conditioning::cat(&rows)
+    }
+}
+
+impl Learner for Sd3Learner {
+    fn resolution(&self) -> u32 {
+        self.side as u32
+    }
+
+    fn encode(&mut self, images: &[RgbImage]) -> Result<Vec<Example>> {
+        let pixels = images::to_tensor(images, self.model.device())?;
+        let (mean, logvar) = self.model.encode_images(&pixels)?;
+        (0..images.len())
+            .map(|i| Ok(Example::Latents { mean: mean.get(i)?.copy()?, logvar: logvar.get(i)?.copy()? }))
+            .collect()
+    }
+
+    fn loss(&mut self, batch: &[Lesson], generator: &mut ChaCha8Rng) -> Result<Tensor> {
+        let (mut means, mut logvars) = (Vec::new(), Vec::new());
+        for lesson in batch {
+            match &lesson.example {
+                Example::Latents { mean, logvar } => {
+                    means.push(mean);
+                    logvars.push(logvar);
+                }
+                Example::Tokens(_) => {
+                    return Err(Error::Invalid {
+                        what: "a diffusion model was given tokens to learn".into(),
+                        hint: None,
+                    });
+                }
+            }
+        }
+        let (mean, logvar) = (Tensor::stack(&means, 0)?, Tensor::stack(&logvars, 0)?);
+        let latents = self.model.sample_latents(&mean, &logvar, generator)?;
+        let prompts: Vec<&str> = batch
+            .iter()
+            .map(|lesson| {
+                let dropped = generator.random::<f64>() < self.condition_dropout;
+                if dropped { "" } else { lesson.prompt.as_str() }
+            })
+            .collect();
+        let conditioning = self.condition(&prompts)?;
+        self.model.loss(&latents, &conditioning, generator)
+    }
+
+    fn generate(&mut self, requests: &[Request], sampling: &Sampling) -> Result<Vec<RgbImage>> {
+        let prompts: Vec<&str> = requests.iter().map(|request| request.prompt.as_str()).collect();
+        let conditioning = self.condition(&prompts)?;
+        let negative = self.condition(&[sampling.negative_prompt.as_str()])?;
+        let seeds: Vec<u64> = requests.iter().map(|request| request.seed).collect();
+        let settings = SampleSettings {
+            num_inference_steps: sampling.num_inference_steps,
+            guidance_scale: sampling.guidance_scale,
+            height: self.side,
+            width: self.side,
+            negative_prompt: sampling.negative_prompt.clone(),
+        };
+        images::from_tensor(&self.model.generate_from(&conditioning, &negative, &seeds, &settings)?)
+    }
+
+    fn variables(&self) -> Vec<(String, Var)> {
+        match &self.adapter {
+            Some(adapter) => adapter.variables(),
+            None => self.weights.variables(),
+        }
+    }
+
+    fn save(&self, dir: &Path, values: &BTreeMap<String, Tensor>) -> Result<()> {
+        match &self.adapter {
+            Some(adapter) => adapters::write_diffusers(dir, values, adapter.config(), "transformer").map(|_| ()),
+            None => adapters::write_checkpoint(dir, values, &self.config_text),
+        }
+    }
+
+    fn read(&self, dir: &Path) -> Result<BTreeMap<String, Tensor>> {
+        match &self.adapter {
+            Some(adapter) => adapters::read_for(dir, adapter.config()),
+            None => adapters::read_checkpoint(dir),
+        }
+    }
+
+    fn unknown_words(&self, prompt: &str) -> Result<Vec<String>> {
+        self.model.unknown_words(prompt)
+    }
+}

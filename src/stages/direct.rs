@@ -1,0 +1,135 @@
+//! direct: the student's backbone tuned on the references alone (the paper's Table 1), plain or augmented (Table 7):
+//! as a baseline beside the proxies, and as the student itself where the pipeline names no proxies.
+
+use std::sync::Arc;
+
+use async_stream::try_stream;
+use futures::{Stream, StreamExt};
+use rand::SeedableRng;
+
+use super::references::at_resolution;
+use super::train::Course;
+use super::{Checkpoint, Context, Method};
+use crate::config::{Source, Training, prompts};
+use crate::images::augment;
+use crate::models::{Lesson, Opening};
+use crate::plan::step_seed;
+use crate::stream::Meter;
+use crate::{Result, nn};
+
+/// What is tuned on references: the baseline or the student.
+#[derive(Debug, Clone)]
+pub struct Tuned {
+    pub method: Method,
+    pub source: Source,
+    pub settings: Training,
+}
+
+/// Waits until all subjects have come through `input`, then trains. Yields the checkpoints that are due: for the
+/// baseline its last, for the student all that the evaluation wants.
+pub fn direct(
+    context: Arc<Context>,
+    opening: Opening,
+    tuned: Tuned,
+    input: impl Stream<Item = usize> + Send,
+    meter: Meter,
+) -> impl Stream<Item = Result<Checkpoint>> + Send {
+    try_stream! {
+        let mut input = std::pin::pin!(input);
+        let mut subjects = Vec::new();
+        while let Some(subject) = input.next().await {
+            subjects.push(subject);
+        }
+        if subjects.len() < context.subjects.len() {
+            return;
+        }
+        let (name, every) = match tuned.method {
+            Method::Student => ("train", context.resolved.evaluation.every),
+            _ => ("direct", 0),
+        };
+        let checkpoint = |method, step, values| Checkpoint { method, step, subjects: subjects.clone(), values };
+        let place = (context.dir.join("checkpoints").join(name), format!("{name} {}", context.plan.digest()));
+        let course =
+            Course::start(context.clone(), meter.clone(), name, &context.run, opening, &tuned.settings, place).await?;
+        if tuned.method == Method::Student && context.resolved.evaluation.untouched {
+            yield checkpoint(Method::Untouched, 0, course.snapshot().await?);
+        }
+        let photos = Photos::prepare(&context, &course).await?;
+        let mut step = course.resume().await?;
+        while step < tuned.settings.steps && !context.stop.requested() {
+            let lessons = photos.lessons(&context, &course, &tuned, step).await?;
+            course.step(step, vec![(1.0, lessons)]).await?;
+            step += 1;
+            if every > 0 && step.is_multiple_of(every) && step < tuned.settings.steps {
+                yield checkpoint(tuned.method, step, course.snapshot().await?);
+            }
+        }
+        if step < tuned.settings.steps {
+            course.save(step).await?;
+            return;
+        }
+        let folder = if tuned.method == Method::Student { "student" } else { "direct" };
+        let values = course.publish(context.dir.join(folder)).await?;
+        yield checkpoint(tuned.method, step, values);
+    }
+}
+
+/// The photos of all subjects as a student sees them, in the order of the plan's references.
+struct Photos {
+    images: Arc<Vec<image::RgbImage>>,
+    examples: Vec<crate::models::Example>,
+    prompts: Vec<String>,
+}
+
+impl Photos {
+    async fn prepare(context: &Arc<Context>, course: &Course) -> Result<Self> {
+        let own = context.clone();
+        let (images, examples) = course
+            .worker
+            .call(&course.meter, move |trainee| {
+                let learner = trainee.learner();
+                let side = learner.resolution();
+                let images: Vec<_> =
+                    own.subjects.iter().flat_map(|subject| at_resolution(subject, side)).collect();
+                let examples = learner.encode(&images)?;
+                Ok((images, examples))
+            })
+            .await?;
+        let prompt = |subject: &Arc<super::Subject>| prompts::fill(PROMPT, &subject.token, &subject.class);
+        let prompts =
+            context.plan.references().iter().map(|photo| prompt(context.subject(photo.subject))).collect();
+        Ok(Self { images: Arc::new(images), examples, prompts })
+    }
+
+    async fn lessons(&self, context: &Context, course: &Course, tuned: &Tuned, step: usize) -> Result<Vec<Lesson>> {
+        let indices = match (tuned.method, context.plan.direct()) {
+            (Method::Direct, Some(schedule)) => schedule.lessons(step).to_vec(),
+            _ => context.plan.lessons(step).to_vec(),
+        };
+        let prompt = |&index: &usize| self.prompts[index].clone();
+        if tuned.source != Source::Augmented {
+            return Ok(indices
+                .iter()
+                .map(|index| Lesson { example: self.examples[*index].clone(), prompt: prompt(index) })
+                .collect());
+        }
+        let seed = step_seed(context.resolved.seed, "augment", step);
+        let (images, own) = (self.images.clone(), indices.clone());
+        let examples = course
+            .worker
+            .call(&course.meter, move |trainee| {
+                let mut generator = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+                let changed: Vec<_> = own.iter().map(|&index| augment(&images[index], &mut generator)).collect();
+                nn::no_grad(|| trainee.learner().encode(&changed))
+            })
+            .await?;
+        Ok(examples
+            .into_iter()
+            .zip(&indices)
+            .map(|(example, index)| Lesson { example, prompt: prompt(index) })
+            .collect())
+    }
+}
+
+/// The caption of a reference, as in the paper.
+const PROMPT: &str = "a {token} {class}";

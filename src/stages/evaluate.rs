@@ -1,0 +1,158 @@
+//! evaluate: every checkpoint draws the planned samples, and these are scored. Downstream of training.
+
+use std::sync::Arc;
+
+use async_stream::try_stream;
+use futures::{Stream, StreamExt};
+
+use super::score::{score, table};
+use super::{Checkpoint, Context, Method};
+use crate::files::values_digest;
+use crate::images::encode_png;
+use crate::models::{Request, Sampling};
+use crate::plan::Digest;
+use crate::store::{EvaluationRow, now_us};
+use crate::stream::Meter;
+use crate::training::restore;
+use crate::{Error, Result};
+
+/// The scored samples of one checkpoint, by the keys of their rows, in the order of the plan.
+#[derive(Debug, Clone)]
+pub struct Evaluated {
+    pub method: Method,
+    pub step: usize,
+    /// Digest of what was trained.
+    pub adapter: String,
+    /// Positions in the evaluation plan, and the rows' keys.
+    pub samples: Vec<(usize, String)>,
+}
+
+/// Draws and scores the samples of each checkpoint of `input`, in planned batches that are always drawn whole.
+pub fn evaluate(
+    context: Arc<Context>,
+    input: impl Stream<Item = Checkpoint> + Send,
+    meter: Meter,
+) -> impl Stream<Item = Result<Evaluated>> + Send {
+    try_stream! {
+        let table = table(&context).await?;
+        let mut input = std::pin::pin!(input);
+        while let Some(checkpoint) = input.next().await {
+            let adapter = values_digest(&checkpoint.values)?;
+            let mut samples = Vec::new();
+            let plan = context.plan.evaluation();
+            for batch in &plan.batches {
+                let images = &plan.images[batch.clone()];
+                let Some(subject) = images.first().map(|image| image.subject) else { continue };
+                if !checkpoint.subjects.contains(&subject) || context.stop.requested() {
+                    continue;
+                }
+                let keys = sample_keys(&context, &checkpoint, &adapter, batch.clone())?;
+                samples.extend(batch.clone().zip(keys.iter().cloned()));
+                if table.missing(&keys).is_empty() {
+                    meter.reuse(keys.len());
+                    continue;
+                }
+                let requests =
+                    images.iter().map(|image| Request { prompt: image.prompt.clone(), seed: image.seed }).collect();
+                let drawn = Arc::new(draw(&context, &checkpoint, requests, &meter).await?);
+                let texts = images.iter().map(|image| image.text.clone()).collect();
+                let (embeddings, scores) = score(&context, subject, drawn.clone(), texts, &meter).await?;
+                let mut rows = Vec::with_capacity(keys.len());
+                for (i, image) in images.iter().enumerate() {
+                    rows.push(EvaluationRow {
+                        key: keys[i].clone(),
+                        kind: "sample".into(),
+                        run: context.run.clone(),
+                        method: checkpoint.method.name().into(),
+                        step: checkpoint.step as u64,
+                        subject: context.subject(subject).name.clone(),
+                        prompt: image.prompt.clone(),
+                        seed: image.seed,
+                        clip_i: Some(scores[i].clip_i as f32),
+                        clip_t: Some(scores[i].clip_t as f32),
+                        dino: Some(scores[i].dino as f32),
+                        clip_embedding: Some(embeddings.clip[i].clone()),
+                        dino_embedding: Some(embeddings.dino[i].clone()),
+                        image: Some(encode_png(&drawn[i])?),
+                        created_us: now_us(),
+                    });
+                }
+                meter.busy(table.append(&rows)).await?;
+                meter.add(rows.len());
+            }
+            if context.stop.requested() {
+                return;
+            }
+            yield Evaluated { method: checkpoint.method, step: checkpoint.step, adapter, samples };
+        }
+    }
+}
+
+/// Keys of the samples of one planned batch: what drew them, and everything that it was asked.
+fn sample_keys(
+    context: &Context,
+    checkpoint: &Checkpoint,
+    adapter: &str,
+    batch: std::ops::Range<usize>,
+) -> Result<Vec<String>> {
+    let sampling = format!("{:?}", sampling(context, checkpoint.method)?);
+    let mut digest = Digest::new("sample 1")
+        .field("method", checkpoint.method.name())
+        .field("model", model(context, checkpoint.method)?)
+        .field("adapter", adapter)
+        .number("step", checkpoint.step as u64)
+        .field("sampling", sampling);
+    let subjects: Vec<&String> =
+        checkpoint.subjects.iter().flat_map(|&subject| &context.subject(subject).digests).collect();
+    for photo in subjects {
+        digest = digest.field("photo", photo);
+    }
+    let images = &context.plan.evaluation().images[batch];
+    for image in images {
+        digest = digest.field("prompt", &image.prompt).number("seed", image.seed);
+    }
+    Ok((0..images.len() as u64).map(|place| digest.clone().number("place", place).finish()).collect())
+}
+
+fn model(context: &Context, method: Method) -> Result<&str> {
+    match (method, &context.resolved.supervisor) {
+        (Method::Supervisor, Some(supervisor)) => Ok(&supervisor.model),
+        (Method::Supervisor, None) => Err(no_supervisor()),
+        _ => Ok(&context.resolved.student.model),
+    }
+}
+
+fn sampling(context: &Context, method: Method) -> Result<Sampling> {
+    match (method, &context.resolved.proxies) {
+        (Method::Supervisor, Some(proxies)) => Ok(Sampling::diffusion(&proxies.sampling)),
+        (Method::Supervisor, None) => Err(no_supervisor()),
+        _ => Ok(Sampling::student(&context.resolved.student.sampling)),
+    }
+}
+
+fn no_supervisor() -> Error {
+    Error::Invalid { what: "a supervisor's samples without a supervisor".into(), hint: None }
+}
+
+async fn draw(
+    context: &Context,
+    checkpoint: &Checkpoint,
+    requests: Vec<Request>,
+    meter: &Meter,
+) -> Result<Vec<image::RgbImage>> {
+    let sampling = sampling(context, checkpoint.method)?;
+    let learner = match (checkpoint.method, &context.painter) {
+        (Method::Supervisor, Some(painter)) => painter.clone(),
+        (Method::Supervisor, None) => return Err(no_supervisor()),
+        _ => context.sampler.clone(),
+    };
+    let values = checkpoint.values.clone();
+    learner
+        .get()
+        .await?
+        .call(meter, move |learner| {
+            restore(&learner.variables(), &values, std::path::Path::new("a checkpoint to evaluate"))?;
+            learner.generate(&requests, &sampling)
+        })
+        .await
+}
