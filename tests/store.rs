@@ -254,10 +254,11 @@ async fn equal_rows_have_equal_digests_whatever_their_order_run_and_time() {
 async fn two_thousand_proxies_are_read_at_random_in_milliseconds() {
     let dir = tempfile::tempdir().unwrap();
     let table = proxies_of(dir.path()).await;
-    let writer = Writer::new(table.clone());
     let rows = proxies(0..2000);
     let start = Instant::now();
-    writer.write_all(stream::iter(rows.clone())).await.unwrap();
+    for rows in rows.chunks(64) {
+        table.append(rows).await.unwrap();
+    }
     eprintln!("2,000 proxies in commits of 64: {:?}", start.elapsed());
     assert_eq!(
         table.dataset().unwrap().count_fragments(),
@@ -332,6 +333,47 @@ async fn compaction_keeps_rows_order_and_keys_while_others_read_and_write() {
         assert_eq!(all(&table).await, proxies(0..44));
         assert_eq!(table.keys().await.unwrap(), keys);
     }
+}
+
+#[tokio::test]
+async fn rows_keep_their_order_around_fragments_too_large_to_compact() {
+    let dir = tempfile::tempdir().unwrap();
+    let table = proxies_of(dir.path()).await;
+    for number in 0..80 {
+        let large = vec![number as u8; 17 << 20];
+        let row = ProxyRow {
+            image: if number % 30 == 10 { large } else { vec![1] },
+            ..proxy(number)
+        };
+        table.append(&[row]).await.unwrap();
+    }
+    let compacted = table.compact(Duration::ZERO).await.unwrap();
+    let runs = "three large ones and four runs of small ones";
+    assert_eq!(compacted.fragments_after, 7, "{runs}");
+    let expected: Vec<u64> = (0..80).collect();
+    for table in [table, proxies_of(dir.path()).await] {
+        let rows = table.rows(None, Columns::WithoutPictures).await.unwrap();
+        assert_eq!(numbers(&rows), expected);
+        let rows = all(&table).await;
+        let own = |row: &ProxyRow| row.image.len() == 1 || row.image[0] as u64 == row.number;
+        assert!(rows.iter().all(own));
+        assert_eq!(numbers(&rows), expected);
+    }
+}
+
+#[tokio::test]
+async fn many_small_commits_are_compacted_in_passing() {
+    let dir = tempfile::tempdir().unwrap();
+    let table = proxies_of(dir.path()).await;
+    let limits = Limits {
+        rows: 1,
+        age: Duration::from_secs(3600),
+    };
+    let writer = Writer::with_limits(table.clone(), limits);
+    let rows = stream::iter(proxies(0..150));
+    writer.write_all(rows).await.unwrap();
+    assert!(table.dataset().unwrap().count_fragments() < 64);
+    assert_eq!(all(&table).await, proxies(0..150));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -532,14 +574,18 @@ async fn a_writer_commits_at_its_limits_and_on_demand() {
 
     // Whoever waits has its rows as soon as the last of them is buffered.
     let wanted = [2, 6, 7].map(|number| proxy(number).key);
+    let never = [proxy(99).key];
     let pushing = async {
         writer.push(proxy(6)).await.unwrap();
         assert_eq!(table.count(), 6);
         writer.push(proxy(7)).await.unwrap();
         assert_eq!(table.count(), 8);
     };
-    let (waited, ()) = tokio::join!(biased; writer.wait_for(&wanted), pushing);
-    waited.unwrap();
+    tokio::select! {
+        biased;
+        _ = writer.wait_for(&never) => unreachable!("nobody writes it"),
+        (waited, ()) = async { tokio::join!(biased; writer.wait_for(&wanted), pushing) } => waited.unwrap(),
+    }
 
     // Rows that nobody will write are not waited for.
     let wanted = [proxy(8).key];

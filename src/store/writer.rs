@@ -12,6 +12,11 @@ use super::rows::Row;
 use super::table::Table;
 use crate::{Error, Result};
 
+/// After so many commits a writer compacts its table in passing.
+const COMMITS_PER_COMPACTION: u64 = 32;
+/// How long versions stay on disk for the readers that may be at work on them.
+const KEEP_VERSIONS: Duration = Duration::from_secs(3600);
+
 /// When buffered rows are committed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -36,12 +41,14 @@ struct Buffer<R> {
     keys: HashSet<u128>,
     /// When the first of `rows` came.
     since: Option<Instant>,
-    /// Keys that somebody waits for.
-    wanted: HashSet<u128>,
+    /// What each waiting caller still needs; forgotten at every commit, after which the callers ask again.
+    wanted: Vec<HashSet<u128>>,
+    /// Commits since this writer was made.
+    commits: u64,
 }
 
 /// A buffer before a table. Rows are committed at 64 of them, 30 s after the first, on [`Writer::flush`], or as
-/// soon as all that [`Writer::wait_for`] waits for are there.
+/// soon as all that a call of [`Writer::wait_for`] waits for are there; many small commits are compacted in passing.
 ///
 /// A row whose key is in the table or the buffer already is dropped, so writing again what a killed run wrote is
 /// harmless. When a commit fails, its rows stay in the buffer. Dropping a writer drops what it has not committed.
@@ -67,7 +74,8 @@ impl<R: Row> Writer<R> {
                 rows: Vec::new(),
                 keys: HashSet::new(),
                 since: None,
-                wanted: HashSet::new(),
+                wanted: Vec::new(),
+                commits: 0,
             }),
             committed: watch::Sender::new(0),
             closed: watch::Sender::new(false),
@@ -95,7 +103,10 @@ impl<R: Row> Writer<R> {
         }
         buffer.rows.push(row);
         let since = *buffer.since.get_or_insert_with(Instant::now);
-        let awaited = !buffer.wanted.is_empty() && buffer.wanted.is_subset(&buffer.keys);
+        let awaited = buffer
+            .wanted
+            .iter()
+            .any(|keys| keys.is_subset(&buffer.keys));
         if buffer.rows.len() >= self.limits.rows || since.elapsed() >= self.limits.age || awaited {
             self.commit(&mut buffer).await?;
         }
@@ -163,7 +174,7 @@ impl<R: Row> Writer<R> {
                         hint: None,
                     });
                 }
-                buffer.wanted.extend(wanted);
+                buffer.wanted.push(wanted);
             }
             // Both senders live as long as `self`, so a change is the only way out.
             tokio::select! {
@@ -189,17 +200,18 @@ impl<R: Row> Writer<R> {
         // Rows leave the buffer only after the commit: an error, or a caller that gives up, loses none of them.
         self.table.append(&buffer.rows).await?;
         let count = buffer.rows.len() as u64;
-        let Buffer {
-            rows,
-            keys,
-            wanted,
-            since,
-        } = buffer;
-        wanted.retain(|key| !keys.contains(key));
-        rows.clear();
-        keys.clear();
-        *since = None;
+        buffer.rows.clear();
+        buffer.keys.clear();
+        buffer.wanted.clear();
+        buffer.since = None;
+        buffer.commits += 1;
         self.committed.send_modify(|committed| *committed += count);
+        if buffer.commits.is_multiple_of(COMMITS_PER_COMPACTION)
+            && let Err(error) = self.table.compact(KEEP_VERSIONS).await
+        {
+            // The rows are safe, only slower to read: no reason to stop a run.
+            tracing::warn!("{} was not compacted: {error}", self.table.path().display());
+        }
         Ok(())
     }
 }
