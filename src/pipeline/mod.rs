@@ -1,0 +1,351 @@
+//! The graph. [`run`] prepares what the plan needs, [`Graph`] builds the stages and the channels between them, and
+//! nobody else spawns anything.
+
+mod prepare;
+mod run_dir;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::time::Instant;
+
+use futures::{Stream, StreamExt};
+use tokio::task::JoinSet;
+
+use self::prepare::Prepared;
+pub use self::prepare::{device, sampler_opening};
+pub use self::run_dir::RunDir;
+use crate::config::{Resolved, Source};
+use crate::evaluation::report::Report;
+use crate::stages::direct::{Tuned, direct};
+use crate::stages::evaluate::{Evaluated, evaluate};
+use crate::stages::keep::keep;
+use crate::stages::references::references;
+use crate::stages::report::{self, Ending, Sampled};
+use crate::stages::score::score_proxies;
+use crate::stages::supervise::supervise;
+use crate::stages::synthesize::synthesize;
+use crate::stages::tokenize::tokenize;
+use crate::stages::train::train;
+use crate::stages::{Context, Method};
+use crate::stream::{Inlet, Meter, Outlet, Progress, Stop, channel, spawn, spawn_sink};
+use crate::{Error, Result};
+
+/// What to run, and how.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The pipeline file's path; the run is named after it.
+    pub pipeline: PathBuf,
+    /// Its text.
+    pub text: String,
+    pub resolved: Resolved,
+    pub store: PathBuf,
+    /// Where run directories are made.
+    pub out: PathBuf,
+    /// Start afresh instead of resuming.
+    pub new: bool,
+    /// One stage after another.
+    pub sequential: bool,
+    /// Show progress on standard error.
+    pub progress: bool,
+}
+
+/// What a run came to.
+#[derive(Debug)]
+pub struct Outcome {
+    /// The run's directory.
+    pub dir: PathBuf,
+    pub report: Report,
+    pub ending: Ending,
+}
+
+/// Runs a pipeline to its end, or continues it.
+///
+/// # Errors
+/// [`Error::Interrupted`] when `stop` was requested: everything is committed and the same call continues. Otherwise
+/// the first failure of any stage.
+pub async fn run(options: &Options, stop: Stop) -> Result<Outcome> {
+    let start = Instant::now();
+    let resolved_text = options.resolved.to_toml()?;
+    let dir = RunDir::open(&options.out, &options.pipeline, &options.text, &resolved_text, options.new)?;
+    if options.progress {
+        announce(&dir);
+    }
+    let prepared = prepare::prepare(options, &dir, stop).await?;
+    let context = prepared.context.clone();
+    let progress = options.progress.then(|| Progress::show(context.board.clone()));
+    prepare::note_status(&context, options, "started").await?;
+    let result = Graph::build(prepared, options.sequential).join(&context).await;
+    if let Some(progress) = progress {
+        progress.finish();
+    }
+    // What was recorded before a failure stays: a resumed run records the same again, which is harmless.
+    context.metrics.flush().await?;
+    let (evaluated, first_training_proxy) = match result {
+        Ok(_) if context.stop.requested() && !dir.join("student").is_dir() => {
+            prepare::note_status(&context, options, "interrupted").await?;
+            return Err(Error::Interrupted);
+        }
+        Ok(ended) => ended,
+        Err(error) => {
+            prepare::note_status(&context, options, "failed").await?;
+            return Err(error);
+        }
+    };
+    if context.stop.requested() {
+        prepare::note_status(&context, options, "interrupted").await?;
+        return Err(Error::Interrupted);
+    }
+    let ending = Ending {
+        stages: context.board.report(),
+        wall_seconds: start.elapsed().as_secs_f64(),
+        first_training_proxy,
+        warnings: context.warnings.all(),
+        evaluated: evaluated.into_iter().map(Sampled::from).collect(),
+        protocol: prepare::protocol(&context).await?,
+    };
+    let report = report::write(&context, &ending).await?;
+    prepare::note_status(&context, options, "complete").await?;
+    let summary = serde_json::to_value(&ending)
+        .map_err(|e| Error::Invalid { what: format!("the ending as JSON: {e}"), hint: None })?;
+    dir.complete(&summary)?;
+    Ok(Outcome { dir: dir.path().to_path_buf(), report, ending })
+}
+
+fn announce(dir: &RunDir) {
+    let path = dir.path().display();
+    match (dir.is_complete(), dir.resumed) {
+        (true, _) => eprintln!("{path}: this ran to its end before; checking that everything is there"),
+        (false, true) => eprintln!("{path}: continuing"),
+        (false, false) => eprintln!("{path}: a new run"),
+    }
+    if !dir.changes.is_empty() {
+        eprintln!("changed since the last run of this file:");
+        for change in &dir.changes {
+            eprintln!("  {change}");
+        }
+    }
+}
+
+/// The running stages.
+struct Graph {
+    tasks: JoinSet<Result<()>>,
+    evaluated: Inlet<Evaluated>,
+    first_training_proxy: Arc<AtomicUsize>,
+}
+
+impl Graph {
+    /// The picture of the crate's documentation, as code.
+    fn build(prepared: Prepared, sequential: bool) -> Self {
+        let Prepared { context, student, supervisor, supervisor_keys, tokenizer } = prepared;
+        let (board, sizes) = (&context.board, &context.resolved.channels);
+        let resolved = &context.resolved;
+        let mut tasks = JoinSet::new();
+        let meter = |name: &str, unit: &str, total: usize| {
+            let meter = board.meter(name, unit);
+            meter.expect(total);
+            meter
+        };
+        let subjects = context.subjects.len();
+        let proxies = context.plan.proxies().len();
+        let referring = meter("references", "subjects", subjects);
+        let first_training_proxy = Arc::new(AtomicUsize::new(usize::MAX));
+        // Meters stand in the order of the dataflow, which is the order in which progress shows them.
+        let teaching = supervisor.as_ref().zip(resolved.supervisor.as_ref()).map(|(opening, settings)| {
+            let steps = settings.training.steps * subjects;
+            let meters = [
+                meter("supervise", "steps", steps),
+                meter("synthesize", "proxies", proxies),
+                meter("keep", "proxies", proxies),
+                meter("tokenize", "proxies", proxies),
+                meter("score", "proxies", proxies),
+            ];
+            (opening.clone(), meters)
+        });
+        let baseline = resolved.direct().map(|direct| (direct, meter("direct", "steps", direct.training.steps)));
+        let training = meter("train", "steps", resolved.student.training.steps);
+        let evaluating = meter("evaluate", "samples", expected_samples(&context));
+        let reporting = board.meter("report", "checkpoints");
+
+        let (checkpoints, to_evaluate) = channel(board, "checkpoints", sizes.checkpoints, &training, &evaluating);
+        let mut to_subjects: Vec<Outlet<usize>> = Vec::new();
+
+        match teaching {
+            Some((opening, [supervising, synthesizing, keeping, tokenizing, scoring])) => {
+                let (subjects, to_supervise) =
+                    channel(board, "references", sizes.references, &referring, &supervising);
+                to_subjects.push(subjects);
+                let keys = supervisor_keys.clone();
+                let keyed = in_order(sequential, to_supervise).map(move |subject| (subject, keys[subject].clone()));
+                let (supervisors, to_synthesize) =
+                    channel(board, "supervisors", sizes.supervisors, &supervising, &synthesizing);
+                spawn(&mut tasks, &supervising, supervise(context.clone(), opening, keyed, supervising.clone()), supervisors);
+
+                let (made, to_keep) = channel(board, "proxies", sizes.proxies, &synthesizing, &keeping);
+                let synthesis = synthesize(
+                    context.clone(),
+                    in_order(sequential, to_synthesize),
+                    checkpoints.clone(),
+                    synthesizing.clone(),
+                );
+                spawn(&mut tasks, &synthesizing, synthesis, made);
+
+                let (to_two, kept) = (sizes.kept, keep(context.clone(), supervisor_keys, to_keep, keeping.clone()));
+                let (for_tokens, to_tokenize) = channel(board, "kept", to_two, &keeping, &tokenizing);
+                let (for_scores, to_score) = channel(board, "kept", to_two, &keeping, &scoring);
+                spawn_two(&mut tasks, &keeping, kept, for_tokens, for_scores, sequential);
+
+                let (ready, to_train) = channel(board, "tokens", sizes.tokens, &tokenizing, &training);
+                let tokens =
+                    tokenize(context.clone(), tokenizer, in_order(sequential, to_tokenize), tokenizing.clone());
+                spawn(&mut tasks, &tokenizing, tokens, ready);
+
+                let scores = score_proxies(context.clone(), in_order(sequential, to_score), scoring.clone());
+                spawn_sink(&mut tasks, &scoring, scores);
+
+                let learning = train(
+                    context.clone(),
+                    student.clone(),
+                    in_order(sequential, to_train),
+                    first_training_proxy.clone(),
+                    training.clone(),
+                );
+                spawn(&mut tasks, &training, learning, checkpoints.clone());
+            }
+            None => {
+                let (subjects, to_train) = channel(board, "references", sizes.references, &referring, &training);
+                to_subjects.push(subjects);
+                let tuned = Tuned {
+                    method: Method::Student,
+                    source: resolved.student.source,
+                    settings: resolved.student.training.clone(),
+                };
+                let learning = direct(context.clone(), student.clone(), tuned, to_train, training.clone());
+                spawn(&mut tasks, &training, learning, checkpoints.clone());
+            }
+        }
+        if let Some((settings, tuning)) = baseline {
+            let (subjects, to_tune) = channel(board, "references", sizes.references, &referring, &tuning);
+            to_subjects.push(subjects);
+            let tuned = Tuned {
+                method: Method::Direct,
+                source: settings.source,
+                settings: settings.training.clone(),
+            };
+            let opening = crate::models::Opening {
+                dropout: settings.dropout,
+                condition_dropout: settings.condition_dropout,
+                ..student
+            };
+            let learning = direct(context.clone(), opening, tuned, to_tune, tuning.clone());
+            spawn(&mut tasks, &tuning, learning, checkpoints.clone());
+        }
+        drop(checkpoints);
+        spawn_all(&mut tasks, &referring, references(context.clone(), referring.clone()), to_subjects);
+
+        let (evaluated, results) = channel(board, "evaluations", sizes.evaluations, &evaluating, &reporting);
+        let scored = evaluate(context.clone(), in_order(sequential, to_evaluate), evaluating.clone());
+        spawn(&mut tasks, &evaluating, scored, evaluated);
+        Self { tasks, evaluated: results, first_training_proxy }
+    }
+
+    /// Waits for all stages. The first failure stops the others.
+    async fn join(mut self, context: &Context) -> Result<(Vec<Evaluated>, Option<(usize, usize)>)> {
+        let mut evaluated = Vec::new();
+        let mut open = true;
+        loop {
+            tokio::select! {
+                result = self.evaluated.next(), if open => match result {
+                    Some(result) => evaluated.push(result),
+                    None => open = false,
+                },
+                task = self.tasks.join_next() => match task {
+                    Some(Ok(Ok(()))) => {}
+                    Some(Ok(Err(error))) => return Err(error),
+                    Some(Err(panic)) => {
+                        return Err(Error::Invalid { what: format!("a stage ended unexpectedly: {panic}"), hint: None });
+                    }
+                    None if !open => break,
+                    None => {}
+                },
+            }
+        }
+        evaluated.sort_by_key(|result: &Evaluated| (result.method, result.step));
+        let first = self.first_training_proxy.load(Relaxed);
+        let first = (first != usize::MAX).then(|| (first, context.plan.proxies().len()));
+        Ok((evaluated, first))
+    }
+}
+
+/// `input` as it comes, or, one stage after another, only when all of it has come.
+fn in_order<T: Send + 'static>(
+    sequential: bool,
+    input: impl Stream<Item = T> + Send + 'static,
+) -> futures::stream::BoxStream<'static, T> {
+    if !sequential {
+        return input.boxed();
+    }
+    futures::stream::once(input.collect::<Vec<T>>()).flat_map(futures::stream::iter).boxed()
+}
+
+/// Drives `stage` into two channels; each send is awaited, so the slower reader holds it back. One stage after
+/// another, pixels are dropped: readers take them from the store, so that nothing piles up in memory.
+fn spawn_two(
+    tasks: &mut JoinSet<Result<()>>,
+    meter: &Meter,
+    stage: impl Stream<Item = Result<crate::stages::ProxyBatch>> + Send + 'static,
+    first: Outlet<crate::stages::ProxyBatch>,
+    second: Outlet<crate::stages::ProxyBatch>,
+    sequential: bool,
+) {
+    let meter = meter.clone();
+    tasks.spawn(async move {
+        let mut stage = std::pin::pin!(stage);
+        while let Some(item) = stage.next().await {
+            let mut item = item.map_err(|e| e.in_stage(meter.name()))?;
+            if sequential {
+                item.images = None;
+            }
+            if first.send(item.clone()).await.is_err() || second.send(item).await.is_err() {
+                break;
+            }
+        }
+        meter.finish();
+        Ok(())
+    });
+}
+
+/// Drives `stage` into all `outlets`.
+fn spawn_all(
+    tasks: &mut JoinSet<Result<()>>,
+    meter: &Meter,
+    stage: impl Stream<Item = Result<usize>> + Send + 'static,
+    outlets: Vec<Outlet<usize>>,
+) {
+    let meter = meter.clone();
+    tasks.spawn(async move {
+        let mut stage = std::pin::pin!(stage);
+        while let Some(item) = stage.next().await {
+            let item = item.map_err(|e| e.in_stage(meter.name()))?;
+            for outlet in &outlets {
+                // A reader that has ended, because of a failure or a stop, says so itself.
+                let _ = outlet.send(item).await;
+            }
+        }
+        meter.finish();
+        Ok(())
+    });
+}
+
+/// How many samples the evaluation will draw.
+fn expected_samples(context: &Context) -> usize {
+    let images = context.plan.evaluation().images.len();
+    let resolved = &context.resolved;
+    let (steps, every) = (resolved.student.training.steps, resolved.evaluation.every);
+    let between = if every > 0 { (steps - 1) / every } else { 0 };
+    let from_proxies = resolved.student.source == Source::Proxies;
+    let methods =
+        1 + between + usize::from(resolved.evaluation.untouched) + usize::from(from_proxies) + usize::from(resolved.direct().is_some());
+    images * methods
+}
+
