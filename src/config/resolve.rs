@@ -590,7 +590,6 @@ fn resolve_evaluation(
     })
 }
 
-/// One template per line; empty lines and lines that begin with `#` do not count.
 fn prompt_file(name: &At<String>, faults: &Faults) -> Option<PromptList> {
     let text = match std::fs::read_to_string(&name.value) {
         Ok(text) => text,
@@ -611,14 +610,10 @@ fn prompt_file(name: &At<String>, faults: &Faults) -> Option<PromptList> {
         }
     };
     let mut templates = Vec::new();
-    for (index, line) in text.lines().enumerate() {
-        let template = line.trim();
-        if template.is_empty() || template.starts_with('#') {
-            continue;
-        }
+    for (line, template) in prompts::lines(&text) {
         let place = Place::File {
             file: name.value.clone(),
-            line: index + 1,
+            line,
             column: 1,
         };
         check_template(
