@@ -3,7 +3,9 @@
 use std::path::Path;
 
 use proxytune::Error;
-use proxytune::cli::{CheckArgs, PipelineArgs, check::check};
+use proxytune::cli::{
+    CheckArgs, Cli, Command, GraphArgs, PipelineArgs, check::check, graph::graph,
+};
 use proxytune::config::{Device, Document, Family, Resolved, Sampling, Source, locate, prompts};
 
 const MINIMAL: &str = r#"
@@ -284,7 +286,7 @@ fn two_subjects_never_share_a_token() {
         .iter()
         .map(|subject| subject.token.as_str())
         .collect();
-    assert_eq!(tokens, ["ohwx", "zwx", "sks"]);
+    assert_eq!(tokens, ["ohw", "zwx", "sks"]);
     let clash = faults(&text, &["subject.a.token=sks", "subject.b.token=sks"]);
     assert_eq!(clash.len(), 1);
     assert!(
@@ -513,4 +515,86 @@ fn check_prints_the_full_file_and_notes_what_is_not_there() {
     let (mut out, mut notes) = (Vec::new(), Vec::new());
     let error = check(&args(&["student.steps=x"]), &mut out, &mut notes).unwrap_err();
     assert!(matches!(error, Error::Config(_)) && out.is_empty());
+}
+
+#[test]
+fn the_command_line_is_sound_and_shows_examples() {
+    let mut command = <Cli as clap::CommandFactory>::command();
+    command.build();
+    command.clone().debug_assert();
+    for command in command
+        .get_subcommands()
+        .filter(|command| command.get_name() != "help")
+    {
+        let shown = command
+            .get_after_help()
+            .map(|text| text.to_string())
+            .unwrap_or_default();
+        assert!(
+            shown.contains("Example"),
+            "{} shows no example",
+            command.get_name()
+        );
+    }
+    let parsed = <Cli as clap::Parser>::try_parse_from([
+        "proxytune",
+        "run",
+        "p.toml",
+        "--set",
+        "a=1",
+        "--set",
+        "b=2",
+    ]);
+    let Command::Run(args) = parsed.unwrap().command else {
+        panic!("run was typed")
+    };
+    assert_eq!(args.pipeline.overrides, ["a=1", "b=2"]);
+}
+
+#[test]
+fn the_graph_names_every_channel_with_its_capacity() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("p.toml");
+    std::fs::write(&file, MINIMAL).unwrap();
+    let drawn = |dot, overrides: &[&str]| {
+        let overrides = overrides.iter().map(|text| text.to_string()).collect();
+        let mut out = Vec::new();
+        graph(
+            &GraphArgs {
+                pipeline: PipelineArgs {
+                    file: file.clone(),
+                    overrides,
+                },
+                dot,
+            },
+            &mut out,
+        )
+        .unwrap();
+        String::from_utf8(out).unwrap()
+    };
+    let text = drawn(false, &["channels.proxies=9"]);
+    assert!(text.contains("──proxies[9]──▶ keep"), "{text}");
+    for stage in [
+        "references",
+        "supervise",
+        "synthesize",
+        "tokenize",
+        "train",
+        "evaluate",
+        "report",
+        "direct",
+    ] {
+        assert!(text.lines().any(|line| line.starts_with(stage)), "{text}");
+    }
+    let direct = drawn(false, &["student.source=references"]);
+    assert!(
+        !direct.contains("synthesize") && direct.contains("references[4]──▶ train"),
+        "{direct}"
+    );
+    let dot = drawn(true, &[]);
+    assert!(
+        dot.contains("synthesize -> keep [label=\"proxies [2]\"]") && dot.ends_with("}\n"),
+        "{dot}"
+    );
+    print!("{text}\n{dot}");
 }

@@ -69,7 +69,7 @@ fn the_digest_changes_with_every_setting_that_affects_the_result_and_with_no_oth
     let digest = plan_with(&[]).digest().to_string();
     for affecting in [
         "seed=8",
-        "subject.dog.token=olis",
+        "subject.dog.token=vok",
         "supervisor.rank=8",
         "supervisor.prior_preservation={}",
         "proxies.count=21",
@@ -108,8 +108,8 @@ fn subjects_take_turns_and_batches_never_mix_them() {
             assert_eq!((proxy.batch, proxy.subject), (number, batch.subject));
         }
     }
-    assert_eq!(plan.proxy(8).prompt, "a ohwx can");
-    assert_eq!(plan.proxy(9).prompt, "a photo of a ohwx can");
+    assert_eq!(plan.proxy(8).prompt, "a ohw can");
+    assert_eq!(plan.proxy(9).prompt, "a photo of a ohw can");
 }
 
 #[test]
@@ -209,7 +209,7 @@ fn proxies_are_new_when_how_they_are_made_changes_and_only_then() {
         "supervisor.resolution=64",
         "supervisor.device=cuda",
         "supervisor.targets=[\"attn.to_q\"]",
-        "subject.dog.token=olis",
+        "subject.dog.token=vok",
         "subject.dog.class=puppy",
     ] {
         let (made, drawn) = key(&[training]);
@@ -289,7 +289,7 @@ fn without_overlap_everything_is_there_before_the_first_step() {
     let plan = plan_with(&["student.overlap=0"]);
     assert_eq!(plan.needs(0), plan.batches());
     // 40 steps of 4 are exactly 4 epochs of 40
-    let mut uses = vec![0; 40];
+    let mut uses = [0; 40];
     for step in 0..40 {
         plan.lessons(step)
             .iter()

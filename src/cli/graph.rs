@@ -50,7 +50,10 @@ fn draw(resolved: &Resolved) -> (Vec<Stage>, Vec<Arrow>) {
     let subjects = resolved.subjects.len();
     let mut stages = vec![Stage {
         name: "references",
-        does: format!("photos of {subjects} subjects"),
+        does: format!(
+            "photos of {subjects} subject{}",
+            if subjects == 1 { "" } else { "s" }
+        ),
     }];
     let mut arrows = Vec::new();
     let learns = |what: &str, training: &crate::config::Training| {

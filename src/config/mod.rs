@@ -1,7 +1,7 @@
 //! TOML to types, all faults at once, and the resolved file.
 //!
-//! A pipeline file is read in three steps: [`tree`] turns text and `--set` overrides into values that know their
-//! place; [`typed`] reads these into structs of options, what was typed; [`resolve`] fills every default and gives
+//! A pipeline file is read in three steps: `tree` turns text and `--set` overrides into values that know their
+//! place; `typed` reads these into structs of options, what was typed; `resolve` fills every default and gives
 //! [`Resolved`], what it means. Faults of all steps are collected and reported together.
 
 mod defaults;
@@ -10,6 +10,8 @@ pub mod prompts;
 mod reader;
 mod resolve;
 mod resolved;
+mod subjects;
+mod templates;
 mod tree;
 mod typed;
 

@@ -16,29 +16,15 @@ pub enum PromptList {
 impl PromptList {
     /// The templates for a subject of this class, with `{token}` and `{class}` in them.
     pub fn templates(&self, class: &str) -> Vec<String> {
-        match self {
-            PromptList::DreamBooth => {
-                let middle = if LIVE_CLASSES.contains(&class) {
-                    &LIVE
-                } else {
-                    &OBJECTS
-                };
-                let settings = SHARED.iter().chain(middle.iter());
-                settings
-                    .map(|setting| format!("a {{token}} {{class}} {setting}"))
-                    .chain(
-                        PROPERTIES
-                            .iter()
-                            .map(|property| format!("a {property} {{token}} {{class}}")),
-                    )
-                    .collect()
-            }
-            PromptList::Nano10 => SHARED
-                .iter()
-                .map(|setting| format!("a {{token}} {{class}} {setting}"))
-                .collect(),
-            PromptList::Listed(templates) => templates.clone(),
-        }
+        let shipped = match self {
+            PromptList::DreamBooth if LIVE_CLASSES.contains(&class) => LIVE,
+            PromptList::DreamBooth => OBJECT,
+            PromptList::Nano10 => NANO_10,
+            PromptList::Listed(templates) => return templates.clone(),
+        };
+        lines(shipped)
+            .map(|(_, template)| template.to_string())
+            .collect()
     }
 
     /// The name a pipeline file gives to a list that ships.
@@ -59,6 +45,15 @@ impl Serialize for PromptList {
             PromptList::Listed(templates) => templates.serialize(serializer),
         }
     }
+}
+
+/// The templates in the text of a prompt file, each with its line, from 1. Empty lines and lines that begin with `#`
+/// do not count.
+pub fn lines(text: &str) -> impl Iterator<Item = (usize, &str)> {
+    let numbered = text.lines().enumerate();
+    numbered
+        .map(|(index, line)| (index + 1, line.trim()))
+        .filter(|(_, template)| !template.is_empty() && !template.starts_with('#'))
 }
 
 /// The prompt of a template: `{token}` and `{class}` replaced.
@@ -84,49 +79,17 @@ pub fn unknown_placeholder(template: &str) -> Option<String> {
 
 // DreamBooth (Ruiz et al. 2023), dataset/prompts_and_classes.txt of its repository.
 const LIVE_CLASSES: [&str; 2] = ["cat", "dog"];
-const SHARED: [&str; 10] = [
-    "in the jungle",
-    "in the snow",
-    "on the beach",
-    "on a cobblestone street",
-    "on top of pink fabric",
-    "on top of a wooden floor",
-    "with a city in the background",
-    "with a mountain in the background",
-    "with a blue house in the background",
-    "on top of a purple rug in a forest",
-];
-const OBJECTS: [&str; 10] = [
-    "with a wheat field in the background",
-    "with a tree and autumn leaves in the background",
-    "with the Eiffel Tower in the background",
-    "floating on top of water",
-    "floating in an ocean of milk",
-    "on top of green grass with sunflowers around it",
-    "on top of a mirror",
-    "on top of the sidewalk in a crowded street",
-    "on top of a dirt road",
-    "on top of a white rug",
-];
-const LIVE: [&str; 10] = [
-    "wearing a red hat",
-    "wearing a santa hat",
-    "wearing a rainbow scarf",
-    "wearing a black top hat and a monocle",
-    "in a chef outfit",
-    "in a firefighter outfit",
-    "in a police outfit",
-    "wearing pink glasses",
-    "wearing a yellow shirt",
-    "in a purple wizard outfit",
-];
-const PROPERTIES: [&str; 5] = ["red", "purple", "shiny", "wet", "cube shaped"];
+const LIVE: &str = include_str!("../../datasets/prompts/dreambooth-live.txt");
+const OBJECT: &str = include_str!("../../datasets/prompts/dreambooth-object.txt");
+const NANO_10: &str = include_str!("../../datasets/prompts/nano-10.txt");
 
-/// Words that the text encoders know and that mean nothing, in the order in which subjects get them.
+/// Words that mean nothing by themselves, in the order in which subjects get them. Nano tokenizers know them all as
+/// words; the published ones spell them in pieces.
 pub const RARE_TOKENS: [&str; 64] = [
-    "sks", "ohwx", "zwx", "phol", "kta", "ktn", "hta", "uhn", "vdn", "rff", "jcz", "ucl", "ngl",
-    "trm", "bnha", "dpr", "olis", "crg", "shul", "ymc", "pls", "waj", "drv", "mnt", "fpv", "gsw",
-    "hws", "jts", "kbz", "lvx", "mqr", "nkd", "oxw", "pjn", "qlm", "rgk", "svb", "tkz", "udx",
-    "vqp", "wmh", "xjr", "ybt", "zfn", "blq", "cvk", "djx", "egz", "fhk", "gmv", "hqn", "ivr",
-    "jwl", "kxd", "lzb", "mbw", "ncf", "odj", "pgx", "qht", "rkv", "slz", "tnq", "uwp",
+    "sks", "ohw", "zwx", "pll", "vok", "zub", "qel", "nux", "fyl", "wej", "jup", "kiv", "gwo",
+    "tulb", "drev", "snof", "brak", "clim", "dulf", "ezk", "fosk", "gryd", "hult", "ixo", "jasp",
+    "klem", "lorv", "mip", "narg", "osp", "pruv", "quob", "rask", "selk", "trin", "ulv", "vask",
+    "wix", "xal", "yeb", "zil", "blor", "crun", "doxu", "emk", "frup", "gask", "hibb", "ilv",
+    "jorm", "kreb", "lyx", "morv", "nyb", "olk", "plox", "quen", "rilv", "skof", "tarv", "umf",
+    "vrel", "wosk", "zeph",
 ];

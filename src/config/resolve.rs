@@ -1,13 +1,14 @@
 //! From what was typed to what it means: every default filled in, everything that can be known beforehand checked.
 
-use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::defaults;
 use super::models::{self, Family, Kind};
-use super::prompts::{self, PromptList};
+use super::prompts::PromptList;
 use super::reader::{At, Fault, Faults, did_you_mean};
 use super::resolved::*;
+use super::subjects;
+use super::templates::{self, Token};
 use super::tree::{self, Place};
 use super::typed::{self, Typed};
 use crate::{Error, Result};
@@ -110,7 +111,7 @@ impl Document {
     }
 }
 
-fn place_of<'a, T>(typed: &'a Typed<T>, otherwise: &'a Place) -> &'a Place {
+pub(super) fn place_of<'a, T>(typed: &'a Typed<T>, otherwise: &'a Place) -> &'a Place {
     typed.as_ref().map_or(otherwise, |at| &at.place)
 }
 
@@ -120,7 +121,7 @@ fn or<T: Clone>(typed: &Typed<T>, default: T) -> T {
 
 /// `None` only with a fault.
 fn pipeline(typed: &typed::Pipeline, faults: &Faults) -> Option<Resolved> {
-    let subjects = subjects(typed, faults);
+    let subjects = subjects::resolve(typed, faults);
     let student = match &typed.student {
         Some(student) => resolve_student(student, faults),
         None => {
@@ -174,92 +175,6 @@ fn threads(typed: usize) -> usize {
     match typed {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
         threads => threads,
-    }
-}
-
-fn subjects(typed: &typed::Pipeline, faults: &Faults) -> Option<Vec<Subject>> {
-    if typed.subjects.is_empty() {
-        faults.push(
-            &typed.start,
-            "there is no subject",
-            "add the lines [subject.dog1], images = \"photos/dog1\" and class = \"dog\"",
-        );
-        return None;
-    }
-    let mut taken = BTreeSet::new();
-    for subject in &typed.subjects {
-        check_name(subject, faults);
-        if let Some(token) = &subject.token {
-            if token
-                .value
-                .contains(|c: char| c.is_whitespace() || "{}".contains(c))
-            {
-                faults.push(
-                    &token.place,
-                    "a token must be one word",
-                    "for example token = \"sks\"",
-                );
-            }
-            if !taken.insert(token.value.clone()) {
-                faults.push(
-                    &token.place,
-                    format!("subject.{} has the token {:?} of another subject", subject.name, token.value),
-                    "give every subject its own, or remove the line: then one that is free is chosen",
-                );
-            }
-        }
-    }
-    let mut resolved = Vec::new();
-    for subject in &typed.subjects {
-        let token = match &subject.token {
-            Some(token) => Some(token.value.clone()),
-            None => prompts::RARE_TOKENS
-                .iter()
-                .map(|token| token.to_string())
-                .find(|token| !taken.contains(token)),
-        };
-        if token.is_none() {
-            faults.push(
-                &subject.place,
-                format!("all {} rare tokens are taken", prompts::RARE_TOKENS.len()),
-                "set token to a word that the models know and that no prompt contains",
-            );
-        }
-        // what is missing here has been reported when the section was read
-        let (Some(images), Some(class), Some(token)) = (&subject.images, &subject.class, token)
-        else {
-            continue;
-        };
-        if class.value.split_whitespace().any(|word| word == token) {
-            faults.push(
-                place_of(&subject.token, &class.place),
-                format!(
-                    "subject.{} has its class's word {token:?} as token",
-                    subject.name
-                ),
-                "the token must not mean anything yet; remove the line to get one that does not",
-            );
-        }
-        taken.insert(token.clone());
-        resolved.push(Subject {
-            name: subject.name.clone(),
-            images: PathBuf::from(&images.value),
-            class: class.value.clone(),
-            token,
-        });
-    }
-    Some(resolved)
-}
-
-fn check_name(subject: &typed::Subject, faults: &Faults) {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
-    if subject.name.is_empty() || subject.name.starts_with('.') || !subject.name.chars().all(plain)
-    {
-        faults.push(
-            &subject.place,
-            format!("{:?} cannot be a subject's name", subject.name),
-            "names consist of letters, digits, _, - and ., and do not begin with a dot: folders are called after them",
-        );
     }
 }
 
@@ -330,7 +245,7 @@ fn resolve_supervisor(typed: &typed::Supervisor, faults: &Faults) -> Option<Supe
     )?;
     let prior_preservation = typed.prior_preservation.as_ref().map(|prior| {
         if let Some(prompt) = &prior.prompt {
-            check_template(prompt, Token::Forbidden, faults);
+            templates::check(prompt, Token::Forbidden, faults);
         }
         PriorPreservation {
             class_images: or(&prior.class_images, 100),
@@ -339,7 +254,7 @@ fn resolve_supervisor(typed: &typed::Supervisor, faults: &Faults) -> Option<Supe
         }
     });
     if let Some(prompt) = &typed.prompt {
-        check_template(prompt, Token::Required, faults);
+        templates::check(prompt, Token::Required, faults);
     }
     let default = family_training(&typed.training, family, &model.place, faults);
     Some(Supervisor {
@@ -453,7 +368,7 @@ fn resolve_proxies(typed: &typed::Proxies, family: Family, faults: &Faults) -> P
     let prompts = typed.prompts.as_ref().map(|list| {
         list.value
             .iter()
-            .for_each(|template| check_template(template, Token::Required, faults));
+            .for_each(|template| templates::check(template, Token::Required, faults));
         list.value.iter().map(|at| at.value.clone()).collect()
     });
     Proxies {
@@ -566,12 +481,12 @@ fn resolve_evaluation(
     let prompts = match &typed.prompts {
         None => Some(PromptList::DreamBooth),
         Some(typed::Prompts::Named(name)) => {
-            PromptList::named(&name.value).or_else(|| prompt_file(name, faults))
+            PromptList::named(&name.value).or_else(|| templates::read(name, faults))
         }
         Some(typed::Prompts::Listed(templates)) => {
             templates
                 .iter()
-                .for_each(|template| check_template(template, Token::Allowed, faults));
+                .for_each(|template| templates::check(template, Token::Allowed, faults));
             Some(PromptList::Listed(
                 templates.iter().map(|at| at.value.clone()).collect(),
             ))
@@ -588,90 +503,6 @@ fn resolve_evaluation(
         dino: or(&typed.dino, dino.to_string()),
         device: or(&typed.device, Device::Cpu),
     })
-}
-
-/// One template per line; empty lines and lines that begin with `#` do not count.
-fn prompt_file(name: &At<String>, faults: &Faults) -> Option<PromptList> {
-    let text = match std::fs::read_to_string(&name.value) {
-        Ok(text) => text,
-        Err(error) => {
-            faults.push(
-                &name.place,
-                format!(
-                    "evaluation.prompts = {:?} is neither a list that ships nor a file: {error}",
-                    name.value
-                ),
-                did_you_mean(
-                    &name.value,
-                    ["dreambooth", "nano-10"].into_iter(),
-                    "the lists are",
-                ),
-            );
-            return None;
-        }
-    };
-    let mut templates = Vec::new();
-    for (index, line) in text.lines().enumerate() {
-        let template = line.trim();
-        if template.is_empty() || template.starts_with('#') {
-            continue;
-        }
-        let place = Place::File {
-            file: name.value.clone(),
-            line: index + 1,
-            column: 1,
-        };
-        check_template(
-            &At {
-                value: template.to_string(),
-                place,
-            },
-            Token::Allowed,
-            faults,
-        );
-        templates.push(template.to_string());
-    }
-    if templates.is_empty() {
-        faults.push(
-            &name.place,
-            format!("{} has no prompts", name.value),
-            "write one per line, such as: a {token} {class} on the beach",
-        );
-    }
-    Some(PromptList::Listed(templates))
-}
-
-/// What a template does with the subject's token.
-#[derive(PartialEq)]
-enum Token {
-    Required,
-    Allowed,
-    Forbidden,
-}
-
-fn check_template(template: &At<String>, token: Token, faults: &Faults) {
-    if let Some(placeholder) = prompts::unknown_placeholder(&template.value) {
-        faults.push(
-            &template.place,
-            format!("{placeholder} in {:?} means nothing", template.value),
-            "the placeholders are {token} and {class}",
-        );
-    }
-    let has_token = template.value.contains("{token}");
-    if token == Token::Required && !has_token {
-        faults.push(
-            &template.place,
-            format!("{:?} does not contain {{token}}", template.value),
-            "without it the subject cannot be learned; for example \"a {token} {class}\"",
-        );
-    }
-    if token == Token::Forbidden && has_token {
-        faults.push(
-            &template.place,
-            format!("{:?} contains {{token}}", template.value),
-            "class images must not show the subject; for example \"a {class}\"",
-        );
-    }
 }
 
 fn channels(typed: &typed::Channels) -> Channels {

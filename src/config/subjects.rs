@@ -1,0 +1,97 @@
+//! From the subjects that were typed to subjects with a token each.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+use super::prompts;
+use super::reader::Faults;
+use super::resolve::place_of;
+use super::resolved::Subject;
+use super::typed;
+
+/// The subjects in the order of the file, each with a token of its own. `None`, with a fault, when there are none.
+pub(super) fn resolve(typed: &typed::Pipeline, faults: &Faults) -> Option<Vec<Subject>> {
+    if typed.subjects.is_empty() {
+        faults.push(
+            &typed.start,
+            "there is no subject",
+            "add the lines [subject.dog1], images = \"photos/dog1\" and class = \"dog\"",
+        );
+        return None;
+    }
+    let mut taken = BTreeSet::new();
+    for subject in &typed.subjects {
+        check_name(subject, faults);
+        if let Some(token) = &subject.token {
+            if token
+                .value
+                .contains(|c: char| c.is_whitespace() || "{}".contains(c))
+            {
+                faults.push(
+                    &token.place,
+                    "a token must be one word",
+                    "for example token = \"sks\"",
+                );
+            }
+            if !taken.insert(token.value.clone()) {
+                faults.push(
+                    &token.place,
+                    format!("subject.{} has the token {:?} of another subject", subject.name, token.value),
+                    "give every subject its own, or remove the line: then one that is free is chosen",
+                );
+            }
+        }
+    }
+    let mut resolved = Vec::new();
+    for subject in &typed.subjects {
+        let token = match &subject.token {
+            Some(token) => Some(token.value.clone()),
+            None => prompts::RARE_TOKENS
+                .iter()
+                .map(|token| token.to_string())
+                .find(|token| !taken.contains(token)),
+        };
+        if token.is_none() {
+            faults.push(
+                &subject.place,
+                format!("all {} rare tokens are taken", prompts::RARE_TOKENS.len()),
+                "set token to a word that the models know and that no prompt contains",
+            );
+        }
+        // what is missing here has been reported when the section was read
+        let (Some(images), Some(class), Some(token)) = (&subject.images, &subject.class, token)
+        else {
+            continue;
+        };
+        if class.value.split_whitespace().any(|word| word == token) {
+            faults.push(
+                place_of(&subject.token, &class.place),
+                format!(
+                    "subject.{} has its class's word {token:?} as token",
+                    subject.name
+                ),
+                "the token must not mean anything yet; remove the line to get one that does not",
+            );
+        }
+        taken.insert(token.clone());
+        resolved.push(Subject {
+            name: subject.name.clone(),
+            images: PathBuf::from(&images.value),
+            class: class.value.clone(),
+            token,
+        });
+    }
+    Some(resolved)
+}
+
+fn check_name(subject: &typed::Subject, faults: &Faults) {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
+    if subject.name.is_empty() || subject.name.starts_with('.') || !subject.name.chars().all(plain)
+    {
+        faults.push(
+            &subject.place,
+            format!("{:?} cannot be a subject's name", subject.name),
+            "names consist of letters, digits, _, - and ., and do not begin with a dot: folders are called after them",
+        );
+    }
+}

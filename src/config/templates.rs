@@ -1,0 +1,86 @@
+//! Prompt templates: files of them, and what may stand in them.
+
+use super::prompts::{self, PromptList};
+use super::reader::{At, Faults, did_you_mean};
+use super::tree::Place;
+
+/// The templates in the file called `name`; `None`, with a fault, when it cannot be read.
+pub(super) fn read(name: &At<String>, faults: &Faults) -> Option<PromptList> {
+    let text = match std::fs::read_to_string(&name.value) {
+        Ok(text) => text,
+        Err(error) => {
+            faults.push(
+                &name.place,
+                format!(
+                    "evaluation.prompts = {:?} is neither a list that ships nor a file: {error}",
+                    name.value
+                ),
+                did_you_mean(
+                    &name.value,
+                    ["dreambooth", "nano-10"].into_iter(),
+                    "the lists are",
+                ),
+            );
+            return None;
+        }
+    };
+    let mut templates = Vec::new();
+    for (line, template) in prompts::lines(&text) {
+        let place = Place::File {
+            file: name.value.clone(),
+            line,
+            column: 1,
+        };
+        check(
+            &At {
+                value: template.to_string(),
+                place,
+            },
+            Token::Allowed,
+            faults,
+        );
+        templates.push(template.to_string());
+    }
+    if templates.is_empty() {
+        faults.push(
+            &name.place,
+            format!("{} has no prompts", name.value),
+            "write one per line, such as: a {token} {class} on the beach",
+        );
+    }
+    Some(PromptList::Listed(templates))
+}
+
+/// What a template does with the subject's token.
+#[derive(PartialEq)]
+pub(super) enum Token {
+    Required,
+    Allowed,
+    Forbidden,
+}
+
+/// Reports placeholders that mean nothing, and a token that is missing or must not be there.
+pub(super) fn check(template: &At<String>, token: Token, faults: &Faults) {
+    if let Some(placeholder) = prompts::unknown_placeholder(&template.value) {
+        faults.push(
+            &template.place,
+            format!("{placeholder} in {:?} means nothing", template.value),
+            "the placeholders are {token} and {class}",
+        );
+    }
+    let has_token = template.value.contains("{token}");
+    if token == Token::Required && !has_token {
+        faults.push(
+            &template.place,
+            format!("{:?} does not contain {{token}}", template.value),
+            "without it the subject cannot be learned; for example \"a {token} {class}\"",
+        );
+    }
+    if token == Token::Forbidden && has_token {
+        faults.push(
+            &template.place,
+            format!("{:?} contains {{token}}", template.value),
+            "class images must not show the subject; for example \"a {class}\"",
+        );
+    }
+}
