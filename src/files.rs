@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use crate::{Error, Result};
 
@@ -88,6 +88,29 @@ pub fn write_tensors(
         faults: vec![e.to_string()],
     })?;
     write(path, &bytes)
+}
+
+/// Digest of named tensors: names, shapes and f32 values.
+pub fn values_digest(tensors: &BTreeMap<String, Tensor>) -> Result<String> {
+    let mut hasher = blake3::Hasher::new();
+    for (name, tensor) in tensors {
+        hasher.update(&(name.len() as u64).to_le_bytes());
+        hasher.update(name.as_bytes());
+        for dim in tensor.dims() {
+            hasher.update(&(*dim as u64).to_le_bytes());
+        }
+        for value in tensor.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()? {
+            hasher.update(&value.to_le_bytes());
+        }
+    }
+    Ok(hasher.finalize().to_hex().to_string())
+}
+
+/// Reads a JSON file.
+pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
+    let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
+    serde_json::from_str(&text)
+        .map_err(|e| Error::Checkpoint { path: path.to_path_buf(), faults: vec![e.to_string()] })
 }
 
 /// All tensors of a safetensors file, and its header's metadata.

@@ -1,1 +1,29 @@
-fn main() {}
+//! Parse, run, exit code.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use proxytune::Error;
+use proxytune::cli::{self, Cli};
+
+/// Something was set aside or warned about, but the command did what it was asked.
+const EXIT_WITH_WARNINGS: u8 = 3;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match cli::dispatch(cli) {
+        Ok(cli::Ended::Well) => ExitCode::SUCCESS,
+        Ok(cli::Ended::WithWarnings) => ExitCode::from(EXIT_WITH_WARNINGS),
+        Err(error) => {
+            eprintln!("error: {error}");
+            if let Some(hint) = error.hint() {
+                eprintln!("hint: {hint}");
+            }
+            match error {
+                Error::Interrupted => ExitCode::from(130),
+                Error::Config(_) => ExitCode::from(2),
+                _ => ExitCode::FAILURE,
+            }
+        }
+    }
+}

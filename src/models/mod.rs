@@ -18,7 +18,7 @@ use candle_core::{Device, Tensor, Var};
 use image::RgbImage;
 use rand_chacha::ChaCha8Rng;
 
-use crate::config::Family;
+use crate::config::{self, Family};
 use crate::nn::{Adapter, LoraConfig, Weights};
 use crate::{Error, Result};
 
@@ -60,6 +60,35 @@ pub struct Sampling {
     pub top_p: f64,
     /// Logits are divided by this; 0 takes the likeliest token.
     pub temperature: f64,
+}
+
+impl Sampling {
+    /// As a diffusion model draws.
+    pub fn diffusion(settings: &config::DiffusionSampling) -> Self {
+        Self {
+            guidance_scale: settings.guidance_scale,
+            num_inference_steps: settings.num_inference_steps,
+            negative_prompt: settings.negative_prompt.clone(),
+            top_k: 0,
+            top_p: 1.0,
+            temperature: 1.0,
+        }
+    }
+
+    /// As a student of either kind draws.
+    pub fn student(settings: &config::Sampling) -> Self {
+        match settings {
+            config::Sampling::Diffusion(settings) => Self::diffusion(settings),
+            config::Sampling::Autoregressive(settings) => Self {
+                guidance_scale: settings.guidance_scale,
+                num_inference_steps: 0,
+                negative_prompt: String::new(),
+                top_k: settings.top_k,
+                top_p: settings.top_p,
+                temperature: settings.temperature,
+            },
+        }
+    }
 }
 
 /// A backbone that can learn and draw: diffusion and AR models alike.

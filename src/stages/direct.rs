@@ -48,7 +48,7 @@ pub fn direct(
             _ => ("direct", 0),
         };
         let checkpoint = |method, step, values| Checkpoint { method, step, subjects: subjects.clone(), values };
-        let place = (context.dir.join("checkpoints").join(name), format!("{name} {}", context.plan.digest()));
+        let place = (context.dir.join("checkpoints").join(name), format!("{name} {}", context.student_identity));
         let course =
             Course::start(context.clone(), meter.clone(), name, &context.run, opening, &tuned.settings, place).await?;
         if tuned.method == Method::Student && context.resolved.evaluation.untouched {

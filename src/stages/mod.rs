@@ -14,11 +14,12 @@ use candle_core::Tensor;
 use image::RgbImage;
 
 use crate::config::Resolved;
-use crate::evaluation::Evaluator;
+use crate::evaluation::embed::Evaluator;
+use crate::evaluation::embedders::{ClipEmbedder, DinoEmbedder};
 use crate::models::{Learner, Opening, open};
 use crate::plan::Plan;
 use crate::store::{MetricRow, Store, Writer, now_us};
-use crate::stream::{Board, Meter, Stop, Worker};
+use crate::stream::{Board, Stop, Worker};
 use crate::{Error, Result};
 
 pub mod direct;
@@ -41,6 +42,10 @@ pub struct Context {
     pub resolved: Resolved,
     pub plan: Plan,
     pub subjects: Vec<Arc<Subject>>,
+    /// Digest of everything that affects the student: a checkpoint of another one is not continued.
+    pub student_identity: String,
+    /// One supervisor's key for each subject; empty without proxies.
+    pub supervisors: Vec<String>,
     pub store: Store,
     /// Loss curves.
     pub metrics: Writer<MetricRow>,
@@ -53,8 +58,6 @@ pub struct Context {
     pub evaluator: LazyEvaluator,
     /// Digest of the student's image tokenizer and its tokens per image; `None` for a diffusion student.
     pub tokenizer: Option<TokenizerIdentity>,
-    /// Every step waits until all proxies are there and every stage until the one before it has ended.
-    pub sequential: bool,
     pub warnings: Warnings,
 }
 
@@ -197,11 +200,14 @@ impl Lazy {
     }
 }
 
+/// CLIP and DINO.
+pub type Evaluators = Evaluator<ClipEmbedder, DinoEmbedder>;
+
 /// The evaluators, opened when first needed, on their own thread.
 #[derive(Clone)]
 pub struct LazyEvaluator {
-    build: Arc<dyn Fn() -> Result<Evaluator> + Send + Sync>,
-    worker: Arc<tokio::sync::OnceCell<Worker<Evaluator>>>,
+    build: Arc<dyn Fn() -> Result<Evaluators> + Send + Sync>,
+    worker: Arc<tokio::sync::OnceCell<Worker<Evaluators>>>,
     /// Digest of both checkpoints.
     pub digest: String,
     /// Length of a CLIP embedding.
@@ -213,7 +219,7 @@ pub struct LazyEvaluator {
 impl LazyEvaluator {
     /// Evaluators that `build` opens; `digest` and the lengths of their embeddings name their table.
     pub fn new(
-        build: impl Fn() -> Result<Evaluator> + Send + Sync + 'static,
+        build: impl Fn() -> Result<Evaluators> + Send + Sync + 'static,
         digest: String,
         clip: usize,
         dino: usize,
@@ -222,7 +228,7 @@ impl LazyEvaluator {
     }
 
     /// The evaluators' thread.
-    pub async fn get(&self) -> Result<&Worker<Evaluator>> {
+    pub async fn get(&self) -> Result<&Worker<Evaluators>> {
         self.worker
             .get_or_try_init(|| async {
                 let build = self.build.clone();
@@ -264,11 +270,4 @@ async fn spawn_trainee(
     settings: crate::config::Training,
 ) -> Result<Worker<crate::training::Trainee>> {
     Worker::spawn(name, move || crate::training::Trainee::new(open(&opening)?, &settings)).await
-}
-
-/// A meter on the board for `stage`.
-fn meter(board: &Board, stage: &str, unit: &str, total: usize) -> Meter {
-    let meter = board.meter(stage, unit);
-    meter.expect(total);
-    meter
 }

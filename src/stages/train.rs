@@ -1,9 +1,10 @@
 //! train: the student learns from proxies while they arrive, and hands its checkpoints on. The loop itself,
 //! [`Course`], is the same for supervisors and for the direct baseline.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use async_stream::try_stream;
 use candle_core::Tensor;
@@ -47,6 +48,15 @@ impl Course {
         let opening = Opening { tuning: tuning(settings), ..opening };
         let worker = spawn_trainee(name, opening, settings.clone()).await?;
         meter.say("");
+        let prompts: Vec<String> = context.plan.proxies().iter().map(|proxy| proxy.prompt.clone()).collect();
+        let drawn = context.plan.evaluation().images.iter().map(|image| image.prompt.clone());
+        let words = prompts.into_iter().chain(drawn).collect::<BTreeSet<String>>();
+        let text = words.into_iter().collect::<Vec<_>>().join(" ");
+        let unknown = worker.call(&meter, move |trainee| trainee.learner().unknown_words(&text)).await?;
+        if !unknown.is_empty() {
+            let words = unknown.join(", ");
+            context.warnings.add(format!("{name}: the model's tokenizer does not know these words: {words}"));
+        }
         Ok(Self {
             context,
             meter,
@@ -153,6 +163,7 @@ pub fn train(
     context: Arc<Context>,
     opening: Opening,
     input: impl Stream<Item = ReadyBatch> + Send,
+    first_training_proxy: Arc<AtomicUsize>,
     meter: Meter,
 ) -> impl Stream<Item = Result<Checkpoint>> + Send {
     try_stream! {
@@ -161,7 +172,7 @@ pub fn train(
         let evaluation = &context.resolved.evaluation;
         let everyone: Vec<usize> = (0..context.subjects.len()).collect();
         let checkpoint = |method, step, values| Checkpoint { method, step, subjects: everyone.clone(), values };
-        let identity = format!("student {}", context.plan.digest());
+        let identity = format!("student {}", context.student_identity);
         let place = (context.dir.join("checkpoints/student"), identity);
         let course =
             Course::start(context.clone(), meter.clone(), "train", &context.run, opening, &student.training, place).await?;
@@ -177,7 +188,7 @@ pub fn train(
             yield checkpoint(Method::Student, step, course.snapshot().await?);
         }
         while step < steps && !context.stop.requested() {
-            let needed = if context.sequential { context.plan.batches() } else { context.plan.needs(step) };
+            let needed = context.plan.needs(step);
             while batches < needed {
                 match input.next().await {
                     Some(ready) => examples.read(&context, &course, &ready).await?,
@@ -198,6 +209,8 @@ pub fn train(
                     prompt: context.plan.proxy(number).prompt.clone(),
                 })
                 .collect();
+            let committed = batches.checked_sub(1).map_or(0, |last| context.plan.batch(last).numbers.end);
+            first_training_proxy.fetch_min(committed, Relaxed);
             course.step(step, vec![(1.0, lessons)]).await?;
             step += 1;
             if evaluation.every > 0 && step.is_multiple_of(evaluation.every) && step < steps {

@@ -16,6 +16,7 @@ use crate::models::t5::T5Encoder;
 use crate::models::tokenizer::TextTokenizer;
 use crate::models::{Example, Learner, Lesson, Opening, Request, Sampling, Tuning, adapters, finish_all};
 use crate::nn::{Adapter, Weights, no_grad, ops};
+use crate::files::read_json;
 use crate::{Error, Result, images};
 
 /// The VQ tokenizer alone: what the tokenizing stage runs on a thread of its own.
@@ -28,9 +29,9 @@ pub struct ImageTokenizer {
 impl ImageTokenizer {
     /// Opens the tokenizer of the LlamaGen checkpoint in `dir`.
     pub fn open(dir: &Path, device: &Device) -> Result<Self> {
-        let config: Config = read_config(dir)?;
+        let config: Config = read_json(&dir.join("config.json"))?;
         let folder = tokenizer_dir(dir);
-        let vq_config: vq::Config = read_config(&folder)?;
+        let vq_config: vq::Config = read_json(&folder.join("config.json"))?;
         let weights = load_weights(&folder, DType::F32, device)?;
         let model = vq::VqModel::new(&vq_config, &weights)?;
         weights.finish()?;
@@ -66,12 +67,6 @@ impl ImageTokenizer {
 /// Where the tokenizer of the checkpoint in `dir` lies: a folder `vq`, or the checkpoint's own.
 pub fn tokenizer_dir(dir: &Path) -> PathBuf {
     dir.join("vq")
-}
-
-fn read_config<T: serde::de::DeserializeOwned>(dir: &Path) -> Result<T> {
-    let path = dir.join("config.json");
-    let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
-    serde_json::from_str(&text).map_err(|e| Error::Checkpoint { path, faults: vec![e.to_string()] })
 }
 
 /// The caption encoder with a memory of what it has encoded.
@@ -128,7 +123,7 @@ impl LlamaGen {
     /// Opens the checkpoint in `opening.dir`: `config.json` with the GPT's weights, `vq/` and `t5/` beside them.
     pub fn open(opening: &Opening) -> Result<Self> {
         let (dir, device) = (&opening.dir, &opening.device);
-        let mut config: Config = read_config(dir)?;
+        let mut config: Config = read_json(&dir.join("config.json"))?;
         config.token_dropout_p = opening.dropout;
         config.resid_dropout_p = opening.dropout;
         config.ffn_dropout_p = opening.dropout;
@@ -140,7 +135,7 @@ impl LlamaGen {
         let gpt = Gpt::new(&config, &weights)?;
         let t5 = dir.join("t5");
         let t5_weights = Weights::from_files(&[t5.join("model.safetensors")], DType::F32, device)?;
-        let encoder = T5Encoder::new(&read_config(&t5)?, &t5_weights)?;
+        let encoder = T5Encoder::new(&read_json(&t5.join("config.json"))?, &t5_weights)?;
         let tokenizer = ImageTokenizer::open(dir, device)?;
         if opening.resolution.is_some_and(|asked| asked != tokenizer.resolution()) {
             return Err(Error::invalid(

@@ -1,0 +1,255 @@
+//! What must be known before anything starts: the photos, the plan, and the digests that work is addressed by.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::{Options, RunDir};
+use crate::config::{Device, Family, Kind, Resolved, Student, Supervisor, locate};
+use crate::evaluation::embed::{Evaluator, ImageEmbedder};
+use crate::evaluation::embedders::{ClipEmbedder, DinoEmbedder};
+use crate::files::read_json;
+use crate::models::llamagen::{ImageTokenizer, tokenizer_dir};
+use crate::models::{Opening, Tuning, clip, vit};
+use crate::plan::{Digest, Plan, checkpoint_digest, derive_seed, photos_digest, supervisor_key};
+use crate::stages::tokenize::OpenTokenizer;
+use crate::stages::{Context, Lazy, LazyEvaluator, Subject, TokenizerIdentity, Warnings, references};
+use crate::store::{Limits, MetricRow, RunRow, Store, Writer, now_us};
+use crate::stream::{Board, Meter, Stop};
+use crate::training::tuning;
+use crate::{Error, Result};
+
+/// Everything from which the graph is built.
+pub(super) struct Prepared {
+    pub context: Arc<Context>,
+    /// How the student is opened for training.
+    pub student: Opening,
+    /// How supervisors are; `None` without proxies.
+    pub supervisor: Option<Opening>,
+    /// One key for each subject; empty without proxies.
+    pub supervisor_keys: Vec<String>,
+    pub tokenizer: Arc<OpenTokenizer>,
+}
+
+/// The device that a pipeline file names.
+///
+/// # Errors
+/// When there is no such card, or this program was built without CUDA.
+pub fn device(device: Device) -> Result<candle_core::Device> {
+    match device {
+        Device::Cpu => Ok(candle_core::Device::Cpu),
+        Device::Cuda(ordinal) if cfg!(feature = "cuda") => Ok(candle_core::Device::new_cuda(ordinal)?),
+        Device::Cuda(_) => Err(Error::invalid(
+            "this program was built without CUDA",
+            "set device = \"cpu\", or build with: cargo build --release --features cuda",
+        )),
+    }
+}
+
+/// Uses `threads` threads for computing, in the whole process. Only the first call counts.
+pub(crate) fn use_threads(threads: usize) {
+    // The pool exists already when a run is started from code for a second time.
+    let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+}
+
+pub(super) async fn prepare(options: &Options, run: &RunDir, stop: Stop) -> Result<Prepared> {
+    let resolved = &options.resolved;
+    use_threads(resolved.threads);
+    let warnings = Warnings::default();
+    let subjects = load_subjects(resolved, &warnings).await?;
+    let counts: Vec<(String, usize)> =
+        subjects.iter().map(|subject| (subject.name.clone(), subject.images.len())).collect();
+    let plan = Plan::new(resolved, &counts)?;
+    let store = Store::open(&options.store).await?;
+
+    let student_dir = locate(&resolved.student.model)?;
+    let student = student_opening(resolved, &resolved.student, student_dir.clone())?;
+    let supervisor = match &resolved.supervisor {
+        Some(supervisor) => Some(supervisor_opening(resolved, supervisor)?),
+        None => None,
+    };
+    let mut supervisor_keys = Vec::new();
+    if let (Some(settings), Some(opening)) = (&resolved.supervisor, &supervisor) {
+        let base = checkpoint_digest(&opening.dir)?;
+        for (subject, loaded) in resolved.subjects.iter().zip(&subjects) {
+            let photos = photos_digest(&loaded.digests);
+            supervisor_keys.push(supervisor_key(&photos, &base, subject, settings, resolved.seed)?);
+        }
+    }
+    let (tokenizer, identity) = image_tokenizer(resolved, &student_dir)?;
+    let photos: Vec<String> = subjects.iter().flat_map(|subject| subject.digests.clone()).collect();
+    let mut digest = Digest::new("student 1")
+        .field("plan", plan.digest())
+        .field("base", checkpoint_digest(&student_dir)?)
+        .field("photos", photos_digest(&photos));
+    for key in &supervisor_keys {
+        digest = digest.field("supervisor", key);
+    }
+    let metrics = store.metrics().await?;
+    let frequent = Limits { rows: 1024, ..Limits::default() };
+    let context = Context {
+        run: run.id().to_string(),
+        dir: run.path().to_path_buf(),
+        student_identity: digest.finish(),
+        supervisors: supervisor_keys.clone(),
+        metrics: Writer::<MetricRow>::with_limits(metrics, frequent),
+        board: Board::default(),
+        stop,
+        painter: match (&supervisor, &resolved.supervisor) {
+            (Some(opening), Some(settings)) => {
+                Some(Lazy::new("painter", Opening { tuning: tuning(&settings.training), ..opening.clone() }))
+            }
+            _ => None,
+        },
+        sampler: Lazy::new("sampler", sampler_opening(resolved, &student)),
+        evaluator: evaluator(resolved)?,
+        tokenizer: identity,
+        warnings,
+        resolved: resolved.clone(),
+        plan,
+        subjects,
+        store,
+    };
+    Ok(Prepared { context: Arc::new(context), student, supervisor, supervisor_keys, tokenizer })
+}
+
+async fn load_subjects(resolved: &Resolved, warnings: &Warnings) -> Result<Vec<Arc<Subject>>> {
+    let mut subjects = Vec::new();
+    for subject in &resolved.subjects {
+        let (subject, warnings) = (subject.clone(), warnings.clone());
+        let loaded = tokio::task::spawn_blocking(move || references::load(&subject, &warnings))
+            .await
+            .map_err(|e| Error::Invalid { what: format!("reading photos ended unexpectedly: {e}"), hint: None })?;
+        subjects.push(Arc::new(loaded?));
+    }
+    Ok(subjects)
+}
+
+fn student_opening(resolved: &Resolved, student: &Student, dir: PathBuf) -> Result<Opening> {
+    Ok(Opening {
+        dir,
+        name: student.model.clone(),
+        family: student.family,
+        resolution: student.resolution.map(|side| side as u32),
+        tuning: tuning(&student.training),
+        seed: derive_seed(resolved.seed, "student adapter", 0),
+        device: device(student.device)?,
+        dropout: student.dropout,
+        condition_dropout: student.condition_dropout,
+    })
+}
+
+fn supervisor_opening(resolved: &Resolved, supervisor: &Supervisor) -> Result<Opening> {
+    Ok(Opening {
+        dir: locate(&supervisor.model)?,
+        name: supervisor.model.clone(),
+        family: supervisor.family,
+        resolution: supervisor.resolution.map(|side| side as u32),
+        tuning: tuning(&supervisor.training),
+        seed: derive_seed(resolved.seed, "supervisor adapter", 0),
+        device: device(supervisor.device)?,
+        dropout: 0.0,
+        condition_dropout: 0.0,
+    })
+}
+
+/// How a student is opened for drawing: as for training, without dropout.
+pub fn sampler_opening(resolved: &Resolved, student: &Opening) -> Opening {
+    Opening {
+        tuning: tuning(&resolved.student.training),
+        dropout: 0.0,
+        condition_dropout: 0.0,
+        ..student.clone()
+    }
+}
+
+fn image_tokenizer(resolved: &Resolved, dir: &std::path::Path) -> Result<(Arc<OpenTokenizer>, Option<TokenizerIdentity>)> {
+    let (dir, kind) = (dir.to_path_buf(), resolved.student.family.kind());
+    let identity = match resolved.student.family {
+        Family::LlamaGen => {
+            let config: crate::models::llamagen::gpt::Config = read_json(&dir.join("config.json"))?;
+            Some(TokenizerIdentity { digest: checkpoint_digest(&tokenizer_dir(&dir))?, count: config.block_size })
+        }
+        family if kind == Kind::Autoregressive => {
+            return Err(Error::invalid(
+                format!("{family} cannot be a student yet"),
+                "students: LlamaGen, or a diffusion model (SD3)",
+            ));
+        }
+        _ => None,
+    };
+    let on = device(resolved.student.device)?;
+    let open: OpenTokenizer = Box::new(move || ImageTokenizer::open(&dir, &on));
+    Ok((Arc::new(open), identity))
+}
+
+fn evaluator(resolved: &Resolved) -> Result<LazyEvaluator> {
+    let evaluation = &resolved.evaluation;
+    let (clip_dir, dino_dir) = (locate(&evaluation.clip)?, locate(&evaluation.dino)?);
+    let clip_config: clip::Config = read_json(&clip_dir.join("config.json"))?;
+    let dino_config: vit::Config = read_json(&dino_dir.join("config.json"))?;
+    let digest = Digest::new("evaluators 1")
+        .field("clip", checkpoint_digest(&clip_dir)?)
+        .field("dino", checkpoint_digest(&dino_dir)?)
+        .finish();
+    let on = device(evaluation.device)?;
+    let build = move || {
+        Ok(Evaluator { clip: ClipEmbedder::load(&clip_dir, &on)?, dino: DinoEmbedder::load(&dino_dir, &on)? })
+    };
+    Ok(LazyEvaluator::new(build, digest, clip_config.projection_dim, dino_config.hidden_size))
+}
+
+/// Notes in the store where the run stands.
+pub(super) async fn note_status(context: &Context, options: &Options, status: &str) -> Result<()> {
+    let versions = serde_json::json!({
+        "proxytune": env!("CARGO_PKG_VERSION"),
+        "evaluators": context.evaluator.digest,
+        "tokenizer": context.tokenizer.as_ref().map(|tokenizer| tokenizer.digest.clone()),
+    });
+    let row = RunRow {
+        run: context.run.clone(),
+        pipeline: options.text.clone(),
+        resolved: context.resolved.to_toml()?,
+        plan_digest: context.plan.digest().to_string(),
+        versions: versions.to_string(),
+        status: status.to_string(),
+        event_us: now_us(),
+    };
+    context.store.runs().await?.append(&[row]).await?;
+    Ok(())
+}
+
+/// What scored the images: one sentence for each evaluator.
+pub(super) async fn protocol(context: &Context) -> Result<Vec<String>> {
+    let silent = Board::default();
+    let meter: Meter = silent.meter("report", "");
+    context
+        .evaluator
+        .get()
+        .await?
+        .call(&meter, |evaluator| Ok(vec![evaluator.clip.description(), evaluator.dino.description()]))
+        .await
+}
+
+/// A frozen learner, or one with room for the adapter in a folder.
+pub(crate) fn opening_for(
+    model: &str,
+    adapter: Option<&std::path::Path>,
+    on: Device,
+) -> Result<Opening> {
+    let tuning = match adapter {
+        None => Tuning::Frozen,
+        Some(dir) if dir.join(crate::models::adapters::CHECKPOINT_WEIGHTS).is_file() => Tuning::Full,
+        Some(dir) => Tuning::Lora(crate::models::adapters::AdapterFile::read(dir)?.config()),
+    };
+    Ok(Opening {
+        dir: locate(model)?,
+        name: model.to_string(),
+        family: crate::config::models::family(model)?,
+        resolution: crate::config::models::known(model).and_then(|known| known.resolution).map(|side| side as u32),
+        tuning,
+        seed: 0,
+        device: device(on)?,
+        dropout: 0.0,
+        condition_dropout: 0.0,
+    })
+}
