@@ -164,33 +164,40 @@ fn forward(
     let strips = geometry.rows.div_ceil(strip);
     let shared = Shared(y.as_mut_ptr());
     let shared = &shared;
-    (0..images * strips)
-        .into_par_iter()
-        .with_min_len((images * strips / TASKS).max(1))
-        .for_each_init(Vec::new, |unfolded, task| {
-            let (image, first) = (task / strips, task % strips * strip);
-            let last = (first + strip).min(geometry.rows);
-            let count = (last - first) * geometry.columns;
-            let x = &x[image * geometry.input()..(image + 1) * geometry.input()];
-            let columns = if geometry.is_pointwise() {
-                let x = &x[first * geometry.columns..];
-                Matrix::with_stride(x, depth, count, pixels)
-            } else {
-                unfold(x, first..last, geometry, unfolded);
-                Matrix::new(unfolded, depth, count)
-            };
-            let weights = Matrix::new(w, outputs, depth);
-            let start = image * outputs * pixels + first * geometry.columns;
-            // SAFETY: rows `first..last` of all channels of `image` lie within `y`, and no other task writes them.
-            unsafe {
-                let out = shared.0.add(start);
-                multiply_into(1.0, weights, columns, out, pixels, false, Threads::One);
-                for (channel, bias) in bias.unwrap_or_default().iter().enumerate() {
-                    let row = std::slice::from_raw_parts_mut(out.add(channel * pixels), count);
-                    row.iter_mut().for_each(|v| *v += bias);
-                }
+    let body = |unfolded: &mut Vec<f32>, task: usize| {
+        let (image, first) = (task / strips, task % strips * strip);
+        let last = (first + strip).min(geometry.rows);
+        let count = (last - first) * geometry.columns;
+        let x = &x[image * geometry.input()..(image + 1) * geometry.input()];
+        let columns = if geometry.is_pointwise() {
+            let x = &x[first * geometry.columns..];
+            Matrix::with_stride(x, depth, count, pixels)
+        } else {
+            unfold(x, first..last, geometry, unfolded);
+            Matrix::new(unfolded, depth, count)
+        };
+        let weights = Matrix::new(w, outputs, depth);
+        let start = image * outputs * pixels + first * geometry.columns;
+        // SAFETY: rows `first..last` of all channels of `image` lie within `y`, and no other task writes them.
+        unsafe {
+            let out = shared.0.add(start);
+            multiply_into(1.0, weights, columns, out, pixels, false, Threads::One);
+            for (channel, bias) in bias.unwrap_or_default().iter().enumerate() {
+                let row = std::slice::from_raw_parts_mut(out.add(channel * pixels), count);
+                row.iter_mut().for_each(|v| *v += bias);
             }
-        });
+        }
+    };
+    let tasks = images * strips;
+    if tasks * outputs * depth * strip * geometry.columns <= super::ALONE_PRODUCTS {
+        let mut unfolded = Vec::new();
+        (0..tasks).for_each(|task| body(&mut unfolded, task));
+    } else {
+        (0..tasks)
+            .into_par_iter()
+            .with_min_len((tasks / TASKS).max(1))
+            .for_each_init(Vec::new, body);
+    }
     y
 }
 
