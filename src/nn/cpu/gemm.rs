@@ -105,12 +105,13 @@ pub unsafe fn multiply_into(
     // The kernels pack a left matrix that is transposed, else the right one: the packed one is what gets cut.
     let by_rows = a.column_stride != 1;
     let size = if by_rows { a.rows } else { b.columns };
-    let blocks = (work / BLOCK_WORK).min(size / BLOCK_SIZE);
+    let step = if by_rows { ROW_STEP } else { COLUMN_STEP };
+    let blocks = (work / BLOCK_WORK).min(size / step);
     if threads == Threads::One || blocks < 2 {
         // SAFETY: this function's contract.
         return unsafe { multiply_block(factor, a, b, out, stride, accumulate) };
     }
-    let length = size.div_ceil(blocks).next_multiple_of(BLOCK_STEP);
+    let length = size.div_ceil(blocks).next_multiple_of(step);
     let out = Shared(out);
     let out = &out;
     (0..size.div_ceil(length))
@@ -134,9 +135,9 @@ pub unsafe fn multiply_into(
 /// Multiplications below which a block is not worth a task of its own.
 const BLOCK_WORK: usize = 1 << 20;
 
-/// Rows or columns of a block at least, and what their number is a multiple of: the kernels' tiles.
-const BLOCK_SIZE: usize = 96;
-const BLOCK_STEP: usize = 48;
+/// What the rows and the columns of a block are multiples of: whole tiles of the AVX-512 kernel, which are 6 x 64.
+const ROW_STEP: usize = 96;
+const COLUMN_STEP: usize = 64;
 
 /// The start of an output that several threads write in disjoint places.
 pub struct Shared(pub *mut f32);
