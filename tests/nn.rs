@@ -120,6 +120,13 @@ fn cases(seed: u64, b: usize, n: usize, width: usize) -> Vec<Case> {
     all
 }
 
+/// Large enough for every operation to use several threads.
+fn large_cases() -> Vec<Case> {
+    let mut all = cases(1, 9, 150, 64);
+    all.extend(linear_cases(2, 5, 120, 300));
+    all
+}
+
 fn linear_cases(seed: u64, b: usize, n: usize, width: usize) -> Vec<Case> {
     let (o, r) = (width + 3, 4);
     let x: &[usize] = &[b, n, width];
@@ -431,7 +438,7 @@ proptest! {
 
 #[test]
 fn fused_operations_equal_their_plain_forms_where_work_is_split() {
-    for case in cases(1, 9, 150, 64) {
+    for case in large_cases() {
         assert_equal_to_plain(&case);
     }
 }
@@ -489,7 +496,7 @@ fn results_are_equal_to_the_byte_for_one_two_and_three_threads() {
             .unwrap();
         pool.install(|| {
             let mut all = Vec::new();
-            for case in cases(2, 9, 150, 64) {
+            for case in large_cases() {
                 let tracked = vec![true; case.inputs.len()];
                 let (y, gradients) = differentiate(&case.fused, &case.inputs, &tracked);
                 for t in [Some(y)].into_iter().chain(gradients).flatten() {

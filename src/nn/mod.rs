@@ -48,3 +48,24 @@ pub fn parameter(tensor: &Tensor) -> Tensor {
         tensor.clone()
     }
 }
+
+/// Settles two things that training on the CPU depends on, once for the whole process: freed memory is kept for the
+/// next tensor instead of going back to the system (which otherwise takes longer than the arithmetic), and candle's
+/// own threads sleep between operations instead of spinning on a core that others need.
+///
+/// # Safety
+/// To be called at the start of `main`, before there is a second thread: it sets an environment variable.
+pub unsafe fn prepare_process() {
+    const SPIN: &str = "CANDLE_BARRIER_POOL_SPIN_LIMIT";
+    if std::env::var_os(SPIN).is_none() {
+        // SAFETY: by contract nobody else can be reading the environment.
+        unsafe { std::env::set_var(SPIN, "0") };
+    }
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: `mallopt` takes two numbers. One that it refuses leaves the allocator as it was.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 32 << 20);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 512 << 20);
+    }
+}

@@ -37,36 +37,58 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
     {
         let [q, k, v] = call.heads(&kept)?;
         let mask = call.mask_values()?;
-        y.par_chunks_mut((n * d).max(1))
-            .zip(log_sums.par_chunks_mut(n.max(1)))
-            .enumerate()
-            .flat_map(|(head, (y, log_sums))| {
-                y.par_chunks_mut((BLOCK * d).max(1))
-                    .zip(log_sums.par_chunks_mut(BLOCK))
-                    .enumerate()
-                    .map(move |(block, out)| (head, block * BLOCK, out))
-            })
-            .for_each_init(Vec::new, |scores, (head, first, (y, log_sums))| {
-                let queries = first..first + log_sums.len();
-                let keys = call.keys(queries.end);
-                call.scores(&q, &k, head, queries.clone(), scores);
-                softmax_rows(
-                    scores,
-                    keys,
-                    call.visible(first),
-                    call.mask_rows(mask.as_deref(), head, first),
-                    log_sums,
-                );
-                multiply(
-                    1.0,
-                    Matrix::new(scores, queries.len(), keys),
-                    v.matrix(head, 0..keys),
-                    y,
-                    d,
-                    false,
-                    Threads::One,
-                );
-            });
+        let body = |scores: &mut Vec<f32>,
+                    head: usize,
+                    first: usize,
+                    y: &mut [f32],
+                    log_sums: &mut [f32]| {
+            let queries = first..first + log_sums.len();
+            let keys = call.keys(queries.end);
+            call.scores(&q, &k, head, queries.clone(), scores);
+            softmax_rows(
+                scores,
+                keys,
+                call.visible(first),
+                call.mask_rows(mask.as_deref(), head, first),
+                log_sums,
+            );
+            multiply(
+                1.0,
+                Matrix::new(scores, queries.len(), keys),
+                v.matrix(head, 0..keys),
+                y,
+                d,
+                false,
+                Threads::One,
+            );
+        };
+        if b * h * n * m * d <= super::ALONE_PRODUCTS {
+            let mut scores = Vec::new();
+            let heads = y
+                .chunks_mut((n * d).max(1))
+                .zip(log_sums.chunks_mut(n.max(1)));
+            for (head, (y, log_sums)) in heads.enumerate() {
+                let blocks = y
+                    .chunks_mut((BLOCK * d).max(1))
+                    .zip(log_sums.chunks_mut(BLOCK));
+                for (block, (y, log_sums)) in blocks.enumerate() {
+                    body(&mut scores, head, block * BLOCK, y, log_sums);
+                }
+            }
+        } else {
+            y.par_chunks_mut((n * d).max(1))
+                .zip(log_sums.par_chunks_mut(n.max(1)))
+                .enumerate()
+                .flat_map(|(head, (y, log_sums))| {
+                    y.par_chunks_mut((BLOCK * d).max(1))
+                        .zip(log_sums.par_chunks_mut(BLOCK))
+                        .enumerate()
+                        .map(move |(block, out)| (head, block * BLOCK, out))
+                })
+                .for_each_init(Vec::new, |scores, (head, first, (y, log_sums))| {
+                    body(scores, head, first, y, log_sums)
+                });
+        }
     }
     let wanted = [q.track_op(), k.track_op(), v.track_op()];
     record(&[q, k, v], y, (b, h, n, d), move |result, gradient| {

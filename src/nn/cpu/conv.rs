@@ -1,9 +1,11 @@
 //! Two-dimensional convolution as matrix products over unfolded strips of each image.
 
+use std::ops::Range;
+
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
-use super::gemm::{Matrix, Threads, multiply, multiply_into};
+use super::gemm::{Matrix, Shared, Threads, multiply, multiply_into};
 use super::{detached, simd, tensor, values};
 use crate::nn::ops::Padding;
 use crate::nn::vjp::record;
@@ -11,6 +13,9 @@ use multiversion::multiversion;
 
 /// An unfolded strip has at most this many elements (unless one row of pixels has more): it stays in a core's cache.
 const STRIP: usize = 1 << 17;
+
+/// A loop over images is split into about this many tasks: each has memory of its own for a strip.
+const TASKS: usize = 16;
 
 /// The gradient of the weight is summed over at most this many groups of images.
 const GROUPS: usize = 8;
@@ -54,7 +59,7 @@ impl Geometry {
     }
 
     /// The columns x for which `x · stride + offset − before` lies within the image.
-    fn inside(&self, offset: usize, count: usize, limit: usize) -> std::ops::Range<usize> {
+    fn inside(&self, offset: usize, count: usize, limit: usize) -> Range<usize> {
         let from = self
             .before
             .saturating_sub(offset)
@@ -145,13 +150,6 @@ pub fn conv2d(
     })
 }
 
-/// The start of an output that several threads write in disjoint places.
-struct Shared(*mut f32);
-
-// SAFETY: only the address is shared; every use says why its places are disjoint.
-unsafe impl Send for Shared {}
-unsafe impl Sync for Shared {}
-
 fn forward(
     x: &[f32],
     w: &[f32],
@@ -166,32 +164,40 @@ fn forward(
     let strips = geometry.rows.div_ceil(strip);
     let shared = Shared(y.as_mut_ptr());
     let shared = &shared;
-    (0..images * strips)
-        .into_par_iter()
-        .for_each_init(Vec::new, |unfolded, task| {
-            let (image, first) = (task / strips, task % strips * strip);
-            let last = (first + strip).min(geometry.rows);
-            let count = (last - first) * geometry.columns;
-            let x = &x[image * geometry.input()..(image + 1) * geometry.input()];
-            let columns = if geometry.is_pointwise() {
-                let x = &x[first * geometry.columns..];
-                Matrix::with_stride(x, depth, count, pixels)
-            } else {
-                unfold(x, first..last, geometry, unfolded);
-                Matrix::new(unfolded, depth, count)
-            };
-            let weights = Matrix::new(w, outputs, depth);
-            let start = image * outputs * pixels + first * geometry.columns;
-            // SAFETY: rows `first..last` of all channels of `image` lie within `y`, and no other task writes them.
-            unsafe {
-                let out = shared.0.add(start);
-                multiply_into(1.0, weights, columns, out, pixels, false, Threads::One);
-                for (channel, bias) in bias.unwrap_or_default().iter().enumerate() {
-                    let row = std::slice::from_raw_parts_mut(out.add(channel * pixels), count);
-                    row.iter_mut().for_each(|v| *v += bias);
-                }
+    let body = |unfolded: &mut Vec<f32>, task: usize| {
+        let (image, first) = (task / strips, task % strips * strip);
+        let last = (first + strip).min(geometry.rows);
+        let count = (last - first) * geometry.columns;
+        let x = &x[image * geometry.input()..(image + 1) * geometry.input()];
+        let columns = if geometry.is_pointwise() {
+            let x = &x[first * geometry.columns..];
+            Matrix::with_stride(x, depth, count, pixels)
+        } else {
+            unfold(x, first..last, geometry, unfolded);
+            Matrix::new(unfolded, depth, count)
+        };
+        let weights = Matrix::new(w, outputs, depth);
+        let start = image * outputs * pixels + first * geometry.columns;
+        // SAFETY: rows `first..last` of all channels of `image` lie within `y`, and no other task writes them.
+        unsafe {
+            let out = shared.0.add(start);
+            multiply_into(1.0, weights, columns, out, pixels, false, Threads::One);
+            for (channel, bias) in bias.unwrap_or_default().iter().enumerate() {
+                let row = std::slice::from_raw_parts_mut(out.add(channel * pixels), count);
+                row.iter_mut().for_each(|v| *v += bias);
             }
-        });
+        }
+    };
+    let tasks = images * strips;
+    if tasks * outputs * depth * strip * geometry.columns <= super::ALONE_PRODUCTS {
+        let mut unfolded = Vec::new();
+        (0..tasks).for_each(|task| body(&mut unfolded, task));
+    } else {
+        (0..tasks)
+            .into_par_iter()
+            .with_min_len((tasks / TASKS).max(1))
+            .for_each_init(Vec::new, body);
+    }
     y
 }
 
@@ -235,6 +241,7 @@ fn input_gradient(
     let mut dx = vec![0.0; images * geometry.input()];
     dx.par_chunks_mut(geometry.input().max(1))
         .zip(g.par_chunks(outputs * pixels))
+        .with_min_len((images / TASKS).max(1))
         .for_each_init(Vec::new, |unfolded, (dx, g)| {
             for first in (0..geometry.rows).step_by(strip) {
                 let last = (first + strip).min(geometry.rows);
@@ -289,19 +296,17 @@ fn weight_gradient(g: &[f32], x: &[f32], outputs: usize, geometry: &Geometry) ->
                     };
                     let g = &g[first * geometry.columns..];
                     let g = Matrix::with_stride(g, outputs, count, pixels);
-                    multiply(1.0, g, columns.t(), dw, depth, accumulate, threads);
+                    // Transposed, so that the kernels pack the small gradient and not the large strip.
+                    multiply(1.0, columns, g.t(), dw, outputs, accumulate, threads);
                     accumulate = true;
                 }
             }
         });
-    if groups == 1 {
-        return partial;
-    }
     let mut dw = vec![0.0; size];
-    super::each_piece(&mut dw, super::PIECE, |i, dw| {
-        for group in partial.chunks_exact(size) {
-            let group = &group[i * super::PIECE..];
-            dw.iter_mut().zip(group).for_each(|(d, p)| *d += p);
+    super::each_piece(&mut dw, depth, |output, dw| {
+        for group in partial.chunks_exact(size.max(1)) {
+            let column = group[output..].iter().step_by(outputs);
+            dw.iter_mut().zip(column).for_each(|(d, p)| *d += p);
         }
     });
     dw
@@ -329,7 +334,7 @@ fn channel_sum(g: &[f32], channel: usize, channels: usize, pixels: usize) -> f32
 }
 
 /// Writes the patches under output rows `rows` of one image: (depth, pixels of these rows).
-fn unfold(x: &[f32], rows: std::ops::Range<usize>, geometry: &Geometry, unfolded: &mut Vec<f32>) {
+fn unfold(x: &[f32], rows: Range<usize>, geometry: &Geometry, unfolded: &mut Vec<f32>) {
     let Geometry {
         height,
         width,
@@ -349,6 +354,10 @@ fn unfold(x: &[f32], rows: std::ops::Range<usize>, geometry: &Geometry, unfolded
         );
         let plane = &x[channel * height * width..(channel + 1) * height * width];
         let inside = geometry.inside(dx, columns, width);
+        if stride == 1 && columns == width {
+            shift(plane, rows.clone(), geometry, (dy, inside, dx), out);
+            continue;
+        }
         for (out, row) in out.chunks_exact_mut(columns).zip(rows.clone()) {
             let y = row * stride + dy;
             if y < before || y - before >= height || inside.is_empty() {
@@ -359,19 +368,50 @@ fn unfold(x: &[f32], rows: std::ops::Range<usize>, geometry: &Geometry, unfolded
             let from = inside.start * stride + dx - before;
             out[..inside.start].fill(0.0);
             out[inside.end..].fill(0.0);
+            let source = source[from..].iter().step_by(stride);
             let out = &mut out[inside.clone()];
-            if stride == 1 {
-                out.copy_from_slice(&source[from..from + out.len()]);
-            } else {
-                let source = source[from..].iter().step_by(stride);
-                out.iter_mut().zip(source).for_each(|(o, s)| *o = *s);
-            }
+            out.iter_mut().zip(source).for_each(|(o, s)| *o = *s);
+        }
+    }
+}
+
+/// One line of [`unfold`] at stride 1 and equal widths: the plane, shifted, in one copy; what came over the edges is
+/// overwritten with zeros.
+fn shift(
+    plane: &[f32],
+    rows: Range<usize>,
+    geometry: &Geometry,
+    (dy, inside, dx): (usize, Range<usize>, usize),
+    out: &mut [f32],
+) {
+    let (width, before) = (geometry.width, geometry.before);
+    // The output rows that read from the image.
+    let until = (geometry.height + before).saturating_sub(dy);
+    let first = rows.start.max(before.saturating_sub(dy)).min(rows.end);
+    let last = rows.end.min(until).max(first);
+    let (head, rest) = out.split_at_mut((first - rows.start) * width);
+    let (out, tail) = rest.split_at_mut((last - first) * width);
+    head.fill(0.0);
+    tail.fill(0.0);
+    if out.is_empty() || inside.is_empty() {
+        out.fill(0.0);
+        return;
+    }
+    // The first and the last element that are inside lie within the plane; between them all is adjacent.
+    let skip = inside.start;
+    let length = out.len() - skip - (width - inside.end);
+    let from = (first + dy - before) * width + skip + dx - before;
+    out[skip..skip + length].copy_from_slice(&plane[from..from + length]);
+    if inside.len() < width {
+        for row in out.chunks_exact_mut(width) {
+            row[..inside.start].fill(0.0);
+            row[inside.end..].fill(0.0);
         }
     }
 }
 
 /// The transpose of [`unfold`]: adds every patch back to where it came from.
-fn fold(unfolded: &[f32], rows: std::ops::Range<usize>, geometry: &Geometry, x: &mut [f32]) {
+fn fold(unfolded: &[f32], rows: Range<usize>, geometry: &Geometry, x: &mut [f32]) {
     let Geometry {
         height,
         width,

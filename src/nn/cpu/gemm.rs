@@ -1,7 +1,8 @@
-//! Matrix products of slices, by the `gemm` crate. It cuts the result into tiles and never the sums, so the number of
-//! threads does not change a bit.
+//! Matrix products of slices, by the `gemm` crate's kernels. A large result is cut into blocks, by its shape alone and
+//! never along the sums, so the number of threads does not change a bit.
 
 use gemm::Parallelism;
+use rayon::prelude::*;
 
 /// A matrix in a slice: element (i, j) is at `i · row_stride + j · column_stride`.
 #[derive(Clone, Copy)]
@@ -32,6 +33,15 @@ impl<'a> Matrix<'a> {
             columns,
             row_stride,
             column_stride: 1,
+        }
+    }
+
+    /// Rows `from..until`.
+    fn some_rows(self, from: usize, until: usize) -> Self {
+        Self {
+            data: &self.data[(from * self.row_stride).min(self.data.len())..],
+            rows: until - from,
+            ..self
         }
     }
 
@@ -91,10 +101,61 @@ pub unsafe fn multiply_into(
     threads: Threads,
 ) {
     assert_eq!(a.columns, b.rows, "inner dimensions of a product");
-    let parallelism = match threads {
-        Threads::One => Parallelism::None,
-        Threads::All => Parallelism::Rayon(0),
-    };
+    let work = a.rows * a.columns * b.columns;
+    // The kernels pack a left matrix that is transposed, else the right one: the packed one is what gets cut.
+    let by_rows = a.column_stride != 1;
+    let size = if by_rows { a.rows } else { b.columns };
+    let step = if by_rows { ROW_STEP } else { COLUMN_STEP };
+    let blocks = (work / BLOCK_WORK).min(size / step);
+    if threads == Threads::One || blocks < 2 {
+        // SAFETY: this function's contract.
+        return unsafe { multiply_block(factor, a, b, out, stride, accumulate) };
+    }
+    let length = size.div_ceil(blocks).next_multiple_of(step);
+    let out = Shared(out);
+    let out = &out;
+    (0..size.div_ceil(length))
+        .into_par_iter()
+        .for_each(|block| {
+            let (from, until) = (block * length, ((block + 1) * length).min(size));
+            // SAFETY: this function's contract; each block of rows or columns is written by one task.
+            unsafe {
+                if by_rows {
+                    let a = a.some_rows(from, until);
+                    let out = out.0.add(from * stride);
+                    multiply_block(factor, a, b, out, stride, accumulate);
+                } else {
+                    let b = b.t().some_rows(from, until).t();
+                    multiply_block(factor, a, b, out.0.add(from), stride, accumulate);
+                }
+            }
+        });
+}
+
+/// Multiplications below which a block is not worth a task of its own.
+const BLOCK_WORK: usize = 1 << 20;
+
+/// What the rows and the columns of a block are multiples of: whole tiles of the AVX-512 kernel, which are 6 x 64.
+const ROW_STEP: usize = 96;
+const COLUMN_STEP: usize = 64;
+
+/// The start of an output that several threads write in disjoint places.
+pub struct Shared(pub *mut f32);
+
+// SAFETY: only the address is shared; every use says why its places are disjoint.
+unsafe impl Send for Shared {}
+unsafe impl Sync for Shared {}
+
+/// # Safety
+/// As for [`multiply_into`].
+unsafe fn multiply_block(
+    factor: f32,
+    a: Matrix,
+    b: Matrix,
+    out: *mut f32,
+    stride: usize,
+    accumulate: bool,
+) {
     // SAFETY: both matrices lie within their slices (checked when they were made); `out` by this function's contract.
     unsafe {
         gemm::gemm(
@@ -116,7 +177,7 @@ pub unsafe fn multiply_into(
             false,
             false,
             false,
-            parallelism,
+            Parallelism::None,
         );
     }
 }

@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use candle_core::{Result, Tensor};
 use multiversion::multiversion;
+use rayon::prelude::*;
 
 use super::gemm::{Matrix, Threads, multiply};
-use super::{detached, each_piece, simd, tensor, values};
+use super::{detached, simd, tensor, values};
 use crate::nn::vjp::record;
 
 /// Up to this many rows each weight is read once, straight from memory: packing it would take longer.
@@ -187,19 +188,19 @@ fn forward(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, shape: &Shapes) -
         let mut columns = vec![0.0; rows * outputs];
         // (outputs, rows), so that pieces of outputs are contiguous.
         let piece = (super::PIECE / inputs.max(1)).max(1);
+        // `out` may hold any number of pieces.
         let body = |i: usize, out: &mut [f32]| {
             let from = i * piece;
             let until = from + out.len() / rows.max(1);
             thin(&x, &w[from * inputs..until * inputs], inputs, out);
         };
-        if rows * outputs * inputs > super::ALONE {
-            use rayon::prelude::*;
+        if rows * outputs * inputs > super::ALONE_PRODUCTS {
             columns
                 .par_chunks_mut((piece * rows).max(1))
                 .enumerate()
                 .for_each(|(i, out)| body(i, out));
         } else {
-            each_piece(&mut columns, piece * rows, body);
+            body(0, &mut columns);
         }
         for (i, row) in y.chunks_exact_mut(outputs.max(1)).enumerate() {
             for (j, v) in row.iter_mut().enumerate() {
@@ -263,7 +264,6 @@ fn weight_gradient(g: &[f32], x: &[f32], shape: &Shapes) -> Vec<f32> {
 
 /// Σ over rows of `g` (rows, `width`): each column from the first row to the last.
 pub fn column_sums(g: &[f32], width: usize) -> Vec<f32> {
-    use rayon::prelude::*;
     const COLUMNS: usize = 128;
     let mut sums = vec![0.0; width];
     let body = |(i, sums): (usize, &mut [f32])| add_columns(g, width, i * COLUMNS, sums);

@@ -82,7 +82,10 @@ pub fn tensor(values: Vec<f32>, shape: impl Into<Shape>) -> Result<Tensor> {
 }
 
 /// Elements below which one thread does the work alone: waking another takes longer.
-const ALONE: usize = 1 << 14;
+const ALONE: usize = 1 << 15;
+
+/// Multiplications below which one thread does a sum of products alone.
+const ALONE_PRODUCTS: usize = 1 << 19;
 
 /// Elements of one piece of elementwise work.
 pub const PIECE: usize = 1 << 13;
