@@ -538,21 +538,3 @@ fn llamagen_vq_trains_as_its_source_does() {
         }
     }
 }
-
-#[test]
-fn a_large_batch_decodes_as_its_images_do_one_by_one() {
-    let case = case("llamagen-vq", "one-level");
-    let (model, _) = open_vq(&case, false);
-    let count = 300;
-    let side = 30;
-    let tokens: Vec<u32> = (0..count * side * side)
-        .map(|i| (i * 7 + i / 11) as u32 % 90)
-        .collect();
-    let tokens = Tensor::from_vec(tokens, (count, side * side), &CPU).unwrap();
-    let all = model.decode(&tokens).unwrap();
-    assert_eq!(all.dims(), [count, 3, side, side]);
-    for i in [0, count - 1] {
-        let one = model.decode(&tokens.narrow(0, i, 1).unwrap()).unwrap();
-        assert_close("image", &all.narrow(0, i, 1).unwrap(), &one);
-    }
-}

@@ -15,17 +15,25 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct TextConfig {
+    /// Number of tokens. Default 49408.
     pub vocab_size: usize,
+    /// Width of the residual stream. Default 512.
     pub hidden_size: usize,
+    /// Width of the feed-forward's hidden layer. Default 2048.
     pub intermediate_size: usize,
-    /// Width of the projection, where the tower stands alone and has one.
+    /// Width of the projection, where the tower stands alone and has one. Default 512.
     pub projection_dim: usize,
+    /// Number of layers. Default 12.
     pub num_hidden_layers: usize,
+    /// Heads of each attention; they divide `hidden_size`. Default 8.
     pub num_attention_heads: usize,
+    /// Longest text in tokens. Default 77.
     pub max_position_embeddings: usize,
+    /// The feed-forward's activation. Default QuickGelu.
     pub hidden_act: Activation,
+    /// Added to the variance in norms. Default 1e-5.
     pub layer_norm_eps: f64,
-    /// 2 in old configs, where the pooled position is that of the largest id.
+    /// 2 in old configs, where the pooled position is that of the largest id. Default 49407.
     pub eos_token_id: u32,
 }
 
@@ -50,16 +58,25 @@ impl Default for TextConfig {
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct VisionConfig {
+    /// Width of the residual stream. Default 768.
     pub hidden_size: usize,
+    /// Width of the feed-forward's hidden layer. Default 3072.
     pub intermediate_size: usize,
-    /// Width of the projection, where the tower stands alone.
+    /// Width of the projection, where the tower stands alone. Default 512.
     pub projection_dim: usize,
+    /// Number of layers. Default 12.
     pub num_hidden_layers: usize,
+    /// Heads of each attention; they divide `hidden_size`. Default 12.
     pub num_attention_heads: usize,
+    /// Channels of an image. Default 3.
     pub num_channels: usize,
+    /// Side of the square images in pixels. Default 224.
     pub image_size: usize,
+    /// Side of a patch in pixels. Default 32.
     pub patch_size: usize,
+    /// The feed-forward's activation. Default QuickGelu.
     pub hidden_act: Activation,
+    /// Added to the variance in norms. Default 1e-5.
     pub layer_norm_eps: f64,
 }
 
@@ -84,11 +101,13 @@ impl Default for VisionConfig {
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct Config {
+    /// The text tower.
     pub text_config: TextConfig,
+    /// The vision tower.
     pub vision_config: VisionConfig,
-    /// Width of the space that texts and images share.
+    /// Width of the space that texts and images share. Default 512.
     pub projection_dim: usize,
-    /// Start of the logarithm of the factor on similarities.
+    /// Start of the logarithm of the factor on similarities. Default 2.6592.
     pub logit_scale_init_value: f64,
 }
 

@@ -17,18 +17,25 @@ const HIDDEN: f32 = -1e30;
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct Config {
+    /// Number of tokens. Default 32128.
     pub vocab_size: usize,
+    /// Width of the residual stream. Default 512.
     pub d_model: usize,
-    /// Width of one head.
+    /// Width of one head. Default 64.
     pub d_kv: usize,
-    /// Width of the feed-forward's hidden layer.
+    /// Width of the feed-forward's hidden layer. Default 2048.
     pub d_ff: usize,
+    /// Number of blocks. Default 6.
     pub num_layers: usize,
+    /// Number of heads. Default 8.
     pub num_heads: usize,
+    /// Number of learned biases per head; half of them for each direction. Default 32.
     pub relative_attention_num_buckets: usize,
-    /// Distances from here on share a bucket.
+    /// Distances from here on share a bucket. Default 128.
     pub relative_attention_max_distance: usize,
+    /// Added to the mean square in norms. Default 1e-6.
     pub layer_norm_epsilon: f64,
+    /// The feed-forward's form. Default Relu.
     pub feed_forward_proj: FeedForwardKind,
 }
 

@@ -16,15 +16,25 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct Config {
+    /// Width of the residual stream. Default 768.
     pub hidden_size: usize,
+    /// Number of layers. Default 12.
     pub num_hidden_layers: usize,
+    /// Heads of each attention; they divide `hidden_size`. Default 12.
     pub num_attention_heads: usize,
+    /// Width of the feed-forward's hidden layer. Default 3072.
     pub intermediate_size: usize,
+    /// The feed-forward's activation. Default Gelu.
     pub hidden_act: Activation,
+    /// Added to the variance in norms. Default 1e-12.
     pub layer_norm_eps: f64,
+    /// Side of the square images in pixels. Default 224.
     pub image_size: usize,
+    /// Side of a patch in pixels. Default 16.
     pub patch_size: usize,
+    /// Channels of an image. Default 3.
     pub num_channels: usize,
+    /// Whether queries, keys and values have a bias. Default true.
     pub qkv_bias: bool,
 }
 

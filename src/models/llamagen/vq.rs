@@ -458,7 +458,7 @@ impl VqModel {
 
     /// Images (b, 3, h, w), about [−1, 1] and not clamped, of `tokens` (b, n) of u32: a square grid, row by row.
     pub fn decode(&self, tokens: &Tensor) -> Result<Tensor> {
-        let (b, n) = tokens.dims2()?;
+        let (_, n) = tokens.dims2()?;
         let grid = n.isqrt();
         if grid * grid != n || n == 0 {
             return Err(Error::invalid(
@@ -466,9 +466,13 @@ impl VqModel {
                 "the tokens of an image form a square",
             ));
         }
-        let codes = self.codebook()?;
         let pixels = n * self.config.downsampling().pow(2);
-        let at_once = (PIXELS_AT_ONCE / pixels).max(1);
+        self.decode_slices(tokens, grid, (PIXELS_AT_ONCE / pixels).max(1))
+    }
+
+    fn decode_slices(&self, tokens: &Tensor, grid: usize, at_once: usize) -> Result<Tensor> {
+        let b = tokens.dim(0)?;
+        let codes = self.codebook()?;
         let slices = (0..b)
             .step_by(at_once)
             .map(|start| {
@@ -553,4 +557,40 @@ fn nearest(distances: &[f32]) -> (u32, f32) {
         }
     }
     (best, second - smallest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_batch_decoded_in_slices_gives_the_images_that_each_of_its_rows_gives() {
+        let config = Config {
+            codebook_size: 9,
+            codebook_embed_dim: 4,
+            encoder_ch_mult: vec![1],
+            decoder_ch_mult: vec![1],
+            z_channels: 4,
+            ch: 32,
+            ..Config::default()
+        };
+        let device = Device::Cpu;
+        let weights = Weights::trainable(&[], 3, &device).unwrap();
+        let model = VqModel::new(&config, &weights).unwrap();
+        let tokens = Tensor::new(&[[0u32, 1, 2, 3], [4, 5, 6, 7], [8, 1, 8, 2]], &device).unwrap();
+        let values = |x: Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let sliced = values(model.decode_slices(&tokens, 2, 2).unwrap());
+        let single: Vec<f32> = (0..3)
+            .flat_map(|i| values(model.decode(&tokens.narrow(0, i, 1).unwrap()).unwrap()))
+            .collect();
+        let apart = sliced.iter().zip(&single).map(|(a, b)| (a - b).abs());
+        assert!(apart.fold(0.0, f32::max) < 1e-5);
+        assert_eq!(sliced.len(), 3 * 3 * 2 * 2);
+    }
+
+    #[test]
+    fn the_second_nearest_code_gives_the_gap() {
+        assert_eq!(nearest(&[3.0, 1.0, 1.5, 9.0]), (1, 0.5));
+        assert_eq!(nearest(&[2.0, 2.0]), (0, 0.0));
+    }
 }
