@@ -5,6 +5,7 @@ saved by diffusers and peft, and what the reference computes with them.
 """
 
 import copy
+import json
 from pathlib import Path
 
 import torch
@@ -52,6 +53,17 @@ def save(path, tensors):
     save_file({name: t.detach().float().contiguous() for name, t in tensors.items()}, path)
 
 
+def sort_metadata(path):
+    """The library writes the entries of a file's metadata in any order: put them in theirs, for equal files."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+
+
 def small_gradients(model, is_base):
     """Gradients of the weights themselves, as training from scratch needs them: the small ones reach everywhere."""
     return {
@@ -82,6 +94,7 @@ def transformer_case(name, seed, batch, height, width, tokens, rank, alpha, **co
         transformer_lora_layers=get_peft_model_state_dict(model),
         transformer_lora_adapter_metadata=metadata,
     )
+    sort_metadata(out / "adapter" / "pytorch_lora_weights.safetensors")
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator)

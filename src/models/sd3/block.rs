@@ -193,11 +193,9 @@ impl JointTransformerBlock {
 
         let [q, k, v] = self.image.forward(&x_in)?;
         let [text_q, text_k, text_v] = self.text.forward(&context_in)?;
-        // where nothing reads the text any more, it gives keys and values but asks for nothing
-        let q = match &self.context_tail {
-            Some(_) => Tensor::cat(&[q, text_q], 2)?,
-            None => q,
-        };
+        // the last block's text asks as well, though nothing reads the answer: its queries are weights of the published
+        // files and targets of adapters, and get a gradient of zero like the reference's
+        let q = Tensor::cat(&[q, text_q], 2)?;
         let k = Tensor::cat(&[k, text_k], 2)?;
         let v = Tensor::cat(&[v, text_v], 2)?;
         let attended = attend(&q, &k, &v)?;
