@@ -10,7 +10,9 @@ use candle_core::{DType, Device, Tensor, Var};
 use proxytune::Result;
 use proxytune::diffusion::{FlowMatchEuler, LossForm, SchedulerConfig, TrainingDraw};
 use proxytune::models::autoencoder::{self, AutoencoderKl};
-use proxytune::models::sd3::{self, Conditioning, LORA_TARGETS, Sd3Transformer};
+use proxytune::models::sd3::{
+    self, Conditioning, LORA_TARGETS, SampleSettings, Sd3, Sd3Transformer,
+};
 use proxytune::nn::{self, Adapter, LoraConfig, Weights};
 use safetensors::SafeTensors;
 
@@ -75,10 +77,9 @@ fn assert_gradients(
         let variable = variables
             .get(name)
             .unwrap_or_else(|| panic!("no variable {name}"));
-        let got = match grads.get(variable.as_tensor()) {
-            Some(gradient) => gradient.clone(),
-            None => variable.as_tensor().zeros_like().unwrap(),
-        };
+        let got = grads
+            .get(variable.as_tensor())
+            .unwrap_or_else(|| panic!("no gradient reached {name}"));
         assert_eq!(got.dims(), want.dims(), "{name}");
         let difference = norm(&(got - *want).unwrap());
         let allowed = 1e-3 * norm(want) + 1e-6 * whole;
@@ -198,11 +199,10 @@ fn the_gradients_of_the_denoisers_own_weights_equal_diffusers() -> Result<()> {
         )?;
         let variables: BTreeMap<String, Var> = case.weights.variables().into_iter().collect();
         assert!(assert_gradients(&reference, &grads, &variables) > 40);
-        assert!(
-            grads
-                .get(variables["pos_embed.pos_embed"].as_tensor())
-                .is_none()
-        );
+        for (key, variable) in &variables {
+            let has_gradient = grads.get(variable.as_tensor()).is_some();
+            assert_eq!(has_gradient, key != "pos_embed.pos_embed", "{key}");
+        }
     }
     Ok(())
 }
@@ -402,4 +402,202 @@ fn a_step_and_both_forms_of_the_loss_equal_diffusers() -> Result<()> {
         assert_close(&loss.reshape(1)?, &reference[name], 1e-5, name);
     }
     Ok(())
+}
+
+fn open_pipeline(directory: &Path) -> Result<Sd3> {
+    let weights = Weights::from_files(
+        &sd3::transformer_files(directory)?,
+        DType::F32,
+        &Device::Cpu,
+    )?;
+    Sd3::open(directory, &weights)
+}
+
+/// A copy of the tiny pipeline whose JSON files `edit` may change.
+fn copy_pipeline(edit: &dyn Fn(&str, &mut serde_json::Value)) -> tempfile::TempDir {
+    fn copy(from: &Path, to: &Path, edit: &dyn Fn(&str, &mut serde_json::Value)) {
+        std::fs::create_dir_all(to).unwrap();
+        for entry in std::fs::read_dir(from).unwrap() {
+            let path = entry.unwrap().path();
+            let target = to.join(path.file_name().unwrap());
+            if path.is_dir() {
+                copy(&path, &target, edit);
+            } else if path.extension().is_some_and(|e| e == "json") {
+                let mut json = config(path.clone());
+                edit(&path.display().to_string(), &mut json);
+                std::fs::write(&target, json.to_string()).unwrap();
+            } else {
+                std::fs::copy(&path, &target).unwrap();
+            }
+        }
+    }
+    let directory = tempfile::tempdir().unwrap();
+    copy(&golden("sd3-pipeline/tiny"), directory.path(), edit);
+    directory
+}
+
+#[test]
+fn prompts_become_the_conditioning_and_the_images_of_diffusers_pipeline_with_and_without_t5()
+-> Result<()> {
+    let reference = load(golden("sd3-pipeline/tiny/reference.safetensors"))?;
+    let prompts = [
+        "a photo of sks dog".to_string(),
+        "a cat on the beach a cat on the beach a cat on the beach".to_string(),
+    ];
+    let without_t5 = copy_pipeline(&|path, json| {
+        if path.ends_with("model_index.json") {
+            json["text_encoder_3"] = serde_json::json!([null, null]);
+            json.as_object_mut().unwrap().remove("tokenizer_3");
+        }
+    });
+    let full = golden("sd3-pipeline/tiny");
+    for (name, directory) in [
+        ("with_t5", full.as_path()),
+        ("without_t5", without_t5.path()),
+    ] {
+        let model = open_pipeline(directory)?;
+        let want = |part: &str| &reference[&format!("{name}.{part}")];
+        let conditioning = model.encode_prompts(&prompts)?;
+        let context = &conditioning.context;
+        assert_eq!(context.dims(), [2, 12 + 256, 28]);
+        assert_close(&context.narrow(1, 0, 40)?, want("context"), 1e-4, "context");
+        assert_close(
+            &context.narrow(1, 40, 228)?.mean(1)?,
+            want("rest"),
+            1e-4,
+            "the rest of it",
+        );
+        assert_close(&conditioning.pooled, want("pooled"), 1e-4, "pooled");
+        let negative = model.encode_prompts(&[String::new()])?;
+        let images = model.generate_from(&reference["noise"], &conditioning, &negative, 4, 3.0)?;
+        assert_close(&images, want("images"), 1e-4, "images");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_transformer_as_wide_as_its_only_text_encoder_sees_that_alone() -> Result<()> {
+    let directory = copy_pipeline(&|path, json| {
+        if path.ends_with("model_index.json") {
+            let index = json.as_object_mut().unwrap();
+            index.retain(|key, _| !key.ends_with("_2") && !key.ends_with("_3"));
+        }
+        if path.ends_with("transformer/config.json") {
+            json["joint_attention_dim"] = 16.into();
+            json["pooled_projection_dim"] = 14.into();
+        }
+    });
+    let weights = Weights::trainable(&[], 5, &Device::Cpu)?;
+    let model = Sd3::open(directory.path(), &weights)?;
+    let conditioning = model.encode_prompts(&["a dog".to_string()])?;
+    assert_eq!(conditioning.context.dims(), [1, 12, 16]);
+    assert_eq!(conditioning.pooled.dims(), [1, 14]);
+    Ok(())
+}
+
+#[test]
+fn an_image_depends_on_its_own_seed_and_prompt_and_not_on_its_batch() -> Result<()> {
+    let model = open_pipeline(&golden("sd3-pipeline/tiny"))?;
+    let settings = SampleSettings {
+        num_inference_steps: 3,
+        guidance_scale: 4.0,
+        height: 8,
+        width: 12,
+        negative_prompt: String::new(),
+    };
+    let prompt = |text: &str| text.to_string();
+    let pair = model.generate(&[prompt("a dog"), prompt("a cat")], &[1, 2], &settings)?;
+    let other = model.generate(&[prompt("the beach"), prompt("a cat")], &[9, 2], &settings)?;
+    let row = |images: &Tensor, i: usize| images.get(i)?.flatten_all()?.to_vec1::<f32>();
+    assert_eq!(row(&pair, 1)?, row(&other, 1)?);
+    assert_ne!(row(&pair, 0)?, row(&other, 0)?);
+    assert_eq!(pair.dims(), [2, 3, 8, 12]);
+
+    assert!(
+        model
+            .generate(&[prompt("a dog")], &[1, 2], &settings)
+            .is_err()
+    );
+    let uneven = SampleSettings {
+        width: 10,
+        ..settings
+    };
+    let error = model
+        .generate(&[prompt("a dog")], &[1], &uneven)
+        .unwrap_err();
+    assert!(
+        error
+            .hint()
+            .is_some_and(|hint| hint.contains("multiples of 4")),
+        "{error}"
+    );
+    Ok(())
+}
+
+#[test]
+fn an_adapter_learns_from_the_training_loss_and_without_one_there_is_no_graph() -> Result<()> {
+    use rand::SeedableRng;
+    let directory = golden("sd3-pipeline/tiny");
+    let adapter = Arc::new(Adapter::new(
+        LoraConfig {
+            rank: 4,
+            alpha: 4.0,
+            targets: LORA_TARGETS.map(String::from).to_vec(),
+        },
+        0,
+    ));
+    let files = sd3::transformer_files(&directory)?;
+    let weights = Weights::from_files(&files, DType::F32, &Device::Cpu)?;
+    let model = Sd3::open(&directory, &weights.with_adapter(adapter.clone()))?;
+    let images = Tensor::rand(-1f32, 1f32, (2, 3, 12, 12), &Device::Cpu)?;
+    let (mean, logvar) = model.encode_images(&images)?;
+    let conditioning = model.encode_prompts(&["a dog".to_string()])?.repeat(2)?;
+    let loss = || -> Result<Tensor> {
+        let mut generator = rand_chacha::ChaCha8Rng::seed_from_u64(1);
+        let latents = model.sample_latents(&mean, &logvar, &mut generator)?;
+        model.loss(&latents, &conditioning, &mut generator)
+    };
+    let before = loss()?.to_scalar::<f32>()?;
+    assert_eq!(
+        before,
+        loss()?.to_scalar::<f32>()?,
+        "the generator decides everything"
+    );
+    for _ in 0..20 {
+        let grads = loss()?.backward()?;
+        for (_, variable) in adapter.variables() {
+            if let Some(gradient) = grads.get(variable.as_tensor()) {
+                variable.set(&(variable.as_tensor() - (gradient * 0.5)?)?)?;
+            }
+        }
+    }
+    let after = loss()?.to_scalar::<f32>()?;
+    assert!(after < before, "{before} to {after}");
+
+    let latents = Tensor::zeros((2, 3, 6, 6), DType::F32, &Device::Cpu)?;
+    let mut generator = rand_chacha::ChaCha8Rng::seed_from_u64(1);
+    let frozen = open_pipeline(&directory)?.loss(&latents, &conditioning, &mut generator)?;
+    assert!(!frozen.track_op(), "frozen weights stay off the tape");
+    Ok(())
+}
+
+#[test]
+fn the_faults_of_all_components_are_reported_at_once() {
+    let directory = copy_pipeline(&|path, json| {
+        if path.ends_with("transformer/config.json") {
+            json["num_layers"] = 3.into();
+        }
+        if path.ends_with("vae/config.json") {
+            json["latent_channels"] = 4.into();
+        }
+    });
+    let error = open_pipeline(directory.path())
+        .map(|_| ())
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("transformer_blocks.2.attn.to_q.weight"),
+        "{error}"
+    );
+    assert!(error.contains("decoder.conv_in.weight"), "{error}");
 }

@@ -1,10 +1,11 @@
-"""Writes sd3-transformer/, vae/ and scheduler/ beside this file: tiny random checkpoints saved by diffusers, adapters
+"""Writes sd3-transformer/, sd3-pipeline/, vae/ and scheduler/ beside this file: tiny random checkpoints saved by diffusers, adapters
 saved by diffusers and peft, and what the reference computes with them.
 
     python diffusion.py        (diffusers 0.42.1, peft, torch, safetensors)
 """
 
 import copy
+import json
 from pathlib import Path
 
 import torch
@@ -18,6 +19,14 @@ from diffusers.training_utils import compute_loss_weighting_for_sd3
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 HERE = Path(__file__).parent
 TARGETS = [
@@ -44,6 +53,17 @@ def save(path, tensors):
     save_file({name: t.detach().float().contiguous() for name, t in tensors.items()}, path)
 
 
+def sort_metadata(path):
+    """The library writes the entries of a file's metadata in any order: put them in theirs, for equal files."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+
+
 def small_gradients(model, is_base):
     """Gradients of the weights themselves, as training from scratch needs them: the small ones reach everywhere."""
     return {
@@ -67,11 +87,14 @@ def transformer_case(name, seed, batch, height, width, tokens, rank, alpha, **co
         parameter.requires_grad_(True)
         if "lora_B" in key:
             parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    metadata = model.peft_config["default"].to_dict()
+    metadata["target_modules"] = sorted(metadata["target_modules"])
     StableDiffusion3Pipeline.save_lora_weights(
         out / "adapter",
         transformer_lora_layers=get_peft_model_state_dict(model),
-        transformer_lora_adapter_metadata=model.peft_config["default"].to_dict(),
+        transformer_lora_adapter_metadata=metadata,
     )
+    sort_metadata(out / "adapter" / "pytorch_lora_weights.safetensors")
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator)
@@ -144,6 +167,72 @@ def vae_case(name, seed, batch, height, width, **config):
         save(out / f"base_gradients_{key[6:]}.safetensors", small_gradients(model, lambda key: True) | extra)
 
 
+def tokenizer(specials, single, pad, length):
+    words = [*specials, "a", "photo", "of", "sks", "dog", "on", "the", "beach", "cat", "!"]
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    used = [(word, vocabulary[word]) for word in single.split() if word in vocabulary]
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=used)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, model_max_length=length), vocabulary
+
+
+def pipeline_case():
+    """The whole model with every text encoder: prompts to conditioning to images."""
+    generator = torch.Generator().manual_seed(6)
+    torch.manual_seed(6)
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    parts = {}
+    # the first pads with its end token, the second with "!", and finds the end of a text at the largest id
+    for suffix, width, pad, specials in [("", 16, end, [start, end]), ("_2", 8, "!", [start])]:
+        made, vocabulary = tokenizer([*specials], f"{start} $A {end}" if not suffix else f"{start} $A", pad, 12)
+        parts[f"tokenizer{suffix}"] = made
+        parts[f"text_encoder{suffix}"] = CLIPTextModelWithProjection(
+            CLIPTextConfig(
+                vocab_size=20, hidden_size=width, intermediate_size=24, projection_dim=width - 2,
+                num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=12,
+                hidden_act="gelu" if suffix else "quick_gelu",
+                eos_token_id=2 if suffix else vocabulary[end],
+            )
+        )
+    parts["tokenizer_3"], _ = tokenizer(["<pad>", "</s>"], "$A </s>", "<pad>", 256)
+    parts["text_encoder_3"] = T5EncoderModel(
+        T5Config(vocab_size=20, d_model=28, d_kv=6, d_ff=20, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
+    )
+    parts["transformer"] = SD3Transformer2DModel(
+        sample_size=6, patch_size=2, in_channels=3, out_channels=3, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=28, caption_projection_dim=16, pooled_projection_dim=20,
+        pos_embed_max_size=6,
+    )
+    parts["vae"] = AutoencoderKL(
+        block_out_channels=(4, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=3, norm_num_groups=2, shift_factor=0.1,
+        scaling_factor=1.3, use_quant_conv=False, use_post_quant_conv=False,
+    )
+    for name, part in parts.items():
+        if not name.startswith("tokenizer"):
+            randomise(part.eval(), generator)
+    pipeline = StableDiffusion3Pipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), **parts)
+    out = HERE / "sd3-pipeline" / "tiny"
+    pipeline.save_pretrained(out)
+
+    prompts = ["a photo of sks dog", "a cat on the beach a cat on the beach a cat on the beach"]
+    noise = torch.randn(2, 3, 6, 4, generator=generator)
+    tensors = {"noise": noise}
+    for name in ["with_t5", "without_t5"]:
+        with torch.no_grad():
+            context, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, do_classifier_free_guidance=False)
+            images = pipeline(
+                prompts, height=12, width=8, num_inference_steps=4, guidance_scale=3.0, latents=noise.clone(),
+                output_type="pt", max_sequence_length=256,
+            ).images
+        tensors |= {f"{name}.context": context[:, :40], f"{name}.rest": context[:, 40:].mean(1)}
+        tensors |= {f"{name}.pooled": pooled, f"{name}.images": images * 2 - 1}
+        pipeline.text_encoder_3 = None
+    save(out / "reference.safetensors", tensors)
+
+
 def scheduler_case():
     generator = torch.Generator().manual_seed(5)
     tensors = {}
@@ -211,3 +300,4 @@ if __name__ == "__main__":
         latent_channels=4, norm_num_groups=4,
     )
     scheduler_case()
+    pipeline_case()

@@ -10,16 +10,6 @@ use crate::nn::{Init, LayerNorm, Linear, Mask, RmsNorm, Weights, ops};
 /// Epsilon of every norm of the transformer.
 pub(super) const EPS: f64 = 1e-6;
 
-/// `x · (1 + scale) + shift`; `x` (b, n, d), `scale` and `shift` (b, 1, d).
-pub(super) fn modulate(x: &Tensor, scale: &Tensor, shift: &Tensor) -> Result<Tensor> {
-    Ok(x.broadcast_mul(&(scale + 1.0)?)?.broadcast_add(shift)?)
-}
-
-/// `x + gate · y`; `x` and `y` (b, n, d), `gate` (b, 1, d).
-fn gated_residual(x: &Tensor, gate: &Tensor, y: &Tensor) -> Result<Tensor> {
-    Ok((x + y.broadcast_mul(gate)?)?)
-}
-
 /// A linear layer of SiLU(temb) whose output is cut into shifts, scales and gates.
 pub(super) struct Modulation {
     linear: Linear,
@@ -33,9 +23,9 @@ impl Modulation {
         Ok(Self { linear, chunks })
     }
 
-    /// `temb` (b, d) to as many tensors (b, 1, d) as there are chunks.
+    /// `temb` (b, d) to as many tensors (b, d) as there are chunks.
     pub(super) fn forward(&self, temb: &Tensor) -> Result<Vec<Tensor>> {
-        let all = self.linear.forward(&ops::silu(temb)?)?.unsqueeze(1)?;
+        let all = self.linear.forward(&ops::silu(temb)?)?;
         Ok(all.chunk(self.chunks, D::Minus1)?)
     }
 }
@@ -194,20 +184,18 @@ impl JointTransformerBlock {
         let text = self.norm1_context.forward(temb)?;
         let normed = self.norm.forward(x)?;
         let normed_text = self.norm.forward(context)?;
-        let x_in = modulate(&normed, &image[1], &image[0])?;
+        let x_in = ops::modulate(&normed, &image[0], &image[1])?;
         let context_in = match &self.context_tail {
-            Some(_) => modulate(&normed_text, &text[1], &text[0])?,
+            Some(_) => ops::modulate(&normed_text, &text[0], &text[1])?,
             // the last block's text norm has its scale first
-            None => modulate(&normed_text, &text[0], &text[1])?,
+            None => ops::modulate(&normed_text, &text[1], &text[0])?,
         };
 
         let [q, k, v] = self.image.forward(&x_in)?;
         let [text_q, text_k, text_v] = self.text.forward(&context_in)?;
-        // where nothing reads the text any more, it gives keys and values but asks for nothing
-        let q = match &self.context_tail {
-            Some(_) => Tensor::cat(&[q, text_q], 2)?,
-            None => q,
-        };
+        // the last block's text asks as well, though nothing reads the answer: its queries are weights of the published
+        // files and targets of adapters, and get a gradient of zero like the reference's
+        let q = Tensor::cat(&[q, text_q], 2)?;
         let k = Tensor::cat(&[k, text_k], 2)?;
         let v = Tensor::cat(&[v, text_v], 2)?;
         let attended = attend(&q, &k, &v)?;
@@ -215,14 +203,14 @@ impl JointTransformerBlock {
         let y = self
             .to_out
             .forward(&attended.narrow(1, 0, n)?.contiguous()?)?;
-        let mut x = gated_residual(x, &image[2], &y)?;
+        let mut x = ops::gated_residual(x, &image[2], &y)?;
         if let Some((projections, to_out)) = &self.dual {
-            let [q, k, v] = projections.forward(&modulate(&normed, &image[7], &image[6])?)?;
+            let [q, k, v] = projections.forward(&ops::modulate(&normed, &image[6], &image[7])?)?;
             let y = to_out.forward(&attend(&q, &k, &v)?)?;
-            x = gated_residual(&x, &image[8], &y)?;
+            x = ops::gated_residual(&x, &image[8], &y)?;
         }
-        let y = modulate(&self.norm.forward(&x)?, &image[4], &image[3])?;
-        let x = gated_residual(&x, &image[5], &self.ff.forward(&y)?)?;
+        let y = ops::modulate(&self.norm.forward(&x)?, &image[3], &image[4])?;
+        let x = ops::gated_residual(&x, &image[5], &self.ff.forward(&y)?)?;
 
         let Some(tail) = &self.context_tail else {
             return Ok((x, None));
@@ -230,9 +218,9 @@ impl JointTransformerBlock {
         let y = tail
             .to_add_out
             .forward(&attended.narrow(1, n, m)?.contiguous()?)?;
-        let context = gated_residual(context, &text[2], &y)?;
-        let y = modulate(&self.norm.forward(&context)?, &text[4], &text[3])?;
-        let context = gated_residual(&context, &text[5], &tail.ff.forward(&y)?)?;
+        let context = ops::gated_residual(context, &text[2], &y)?;
+        let y = ops::modulate(&self.norm.forward(&context)?, &text[3], &text[4])?;
+        let context = ops::gated_residual(&context, &text[5], &tail.ff.forward(&y)?)?;
         Ok((x, Some(context)))
     }
 }

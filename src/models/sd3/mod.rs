@@ -216,64 +216,73 @@ impl Sd3 {
         seeds: &[u64],
         settings: &SampleSettings,
     ) -> Result<Tensor> {
+        let noise = self.noise(seeds, settings.height, settings.width)?;
         let conditioning = self.encode_prompts(prompts)?;
         let negative = self.encode_prompts(std::slice::from_ref(&settings.negative_prompt))?;
-        self.generate_from(&conditioning, &negative, seeds, settings)
+        let steps = settings.num_inference_steps;
+        self.generate_from(
+            &noise,
+            &conditioning,
+            &negative,
+            steps,
+            settings.guidance_scale,
+        )
     }
 
-    /// [`Sd3::generate`] with the prompts encoded already: b rows of `conditioning`, and one row of `negative` that
-    /// stands in for `settings.negative_prompt`.
-    pub fn generate_from(
-        &self,
-        conditioning: &Conditioning,
-        negative: &Conditioning,
-        seeds: &[u64],
-        settings: &SampleSettings,
-    ) -> Result<Tensor> {
-        let (b, rows) = (seeds.len(), conditioning.context.dim(0)?);
-        if b != rows || b == 0 {
-            return Err(Error::invalid(
-                format!("{b} seeds for {rows} prompts"),
-                "give one seed for each prompt",
-            ));
-        }
-        let (height, width) = (settings.height, settings.width);
+    /// The noise that images of `height`×`width` pixels start from, f32: a row for each seed, which depends on that
+    /// seed alone.
+    pub fn noise(&self, seeds: &[u64], height: usize, width: usize) -> Result<Tensor> {
         let unit = self.granularity();
-        if height == 0 || width == 0 || height % unit != 0 || width % unit != 0 {
+        if height == 0 || width == 0 || !height.is_multiple_of(unit) || !width.is_multiple_of(unit)
+        {
             return Err(Error::invalid(
                 format!("images of {width}×{height} pixels"),
                 format!("use a width and a height that are multiples of {unit}"),
             ));
         }
         let f = self.vae.config().downscale();
-        let shape = (
-            1,
-            self.transformer.config().in_channels,
-            height / f,
-            width / f,
-        );
-        let noise = seeds
+        let channels = self.transformer.config().in_channels;
+        let shape = (1, channels, height / f, width / f);
+        let rows = seeds
             .iter()
             .map(|&seed| diffusion::noise(shape, &mut nn::seeded(seed, "latents"), &self.device))
             .collect::<Result<Vec<_>>>()?;
-        let noise = Tensor::cat(&noise, 0)?;
-        let scale = settings.guidance_scale;
-        let negative = negative.repeat(b)?;
-        let guided = (scale > 1.0).then_some((&negative, scale));
-        let steps = settings.num_inference_steps;
+        Ok(Tensor::cat(&rows, 0)?)
+    }
+
+    /// [`Sd3::generate`] from `noise` (b, c, h, w) and prompts that are encoded already: b rows of `conditioning`,
+    /// and of `negative` one row for all or b.
+    pub fn generate_from(
+        &self,
+        noise: &Tensor,
+        conditioning: &Conditioning,
+        negative: &Conditioning,
+        num_inference_steps: usize,
+        guidance_scale: f64,
+    ) -> Result<Tensor> {
+        let (b, rows) = (noise.dim(0)?, conditioning.context.dim(0)?);
+        if b != rows {
+            return Err(Error::invalid(
+                format!("noise of {b} images for {rows} prompts"),
+                "give one seed for each prompt",
+            ));
+        }
+        let negative = match negative.context.dim(0)? {
+            1 => negative.repeat(b)?,
+            _ => negative.clone(),
+        };
+        let guided = (guidance_scale > 1.0).then_some((&negative, guidance_scale));
         let latents = denoise(
             &self.transformer,
             &self.schedule,
-            &noise,
+            noise,
             conditioning,
             guided,
-            steps,
+            num_inference_steps,
         )?;
         nn::no_grad(|| {
-            Ok(self
-                .vae
-                .decode(&self.vae.unscale(&latents)?)?
-                .clamp(-1f32, 1f32)?)
+            let image = self.vae.decode(&self.vae.unscale(&latents)?)?;
+            Ok(image.clamp(-1f32, 1f32)?)
         })
     }
 }

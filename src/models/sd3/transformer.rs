@@ -4,7 +4,7 @@
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use super::block::{JointTransformerBlock, Modulation, modulate};
+use super::block::{JointTransformerBlock, Modulation};
 use crate::nn::ops::Padding;
 use crate::nn::{Conv2d, Init, LayerNorm, Linear, Weights, ops};
 use crate::{Error, Result};
@@ -342,7 +342,7 @@ impl Sd3Transformer {
         }
         let chunks = self.norm_out.forward(&temb)?;
         // the last norm has its scale first, unlike those of the blocks
-        let x = modulate(&self.norm.forward(&x)?, &chunks[0], &chunks[1])?;
+        let x = ops::modulate(&self.norm.forward(&x)?, &chunks[1], &chunks[0])?;
         self.unpatch(&self.proj_out.forward(&x)?, h, w)
     }
 
