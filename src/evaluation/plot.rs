@@ -219,7 +219,7 @@ fn ticks(values: impl Iterator<Item = f64>, count: usize) -> Vec<f64> {
 /// `tick` with as many decimals as the distance between ticks needs.
 fn number(tick: f64, ticks: &[f64]) -> String {
     let step = (ticks[1] - ticks[0]).abs();
-    if step >= 1e5 || step < 1e-4 {
+    if !(1e-4..1e5).contains(&step) {
         return format!("{tick:.1e}");
     }
     let decimals = (-step.log10()).ceil().max(0.0) as usize;
