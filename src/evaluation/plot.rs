@@ -177,13 +177,15 @@ fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
         .collect()
 }
 
-/// Mean over about a twelfth of the points around each, less towards the ends, so that nothing is shifted.
+/// Mean over about a twelfth of the points around each; towards the ends over a third of that, so that they are hardly
+/// shifted.
 fn smooth(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let reach = points.len() / 24;
     (0..points.len())
         .map(|i| {
-            let reach = reach.min(i).min(points.len() - 1 - i);
-            let window = &points[i - reach..=i + reach];
+            let last = points.len() - 1;
+            let reach = reach.min(i.min(last - i).max(reach / 3));
+            let window = &points[i.saturating_sub(reach)..=(i + reach).min(last)];
             let sum: f64 = window.iter().map(|(_, y)| y).sum();
             (points[i].0, sum / window.len() as f64)
         })
@@ -217,7 +219,7 @@ fn ticks(values: impl Iterator<Item = f64>, count: usize) -> Vec<f64> {
 /// `tick` with as many decimals as the distance between ticks needs.
 fn number(tick: f64, ticks: &[f64]) -> String {
     let step = (ticks[1] - ticks[0]).abs();
-    if step >= 1e5 || step < 1e-4 {
+    if !(1e-4..1e5).contains(&step) {
         return format!("{tick:.1e}");
     }
     let decimals = (-step.log10()).ceil().max(0.0) as usize;

@@ -81,7 +81,10 @@ impl StageTime {
     }
 }
 
-const METRICS: [(&str, fn(&Summary) -> Estimate); 3] = [
+/// A metric's name and its place in a summary.
+type Metric = (&'static str, fn(&Summary) -> Estimate);
+
+const METRICS: [Metric; 3] = [
     ("CLIP-I", |s| s.clip_i),
     ("CLIP-T", |s| s.clip_t),
     ("DINO", |s| s.dino),
@@ -372,9 +375,9 @@ impl Report {
             page.push_str("</tbody></table></div>\n");
         }
         if !self.settings.is_empty() {
-            let _ = write!(
+            let _ = writeln!(
                 page,
-                "<details><summary>The resolved pipeline file</summary><pre>{}</pre></details>\n",
+                "<details><summary>The resolved pipeline file</summary><pre>{}</pre></details>",
                 escape(&self.settings)
             );
         }
