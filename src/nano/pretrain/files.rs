@@ -1,29 +1,13 @@
-//! Checkpoints and their notes on disk: always written aside, synced and renamed, so that a kill leaves the old or the
-//! new file and never half of one.
+//! Checkpoints and their notes on disk.
 
-use std::collections::HashMap;
-use std::fs;
-use std::io::Write;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Var};
 use serde::Serialize;
 
+use crate::files;
 use crate::{Error, Result};
-
-/// Writes `bytes` to `path`, making its folder where needed.
-pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    if let Some(folder) = path.parent() {
-        fs::create_dir_all(folder).map_err(Error::io(folder))?;
-    }
-    let mut aside = path.as_os_str().to_owned();
-    aside.push(".new");
-    let aside = PathBuf::from(aside);
-    let mut file = fs::File::create(&aside).map_err(Error::io(&aside))?;
-    file.write_all(bytes).map_err(Error::io(&aside))?;
-    file.sync_all().map_err(Error::io(&aside))?;
-    fs::rename(&aside, path).map_err(Error::io(path))
-}
 
 /// Writes `value` as indented JSON.
 pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
@@ -32,26 +16,16 @@ pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
         hint: None,
     })?;
     text.push('\n');
-    write(path, text.as_bytes())
+    files::write(path, text.as_bytes())
 }
 
 /// Writes the current values of `variables` as safetensors in half precision.
 pub fn write_weights(path: &Path, variables: &[(String, Var)]) -> Result<()> {
     let tensors = variables
         .iter()
-        .map(|(name, variable)| {
-            let value = variable.as_tensor().detach().to_dtype(DType::F16)?;
-            Ok((
-                name.clone(),
-                value.to_device(&candle_core::Device::Cpu)?.contiguous()?,
-            ))
-        })
-        .collect::<Result<HashMap<String, Tensor>>>()?;
-    let bytes = safetensors::serialize(&tensors, None).map_err(|e| Error::Invalid {
-        what: format!("{}: {e}", path.display()),
-        hint: None,
-    })?;
-    write(path, &bytes)
+        .map(|(name, variable)| Ok((name.clone(), variable.as_tensor().detach().to_dtype(DType::F16)?)))
+        .collect::<Result<BTreeMap<_, _>>>()?;
+    files::write_tensors(path, &tensors, &[])
 }
 
 /// The file at `path` as a list of one, or of none if there is no such file: what trainable weights start from.

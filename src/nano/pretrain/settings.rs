@@ -118,8 +118,10 @@ pub struct Dino {
 pub struct Vq {
     /// Channels of the first level; a multiple of 32.
     pub channels: usize,
-    /// Channels of each level over `channels`; one level fewer than this are halvings.
-    pub multipliers: Vec<usize>,
+    /// Channels of each level over `channels`, finest first; one level fewer than this are halvings.
+    pub encoder_multipliers: Vec<usize>,
+    /// The same for the decoder, also finest first.
+    pub decoder_multipliers: Vec<usize>,
     /// Channels before the code projection.
     pub z_channels: usize,
     /// Entries of the codebook, and the width of each.
