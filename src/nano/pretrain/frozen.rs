@@ -7,8 +7,9 @@ use serde::de::DeserializeOwned;
 
 use crate::models::autoencoder::{self, AutoencoderKl};
 use crate::models::clip::{self, Clip, TextModel};
+use crate::models::llamagen::gpt::{self, Gpt};
 use crate::models::llamagen::vq::{self, VqModel};
-use crate::models::vit::{self, Vit};
+use crate::models::t5::{self, T5Encoder};
 use crate::nn::Weights;
 use crate::{Error, Result};
 
@@ -67,11 +68,20 @@ pub fn clip_text(folder: &Path, device: &Device) -> Result<(TextModel, clip::Tex
     Ok((model, config))
 }
 
-/// The DINO-shaped transformer in `folder`.
-pub fn dino(folder: &Path, device: &Device) -> Result<Vit> {
-    let config: vit::Config = config(folder)?;
+/// LlamaGen's GPT in `folder`.
+pub fn gpt(folder: &Path, device: &Device) -> Result<Gpt> {
+    let config: gpt::Config = config(folder)?;
     let weights = weights(folder, "model.safetensors", device)?;
-    let model = Vit::new(&config, &weights)?;
+    let model = Gpt::new(&config, &weights)?;
+    weights.finish()?;
+    Ok(model)
+}
+
+/// The T5 encoder in `folder`.
+pub fn t5(folder: &Path, device: &Device) -> Result<T5Encoder> {
+    let config: t5::Config = config(folder)?;
+    let weights = weights(folder, "model.safetensors", device)?;
+    let model = T5Encoder::new(&config, &weights)?;
     weights.finish()?;
     Ok(model)
 }
