@@ -14,20 +14,36 @@ use crate::nano::vocabulary::clip_tokenizer;
 use crate::nn::Weights;
 use crate::Result;
 
-/// Captions either say what the prompts say, or also colours and pattern: one or the other in a whole batch, since
-/// the short caption of one scene may be true of another whose caption says more.
-const WORDINGS: [Wording; 2] = [
-    Wording {
-        attributes: 0.0,
-        photo: 0.1,
-        token: 0.1,
-    },
-    Wording {
-        attributes: 1.0,
-        photo: 0.1,
-        token: 0.1,
-    },
+/// What the captions of a batch say, in turn. All captions of a batch say equally much, since the short caption of one
+/// scene may be true of another whose caption says more. Places are easier to see than things: half of the batches
+/// are about the things alone.
+const BATCHES: [(Wording, About); 4] = [
+    (SHORT, About::Subject),
+    (SHORT, About::Scene),
+    (LONG, About::Subject),
+    (LONG, About::Scene),
 ];
+
+/// What the prompts say.
+const SHORT: Wording = Wording {
+    attributes: 0.0,
+    photo: 0.1,
+    token: 0.1,
+};
+
+/// Colours and pattern too.
+const LONG: Wording = Wording {
+    attributes: 1.0,
+    photo: 0.1,
+    token: 0.1,
+};
+
+/// Whether captions name the place.
+#[derive(Clone, Copy, PartialEq)]
+enum About {
+    Scene,
+    Subject,
+}
 
 /// The scale of CLIP's logits stays below this.
 const LARGEST_LOGIT_SCALE: f64 = 100.0;
@@ -76,8 +92,17 @@ pub fn train(context: &Context) -> Result<()> {
     let step = |seen: usize, _spent: f64| {
         let batch = scenes.batch(seen, settings.training.batch_size);
         let generator = &mut scenes.generator("wording", seen);
-        let wording = WORDINGS[seen / settings.training.batch_size % WORDINGS.len()];
-        let captions: Vec<String> = batch.iter().map(|scene| wording.caption(scene, generator)).collect();
+        let (wording, about) = BATCHES[seen / settings.training.batch_size % BATCHES.len()];
+        let captions: Vec<String> = batch
+            .iter()
+            .map(|scene| {
+                let mut said = scene.clone();
+                if about == About::Subject {
+                    said.setting = None;
+                }
+                wording.caption(&said, generator)
+            })
+            .collect();
         let meanings: Vec<String> = captions.iter().map(|caption| meaning(caption)).collect();
         let targets = contrast::targets(&meanings, true, &context.device)?;
         let pixels = preprocessing.apply(&scenes.draw(&batch), &context.device)?;
@@ -87,7 +112,14 @@ pub fn train(context: &Context) -> Result<()> {
         let scale = model.logit_scale().clamp(0.0, LARGEST_LOGIT_SCALE.ln())?;
         let loss = contrast::clip(&model.encode_image(&pixels)?, &model.encode_text(&ids)?, &scale, &targets)?;
         let scale = f64::from(scale.exp()?.to_scalar::<f32>()?);
-        Ok(Step { loss, figures: vec![("scale", scale)] })
+        let name = match (about, wording == LONG) {
+            (About::Subject, false) => "thing",
+            (About::Scene, false) => "scene",
+            (About::Subject, true) => "thing+",
+            (About::Scene, true) => "scene+",
+        };
+        let value = f64::from(loss.to_scalar::<f32>()?);
+        Ok(Step { loss, figures: vec![(name, value), ("scale", scale)] })
     };
     course.run(step, || files::write_weights(&file, &weights.variables()))
 }

@@ -1,10 +1,11 @@
 //! How good the nano checkpoints are, on scenes with individuals that no training saw: everything that stands in
 //! `datasets/nano/README.md` as a figure.
 
+use candle_core::Tensor;
 use image::RgbImage;
 
 use super::contrast::area_under_curve;
-use super::{Context, Model, gpt, sd3, vae, vq};
+use super::{Context, Model, gpt, psnr, sd3, vae, vq};
 use crate::evaluation::embed::{ImageEmbedder, TextEmbedder};
 use crate::evaluation::embedders::{ClipEmbedder, DinoEmbedder};
 use crate::evaluation::metrics::cosine;
@@ -21,19 +22,20 @@ const PROMPTS: usize = 100;
 /// Images on the sheet of a generator: rows of all classes.
 const SHEET: usize = 70;
 
-/// Prints the measures of `models` as lines of Markdown tables, and draws `samples-MODEL.png` of the generators.
+/// Prints the measures of `models` as lines of Markdown tables, and draws sheets of reconstructions and samples beside the checkpoints.
 pub fn all(context: &Context, models: &[Model]) -> Result<()> {
     println!("| model | measure | value |\n|---|---|---|");
     for model in models {
         match model {
             Model::Vq => {
-                let (psnr, used) = vq::measure(context, SCENES)?;
-                println!("| vq | PSNR of {SCENES} reconstructions | {psnr:.2} dB |");
+                let pixels = reconstructed_scenes(context)?;
+                let (reconstructions, used) = vq::reconstruct(context, &pixels)?;
+                reconstruction(context, *model, &pixels, &reconstructions)?;
                 println!("| vq | codes used by them | {used} |");
             }
             Model::Vae => {
-                let psnr = vae::measure(context, SCENES)?;
-                println!("| vae | PSNR of {SCENES} reconstructions | {psnr:.2} dB |");
+                let pixels = reconstructed_scenes(context)?;
+                reconstruction(context, *model, &pixels, &vae::reconstruct(context, &pixels)?)?;
             }
             Model::Clip => {
                 let clip = Answers::open(context)?;
@@ -59,6 +61,28 @@ pub fn all(context: &Context, models: &[Model]) -> Result<()> {
     Ok(())
 }
 
+fn reconstructed_scenes(context: &Context) -> Result<Tensor> {
+    let scenes = context.unseen("reconstruction");
+    scenes.pixels(&scenes.batch(0, SCENES), &context.device)
+}
+
+/// Prints the mean PSNR of `images`, and draws originals over reconstructions; both (b, 3, h, w) in [−1, 1].
+fn reconstruction(context: &Context, model: Model, originals: &Tensor, images: &Tensor) -> Result<()> {
+    let error = (images.clamp(-1f32, 1f32)? - originals)?;
+    let errors = error.sqr()?.flatten_from(1)?.mean(1)?.to_vec1::<f32>()?;
+    let decibels = errors.iter().map(|&e| psnr(f64::from(e))).sum::<f64>() / errors.len() as f64;
+    let name = model.name();
+    println!("| {name} | PSNR of {SCENES} reconstructions | {decibels:.2} dB |");
+    let count = Class::ALL.len();
+    let rows = Tensor::cat(&[&originals.narrow(0, 0, count)?, &images.narrow(0, 0, count)?], 0)?;
+    sheet(context, &format!("reconstructions-{name}.png"), &images::from_tensor(&rows)?)
+}
+
+fn sheet(context: &Context, name: &str, pictures: &[RgbImage]) -> Result<()> {
+    let sheet = images::grid(pictures, Class::ALL.len() as u32, 64, 2);
+    files::write(&context.out.join(name), &images::encode_png(&sheet)?)
+}
+
 fn generator(context: &Context, model: Model) -> Result<()> {
     let wanted: Vec<(Class, Setting)> = (0..PROMPTS)
         .map(|i| {
@@ -73,9 +97,7 @@ fn generator(context: &Context, model: Model) -> Result<()> {
         _ => sd3::draw(context, &prompts, &seeds)?,
     };
     let name = model.name();
-    let sheet = images::grid(&pictures[..SHEET], Class::ALL.len() as u32, 64, 2);
-    let file = context.out.join(format!("samples-{name}.png"));
-    files::write(&file, &images::encode_png(&sheet)?)?;
+    sheet(context, &format!("samples-{name}.png"), &pictures[..SHEET])?;
     let (class, setting) = Answers::open(context)?.shares(&pictures, &wanted)?;
     println!("| {name} | CLIP finds the class in {PROMPTS} samples | {:.1} % |", 100.0 * class);
     println!("| {name} | CLIP finds the setting | {:.1} % |", 100.0 * setting);

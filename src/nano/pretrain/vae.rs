@@ -1,6 +1,6 @@
 //! The KL autoencoder of the diffusion model, trained by reconstruction.
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use serde_json::json;
 
 use super::context::Context;
@@ -88,23 +88,9 @@ fn rounded(value: f64) -> f64 {
     (value * 1e4).round() / 1e4
 }
 
-/// Mean PSNR in dB of the reconstructions of `count` unseen scenes by the checkpoint at `folder`.
-pub fn measure(context: &Context, count: usize) -> Result<f64> {
+/// The reconstructions of `pixels` (b, 3, h, w) by the checkpoint.
+pub fn reconstruct(context: &Context, pixels: &Tensor) -> Result<Tensor> {
     let model = super::frozen::vae(&context.out.join("sd3/vae"), &context.device)?;
-    let scenes = context.unseen("reconstruction");
-    let mut sum = 0.0;
-    for first in (0..count).step_by(50) {
-        let pixels = scenes.pixels(&scenes.batch(first, 50.min(count - first)), &context.device)?;
-        let (mean, _) = model.encode(&pixels)?;
-        sum += psnrs(&model.decode(&mean)?, &pixels)?.iter().sum::<f64>();
-    }
-    Ok(sum / count as f64)
-}
-
-/// The PSNR of each image, in dB; both (b, 3, h, w) in [−1, 1], what lies outside is clamped.
-pub fn psnrs(images: &Tensor, originals: &Tensor) -> Result<Vec<f64>> {
-    let error = (images.clamp(-1f32, 1f32)? - originals)?;
-    let squared = error.sqr()?.flatten_from(1)?.mean(1)?;
-    let squared = squared.to_device(&Device::Cpu)?.to_vec1::<f32>()?;
-    Ok(squared.into_iter().map(|e| psnr(f64::from(e))).collect())
+    let (mean, _) = model.encode(pixels)?;
+    model.decode(&mean)
 }

@@ -2,6 +2,7 @@
 //! loss, for which a drawn world of flat colours has little use.
 
 use std::cell::RefCell;
+use std::collections::BTreeSet;
 
 use candle_core::{D, Device, Tensor, Var};
 use rand::Rng;
@@ -9,7 +10,6 @@ use serde_json::json;
 
 use super::context::Context;
 use super::course::Step;
-use super::vae::psnrs;
 use super::{files, psnr};
 use crate::models::llamagen::vq::{Config, VqModel};
 use crate::nn::{Weights, no_grad};
@@ -164,17 +164,10 @@ impl Codebook {
     }
 }
 
-/// Mean PSNR in dB of the reconstructions of `count` unseen scenes by the checkpoint, and how many codes they use.
-pub fn measure(context: &Context, count: usize) -> Result<(f64, usize)> {
+/// The reconstructions of `pixels` (b, 3, h, w) by the checkpoint, and how many codes they use.
+pub fn reconstruct(context: &Context, pixels: &Tensor) -> Result<(Tensor, usize)> {
     let model = super::frozen::vq(&context.out.join("llamagen/vq"), &context.device)?;
-    let scenes = context.unseen("reconstruction");
-    let mut sum = 0.0;
-    let mut used = std::collections::BTreeSet::new();
-    for first in (0..count).step_by(50) {
-        let pixels = scenes.pixels(&scenes.batch(first, 50.min(count - first)), &context.device)?;
-        let tokens = model.encode(&pixels)?;
-        sum += psnrs(&model.decode(&tokens)?, &pixels)?.iter().sum::<f64>();
-        used.extend(tokens.flatten_all()?.to_vec1::<u32>()?);
-    }
-    Ok((sum / count as f64, used.len()))
+    let tokens = model.encode(pixels)?;
+    let used: BTreeSet<u32> = tokens.flatten_all()?.to_vec1()?.into_iter().collect();
+    Ok((model.decode(&tokens)?, used.len()))
 }
