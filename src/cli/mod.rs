@@ -2,6 +2,7 @@
 
 pub mod check;
 pub mod graph;
+pub mod pretrain;
 
 use std::path::PathBuf;
 
@@ -39,7 +40,7 @@ pub enum Command {
     /// Write the report of a run again from the store
     Report(ReportArgs),
     /// Train the nano checkpoints from drawn scenes
-    Pretrain(PretrainArgs),
+    Pretrain(pretrain::PretrainArgs),
 }
 
 /// Which pipeline, and what to change in it.
@@ -235,17 +236,6 @@ pub struct ReportArgs {
     pub run: PathBuf,
     #[command(flatten)]
     pub store: StoreArgs,
-}
-
-/// `proxytune pretrain`
-#[derive(Debug, Clone, Args)]
-#[command(after_help = "Example:\n  proxytune pretrain pipelines/nano-pretrain.toml")]
-pub struct PretrainArgs {
-    #[command(flatten)]
-    pub pipeline: PipelineArgs,
-    /// Where the checkpoints are written
-    #[arg(long, value_name = "DIR", default_value = "datasets/nano/checkpoints")]
-    pub out: PathBuf,
 }
 
 fn at_least_one(text: &str) -> std::result::Result<usize, String> {

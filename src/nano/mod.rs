@@ -12,11 +12,13 @@
 //! | [`captions`] | scenes to words, and the list of all words |
 //! | [`vocabulary`] | the word list as tokenizers in the layout of CLIP's and T5's |
 //! | [`subjects`] | the nine subjects that ship, and their reference images |
+//! | [`pretrain`] | the training of the nano checkpoints, and how good they are |
 //! | `draw` | how each class, setting and accessory looks |
 
 pub mod captions;
 mod draw;
 pub mod identity;
+pub mod pretrain;
 pub mod subjects;
 pub mod vocabulary;
 pub mod world;

@@ -1,0 +1,118 @@
+//! `proxytune pretrain`: trains the nano checkpoints from drawn scenes.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+
+use crate::config::Device;
+use crate::nano::pretrain::{Budget, Context, Model, Settings, measure};
+use crate::{Error, Result};
+
+/// Layers recurse when gradients are computed: deep graphs want a deep stack.
+const STACK: usize = 256 << 20;
+
+/// `proxytune pretrain`
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "Examples:\n  proxytune pretrain pipelines/nano-pretrain.toml\n  \
+                        proxytune pretrain pipelines/nano-pretrain.toml --only gpt,sd3 --minutes 30\n  \
+                        proxytune pretrain pipelines/nano-pretrain.toml --measure")]
+pub struct PretrainArgs {
+    /// The settings
+    pub file: PathBuf,
+    /// Only these models, in their own order
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    pub only: Vec<Model>,
+    /// Train each model for so many minutes
+    #[arg(long, value_name = "N", conflicts_with = "images")]
+    pub minutes: Option<f64>,
+    /// Train each model on so many images
+    #[arg(long, value_name = "N")]
+    pub images: Option<usize>,
+    /// cpu, cuda or cuda:N
+    #[arg(long, default_value = "cpu")]
+    pub device: Device,
+    /// Where the checkpoints are and go; by default what the settings say
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Threads for computing; 0 is all cores, or what RAYON_NUM_THREADS says
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub threads: usize,
+    /// Train nothing: print how good the checkpoints are, and draw a sheet of samples beside them
+    #[arg(long, conflicts_with_all = ["minutes", "images"])]
+    pub measure: bool,
+}
+
+impl ValueEnum for Model {
+    fn value_variants<'a>() -> &'a [Self] {
+        &Model::ALL
+    }
+
+    fn to_possible_value(&self) -> Option<clap::builder::PossibleValue> {
+        Some(clap::builder::PossibleValue::new(self.name()))
+    }
+}
+
+/// Trains, or measures, what was asked for.
+///
+/// # Errors
+/// When the settings have a fault, a model lacks what it stands on, or a file cannot be read or written.
+pub fn pretrain(args: &PretrainArgs) -> Result<()> {
+    let settings = Settings::read(&args.file)?;
+    let threads = match args.threads {
+        0 => rayon::current_num_threads(),
+        threads => {
+            rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .build_global()
+                .map_err(|e| Error::invalid(format!("--threads {threads}: {e}"), "leave it out"))?;
+            threads
+        }
+    };
+    let device = match args.device {
+        Device::Cpu => candle_core::Device::Cpu,
+        Device::Cuda(card) => candle_core::Device::new_cuda(card)?,
+    };
+    let budget = match (args.minutes, args.images) {
+        (Some(minutes), _) => Some(Budget::Minutes(minutes)),
+        (_, Some(images)) => Some(Budget::Images(images)),
+        _ => None,
+    };
+    let models: Vec<Model> = Model::ALL
+        .into_iter()
+        .filter(|model| args.only.is_empty() || args.only.contains(model))
+        .collect();
+    let context = Context {
+        out: args.out.clone().unwrap_or_else(|| settings.out.clone()),
+        machine: format!("{}, {threads} threads, {}", processor(), args.device),
+        settings,
+        device,
+        budget,
+    };
+    let measured = args.measure;
+    let work = move || {
+        if measured {
+            return measure::all(&context, &models);
+        }
+        models.into_iter().try_for_each(|model| model.train(&context))
+    };
+    let thread = std::thread::Builder::new()
+        .name("pretrain".into())
+        .stack_size(STACK)
+        .spawn(work)
+        .map_err(Error::io("a thread for the training"))?;
+    match thread.join() {
+        Ok(result) => result,
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
+}
+
+/// The processor's name as Linux tells it.
+fn processor() -> String {
+    std::fs::read_to_string("/proc/cpuinfo")
+        .ok()
+        .and_then(|text| {
+            let line = text.lines().find(|line| line.starts_with("model name"))?;
+            Some(line.split_once(':')?.1.trim().to_string())
+        })
+        .unwrap_or_else(|| std::env::consts::ARCH.to_string())
+}

@@ -1,0 +1,214 @@
+//! One training course: the loop, its learning rate, its progress lines, its saves and its notes.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use candle_core::{Tensor, Var};
+use serde::{Deserialize, Serialize};
+
+use super::files;
+use super::settings::Training;
+use crate::training::optimizer::{AdamW, AdamWConfig};
+use crate::{Error, Result};
+
+/// How long a course lasts.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Budget {
+    /// This many minutes of wall time.
+    Minutes(f64),
+    /// This many images.
+    Images(usize),
+}
+
+/// How often the weights are saved, and a line is printed.
+const SAVE_EVERY: Duration = Duration::from_secs(180);
+const PRINT_EVERY: Duration = Duration::from_secs(20);
+
+/// What one step computed: the loss to descend (a scalar), and named figures for the progress line.
+pub struct Step {
+    pub loss: Tensor,
+    pub figures: Vec<(&'static str, f64)>,
+}
+
+/// `training.json` beside a checkpoint: everything that it has seen.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Notes {
+    /// Images over all sessions. Scenes are numbered, so a resumed training goes on with scenes it has not seen.
+    pub images: usize,
+    /// Seconds of wall time over all sessions.
+    pub seconds: f64,
+    /// One entry for each time that the training was started.
+    pub sessions: Vec<Session>,
+}
+
+/// One start of a training.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Session {
+    pub images: usize,
+    pub seconds: f64,
+    /// Processor, threads and device.
+    pub machine: String,
+    pub batch_size: usize,
+    pub learning_rate: f64,
+    /// Points of the curve: images seen in this session, then the mean of each figure since the last point.
+    pub figures: Vec<String>,
+    pub curve: Vec<Vec<f64>>,
+}
+
+/// A course about to run.
+pub struct Course<'a> {
+    /// For the progress line.
+    pub name: &'a str,
+    pub training: &'a Training,
+    pub budget: Budget,
+    pub machine: &'a str,
+    /// Where the notes lie.
+    pub notes: PathBuf,
+    /// What the optimizer moves.
+    pub trained: Vec<(String, Var)>,
+}
+
+impl Course<'_> {
+    /// The notes of earlier sessions; empty if there are none.
+    pub fn notes(&self) -> Result<Notes> {
+        match std::fs::read(&self.notes) {
+            Ok(bytes) => serde_json::from_slice(&bytes).map_err(|e| Error::Invalid {
+                what: format!("{}: {e}", self.notes.display()),
+                hint: Some("remove the file to count from zero again".into()),
+            }),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Notes::default()),
+            Err(e) => Err(Error::io(&self.notes)(e)),
+        }
+    }
+
+    /// Trains until the budget is spent. `step` is given the number of images seen before it, over all sessions, and
+    /// the share of the budget that is spent; `save` writes the checkpoint.
+    pub fn run(
+        &self,
+        mut step: impl FnMut(usize, f64) -> Result<Step>,
+        mut save: impl FnMut() -> Result<()>,
+    ) -> Result<()> {
+        let earlier = self.notes()?;
+        let training = self.training;
+        let config = AdamWConfig {
+            beta2: training.beta2,
+            weight_decay: training.weight_decay,
+            decay_vectors: false,
+            max_grad_norm: Some(training.max_grad_norm),
+            ..AdamWConfig::default()
+        };
+        let mut optimizer = AdamW::new(self.trained.clone(), config)?;
+        let weights: usize = self.trained.iter().map(|(_, v)| v.elem_count()).sum();
+        println!(
+            "{}: {weights} weights, {} images seen before",
+            self.name, earlier.images
+        );
+        let mut session = Session {
+            machine: self.machine.to_string(),
+            batch_size: training.batch_size,
+            learning_rate: training.learning_rate,
+            ..Session::default()
+        };
+        let start = Instant::now();
+        let (mut printed, mut saved) = (start, start);
+        let mut means = Means::default();
+        loop {
+            let spent = match self.budget {
+                Budget::Minutes(minutes) => start.elapsed().as_secs_f64() / (60.0 * minutes),
+                Budget::Images(images) => session.images as f64 / images.max(1) as f64,
+            };
+            let last = spent >= 1.0;
+            if means.steps > 0 && (last || printed.elapsed() > PRINT_EVERY) {
+                session.seconds = start.elapsed().as_secs_f64();
+                let rate = means.images as f64 / printed.elapsed().as_secs_f64();
+                println!(
+                    "{}: {:>3.0} %  {} images  {rate:.1} images/s  {}",
+                    self.name,
+                    100.0 * spent.min(1.0),
+                    earlier.images + session.images,
+                    means.line()
+                );
+                session.figures = means.names();
+                session.curve.push(means.point(session.images));
+                means = Means::default();
+                printed = Instant::now();
+            }
+            if session.images > 0 && (last || saved.elapsed() > SAVE_EVERY) {
+                session.seconds = start.elapsed().as_secs_f64();
+                save()?;
+                let mut notes = earlier.clone();
+                notes.images += session.images;
+                notes.seconds += session.seconds;
+                notes.sessions.push(session.clone());
+                files::write_json(&self.notes, &notes)?;
+                saved = Instant::now();
+            }
+            if last {
+                return Ok(());
+            }
+            let result = step(earlier.images + session.images, spent)?;
+            let loss = f64::from(result.loss.to_scalar::<f32>()?);
+            if !loss.is_finite() {
+                return Err(Error::NotFinite {
+                    what: format!("the loss of {}", self.name),
+                    step: means.steps,
+                });
+            }
+            let gradients = result.loss.backward()?;
+            let rate = training.rate(session.images, spent);
+            let norm = optimizer.step(&gradients, rate)?;
+            session.images += training.batch_size;
+            means.add("loss", loss);
+            for (name, value) in result.figures {
+                means.add(name, value);
+            }
+            means.add("gradient", norm);
+            means.steps += 1;
+            means.images += training.batch_size;
+        }
+    }
+}
+
+/// Means of named figures, in the order in which they first came.
+#[derive(Default)]
+struct Means {
+    steps: usize,
+    images: usize,
+    sums: Vec<(&'static str, f64, usize)>,
+}
+
+impl Means {
+    fn add(&mut self, name: &'static str, value: f64) {
+        match self.sums.iter_mut().find(|(known, ..)| *known == name) {
+            Some((_, sum, count)) => {
+                *sum += value;
+                *count += 1;
+            }
+            None => self.sums.push((name, value, 1)),
+        }
+    }
+
+    fn line(&self) -> String {
+        let parts: Vec<String> = self
+            .sums
+            .iter()
+            .map(|(name, sum, count)| format!("{name} {:.4}", sum / *count as f64))
+            .collect();
+        parts.join("  ")
+    }
+
+    fn names(&self) -> Vec<String> {
+        std::iter::once("images")
+            .chain(self.sums.iter().map(|(name, ..)| *name))
+            .map(String::from)
+            .collect()
+    }
+
+    fn point(&self, images: usize) -> Vec<f64> {
+        let values = self
+            .sums
+            .iter()
+            .map(|(_, sum, count)| (sum / *count as f64 * 1e4).round() / 1e4);
+        std::iter::once(images as f64).chain(values).collect()
+    }
+}

@@ -1,0 +1,72 @@
+//! The training of the nano checkpoints from drawn scenes alone, in the layouts in which the families are published.
+//!
+//! Each file trains one model, and goes on from its checkpoint where there is one, with fresh moments and a warm-up:
+//! nothing else is kept. [`clip`], [`dino`], [`vq`] and [`vae`] need nothing; [`gpt`] needs the VQ tokenizer, [`sd3`]
+//! the autoencoder and CLIP's text tower.
+
+pub mod clip;
+mod contrast;
+pub mod context;
+pub mod course;
+pub mod dino;
+mod files;
+mod frozen;
+pub mod gpt;
+pub mod measure;
+mod pool;
+mod scenes;
+pub mod sd3;
+pub mod settings;
+pub mod vae;
+pub mod vq;
+
+pub use context::Context;
+pub use course::Budget;
+pub use settings::Settings;
+
+use crate::Result;
+
+/// What can be trained, in an order that satisfies every need.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Model {
+    Clip,
+    Dino,
+    Vq,
+    Vae,
+    Gpt,
+    Sd3,
+}
+
+impl Model {
+    /// Every model, in order.
+    pub const ALL: [Model; 6] = [Model::Clip, Model::Dino, Model::Vq, Model::Vae, Model::Gpt, Model::Sd3];
+
+    /// The model's name on the command line and in the settings.
+    pub fn name(self) -> &'static str {
+        match self {
+            Model::Clip => "clip",
+            Model::Dino => "dino",
+            Model::Vq => "vq",
+            Model::Vae => "vae",
+            Model::Gpt => "gpt",
+            Model::Sd3 => "sd3",
+        }
+    }
+
+    /// Trains the model for the context's budget.
+    pub fn train(self, context: &Context) -> Result<()> {
+        match self {
+            Model::Clip => clip::train(context),
+            Model::Dino => dino::train(context),
+            Model::Vq => vq::train(context),
+            Model::Vae => vae::train(context),
+            Model::Gpt => gpt::train(context),
+            Model::Sd3 => sd3::train(context),
+        }
+    }
+}
+
+/// The peak signal-to-noise ratio in dB of values in [−1, 1] with mean squared error `error`.
+fn psnr(error: f64) -> f64 {
+    10.0 * (4.0 / error.max(1e-12)).log10()
+}

@@ -1,0 +1,225 @@
+//! `pipelines/nano-pretrain.toml` as types: every size and every setting of the nano checkpoints' training.
+
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::{Error, Result};
+
+/// The whole file. Unknown fields are refused.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// Fixes the fresh weights, the order of the scenes and all noise.
+    pub seed: u64,
+    /// Side of the drawn images in pixels.
+    pub image_size: usize,
+    /// Where the checkpoints go, and what a training continues from.
+    pub out: PathBuf,
+    pub clip: Clip,
+    pub dino: Dino,
+    pub vq: Vq,
+    pub vae: Vae,
+    pub gpt: Gpt,
+    pub sd3: Sd3,
+}
+
+/// How one model is trained.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Training {
+    /// How many images the model sees when neither `--images` nor `--minutes` is given.
+    pub images: usize,
+    /// Images per step.
+    pub batch_size: usize,
+    /// AdamW's learning rate after the warm-up; it falls along half a cosine to a fiftieth at the end of the budget.
+    pub learning_rate: f64,
+    /// Images over which the learning rate rises from zero, in each session.
+    #[serde(default = "warmup_images")]
+    pub warmup_images: usize,
+    /// AdamW's decay of the second moment.
+    #[serde(default = "beta2")]
+    pub beta2: f64,
+    /// AdamW's decoupled weight decay, on tensors of two or more dimensions.
+    #[serde(default = "weight_decay")]
+    pub weight_decay: f64,
+    /// Largest global norm of the gradient.
+    #[serde(default = "max_grad_norm")]
+    pub max_grad_norm: f64,
+}
+
+fn warmup_images() -> usize {
+    2000
+}
+
+fn beta2() -> f64 {
+    0.99
+}
+
+fn weight_decay() -> f64 {
+    0.01
+}
+
+fn max_grad_norm() -> f64 {
+    1.0
+}
+
+impl Training {
+    /// The learning rate after `images` of this session, when the share `spent` of the budget is spent.
+    pub fn rate(&self, images: usize, spent: f64) -> f64 {
+        let warmup = (images + self.batch_size) as f64 / self.warmup_images.max(1) as f64;
+        let cosine = 0.5 * (1.0 + (std::f64::consts::PI * spent.min(1.0)).cos());
+        self.learning_rate * warmup.min(1.0) * (0.02 + 0.98 * cosine)
+    }
+}
+
+/// A transformer encoder's size.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tower {
+    /// Width of the residual stream; the feed-forward layers are four times as wide.
+    pub width: usize,
+    pub layers: usize,
+    pub heads: usize,
+}
+
+/// CLIP: an image tower and a text tower that agree on which caption belongs to which image.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Clip {
+    /// Side of the image tower's patches in pixels.
+    pub patch_size: usize,
+    pub vision: Tower,
+    pub text: Tower,
+    /// Positions of a caption, both end tokens included.
+    pub max_positions: usize,
+    /// Width of the space that images and captions share.
+    pub projection: usize,
+    pub training: Training,
+}
+
+/// The DINO-shaped vision transformer.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Dino {
+    /// Side of the patches in pixels.
+    pub patch_size: usize,
+    pub vision: Tower,
+    /// How many identities of one class stand together in a batch, as hard negatives of one another.
+    pub identities_per_class: usize,
+    /// Temperature of the contrastive loss.
+    pub temperature: f64,
+    pub training: Training,
+}
+
+/// LlamaGen's VQ tokenizer.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Vq {
+    /// Channels of the first level; a multiple of 32.
+    pub channels: usize,
+    /// Channels of each level over `channels`, finest first; one level fewer than this are halvings.
+    pub encoder_multipliers: Vec<usize>,
+    /// The same for the decoder, also finest first.
+    pub decoder_multipliers: Vec<usize>,
+    /// Channels before the code projection.
+    pub z_channels: usize,
+    /// Entries of the codebook, and the width of each.
+    pub codebook_size: usize,
+    pub codebook_dim: usize,
+    /// Weight of the commitment loss.
+    pub commitment: f64,
+    /// Weight of the mean absolute error beside the mean squared error.
+    pub absolute: f64,
+    /// An entry that no image used for this many images is moved to an encoded patch.
+    pub revive_after: usize,
+    pub training: Training,
+}
+
+/// The KL autoencoder of the diffusion model.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Vae {
+    /// Channels of each level; multiples of 32.
+    pub channels: Vec<usize>,
+    /// Residual blocks per level of the encoder; the decoder has one more.
+    pub layers_per_block: usize,
+    pub latent_channels: usize,
+    /// Weight of the Kullback-Leibler term, per latent value.
+    pub kl: f64,
+    /// Weight of the mean absolute error beside the mean squared error.
+    pub absolute: f64,
+    pub training: Training,
+}
+
+/// LlamaGen's GPT and the T5 encoder that learns jointly with it.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Gpt {
+    pub width: usize,
+    pub layers: usize,
+    pub heads: usize,
+    /// The feed-forward width is rounded up to a multiple of this.
+    pub multiple_of: usize,
+    /// Positions of the caption before the image tokens.
+    pub caption_positions: usize,
+    /// Share of captions replaced by the null condition.
+    pub condition_dropout: f64,
+    /// Dropout on tokens, residuals and feed-forward outputs.
+    pub dropout: f64,
+    pub t5: T5,
+    /// Scenes that are drawn and encoded once and then used again.
+    pub pool: usize,
+    pub training: Training,
+}
+
+/// The T5 encoder.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct T5 {
+    /// Width of the residual stream, and of the features.
+    pub d_model: usize,
+    pub d_ff: usize,
+    pub d_kv: usize,
+    pub heads: usize,
+    pub layers: usize,
+}
+
+/// Stable Diffusion 3's MMDiT.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sd3 {
+    pub layers: usize,
+    pub heads: usize,
+    pub head_dim: usize,
+    /// Side of a patch in latent pixels.
+    pub patch_size: usize,
+    /// Timestep shift of training and of the scheduler's config.
+    pub shift: f64,
+    /// Share of captions replaced by the empty one.
+    pub condition_dropout: f64,
+    /// Scenes that are drawn and encoded once and then used again.
+    pub pool: usize,
+    pub training: Training,
+}
+
+impl Settings {
+    /// Reads the file; the error names the line and column of what is wrong.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
+        Self::parse(&text).map_err(|e| match e {
+            Error::Config(faults) => Error::Config(
+                faults
+                    .into_iter()
+                    .map(|fault| format!("{}: {fault}", path.display()))
+                    .collect(),
+            ),
+            other => other,
+        })
+    }
+
+    /// Reads the text of such a file.
+    pub fn parse(text: &str) -> Result<Self> {
+        toml::from_str(text).map_err(|e| Error::Config(vec![e.to_string()]))
+    }
+}
