@@ -99,7 +99,11 @@ pub fn values_digest(tensors: &BTreeMap<String, Tensor>) -> Result<String> {
         for dim in tensor.dims() {
             hasher.update(&(*dim as u64).to_le_bytes());
         }
-        for value in tensor.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()? {
+        for value in tensor
+            .flatten_all()?
+            .to_dtype(DType::F32)?
+            .to_vec1::<f32>()?
+        {
             hasher.update(&value.to_le_bytes());
         }
     }
@@ -109,8 +113,10 @@ pub fn values_digest(tensors: &BTreeMap<String, Tensor>) -> Result<String> {
 /// Reads a JSON file.
 pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
     let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
-    serde_json::from_str(&text)
-        .map_err(|e| Error::Checkpoint { path: path.to_path_buf(), faults: vec![e.to_string()] })
+    serde_json::from_str(&text).map_err(|e| Error::Checkpoint {
+        path: path.to_path_buf(),
+        faults: vec![e.to_string()],
+    })
 }
 
 /// All tensors of a safetensors file, and its header's metadata.

@@ -10,6 +10,8 @@ use proxytune::cli::{self, Cli};
 const EXIT_WITH_WARNINGS: u8 = 3;
 
 fn main() -> ExitCode {
+    // SAFETY: nothing has started a thread yet.
+    unsafe { proxytune::nn::prepare_process() };
     let cli = Cli::parse();
     match cli::dispatch(cli) {
         Ok(cli::Ended::Well) => ExitCode::SUCCESS,

@@ -1,8 +1,12 @@
 //! The command line: what can be typed, one file per command.
 
 pub mod check;
+mod evaluate;
 pub mod graph;
 pub mod pretrain;
+mod report;
+mod run;
+mod sample;
 
 use std::path::PathBuf;
 
@@ -251,4 +255,51 @@ fn output_failed(source: std::io::Error) -> Error {
         path: "standard output".into(),
         source,
     }
+}
+
+/// How a command ended that did what it was asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    Well,
+    /// Something was set aside or warned about.
+    WithWarnings,
+}
+
+/// Carries out what was typed.
+///
+/// # Errors
+/// Those of the command.
+pub fn dispatch(cli: Cli) -> Result<Ended> {
+    log();
+    let (mut out, mut notes) = (std::io::stdout(), std::io::stderr());
+    match cli.command {
+        Command::Run(args) => run::run(&args),
+        Command::Check(args) => check::check(&args, &mut out, &mut notes).map(|()| Ended::Well),
+        Command::Graph(args) => graph::graph(&args, &mut out).map(|()| Ended::Well),
+        Command::Sample(args) => sample::sample(&args, &mut out),
+        Command::Evaluate(args) => evaluate::evaluate(&args, &mut out),
+        Command::Report(args) => report::report(&args, &mut out),
+        Command::Pretrain(args) => pretrain::pretrain(&args).map(|()| Ended::Well),
+    }
+}
+
+/// Warnings go to standard error; `RUST_LOG` asks for more.
+fn log() {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("proxytune=info,warn"));
+    // Set already when commands are called from a program that logs itself.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .without_time()
+        .try_init();
+}
+
+/// A runtime for commands that stream.
+fn runtime() -> Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(Error::io("threads for the streams"))
 }

@@ -13,9 +13,11 @@ const STACK: usize = 256 << 20;
 
 /// `proxytune pretrain`
 #[derive(Debug, Clone, Args)]
-#[command(after_help = "Examples:\n  proxytune pretrain pipelines/nano-pretrain.toml\n  \
+#[command(
+    after_help = "Examples:\n  proxytune pretrain pipelines/nano-pretrain.toml\n  \
                         proxytune pretrain pipelines/nano-pretrain.toml --only gpt,sd3 --minutes 30\n  \
-                        proxytune pretrain pipelines/nano-pretrain.toml --measure")]
+                        proxytune pretrain pipelines/nano-pretrain.toml --measure"
+)]
 pub struct PretrainArgs {
     /// The settings
     pub file: PathBuf,
@@ -93,7 +95,9 @@ pub fn pretrain(args: &PretrainArgs) -> Result<()> {
         if measured {
             return measure::all(&context, &models);
         }
-        models.into_iter().try_for_each(|model| model.train(&context))
+        models
+            .into_iter()
+            .try_for_each(|model| model.train(&context))
     };
     let thread = std::thread::Builder::new()
         .name("pretrain".into())

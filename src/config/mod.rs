@@ -18,6 +18,7 @@ mod typed;
 use std::path::Path;
 
 pub use models::{Family, Kind, locate};
+pub use prompts::PromptList;
 pub use resolve::Document;
 pub use resolved::*;
 
@@ -30,4 +31,14 @@ use crate::Result;
 /// `FILE:LINE:COLUMN: what` and `hint: …`; [`Error::Io`](crate::Error::Io) when the file cannot be read.
 pub fn load(path: &Path, overrides: &[String]) -> Result<Resolved> {
     Document::open(path, overrides)?.resolve()
+}
+
+/// How a model of this family samples where nothing else is said: a diffusion model's settings, or an AR model's.
+pub fn sampling_defaults(family: Family) -> Sampling {
+    match family.kind() {
+        Kind::Autoregressive => Sampling::Autoregressive(defaults::autoregressive_sampling(family)),
+        Kind::Diffusion | Kind::Evaluator => {
+            Sampling::Diffusion(defaults::diffusion_sampling(family))
+        }
+    }
 }

@@ -224,7 +224,11 @@ pub fn read_for(path: &Path, wanted: &LoraConfig) -> Result<BTreeMap<String, Ten
 }
 
 /// Writes a whole checkpoint, `model.safetensors` beside `config.json`, into the folder `dir`.
-pub fn write_checkpoint(dir: &Path, tensors: &BTreeMap<String, Tensor>, config: &str) -> Result<()> {
+pub fn write_checkpoint(
+    dir: &Path,
+    tensors: &BTreeMap<String, Tensor>,
+    config: &str,
+) -> Result<()> {
     files::write_tensors(&dir.join(CHECKPOINT_WEIGHTS), tensors, &[])?;
     files::write(&dir.join("config.json"), config.as_bytes())
 }

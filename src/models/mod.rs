@@ -185,10 +185,12 @@ pub fn open(opening: &Opening) -> Result<Box<dyn Learner>> {
     match opening.family {
         Family::LlamaGen => Ok(Box::new(llamagen::LlamaGen::open(opening)?)),
         Family::Sd3 => Ok(Box::new(sd3::Sd3Learner::open(opening)?)),
-        family @ (Family::Sdxl | Family::Flux | Family::Lumina | Family::Clip | Family::Dino) => Err(Error::invalid(
-            format!("{family} cannot be trained here"),
-            "models that can: SD3 and SD3.5 (diffusion), LlamaGen (autoregressive)",
-        )),
+        family @ (Family::Sdxl | Family::Flux | Family::Lumina | Family::Clip | Family::Dino) => {
+            Err(Error::invalid(
+                format!("{family} cannot be trained here"),
+                "models that can: SD3 and SD3.5 (diffusion), LlamaGen (autoregressive)",
+            ))
+        }
     }
 }
 
@@ -198,7 +200,10 @@ fn finish_all(components: &[&Weights]) -> Result<()> {
     let mut first = None;
     for component in components {
         if let Err(Error::Checkpoint { path, faults: own }) = component.finish() {
-            faults.extend(own.into_iter().map(|fault| format!("{}: {fault}", path.display())));
+            faults.extend(
+                own.into_iter()
+                    .map(|fault| format!("{}: {fault}", path.display())),
+            );
             first.get_or_insert(path);
         }
     }

@@ -13,9 +13,9 @@ use futures::{Stream, StreamExt};
 use tokio::task::JoinSet;
 
 use self::prepare::Prepared;
-pub use self::prepare::{device, sampler_opening};
+pub use self::prepare::{device, opening_for, sampler_opening, use_threads};
 pub use self::run_dir::RunDir;
-use crate::config::{Resolved, Source};
+use crate::config::{Document, Resolved, Source};
 use crate::evaluation::report::Report;
 use crate::stages::direct::{Tuned, direct};
 use crate::stages::evaluate::{Evaluated, evaluate};
@@ -67,15 +67,25 @@ pub struct Outcome {
 pub async fn run(options: &Options, stop: Stop) -> Result<Outcome> {
     let start = Instant::now();
     let resolved_text = options.resolved.to_toml()?;
-    let dir = RunDir::open(&options.out, &options.pipeline, &options.text, &resolved_text, options.new)?;
+    let dir = RunDir::open(
+        &options.out,
+        &options.pipeline,
+        &options.text,
+        &resolved_text,
+        options.new,
+    )?;
     if options.progress {
         announce(&dir);
     }
     let prepared = prepare::prepare(options, &dir, stop).await?;
     let context = prepared.context.clone();
-    let progress = options.progress.then(|| Progress::show(context.board.clone()));
+    let progress = options
+        .progress
+        .then(|| Progress::show(context.board.clone()));
     prepare::note_status(&context, options, "started").await?;
-    let result = Graph::build(prepared, options.sequential).join(&context).await;
+    let result = Graph::build(prepared, options.sequential)
+        .join(&context)
+        .await;
     if let Some(progress) = progress {
         progress.finish();
     }
@@ -106,16 +116,52 @@ pub async fn run(options: &Options, stop: Stop) -> Result<Outcome> {
     };
     let report = report::write(&context, &ending).await?;
     prepare::note_status(&context, options, "complete").await?;
-    let summary = serde_json::to_value(&ending)
-        .map_err(|e| Error::Invalid { what: format!("the ending as JSON: {e}"), hint: None })?;
+    let summary = serde_json::to_value(&ending).map_err(|e| Error::Invalid {
+        what: format!("the ending as JSON: {e}"),
+        hint: None,
+    })?;
     dir.complete(&summary)?;
-    Ok(Outcome { dir: dir.path().to_path_buf(), report, ending })
+    Ok(Outcome {
+        dir: dir.path().to_path_buf(),
+        report,
+        ending,
+    })
+}
+
+/// Writes the report of the run in `dir` again, from the store and what the run noted at its end.
+///
+/// # Errors
+/// When the run has not ended, or its photos, checkpoints or rows are gone.
+pub async fn report_again(dir: &std::path::Path, store: &std::path::Path) -> Result<Report> {
+    let run = RunDir::existing(dir)?;
+    let (text, resolved) = run.texts()?;
+    let ending: Ending = serde_json::from_str(&run.summary()?).map_err(|e| {
+        Error::invalid(
+            format!("{}: complete.json: {e}", dir.display()),
+            "run the pipeline again to renew it",
+        )
+    })?;
+    let resolved = Document::parse(&resolved, "resolved.toml", &[]).resolve()?;
+    let options = Options {
+        pipeline: dir.to_path_buf(),
+        text,
+        resolved,
+        store: store.to_path_buf(),
+        out: dir.to_path_buf(),
+        new: false,
+        sequential: false,
+        progress: false,
+    };
+    let prepared = prepare::prepare(&options, &run, Stop::default()).await?;
+    report::write(&prepared.context, &ending).await
 }
 
 fn announce(dir: &RunDir) {
     let path = dir.path().display();
     match (dir.is_complete(), dir.resumed) {
-        (true, _) => eprintln!("{path}: this ran to its end before; checking that everything is there"),
+        (true, _) => {
+            eprintln!("{path}: this ran to its end before; checking that everything is there")
+        }
         (false, true) => eprintln!("{path}: continuing"),
         (false, false) => eprintln!("{path}: a new run"),
     }
@@ -137,7 +183,13 @@ struct Graph {
 impl Graph {
     /// The picture of the crate's documentation, as code.
     fn build(prepared: Prepared, sequential: bool) -> Self {
-        let Prepared { context, student, supervisor, supervisor_keys, tokenizer } = prepared;
+        let Prepared {
+            context,
+            student,
+            supervisor,
+            supervisor_keys,
+            tokenizer,
+        } = prepared;
         let (board, sizes) = (&context.board, &context.resolved.channels);
         let resolved = &context.resolved;
         let mut tasks = JoinSet::new();
@@ -151,37 +203,66 @@ impl Graph {
         let referring = meter("references", "subjects", subjects);
         let first_training_proxy = Arc::new(AtomicUsize::new(usize::MAX));
         // Meters stand in the order of the dataflow, which is the order in which progress shows them.
-        let teaching = supervisor.as_ref().zip(resolved.supervisor.as_ref()).map(|(opening, settings)| {
-            let steps = settings.training.steps * subjects;
-            let meters = [
-                meter("supervise", "steps", steps),
-                meter("synthesize", "proxies", proxies),
-                meter("keep", "proxies", proxies),
-                meter("tokenize", "proxies", proxies),
-                meter("score", "proxies", proxies),
-            ];
-            (opening.clone(), meters)
-        });
-        let baseline = resolved.direct().map(|direct| (direct, meter("direct", "steps", direct.training.steps)));
+        let teaching =
+            supervisor
+                .as_ref()
+                .zip(resolved.supervisor.as_ref())
+                .map(|(opening, settings)| {
+                    let steps = settings.training.steps * subjects;
+                    let meters = [
+                        meter("supervise", "steps", steps),
+                        meter("synthesize", "proxies", proxies),
+                        meter("keep", "proxies", proxies),
+                        meter("tokenize", "proxies", proxies),
+                        meter("score", "proxies", proxies),
+                    ];
+                    (opening.clone(), meters)
+                });
+        let baseline = resolved
+            .direct()
+            .map(|direct| (direct, meter("direct", "steps", direct.training.steps)));
         let training = meter("train", "steps", resolved.student.training.steps);
         let evaluating = meter("evaluate", "samples", expected_samples(&context));
         let reporting = board.meter("report", "checkpoints");
 
-        let (checkpoints, to_evaluate) = channel(board, "checkpoints", sizes.checkpoints, &training, &evaluating);
+        let (checkpoints, to_evaluate) = channel(
+            board,
+            "checkpoints",
+            sizes.checkpoints,
+            &training,
+            &evaluating,
+        );
         let mut to_subjects: Vec<Outlet<usize>> = Vec::new();
 
         match teaching {
             Some((opening, [supervising, synthesizing, keeping, tokenizing, scoring])) => {
-                let (subjects, to_supervise) =
-                    channel(board, "references", sizes.references, &referring, &supervising);
+                let (subjects, to_supervise) = channel(
+                    board,
+                    "references",
+                    sizes.references,
+                    &referring,
+                    &supervising,
+                );
                 to_subjects.push(subjects);
                 let keys = supervisor_keys.clone();
-                let keyed = in_order(sequential, to_supervise).map(move |subject| (subject, keys[subject].clone()));
-                let (supervisors, to_synthesize) =
-                    channel(board, "supervisors", sizes.supervisors, &supervising, &synthesizing);
-                spawn(&mut tasks, &supervising, supervise(context.clone(), opening, keyed, supervising.clone()), supervisors);
+                let keyed = in_order(sequential, to_supervise)
+                    .map(move |subject| (subject, keys[subject].clone()));
+                let (supervisors, to_synthesize) = channel(
+                    board,
+                    "supervisors",
+                    sizes.supervisors,
+                    &supervising,
+                    &synthesizing,
+                );
+                spawn(
+                    &mut tasks,
+                    &supervising,
+                    supervise(context.clone(), opening, keyed, supervising.clone()),
+                    supervisors,
+                );
 
-                let (made, to_keep) = channel(board, "proxies", sizes.proxies, &synthesizing, &keeping);
+                let (made, to_keep) =
+                    channel(board, "proxies", sizes.proxies, &synthesizing, &keeping);
                 let synthesis = synthesize(
                     context.clone(),
                     in_order(sequential, to_synthesize),
@@ -190,17 +271,32 @@ impl Graph {
                 );
                 spawn(&mut tasks, &synthesizing, synthesis, made);
 
-                let (to_two, kept) = (sizes.kept, keep(context.clone(), supervisor_keys, to_keep, keeping.clone()));
-                let (for_tokens, to_tokenize) = channel(board, "kept", to_two, &keeping, &tokenizing);
+                let (to_two, kept) = (
+                    sizes.kept,
+                    keep(context.clone(), supervisor_keys, to_keep, keeping.clone()),
+                );
+                let (for_tokens, to_tokenize) =
+                    channel(board, "kept", to_two, &keeping, &tokenizing);
                 let (for_scores, to_score) = channel(board, "kept", to_two, &keeping, &scoring);
-                spawn_two(&mut tasks, &keeping, kept, for_tokens, for_scores, sequential);
+                spawn_two(
+                    &mut tasks, &keeping, kept, for_tokens, for_scores, sequential,
+                );
 
-                let (ready, to_train) = channel(board, "tokens", sizes.tokens, &tokenizing, &training);
-                let tokens =
-                    tokenize(context.clone(), tokenizer, in_order(sequential, to_tokenize), tokenizing.clone());
+                let (ready, to_train) =
+                    channel(board, "tokens", sizes.tokens, &tokenizing, &training);
+                let tokens = tokenize(
+                    context.clone(),
+                    tokenizer,
+                    in_order(sequential, to_tokenize),
+                    tokenizing.clone(),
+                );
                 spawn(&mut tasks, &tokenizing, tokens, ready);
 
-                let scores = score_proxies(context.clone(), in_order(sequential, to_score), scoring.clone());
+                let scores = score_proxies(
+                    context.clone(),
+                    in_order(sequential, to_score),
+                    scoring.clone(),
+                );
                 spawn_sink(&mut tasks, &scoring, scores);
 
                 let learning = train(
@@ -213,19 +309,27 @@ impl Graph {
                 spawn(&mut tasks, &training, learning, checkpoints.clone());
             }
             None => {
-                let (subjects, to_train) = channel(board, "references", sizes.references, &referring, &training);
+                let (subjects, to_train) =
+                    channel(board, "references", sizes.references, &referring, &training);
                 to_subjects.push(subjects);
                 let tuned = Tuned {
                     method: Method::Student,
                     source: resolved.student.source,
                     settings: resolved.student.training.clone(),
                 };
-                let learning = direct(context.clone(), student.clone(), tuned, to_train, training.clone());
+                let learning = direct(
+                    context.clone(),
+                    student.clone(),
+                    tuned,
+                    to_train,
+                    training.clone(),
+                );
                 spawn(&mut tasks, &training, learning, checkpoints.clone());
             }
         }
         if let Some((settings, tuning)) = baseline {
-            let (subjects, to_tune) = channel(board, "references", sizes.references, &referring, &tuning);
+            let (subjects, to_tune) =
+                channel(board, "references", sizes.references, &referring, &tuning);
             to_subjects.push(subjects);
             let tuned = Tuned {
                 method: Method::Direct,
@@ -241,12 +345,31 @@ impl Graph {
             spawn(&mut tasks, &tuning, learning, checkpoints.clone());
         }
         drop(checkpoints);
-        spawn_all(&mut tasks, &referring, references(context.clone(), referring.clone()), to_subjects);
+        spawn_all(
+            &mut tasks,
+            &referring,
+            references(context.clone(), referring.clone()),
+            to_subjects,
+        );
 
-        let (evaluated, results) = channel(board, "evaluations", sizes.evaluations, &evaluating, &reporting);
-        let scored = evaluate(context.clone(), in_order(sequential, to_evaluate), evaluating.clone());
+        let (evaluated, results) = channel(
+            board,
+            "evaluations",
+            sizes.evaluations,
+            &evaluating,
+            &reporting,
+        );
+        let scored = evaluate(
+            context.clone(),
+            in_order(sequential, to_evaluate),
+            evaluating.clone(),
+        );
         spawn(&mut tasks, &evaluating, scored, evaluated);
-        Self { tasks, evaluated: results, first_training_proxy }
+        Self {
+            tasks,
+            evaluated: results,
+            first_training_proxy,
+        }
     }
 
     /// Waits for all stages. The first failure stops the others.
@@ -285,7 +408,9 @@ fn in_order<T: Send + 'static>(
     if !sequential {
         return input.boxed();
     }
-    futures::stream::once(input.collect::<Vec<T>>()).flat_map(futures::stream::iter).boxed()
+    futures::stream::once(input.collect::<Vec<T>>())
+        .flat_map(futures::stream::iter)
+        .boxed()
 }
 
 /// Drives `stage` into two channels; each send is awaited, so the slower reader holds it back. One stage after
@@ -344,8 +469,10 @@ fn expected_samples(context: &Context) -> usize {
     let (steps, every) = (resolved.student.training.steps, resolved.evaluation.every);
     let between = if every > 0 { (steps - 1) / every } else { 0 };
     let from_proxies = resolved.student.source == Source::Proxies;
-    let methods =
-        1 + between + usize::from(resolved.evaluation.untouched) + usize::from(from_proxies) + usize::from(resolved.direct().is_some());
+    let methods = 1
+        + between
+        + usize::from(resolved.evaluation.untouched)
+        + usize::from(from_proxies)
+        + usize::from(resolved.direct().is_some());
     images * methods
 }
-

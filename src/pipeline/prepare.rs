@@ -12,7 +12,9 @@ use crate::models::llamagen::{ImageTokenizer, tokenizer_dir};
 use crate::models::{Opening, Tuning, clip, vit};
 use crate::plan::{Digest, Plan, checkpoint_digest, derive_seed, photos_digest, supervisor_key};
 use crate::stages::tokenize::OpenTokenizer;
-use crate::stages::{Context, Lazy, LazyEvaluator, Subject, TokenizerIdentity, Warnings, references};
+use crate::stages::{
+    Context, Lazy, LazyEvaluator, Subject, TokenizerIdentity, Warnings, references,
+};
 use crate::store::{Limits, MetricRow, RunRow, Store, Writer, now_us};
 use crate::stream::{Board, Meter, Stop};
 use crate::training::tuning;
@@ -37,7 +39,9 @@ pub(super) struct Prepared {
 pub fn device(device: Device) -> Result<candle_core::Device> {
     match device {
         Device::Cpu => Ok(candle_core::Device::Cpu),
-        Device::Cuda(ordinal) if cfg!(feature = "cuda") => Ok(candle_core::Device::new_cuda(ordinal)?),
+        Device::Cuda(ordinal) if cfg!(feature = "cuda") => {
+            Ok(candle_core::Device::new_cuda(ordinal)?)
+        }
         Device::Cuda(_) => Err(Error::invalid(
             "this program was built without CUDA",
             "set device = \"cpu\", or build with: cargo build --release --features cuda",
@@ -46,9 +50,11 @@ pub fn device(device: Device) -> Result<candle_core::Device> {
 }
 
 /// Uses `threads` threads for computing, in the whole process. Only the first call counts.
-pub(crate) fn use_threads(threads: usize) {
+pub fn use_threads(threads: usize) {
     // The pool exists already when a run is started from code for a second time.
-    let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+    let _ = rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build_global();
 }
 
 pub(super) async fn prepare(options: &Options, run: &RunDir, stop: Stop) -> Result<Prepared> {
@@ -56,8 +62,10 @@ pub(super) async fn prepare(options: &Options, run: &RunDir, stop: Stop) -> Resu
     use_threads(resolved.threads);
     let warnings = Warnings::default();
     let subjects = load_subjects(resolved, &warnings).await?;
-    let counts: Vec<(String, usize)> =
-        subjects.iter().map(|subject| (subject.name.clone(), subject.images.len())).collect();
+    let counts: Vec<(String, usize)> = subjects
+        .iter()
+        .map(|subject| (subject.name.clone(), subject.images.len()))
+        .collect();
     let plan = Plan::new(resolved, &counts)?;
     let store = Store::open(&options.store).await?;
 
@@ -72,11 +80,20 @@ pub(super) async fn prepare(options: &Options, run: &RunDir, stop: Stop) -> Resu
         let base = checkpoint_digest(&opening.dir)?;
         for (subject, loaded) in resolved.subjects.iter().zip(&subjects) {
             let photos = photos_digest(&loaded.digests);
-            supervisor_keys.push(supervisor_key(&photos, &base, subject, settings, resolved.seed)?);
+            supervisor_keys.push(supervisor_key(
+                &photos,
+                &base,
+                subject,
+                settings,
+                resolved.seed,
+            )?);
         }
     }
     let (tokenizer, identity) = image_tokenizer(resolved, &student_dir)?;
-    let photos: Vec<String> = subjects.iter().flat_map(|subject| subject.digests.clone()).collect();
+    let photos: Vec<String> = subjects
+        .iter()
+        .flat_map(|subject| subject.digests.clone())
+        .collect();
     let mut digest = Digest::new("student 1")
         .field("plan", plan.digest())
         .field("base", checkpoint_digest(&student_dir)?)
@@ -85,7 +102,10 @@ pub(super) async fn prepare(options: &Options, run: &RunDir, stop: Stop) -> Resu
         digest = digest.field("supervisor", key);
     }
     let metrics = store.metrics().await?;
-    let frequent = Limits { rows: 1024, ..Limits::default() };
+    let frequent = Limits {
+        rows: 1024,
+        ..Limits::default()
+    };
     let context = Context {
         run: run.id().to_string(),
         dir: run.path().to_path_buf(),
@@ -95,9 +115,13 @@ pub(super) async fn prepare(options: &Options, run: &RunDir, stop: Stop) -> Resu
         board: Board::default(),
         stop,
         painter: match (&supervisor, &resolved.supervisor) {
-            (Some(opening), Some(settings)) => {
-                Some(Lazy::new("painter", Opening { tuning: tuning(&settings.training), ..opening.clone() }))
-            }
+            (Some(opening), Some(settings)) => Some(Lazy::new(
+                "painter",
+                Opening {
+                    tuning: tuning(&settings.training),
+                    ..opening.clone()
+                },
+            )),
             _ => None,
         },
         sampler: Lazy::new("sampler", sampler_opening(resolved, &student)),
@@ -109,7 +133,13 @@ pub(super) async fn prepare(options: &Options, run: &RunDir, stop: Stop) -> Resu
         subjects,
         store,
     };
-    Ok(Prepared { context: Arc::new(context), student, supervisor, supervisor_keys, tokenizer })
+    Ok(Prepared {
+        context: Arc::new(context),
+        student,
+        supervisor,
+        supervisor_keys,
+        tokenizer,
+    })
 }
 
 async fn load_subjects(resolved: &Resolved, warnings: &Warnings) -> Result<Vec<Arc<Subject>>> {
@@ -118,7 +148,10 @@ async fn load_subjects(resolved: &Resolved, warnings: &Warnings) -> Result<Vec<A
         let (subject, warnings) = (subject.clone(), warnings.clone());
         let loaded = tokio::task::spawn_blocking(move || references::load(&subject, &warnings))
             .await
-            .map_err(|e| Error::Invalid { what: format!("reading photos ended unexpectedly: {e}"), hint: None })?;
+            .map_err(|e| Error::Invalid {
+                what: format!("reading photos ended unexpectedly: {e}"),
+                hint: None,
+            })?;
         subjects.push(Arc::new(loaded?));
     }
     Ok(subjects)
@@ -162,12 +195,18 @@ pub fn sampler_opening(resolved: &Resolved, student: &Opening) -> Opening {
     }
 }
 
-fn image_tokenizer(resolved: &Resolved, dir: &std::path::Path) -> Result<(Arc<OpenTokenizer>, Option<TokenizerIdentity>)> {
+fn image_tokenizer(
+    resolved: &Resolved,
+    dir: &std::path::Path,
+) -> Result<(Arc<OpenTokenizer>, Option<TokenizerIdentity>)> {
     let (dir, kind) = (dir.to_path_buf(), resolved.student.family.kind());
     let identity = match resolved.student.family {
         Family::LlamaGen => {
             let config: crate::models::llamagen::gpt::Config = read_json(&dir.join("config.json"))?;
-            Some(TokenizerIdentity { digest: checkpoint_digest(&tokenizer_dir(&dir))?, count: config.block_size })
+            Some(TokenizerIdentity {
+                digest: checkpoint_digest(&tokenizer_dir(&dir))?,
+                count: config.block_size,
+            })
         }
         family if kind == Kind::Autoregressive => {
             return Err(Error::invalid(
@@ -193,9 +232,17 @@ fn evaluator(resolved: &Resolved) -> Result<LazyEvaluator> {
         .finish();
     let on = device(evaluation.device)?;
     let build = move || {
-        Ok(Evaluator { clip: ClipEmbedder::load(&clip_dir, &on)?, dino: DinoEmbedder::load(&dino_dir, &on)? })
+        Ok(Evaluator {
+            clip: ClipEmbedder::load(&clip_dir, &on)?,
+            dino: DinoEmbedder::load(&dino_dir, &on)?,
+        })
     };
-    Ok(LazyEvaluator::new(build, digest, clip_config.projection_dim, dino_config.hidden_size))
+    Ok(LazyEvaluator::new(
+        build,
+        digest,
+        clip_config.projection_dim,
+        dino_config.hidden_size,
+    ))
 }
 
 /// Notes in the store where the run stands.
@@ -226,26 +273,38 @@ pub(super) async fn protocol(context: &Context) -> Result<Vec<String>> {
         .evaluator
         .get()
         .await?
-        .call(&meter, |evaluator| Ok(vec![evaluator.clip.description(), evaluator.dino.description()]))
+        .call(&meter, |evaluator| {
+            Ok(vec![
+                evaluator.clip.description(),
+                evaluator.dino.description(),
+            ])
+        })
         .await
 }
 
-/// A frozen learner, or one with room for the adapter in a folder.
-pub(crate) fn opening_for(
-    model: &str,
-    adapter: Option<&std::path::Path>,
-    on: Device,
-) -> Result<Opening> {
+/// How the model called `model` is opened to draw with what a folder or file holds: an adapter, or all weights.
+///
+/// # Errors
+/// When the model or the adapter cannot be found or read.
+pub fn opening_for(model: &str, adapter: Option<&std::path::Path>, on: Device) -> Result<Opening> {
     let tuning = match adapter {
         None => Tuning::Frozen,
-        Some(dir) if dir.join(crate::models::adapters::CHECKPOINT_WEIGHTS).is_file() => Tuning::Full,
+        Some(dir)
+            if dir
+                .join(crate::models::adapters::CHECKPOINT_WEIGHTS)
+                .is_file() =>
+        {
+            Tuning::Full
+        }
         Some(dir) => Tuning::Lora(crate::models::adapters::AdapterFile::read(dir)?.config()),
     };
     Ok(Opening {
         dir: locate(model)?,
         name: model.to_string(),
         family: crate::config::models::family(model)?,
-        resolution: crate::config::models::known(model).and_then(|known| known.resolution).map(|side| side as u32),
+        resolution: crate::config::models::known(model)
+            .and_then(|known| known.resolution)
+            .map(|side| side as u32),
         tuning,
         seed: 0,
         device: device(on)?,

@@ -28,8 +28,16 @@ impl RunDir {
     ///
     /// # Errors
     /// When the directory cannot be written, or another process has it open.
-    pub fn open(out: &Path, pipeline: &Path, text: &str, resolved: &str, new: bool) -> Result<Self> {
-        let stem = pipeline.file_stem().map_or("run".into(), |stem| stem.to_string_lossy().into_owned());
+    pub fn open(
+        out: &Path,
+        pipeline: &Path,
+        text: &str,
+        resolved: &str,
+        new: bool,
+    ) -> Result<Self> {
+        let stem = pipeline
+            .file_stem()
+            .map_or("run".into(), |stem| stem.to_string_lossy().into_owned());
         let digest = blake3::hash(resolved.as_bytes()).to_hex();
         let base = format!("{stem}-{}", &digest[..8]);
         let mut id = base.clone();
@@ -49,14 +57,71 @@ impl RunDir {
         }
         let path = out.join(&id);
         let resumed = taken(&id);
-        let changes = if resumed { Vec::new() } else { changes_since_last(out, &stem, resolved)? };
+        let changes = if resumed {
+            Vec::new()
+        } else {
+            changes_since_last(out, &stem, resolved)?
+        };
         files::create_dir(&path)?;
         let lock = lock(&path)?;
         if !resumed {
             files::write(&path.join(PIPELINE), text.as_bytes())?;
             files::write(&path.join(RESOLVED), resolved.as_bytes())?;
         }
-        Ok(Self { path, id, resumed, changes, _lock: lock })
+        Ok(Self {
+            path,
+            id,
+            resumed,
+            changes,
+            _lock: lock,
+        })
+    }
+
+    /// Opens the directory of a run that is there already.
+    ///
+    /// # Errors
+    /// When it is not a run's, or another process has it open.
+    pub fn existing(path: &Path) -> Result<Self> {
+        if !path.join(RESOLVED).is_file() {
+            return Err(Error::invalid(
+                format!("{} is not the directory of a run", path.display()),
+                "name a directory below datasets/runs, or wherever --out was",
+            ));
+        }
+        let path = std::path::absolute(path).map_err(Error::io(path))?;
+        let id = path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        let lock = lock(&path)?;
+        Ok(Self {
+            path,
+            id,
+            resumed: true,
+            changes: Vec::new(),
+            _lock: lock,
+        })
+    }
+
+    /// The pipeline file as it was given, and the resolved one.
+    pub fn texts(&self) -> Result<(String, String)> {
+        let read = |name| {
+            let path = self.path.join(name);
+            std::fs::read_to_string(&path).map_err(Error::io(&path))
+        };
+        Ok((read(PIPELINE)?, read(RESOLVED)?))
+    }
+
+    /// The summary of a run that has ended well.
+    pub fn summary(&self) -> Result<String> {
+        let path = self.path.join(COMPLETE);
+        std::fs::read_to_string(&path).map_err(|_| {
+            Error::invalid(
+                format!("{} has not run to its end", self.path.display()),
+                "run its pipeline again: it continues where it stopped",
+            )
+        })
     }
 
     /// The run's name: the directory's last part, and what rows of the store call it.
@@ -81,13 +146,21 @@ impl RunDir {
 
     /// Notes that the run has ended well, with a summary.
     pub fn complete(&self, summary: &serde_json::Value) -> Result<()> {
-        files::write(&self.path.join(COMPLETE), format!("{summary:#}\n").as_bytes())
+        files::write(
+            &self.path.join(COMPLETE),
+            format!("{summary:#}\n").as_bytes(),
+        )
     }
 }
 
 fn lock(path: &Path) -> Result<File> {
     let name = path.join("lock");
-    let file = File::options().create(true).truncate(false).write(true).open(&name).map_err(Error::io(&name))?;
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&name)
+        .map_err(Error::io(&name))?;
     // The lock dies with the process, however that ends.
     match file.try_lock() {
         Ok(()) => Ok(file),
@@ -109,8 +182,14 @@ fn changes_since_last(out: &Path, stem: &str, resolved: &str) -> Result<Vec<Stri
     let mut newest: Option<(std::time::SystemTime, PathBuf)> = None;
     for entry in entries {
         let path = entry.map_err(Error::io(out))?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let is_of_stem = name.strip_prefix(stem).is_some_and(|rest| rest.starts_with('-'));
+        let name = path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        let is_of_stem = name
+            .strip_prefix(stem)
+            .is_some_and(|rest| rest.starts_with('-'));
         let file = path.join(RESOLVED);
         if let (true, Ok(time)) = (is_of_stem, file.metadata().and_then(|m| m.modified())) {
             if newest.as_ref().is_none_or(|(latest, _)| time > *latest) {
@@ -118,7 +197,9 @@ fn changes_since_last(out: &Path, stem: &str, resolved: &str) -> Result<Vec<Stri
             }
         }
     }
-    let Some((_, file)) = newest else { return Ok(Vec::new()) };
+    let Some((_, file)) = newest else {
+        return Ok(Vec::new());
+    };
     let before = fields(&std::fs::read_to_string(&file).map_err(Error::io(&file))?);
     let after = fields(resolved);
     let mut names: Vec<&String> = before.keys().chain(after.keys()).collect();
@@ -128,7 +209,13 @@ fn changes_since_last(out: &Path, stem: &str, resolved: &str) -> Result<Vec<Stri
     Ok(names
         .into_iter()
         .filter(|name| before.get(*name) != after.get(*name))
-        .map(|name| format!("{name}: {} -> {}", show(before.get(name)), show(after.get(name))))
+        .map(|name| {
+            format!(
+                "{name}: {} -> {}",
+                show(before.get(name)),
+                show(after.get(name))
+            )
+        })
         .collect())
 }
 
@@ -138,7 +225,11 @@ fn fields(text: &str) -> BTreeMap<String, String> {
         match value {
             toml::Value::Table(table) => {
                 for (key, value) in table {
-                    let path = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
+                    let path = if prefix.is_empty() {
+                        key.clone()
+                    } else {
+                        format!("{prefix}.{key}")
+                    };
                     walk(&path, value, found);
                 }
             }
@@ -161,11 +252,16 @@ mod tests {
     #[test]
     fn an_unchanged_file_resumes_and_a_changed_one_says_what_changed() {
         let out = tempfile::tempdir().unwrap();
-        let open = |resolved: &str, new| RunDir::open(out.path(), Path::new("a/dog.toml"), "", resolved, new);
+        let open = |resolved: &str, new| {
+            RunDir::open(out.path(), Path::new("a/dog.toml"), "", resolved, new)
+        };
         let first = open("seed = 1\n[student]\nsteps = 2\n", false).unwrap();
         assert!(!first.resumed && first.changes.is_empty());
         let (path, id) = (first.path().to_path_buf(), first.id().to_string());
-        assert!(open("seed = 1\n[student]\nsteps = 2\n", false).is_err(), "it is locked");
+        assert!(
+            open("seed = 1\n[student]\nsteps = 2\n", false).is_err(),
+            "it is locked"
+        );
         drop(first);
         let again = open("seed = 1\n[student]\nsteps = 2\n", false).unwrap();
         assert!(again.resumed && again.path() == path);
@@ -174,6 +270,11 @@ mod tests {
         let afresh = open("seed = 1\n[student]\nsteps = 2\n", true).unwrap();
         assert!(!afresh.resumed && afresh.id() == format!("{id}-2"));
         drop(afresh);
-        assert_eq!(open("seed = 1\n[student]\nsteps = 2\n", false).unwrap().id(), format!("{id}-2"));
+        assert_eq!(
+            open("seed = 1\n[student]\nsteps = 2\n", false)
+                .unwrap()
+                .id(),
+            format!("{id}-2")
+        );
     }
 }

@@ -89,19 +89,37 @@ impl Photos {
             .call(&course.meter, move |trainee| {
                 let learner = trainee.learner();
                 let side = learner.resolution();
-                let images: Vec<_> =
-                    own.subjects.iter().flat_map(|subject| at_resolution(subject, side)).collect();
+                let images: Vec<_> = own
+                    .subjects
+                    .iter()
+                    .flat_map(|subject| at_resolution(subject, side))
+                    .collect();
                 let examples = learner.encode(&images)?;
                 Ok((images, examples))
             })
             .await?;
-        let prompt = |subject: &Arc<super::Subject>| prompts::fill(PROMPT, &subject.token, &subject.class);
-        let prompts =
-            context.plan.references().iter().map(|photo| prompt(context.subject(photo.subject))).collect();
-        Ok(Self { images: Arc::new(images), examples, prompts })
+        let prompt =
+            |subject: &Arc<super::Subject>| prompts::fill(PROMPT, &subject.token, &subject.class);
+        let prompts = context
+            .plan
+            .references()
+            .iter()
+            .map(|photo| prompt(context.subject(photo.subject)))
+            .collect();
+        Ok(Self {
+            images: Arc::new(images),
+            examples,
+            prompts,
+        })
     }
 
-    async fn lessons(&self, context: &Context, course: &Course, tuned: &Tuned, step: usize) -> Result<Vec<Lesson>> {
+    async fn lessons(
+        &self,
+        context: &Context,
+        course: &Course,
+        tuned: &Tuned,
+        step: usize,
+    ) -> Result<Vec<Lesson>> {
         let indices = match (tuned.method, context.plan.direct()) {
             (Method::Direct, Some(schedule)) => schedule.lessons(step).to_vec(),
             _ => context.plan.lessons(step).to_vec(),
@@ -110,7 +128,10 @@ impl Photos {
         if tuned.source != Source::Augmented {
             return Ok(indices
                 .iter()
-                .map(|index| Lesson { example: self.examples[*index].clone(), prompt: prompt(index) })
+                .map(|index| Lesson {
+                    example: self.examples[*index].clone(),
+                    prompt: prompt(index),
+                })
                 .collect());
         }
         let seed = step_seed(context.resolved.seed, "augment", step);
@@ -119,14 +140,20 @@ impl Photos {
             .worker
             .call(&course.meter, move |trainee| {
                 let mut generator = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
-                let changed: Vec<_> = own.iter().map(|&index| augment(&images[index], &mut generator)).collect();
+                let changed: Vec<_> = own
+                    .iter()
+                    .map(|&index| augment(&images[index], &mut generator))
+                    .collect();
                 nn::no_grad(|| trainee.learner().encode(&changed))
             })
             .await?;
         Ok(examples
             .into_iter()
             .zip(&indices)
-            .map(|(example, index)| Lesson { example, prompt: prompt(index) })
+            .map(|(example, index)| Lesson {
+                example,
+                prompt: prompt(index),
+            })
             .collect())
     }
 }

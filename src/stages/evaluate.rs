@@ -102,16 +102,23 @@ fn sample_keys(
         .field("adapter", adapter)
         .number("step", checkpoint.step as u64)
         .field("sampling", sampling);
-    let subjects: Vec<&String> =
-        checkpoint.subjects.iter().flat_map(|&subject| &context.subject(subject).digests).collect();
+    let subjects: Vec<&String> = checkpoint
+        .subjects
+        .iter()
+        .flat_map(|&subject| &context.subject(subject).digests)
+        .collect();
     for photo in subjects {
         digest = digest.field("photo", photo);
     }
     let images = &context.plan.evaluation().images[batch];
     for image in images {
-        digest = digest.field("prompt", &image.prompt).number("seed", image.seed);
+        digest = digest
+            .field("prompt", &image.prompt)
+            .number("seed", image.seed);
     }
-    Ok((0..images.len() as u64).map(|place| digest.clone().number("place", place).finish()).collect())
+    Ok((0..images.len() as u64)
+        .map(|place| digest.clone().number("place", place).finish())
+        .collect())
 }
 
 fn model(context: &Context, method: Method) -> Result<&str> {
@@ -131,7 +138,10 @@ fn sampling(context: &Context, method: Method) -> Result<Sampling> {
 }
 
 fn no_supervisor() -> Error {
-    Error::Invalid { what: "a supervisor's samples without a supervisor".into(), hint: None }
+    Error::Invalid {
+        what: "a supervisor's samples without a supervisor".into(),
+        hint: None,
+    }
 }
 
 async fn draw(
@@ -151,7 +161,11 @@ async fn draw(
         .get()
         .await?
         .call(meter, move |learner| {
-            restore(&learner.variables(), &values, std::path::Path::new("a checkpoint to evaluate"))?;
+            restore(
+                &learner.variables(),
+                &values,
+                std::path::Path::new("a checkpoint to evaluate"),
+            )?;
             learner.generate(&requests, &sampling)
         })
         .await

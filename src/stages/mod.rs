@@ -68,7 +68,13 @@ impl Context {
     }
 
     /// Records the numbers of one training step.
-    pub async fn record(&self, owner: &str, stage: &str, step: usize, numbers: &[(&str, f64)]) -> Result<()> {
+    pub async fn record(
+        &self,
+        owner: &str,
+        stage: &str,
+        step: usize,
+        numbers: &[(&str, f64)],
+    ) -> Result<()> {
         for (name, value) in numbers {
             let row = MetricRow {
                 run: owner.to_string(),
@@ -186,7 +192,11 @@ pub struct Lazy {
 impl Lazy {
     /// The learner `opening` asks for, on a thread called `name`.
     pub fn new(name: &str, opening: Opening) -> Self {
-        Self { name: name.to_string(), opening: Arc::new(opening), worker: Arc::default() }
+        Self {
+            name: name.to_string(),
+            opening: Arc::new(opening),
+            worker: Arc::default(),
+        }
     }
 
     /// The learner's thread.
@@ -224,7 +234,13 @@ impl LazyEvaluator {
         clip: usize,
         dino: usize,
     ) -> Self {
-        Self { build: Arc::new(build), worker: Arc::default(), digest, clip, dino }
+        Self {
+            build: Arc::new(build),
+            worker: Arc::default(),
+            digest,
+            clip,
+            dino,
+        }
     }
 
     /// The evaluators' thread.
@@ -249,18 +265,27 @@ impl Warnings {
     pub fn add(&self, warning: impl Into<String>) {
         let warning = warning.into();
         tracing::warn!("{warning}");
-        self.list.lock().unwrap_or_else(PoisonError::into_inner).push(warning);
+        self.list
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(warning);
     }
 
     /// All of them, in their order.
     pub fn all(&self) -> Vec<String> {
-        self.list.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.list
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 }
 
 /// A batch that ended although its plan did not.
 fn ended_early(stage: &str) -> Error {
-    Error::Invalid { what: format!("{stage}: the input ended before the plan did"), hint: None }
+    Error::Invalid {
+        what: format!("{stage}: the input ended before the plan did"),
+        hint: None,
+    }
 }
 
 /// Opens a learner on a thread of its own and prepares it for training.
@@ -269,5 +294,8 @@ async fn spawn_trainee(
     opening: Opening,
     settings: crate::config::Training,
 ) -> Result<Worker<crate::training::Trainee>> {
-    Worker::spawn(name, move || crate::training::Trainee::new(open(&opening)?, &settings)).await
+    Worker::spawn(name, move || {
+        crate::training::Trainee::new(open(&opening)?, &settings)
+    })
+    .await
 }

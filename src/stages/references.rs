@@ -37,12 +37,23 @@ pub fn load(subject: &config::Subject, warnings: &Warnings) -> Result<Subject> {
     for photo in folder.photos {
         let side = photo.image.width().min(photo.image.height()).min(LARGEST);
         loaded.digests.push(photo.digest);
-        loaded.files.push(photo.path.file_name().unwrap_or_default().to_string_lossy().into_owned());
+        loaded.files.push(
+            photo
+                .path
+                .file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned(),
+        );
         loaded.images.push(square(&photo.image, side));
     }
     if loaded.images.is_empty() {
         return Err(Error::invalid(
-            format!("subject {}: no usable photo in {}", subject.name, subject.images.display()),
+            format!(
+                "subject {}: no usable photo in {}",
+                subject.name,
+                subject.images.display()
+            ),
             "put 3 to 6 photos of the subject there, as JPEG, PNG or WebP",
         ));
     }
@@ -51,7 +62,11 @@ pub fn load(subject: &config::Subject, warnings: &Warnings) -> Result<Subject> {
 
 /// The subject's images at the side length that a model wants.
 pub fn at_resolution(subject: &Subject, side: u32) -> Vec<image::RgbImage> {
-    subject.images.iter().map(|image| resize_exact(image, side, side, Filter::Lanczos)).collect()
+    subject
+        .images
+        .iter()
+        .map(|image| resize_exact(image, side, side, Filter::Lanczos))
+        .collect()
 }
 
 /// Commits the subjects to the store and passes their numbers on.

@@ -61,11 +61,19 @@ impl From<Evaluated> for Sampled {
     }
 }
 
-const METHODS: [Method; 4] = [Method::Untouched, Method::Direct, Method::Supervisor, Method::Student];
+const METHODS: [Method; 4] = [
+    Method::Untouched,
+    Method::Direct,
+    Method::Supervisor,
+    Method::Student,
+];
 
 /// The samples to show of `method`: those of its last checkpoint, for every subject.
 fn last_samples(ending: &Ending, method: Method) -> BTreeMap<usize, String> {
-    let own = ending.evaluated.iter().filter(|sampled| sampled.method == method.name());
+    let own = ending
+        .evaluated
+        .iter()
+        .filter(|sampled| sampled.method == method.name());
     let last = own.clone().map(|sampled| sampled.step).max();
     own.filter(|sampled| Some(sampled.step) == last)
         .flat_map(|sampled| sampled.samples.iter().cloned())
@@ -80,7 +88,11 @@ pub async fn write(context: &Context, ending: &Ending) -> Result<Report> {
         let samples = last_samples(ending, method);
         let keys: Vec<String> = samples.values().cloned().collect();
         let rows = table.get(&keys, Columns::All).await?;
-        let rows = samples.into_keys().zip(rows).filter_map(|(place, row)| Some((place, row?))).collect();
+        let rows = samples
+            .into_keys()
+            .zip(rows)
+            .filter_map(|(place, row)| Some((place, row?)))
+            .collect();
         shown.push((method, rows));
     }
     shown.retain(|(_, rows)| !rows.is_empty());
@@ -93,7 +105,10 @@ pub async fn write(context: &Context, ending: &Ending) -> Result<Report> {
 }
 
 fn sheet(context: &Context, shown: &[(Method, BTreeMap<usize, EvaluationRow>)]) -> Result<Sheet> {
-    let columns: Vec<_> = shown.iter().filter(|(method, _)| *method != Method::Untouched).collect();
+    let columns: Vec<_> = shown
+        .iter()
+        .filter(|(method, _)| *method != Method::Untouched)
+        .collect();
     let mut blocks = Vec::new();
     for (index, subject) in context.subjects.iter().enumerate() {
         let mut rows = Vec::new();
@@ -103,12 +118,20 @@ fn sheet(context: &Context, shown: &[(Method, BTreeMap<usize, EvaluationRow>)]) 
             }
             let images = columns
                 .iter()
-                .map(|(_, rows)| match rows.get(&place).and_then(|row| row.image.as_ref().map(|png| (row, png))) {
-                    Some((row, png)) => decode_png(png, &row.key()).map(Some),
-                    None => Ok(None),
+                .map(|(_, rows)| {
+                    match rows
+                        .get(&place)
+                        .and_then(|row| row.image.as_ref().map(|png| (row, png)))
+                    {
+                        Some((row, png)) => decode_png(png, &row.key()).map(Some),
+                        None => Ok(None),
+                    }
                 })
                 .collect::<Result<Vec<_>>>()?;
-            rows.push(Row { prompt: image.prompt.clone(), images });
+            rows.push(Row {
+                prompt: image.prompt.clone(),
+                images,
+            });
         }
         blocks.push(Block {
             heading: format!("{}: \"{} {}\"", subject.name, subject.token, subject.class),
@@ -122,8 +145,14 @@ fn sheet(context: &Context, shown: &[(Method, BTreeMap<usize, EvaluationRow>)]) 
             Some(supervisor) => format!("Proxy-Tuning of {student} by {}", supervisor.model),
             None => format!("Direct tuning of {student}"),
         },
-        subtitle: format!("same prompts and seeds in every column; run {}", context.run),
-        columns: columns.iter().map(|(method, _)| label(*method).to_string()).collect(),
+        subtitle: format!(
+            "same prompts and seeds in every column; run {}",
+            context.run
+        ),
+        columns: columns
+            .iter()
+            .map(|(method, _)| label(*method).to_string())
+            .collect(),
         blocks,
     })
 }
@@ -154,8 +183,15 @@ async fn compose(
             images: rows.values().filter_map(scored).collect(),
         })
         .collect();
-    let names: Vec<&str> = resolved.subjects.iter().map(|subject| subject.name.as_str()).collect();
-    let mut facts = vec![("subjects".to_string(), names.join(", ")), ("student".into(), resolved.student.model.clone())];
+    let names: Vec<&str> = resolved
+        .subjects
+        .iter()
+        .map(|subject| subject.name.as_str())
+        .collect();
+    let mut facts = vec![
+        ("subjects".to_string(), names.join(", ")),
+        ("student".into(), resolved.student.model.clone()),
+    ];
     if let Some((supervisor, proxies)) = resolved.teacher() {
         facts.push(("supervisor".into(), supervisor.model.clone()));
         facts.push(("proxies per subject".into(), proxies.count.to_string()));
@@ -168,11 +204,17 @@ async fn compose(
         ("proxytune".into(), env!("CARGO_PKG_VERSION").into()),
     ];
     for sampled in &ending.evaluated {
-        provenance.push((format!("{} at step {}", sampled.method, sampled.step), sampled.adapter.clone()));
+        provenance.push((
+            format!("{} at step {}", sampled.method, sampled.step),
+            sampled.adapter.clone(),
+        ));
     }
     Ok(Report {
         title: match &resolved.supervisor {
-            Some(supervisor) => format!("Proxy-Tuning of {} by {}", resolved.student.model, supervisor.model),
+            Some(supervisor) => format!(
+                "Proxy-Tuning of {} by {}",
+                resolved.student.model, supervisor.model
+            ),
             None => format!("Direct tuning of {}", resolved.student.model),
         },
         lead: "Every model drew the same prompts with the same seeds.".into(),
@@ -196,8 +238,18 @@ async fn compose(
         first_training_proxy: ending.first_training_proxy,
         settings: resolved.to_toml()?,
         provenance,
-        set_aside: ending.warnings.iter().filter(|warning| warning.contains("set aside")).cloned().collect(),
-        warnings: ending.warnings.iter().filter(|warning| !warning.contains("set aside")).cloned().collect(),
+        set_aside: ending
+            .warnings
+            .iter()
+            .filter(|warning| warning.contains("set aside"))
+            .cloned()
+            .collect(),
+        warnings: ending
+            .warnings
+            .iter()
+            .filter(|warning| !warning.contains("set aside"))
+            .cloned()
+            .collect(),
     })
 }
 
@@ -205,13 +257,20 @@ async fn charts(context: &Context, ending: &Ending) -> Result<Vec<Chart>> {
     let metrics = context.store.metrics().await?;
     let mut supervisors: BTreeMap<String, Vec<(f64, f64)>> = BTreeMap::new();
     let mut students: BTreeMap<String, Vec<(f64, f64)>> = BTreeMap::new();
-    let owners: Vec<String> =
-        context.supervisors.iter().chain([&context.run]).map(|owner| format!("'{owner}'")).collect();
+    let owners: Vec<String> = context
+        .supervisors
+        .iter()
+        .chain([&context.run])
+        .map(|owner| format!("'{owner}'"))
+        .collect();
     let filter = format!("name = 'loss' AND run IN ({})", owners.join(", "));
     for row in metrics.rows(Some(&filter), Columns::All).await? {
         let point = (row.step as f64, row.value);
         match row.stage.strip_prefix("supervise:") {
-            Some(subject) => supervisors.entry(subject.to_string()).or_default().push(point),
+            Some(subject) => supervisors
+                .entry(subject.to_string())
+                .or_default()
+                .push(point),
             None => students.entry(row.stage).or_default().push(point),
         }
     }
@@ -241,8 +300,10 @@ async fn charts(context: &Context, ending: &Ending) -> Result<Vec<Chart>> {
 /// The student's scores over its checkpoints, where there are several.
 async fn score_chart(context: &Context, ending: &Ending) -> Result<Option<Chart>> {
     let table = score::table(context).await?;
-    let mut curves: [(&str, Vec<(f64, f64)>); 3] = [("CLIP-I", vec![]), ("CLIP-T", vec![]), ("DINO", vec![])];
-    let is_student = |sampled: &&Sampled| sampled.method == "student" || sampled.method == "untouched";
+    let mut curves: [(&str, Vec<(f64, f64)>); 3] =
+        [("CLIP-I", vec![]), ("CLIP-T", vec![]), ("DINO", vec![])];
+    let is_student =
+        |sampled: &&Sampled| sampled.method == "student" || sampled.method == "untouched";
     for sampled in ending.evaluated.iter().filter(is_student) {
         let keys: Vec<String> = sampled.samples.iter().map(|(_, key)| key.clone()).collect();
         let rows = table.get(&keys, Columns::WithoutPictures).await?;
@@ -254,9 +315,11 @@ async fn score_chart(context: &Context, ending: &Ending) -> Result<Option<Chart>
             rows.iter().filter_map(score).map(f64::from).sum::<f64>() / rows.len() as f64
         };
         let step = sampled.step as f64;
-        for ((_, points), value) in
-            curves.iter_mut().zip([mean(|row| row.clip_i), mean(|row| row.clip_t), mean(|row| row.dino)])
-        {
+        for ((_, points), value) in curves.iter_mut().zip([
+            mean(|row| row.clip_i),
+            mean(|row| row.clip_t),
+            mean(|row| row.dino),
+        ]) {
             points.push((step, value));
         }
     }
@@ -271,7 +334,10 @@ async fn score_chart(context: &Context, ending: &Ending) -> Result<Option<Chart>
             .into_iter()
             .map(|(name, mut points)| {
                 points.sort_by(|a, b| a.0.total_cmp(&b.0));
-                Series { name: name.into(), points }
+                Series {
+                    name: name.into(),
+                    points,
+                }
             })
             .collect(),
         smoothed: false,

@@ -18,14 +18,26 @@ use crate::{Error, Result};
 /// The table of this run's evaluators.
 pub(super) async fn table(context: &Context) -> Result<Table<EvaluationRow>> {
     let evaluator = &context.evaluator;
-    context.store.evaluations(&evaluator.digest, evaluator.clip, evaluator.dino).await
+    context
+        .store
+        .evaluations(&evaluator.digest, evaluator.clip, evaluator.dino)
+        .await
 }
 
 /// The embeddings of a subject's references, from the store or made now.
-pub(super) async fn references(context: &Context, subject: usize, meter: &Meter) -> Result<Embeddings> {
+pub(super) async fn references(
+    context: &Context,
+    subject: usize,
+    meter: &Meter,
+) -> Result<Embeddings> {
     let table = table(context).await?;
     let subject = context.subject(subject).clone();
-    let key = |photo: &String| Digest::new("reference").field("subject", &subject.name).field("photo", photo).finish();
+    let key = |photo: &String| {
+        Digest::new("reference")
+            .field("subject", &subject.name)
+            .field("photo", photo)
+            .finish()
+    };
     let keys: Vec<String> = subject.digests.iter().map(key).collect();
     let found = table.get(&keys, Columns::All).await?;
     let (mut clip, mut dino) = (Vec::new(), Vec::new());
@@ -37,7 +49,12 @@ pub(super) async fn references(context: &Context, subject: usize, meter: &Meter)
         return Ok(Embeddings { clip, dino });
     }
     let own = subject.clone();
-    let made = context.evaluator.get().await?.call(meter, move |evaluator| evaluator.embed(&own.images)).await?;
+    let made = context
+        .evaluator
+        .get()
+        .await?
+        .call(meter, move |evaluator| evaluator.embed(&own.images))
+        .await?;
     let rows: Vec<EvaluationRow> = keys
         .iter()
         .zip(made.clip.iter().zip(&made.dino))

@@ -65,7 +65,10 @@ async fn train(
     let planned = context
         .plan
         .supervisor(subject)
-        .ok_or_else(|| Error::Invalid { what: "a supervisor that is not planned".into(), hint: None })?;
+        .ok_or_else(|| Error::Invalid {
+            what: "a supervisor that is not planned".into(),
+            hint: None,
+        })?;
     let learnt = context.subject(subject).clone();
     let examples = course
         .worker
@@ -83,7 +86,10 @@ async fn train(
             let requests: Vec<Request> = planned
                 .class_seeds
                 .iter()
-                .map(|&seed| Request { prompt: prompt.clone(), seed })
+                .map(|&seed| Request {
+                    prompt: prompt.clone(),
+                    seed,
+                })
                 .collect();
             let sampling = Sampling::diffusion(sampling);
             let batch = settings.training.batch_size;
@@ -105,12 +111,28 @@ async fn train(
     };
     let mut step = course.resume().await?;
     while step < settings.training.steps && !context.stop.requested() {
-        let lesson = |example, prompt: &String| Lesson { example, prompt: prompt.clone() };
+        let lesson = |example, prompt: &String| Lesson {
+            example,
+            prompt: prompt.clone(),
+        };
         let photos = planned.references.lessons(step);
-        let mut batches = vec![(1.0, photos.iter().map(|&i| lesson(examples[i].clone(), &prompt)).collect())];
-        if let (Some((weight, prompt, examples)), Some(schedule)) = (&class, &planned.class_images) {
+        let mut batches = vec![(
+            1.0,
+            photos
+                .iter()
+                .map(|&i| lesson(examples[i].clone(), &prompt))
+                .collect(),
+        )];
+        if let (Some((weight, prompt, examples)), Some(schedule)) = (&class, &planned.class_images)
+        {
             let images = schedule.lessons(step);
-            batches.push((*weight, images.iter().map(|&i| lesson(examples[i].clone(), prompt)).collect()));
+            batches.push((
+                *weight,
+                images
+                    .iter()
+                    .map(|&i| lesson(examples[i].clone(), prompt))
+                    .collect(),
+            ));
         }
         course.step(step, batches).await?;
         step += 1;

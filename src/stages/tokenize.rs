@@ -80,11 +80,19 @@ pub fn tokenize(
 }
 
 /// The pixels of a batch: as they came, or from the store.
-pub(super) async fn pixels(context: &Context, batch: &ProxyBatch) -> Result<Arc<Vec<image::RgbImage>>> {
+pub(super) async fn pixels(
+    context: &Context,
+    batch: &ProxyBatch,
+) -> Result<Arc<Vec<image::RgbImage>>> {
     if let Some(images) = &batch.images {
         return Ok(images.clone());
     }
-    let rows = context.store.proxies().await?.get(&batch.keys, Columns::All).await?;
+    let rows = context
+        .store
+        .proxies()
+        .await?
+        .get(&batch.keys, Columns::All)
+        .await?;
     let images = rows
         .into_iter()
         .map(|row| {
@@ -92,8 +100,13 @@ pub(super) async fn pixels(context: &Context, batch: &ProxyBatch) -> Result<Arc<
             let image = decode_png(&row.image, &row.key)?;
             if pixel_digest(&image) != row.content {
                 return Err(Error::Store {
-                    what: format!("the pixels of proxy {} are not those that were made", row.key),
-                    hint: Some("the store's files were changed from outside: use a new store".into()),
+                    what: format!(
+                        "the pixels of proxy {} are not those that were made",
+                        row.key
+                    ),
+                    hint: Some(
+                        "the store's files were changed from outside: use a new store".into(),
+                    ),
                 });
             }
             Ok(image)

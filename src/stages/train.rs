@@ -45,17 +45,39 @@ impl Course {
         (dir, identity): (PathBuf, String),
     ) -> Result<Self> {
         meter.say("opens the model");
-        let opening = Opening { tuning: tuning(settings), ..opening };
+        let opening = Opening {
+            tuning: tuning(settings),
+            ..opening
+        };
         let worker = spawn_trainee(name, opening, settings.clone()).await?;
         meter.say("");
-        let prompts: Vec<String> = context.plan.proxies().iter().map(|proxy| proxy.prompt.clone()).collect();
-        let drawn = context.plan.evaluation().images.iter().map(|image| image.prompt.clone());
-        let words = prompts.into_iter().chain(drawn).collect::<BTreeSet<String>>();
+        let prompts: Vec<String> = context
+            .plan
+            .proxies()
+            .iter()
+            .map(|proxy| proxy.prompt.clone())
+            .collect();
+        let drawn = context
+            .plan
+            .evaluation()
+            .images
+            .iter()
+            .map(|image| image.prompt.clone());
+        let words = prompts
+            .into_iter()
+            .chain(drawn)
+            .collect::<BTreeSet<String>>();
         let text = words.into_iter().collect::<Vec<_>>().join(" ");
-        let unknown = worker.call(&meter, move |trainee| trainee.learner().unknown_words(&text)).await?;
+        let unknown = worker
+            .call(&meter, move |trainee| {
+                trainee.learner().unknown_words(&text)
+            })
+            .await?;
         if !unknown.is_empty() {
             let words = unknown.join(", ");
-            context.warnings.add(format!("{name}: the model's tokenizer does not know these words: {words}"));
+            context.warnings.add(format!(
+                "{name}: the model's tokenizer does not know these words: {words}"
+            ));
         }
         Ok(Self {
             context,
@@ -71,7 +93,10 @@ impl Course {
     /// Continues from the newest checkpoint; returns the steps that are done.
     pub async fn resume(&self) -> Result<usize> {
         let checkpoints = self.checkpoints.clone();
-        let step = self.worker.call(&self.meter, move |trainee| trainee.resume(&checkpoints)).await?;
+        let step = self
+            .worker
+            .call(&self.meter, move |trainee| trainee.resume(&checkpoints))
+            .await?;
         self.meter.reuse(step);
         Ok(step)
     }
@@ -79,12 +104,22 @@ impl Course {
     /// Takes step `step` on weighted batches, records it and, when due, writes a checkpoint.
     pub async fn step(&self, step: usize, batches: Vec<(f64, Vec<Lesson>)>) -> Result<()> {
         let seed = step_seed(self.context.resolved.seed, &self.name, step);
-        let progress = self.worker.call(&self.meter, move |trainee| trainee.step(step, &batches, seed)).await?;
+        let progress = self
+            .worker
+            .call(&self.meter, move |trainee| {
+                trainee.step(step, &batches, seed)
+            })
+            .await?;
         self.meter.add(1);
         self.meter.say(format!("loss {:.4}", progress.loss));
-        let numbers =
-            [("loss", progress.loss), ("grad_norm", progress.grad_norm), ("learning_rate", progress.learning_rate)];
-        self.context.record(&self.owner, &self.name, step, &numbers).await?;
+        let numbers = [
+            ("loss", progress.loss),
+            ("grad_norm", progress.grad_norm),
+            ("learning_rate", progress.learning_rate),
+        ];
+        self.context
+            .record(&self.owner, &self.name, step, &numbers)
+            .await?;
         let done = step + 1;
         if done < self.settings.steps && done.is_multiple_of(self.settings.checkpoint_every) {
             self.save(done).await?;
@@ -96,12 +131,18 @@ impl Course {
     pub async fn save(&self, steps: usize) -> Result<()> {
         self.context.metrics.flush().await?;
         let checkpoints = self.checkpoints.clone();
-        self.worker.call(&self.meter, move |trainee| trainee.save(&checkpoints, steps)).await
+        self.worker
+            .call(&self.meter, move |trainee| {
+                trainee.save(&checkpoints, steps)
+            })
+            .await
     }
 
     /// The current values of what is trained.
     pub async fn snapshot(&self) -> Result<Arc<BTreeMap<String, Tensor>>> {
-        self.worker.call(&self.meter, |trainee| Ok(Arc::new(trainee.snapshot()?))).await
+        self.worker
+            .call(&self.meter, |trainee| Ok(Arc::new(trainee.snapshot()?)))
+            .await
     }
 
     /// Publishes what was learnt as the folder `dir`, wholly or not at all, and removes the checkpoints.
@@ -134,13 +175,22 @@ impl Examples {
         let lost = || super::ended_early("train");
         match &context.tokenizer {
             Some(tokenizer) => {
-                let table = context.store.tokens(&tokenizer.digest, tokenizer.count).await?;
+                let table = context
+                    .store
+                    .tokens(&tokenizer.digest, tokenizer.count)
+                    .await?;
                 for (number, row) in numbers.zip(table.get(&ready.keys, Columns::All).await?) {
-                    self.known.insert(number, Example::Tokens(row.ok_or_else(lost)?.tokens));
+                    self.known
+                        .insert(number, Example::Tokens(row.ok_or_else(lost)?.tokens));
                 }
             }
             None => {
-                let rows = context.store.proxies().await?.get(&ready.keys, Columns::All).await?;
+                let rows = context
+                    .store
+                    .proxies()
+                    .await?
+                    .get(&ready.keys, Columns::All)
+                    .await?;
                 let images = rows
                     .into_iter()
                     .map(|row| {
@@ -148,8 +198,12 @@ impl Examples {
                         decode_png(&row.image, &row.key)
                     })
                     .collect::<Result<Vec<_>>>()?;
-                let examples =
-                    course.worker.call(&course.meter, move |trainee| trainee.learner().encode(&images)).await?;
+                let examples = course
+                    .worker
+                    .call(&course.meter, move |trainee| {
+                        trainee.learner().encode(&images)
+                    })
+                    .await?;
                 self.known.extend(numbers.zip(examples));
             }
         }

@@ -1,4 +1,5 @@
-//! A model on a thread of its own, spoken to through a channel: async code never computes.
+//! A model on threads of its own, spoken to through a channel: async code never computes. Each model has its own pool,
+//! so that no thread ever takes up another model's work in the middle of its own.
 
 use std::time::Instant;
 
@@ -28,7 +29,7 @@ impl<M> Clone for Worker<M> {
     }
 }
 
-impl<M: 'static> Worker<M> {
+impl<M: Send + 'static> Worker<M> {
     /// Starts the thread `name` and builds the model on it; returns when it is built, with its error if it has one.
     pub async fn spawn(
         name: &str,
@@ -36,11 +37,18 @@ impl<M: 'static> Worker<M> {
     ) -> Result<Self> {
         let (jobs, mut inbox) = mpsc::channel::<Job<M>>(1);
         let (ready, built) = oneshot::channel();
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(rayon::current_num_threads())
+            .stack_size(STACK_BYTES)
+            .build()
+            .map_err(|e| Error::Invalid {
+                what: format!("threads for {name}: {e}"),
+                hint: None,
+            })?;
         std::thread::Builder::new()
             .name(name.to_string())
-            .stack_size(STACK_BYTES)
             .spawn(move || {
-                let mut model = match build() {
+                let mut model = match pool.install(build) {
                     Ok(model) => {
                         let _ = ready.send(Ok(()));
                         model
@@ -51,7 +59,7 @@ impl<M: 'static> Worker<M> {
                     }
                 };
                 while let Some(job) = inbox.blocking_recv() {
-                    job(&mut model);
+                    pool.install(|| job(&mut model));
                 }
             })
             .map_err(Error::io(name))?;

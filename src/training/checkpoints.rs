@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use candle_core::{Tensor, Var};
 use serde::{Deserialize, Serialize};
 
-use crate::files;
 use super::optimizer::AdamW;
+use crate::files;
 use crate::{Error, Result};
 
 /// How many checkpoints stay, the newest first.

@@ -3,11 +3,11 @@
 
 use std::collections::BTreeMap;
 
+use crate::config::LrScheduler;
+use crate::{Error, Result};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Storage, Tensor, Var};
 use rayon::prelude::*;
-use crate::config::LrScheduler;
-use crate::{Error, Result};
 
 /// The constants of [`AdamW`]; the learning rate is given to each step.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -302,7 +302,12 @@ fn sum_of_squares(tensor: &Tensor) -> Result<f64> {
 
 /// The factor on the learning rate at `step` (0-based) of `steps`, in [0, 1], as the trainers of diffusers and
 /// transformers compute it.
-pub fn learning_rate_factor(scheduler: LrScheduler, step: usize, steps: usize, warmup_steps: usize) -> f64 {
+pub fn learning_rate_factor(
+    scheduler: LrScheduler,
+    step: usize,
+    steps: usize,
+    warmup_steps: usize,
+) -> f64 {
     if scheduler != LrScheduler::Constant && step < warmup_steps {
         return (step + 1) as f64 / warmup_steps as f64;
     }

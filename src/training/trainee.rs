@@ -50,7 +50,11 @@ impl Trainee {
             ));
         }
         let optimizer = AdamW::new(variables, config)?;
-        Ok(Self { learner, optimizer, settings: settings.clone() })
+        Ok(Self {
+            learner,
+            optimizer,
+            settings: settings.clone(),
+        })
     }
 
     /// Step `step` (0-based) on the weighted sum of the mean losses of `batches`; noise, timesteps and dropout are
@@ -58,7 +62,12 @@ impl Trainee {
     ///
     /// # Errors
     /// When the loss or a gradient is not finite; the weights are then as before.
-    pub fn step(&mut self, step: usize, batches: &[(f64, Vec<Lesson>)], seed: u64) -> Result<Progress> {
+    pub fn step(
+        &mut self,
+        step: usize,
+        batches: &[(f64, Vec<Lesson>)],
+        seed: u64,
+    ) -> Result<Progress> {
         let mut generator = ChaCha8Rng::seed_from_u64(seed);
         let mut total: Option<Tensor> = None;
         for (weight, batch) in batches {
@@ -68,17 +77,32 @@ impl Trainee {
                 None => loss,
             });
         }
-        let loss = total.ok_or_else(|| Error::Invalid { what: "a step without a batch".into(), hint: None })?;
+        let loss = total.ok_or_else(|| Error::Invalid {
+            what: "a step without a batch".into(),
+            hint: None,
+        })?;
         let value = f64::from(loss.to_dtype(candle_core::DType::F32)?.to_scalar::<f32>()?);
         if !value.is_finite() {
-            return Err(Error::NotFinite { what: "the loss".into(), step });
+            return Err(Error::NotFinite {
+                what: "the loss".into(),
+                step,
+            });
         }
         let gradients = loss.backward()?;
         let settings = &self.settings;
-        let factor = learning_rate_factor(settings.lr_scheduler, step, settings.steps, settings.warmup_steps);
+        let factor = learning_rate_factor(
+            settings.lr_scheduler,
+            step,
+            settings.steps,
+            settings.warmup_steps,
+        );
         let learning_rate = settings.learning_rate * factor;
         let grad_norm = self.optimizer.step(&gradients, learning_rate)?;
-        Ok(Progress { loss: value, grad_norm, learning_rate })
+        Ok(Progress {
+            loss: value,
+            grad_norm,
+            learning_rate,
+        })
     }
 
     /// The learner, for encoding, drawing and saving.
@@ -98,7 +122,9 @@ impl Trainee {
 
     /// Continues from the newest checkpoint; returns its step, 0 if there is none.
     pub fn resume(&mut self, checkpoints: &Checkpoints) -> Result<usize> {
-        Ok(checkpoints.resume(&self.learner.variables(), &mut self.optimizer)?.unwrap_or(0))
+        Ok(checkpoints
+            .resume(&self.learner.variables(), &mut self.optimizer)?
+            .unwrap_or(0))
     }
 }
 

@@ -12,11 +12,13 @@ use rand_chacha::ChaCha8Rng;
 use super::generate::Sampling as TokenSampling;
 use super::gpt::{Config, Gpt};
 use super::{load_weights, vq};
+use crate::files::read_json;
 use crate::models::t5::T5Encoder;
 use crate::models::tokenizer::TextTokenizer;
-use crate::models::{Example, Learner, Lesson, Opening, Request, Sampling, Tuning, adapters, finish_all};
+use crate::models::{
+    Example, Learner, Lesson, Opening, Request, Sampling, Tuning, adapters, finish_all, snapshot,
+};
 use crate::nn::{Adapter, Weights, no_grad, ops};
-use crate::files::read_json;
 use crate::{Error, Result, images};
 
 /// The VQ tokenizer alone: what the tokenizing stage runs on a thread of its own.
@@ -36,7 +38,11 @@ impl ImageTokenizer {
         let model = vq::VqModel::new(&vq_config, &weights)?;
         weights.finish()?;
         let resolution = (config.grid() * vq_config.downsampling()) as u32;
-        Ok(Self { model, resolution, count: config.block_size })
+        Ok(Self {
+            model,
+            resolution,
+            count: config.block_size,
+        })
     }
 
     /// Side length of the images in pixels.
@@ -93,14 +99,23 @@ impl Captions {
         let features = features.pad_with_zeros(0, self.length - count, 0)?.detach();
         let mut mask = vec![0; self.length - count];
         mask.resize(self.length, 1);
-        self.known.insert(prompt.to_string(), (features.clone(), mask.clone()));
+        self.known
+            .insert(prompt.to_string(), (features.clone(), mask.clone()));
         Ok((features, mask))
     }
 
     fn batch<'a>(&mut self, prompts: impl Iterator<Item = &'a str>) -> Result<(Tensor, Tensor)> {
-        let encoded = prompts.map(|prompt| self.encode(prompt)).collect::<Result<Vec<_>>>()?;
-        let features = Tensor::stack(&encoded.iter().map(|(f, _)| f.clone()).collect::<Vec<_>>(), 0)?;
-        let mask: Vec<u8> = encoded.iter().flat_map(|(_, mask)| mask.iter().copied()).collect();
+        let encoded = prompts
+            .map(|prompt| self.encode(prompt))
+            .collect::<Result<Vec<_>>>()?;
+        let features = Tensor::stack(
+            &encoded.iter().map(|(f, _)| f.clone()).collect::<Vec<_>>(),
+            0,
+        )?;
+        let mask: Vec<u8> = encoded
+            .iter()
+            .flat_map(|(_, mask)| mask.iter().copied())
+            .collect();
         let mask = Tensor::from_vec(mask, (encoded.len(), self.length), &self.device)?;
         Ok((features, mask))
     }
@@ -128,7 +143,9 @@ impl LlamaGen {
         config.resid_dropout_p = opening.dropout;
         config.ffn_dropout_p = opening.dropout;
         let weights = match opening.tuning {
-            Tuning::Full => Weights::trainable(&[dir.join("model.safetensors")], opening.seed, device)?,
+            Tuning::Full => {
+                Weights::trainable(&[dir.join("model.safetensors")], opening.seed, device)?
+            }
             Tuning::Lora(_) | Tuning::Frozen => load_weights(dir, DType::F32, device)?,
         };
         let (weights, adapter) = opening.attach(weights);
@@ -137,9 +154,16 @@ impl LlamaGen {
         let t5_weights = Weights::from_files(&[t5.join("model.safetensors")], DType::F32, device)?;
         let encoder = T5Encoder::new(&read_json(&t5.join("config.json"))?, &t5_weights)?;
         let tokenizer = ImageTokenizer::open(dir, device)?;
-        if opening.resolution.is_some_and(|asked| asked != tokenizer.resolution()) {
+        if opening
+            .resolution
+            .is_some_and(|asked| asked != tokenizer.resolution())
+        {
             return Err(Error::invalid(
-                format!("{} draws images of {} pixels", opening.name, tokenizer.resolution()),
+                format!(
+                    "{} draws images of {} pixels",
+                    opening.name,
+                    tokenizer.resolution()
+                ),
                 "leave resolution out, or name the checkpoint for another size",
             ));
         }
@@ -173,7 +197,12 @@ impl Learner for LlamaGen {
     }
 
     fn encode(&mut self, images: &[RgbImage]) -> Result<Vec<Example>> {
-        Ok(self.tokenizer.encode(images)?.into_iter().map(Example::Tokens).collect())
+        Ok(self
+            .tokenizer
+            .encode(images)?
+            .into_iter()
+            .map(Example::Tokens)
+            .collect())
     }
 
     fn loss(&mut self, batch: &[Lesson], generator: &mut ChaCha8Rng) -> Result<Tensor> {
@@ -187,20 +216,34 @@ impl Learner for LlamaGen {
                 }),
             })
             .collect::<Result<Vec<_>>>()?;
-        let (b, n) = (tokens.len(), tokens.first().map_or(0, |tokens| tokens.len()));
-        let (captions, mask) = self.captions.batch(batch.iter().map(|lesson| lesson.prompt.as_str()))?;
-        let drop: Vec<bool> = (0..b).map(|_| generator.random::<f64>() < self.condition_dropout).collect();
+        let (b, n) = (
+            tokens.len(),
+            tokens.first().map_or(0, |tokens| tokens.len()),
+        );
+        let (captions, mask) = self
+            .captions
+            .batch(batch.iter().map(|lesson| lesson.prompt.as_str()))?;
+        let drop: Vec<bool> = (0..b)
+            .map(|_| generator.random::<f64>() < self.condition_dropout)
+            .collect();
         let captions = self.gpt.drop_captions(&captions, &drop)?;
         let targets = Tensor::from_vec(tokens.concat(), (b, n), &self.device)?;
         let inputs = targets.narrow(1, 0, n - 1)?.contiguous()?;
-        let logits = self.gpt.forward(&captions, &mask, &inputs, Some(generator))?;
+        let logits = self
+            .gpt
+            .forward(&captions, &mask, &inputs, Some(generator))?;
         let vocabulary = logits.dim(2)?;
-        let losses = ops::cross_entropy(&logits.reshape((b * n, vocabulary))?, &targets.flatten_all()?)?;
+        let losses = ops::cross_entropy(
+            &logits.reshape((b * n, vocabulary))?,
+            &targets.flatten_all()?,
+        )?;
         Ok(losses.mean_all()?)
     }
 
     fn generate(&mut self, requests: &[Request], sampling: &Sampling) -> Result<Vec<RgbImage>> {
-        let (captions, mask) = self.captions.batch(requests.iter().map(|request| request.prompt.as_str()))?;
+        let (captions, mask) = self
+            .captions
+            .batch(requests.iter().map(|request| request.prompt.as_str()))?;
         let seeds: Vec<u64> = requests.iter().map(|request| request.seed).collect();
         let settings = TokenSampling {
             guidance_scale: sampling.guidance_scale,
@@ -210,21 +253,40 @@ impl Learner for LlamaGen {
             top_p: sampling.top_p,
         };
         let count = self.gpt.config().block_size;
-        let tokens = no_grad(|| self.gpt.generate(&captions, &mask, count, &settings, &seeds))?;
+        let tokens = no_grad(|| {
+            self.gpt
+                .generate(&captions, &mask, count, &settings, &seeds)
+        })?;
         self.tokenizer.decode(&tokens)
     }
 
     fn variables(&self) -> Vec<(String, Var)> {
         match &self.adapter {
             Some(adapter) => adapter.variables(),
-            None => self.weights.variables(),
+            // The null condition is a buffer: nothing is learnt there.
+            None => {
+                let trained = |(name, _): &(String, Var)| name != "cls_embedding.uncond_embedding";
+                self.weights
+                    .variables()
+                    .into_iter()
+                    .filter(trained)
+                    .collect()
+            }
         }
     }
 
     fn save(&self, dir: &Path, values: &BTreeMap<String, Tensor>) -> Result<()> {
         match &self.adapter {
             Some(adapter) => adapters::write_peft(dir, values, adapter.config(), &self.base),
-            None => adapters::write_checkpoint(dir, values, &self.config_text),
+            None => {
+                let mut whole = snapshot(&self.weights.variables())?;
+                whole.extend(
+                    values
+                        .iter()
+                        .map(|(name, value)| (name.clone(), value.clone())),
+                );
+                adapters::write_checkpoint(dir, &whole, &self.config_text)
+            }
         }
     }
 

@@ -9,8 +9,10 @@ use image::RgbImage;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
-use super::{Conditioning, SampleSettings, Sd3, transformer_files};
-use crate::models::{Example, Learner, Lesson, Opening, Request, Sampling, Tuning, adapters};
+use super::{Conditioning, Sd3, transformer_files};
+use crate::models::{
+    Example, Learner, Lesson, Opening, Request, Sampling, Tuning, adapters, snapshot,
+};
 use crate::nn::{Adapter, Weights};
 use crate::{Error, Result, images};
 
@@ -31,11 +33,15 @@ impl Sd3Learner {
         let files = transformer_files(&opening.dir)?;
         let weights = match opening.tuning {
             Tuning::Full => Weights::trainable(&files, opening.seed, &opening.device)?,
-            Tuning::Lora(_) | Tuning::Frozen => Weights::from_files(&files, DType::F32, &opening.device)?,
+            Tuning::Lora(_) | Tuning::Frozen => {
+                Weights::from_files(&files, DType::F32, &opening.device)?
+            }
         };
         let (weights, adapter) = opening.attach(weights);
         let model = Sd3::open(&opening.dir, &weights)?;
-        let side = opening.resolution.map_or(model.resolution(), |side| side as usize);
+        let side = opening
+            .resolution
+            .map_or(model.resolution(), |side| side as usize);
         let config = opening.dir.join("transformer/config.json");
         let config_text = std::fs::read_to_string(&config).map_err(Error::io(&config))?;
         Ok(Self {
@@ -70,7 +76,12 @@ impl Learner for Sd3Learner {
         let pixels = images::to_tensor(images, self.model.device())?;
         let (mean, logvar) = self.model.encode_images(&pixels)?;
         (0..images.len())
-            .map(|i| Ok(Example::Latents { mean: mean.get(i)?.copy()?, logvar: logvar.get(i)?.copy()? }))
+            .map(|i| {
+                Ok(Example::Latents {
+                    mean: mean.get(i)?.copy()?,
+                    logvar: logvar.get(i)?.copy()?,
+                })
+            })
             .collect()
     }
 
@@ -104,31 +115,52 @@ impl Learner for Sd3Learner {
     }
 
     fn generate(&mut self, requests: &[Request], sampling: &Sampling) -> Result<Vec<RgbImage>> {
-        let prompts: Vec<&str> = requests.iter().map(|request| request.prompt.as_str()).collect();
+        let prompts: Vec<&str> = requests
+            .iter()
+            .map(|request| request.prompt.as_str())
+            .collect();
         let conditioning = self.condition(&prompts)?;
         let negative = self.condition(&[sampling.negative_prompt.as_str()])?;
         let seeds: Vec<u64> = requests.iter().map(|request| request.seed).collect();
-        let settings = SampleSettings {
-            num_inference_steps: sampling.num_inference_steps,
-            guidance_scale: sampling.guidance_scale,
-            height: self.side,
-            width: self.side,
-            negative_prompt: sampling.negative_prompt.clone(),
-        };
-        images::from_tensor(&self.model.generate_from(&conditioning, &negative, &seeds, &settings)?)
+        let noise = self.model.noise(&seeds, self.side, self.side)?;
+        images::from_tensor(&self.model.generate_from(
+            &noise,
+            &conditioning,
+            &negative,
+            sampling.num_inference_steps,
+            sampling.guidance_scale,
+        )?)
     }
 
     fn variables(&self) -> Vec<(String, Var)> {
         match &self.adapter {
             Some(adapter) => adapter.variables(),
-            None => self.weights.variables(),
+            // The table of positions is a buffer: nothing is learnt there.
+            None => {
+                let trained = |(name, _): &(String, Var)| name != "pos_embed.pos_embed";
+                self.weights
+                    .variables()
+                    .into_iter()
+                    .filter(trained)
+                    .collect()
+            }
         }
     }
 
     fn save(&self, dir: &Path, values: &BTreeMap<String, Tensor>) -> Result<()> {
         match &self.adapter {
-            Some(adapter) => adapters::write_diffusers(dir, values, adapter.config(), "transformer").map(|_| ()),
-            None => adapters::write_checkpoint(dir, values, &self.config_text),
+            Some(adapter) => {
+                adapters::write_diffusers(dir, values, adapter.config(), "transformer").map(|_| ())
+            }
+            None => {
+                let mut whole = snapshot(&self.weights.variables())?;
+                whole.extend(
+                    values
+                        .iter()
+                        .map(|(name, value)| (name.clone(), value.clone())),
+                );
+                adapters::write_checkpoint(dir, &whole, &self.config_text)
+            }
         }
     }
 

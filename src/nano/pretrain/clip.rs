@@ -6,13 +6,13 @@ use super::context::Context;
 use super::course::Step;
 use super::scenes::meaning;
 use super::{contrast, files};
+use crate::Result;
 use crate::evaluation::preprocess::Preprocessing;
 use crate::models::clip::{Clip, Config, TextConfig, VisionConfig};
 use crate::models::tokenizer::TextTokenizer;
 use crate::nano::captions::Wording;
 use crate::nano::vocabulary::clip_tokenizer;
 use crate::nn::Weights;
-use crate::Result;
 
 /// What the captions of a batch say, in turn. All captions of a batch say equally much, since the short caption of one
 /// scene may be true of another whose caption says more. Places are easier to see than things: half of the batches
@@ -83,7 +83,11 @@ pub fn train(context: &Context) -> Result<()> {
     };
     write_configs(context, &config)?;
     let file = folder.join("model.safetensors");
-    let weights = Weights::trainable(&files::existing(&file), context.seed("clip"), &context.device)?;
+    let weights = Weights::trainable(
+        &files::existing(&file),
+        context.seed("clip"),
+        &context.device,
+    )?;
     let model = Clip::new(&config, &weights)?;
     weights.finish()?;
     let preprocessing = Preprocessing::clip(context.settings.image_size as u32);
@@ -106,11 +110,20 @@ pub fn train(context: &Context) -> Result<()> {
         let meanings: Vec<String> = captions.iter().map(|caption| meaning(caption)).collect();
         let targets = contrast::targets(&meanings, true, &context.device)?;
         let pixels = preprocessing.apply(&scenes.draw(&batch), &context.device)?;
-        let longest = captions.iter().map(|c| c.split_whitespace().count() + 2).max().unwrap_or(2);
+        let longest = captions
+            .iter()
+            .map(|c| c.split_whitespace().count() + 2)
+            .max()
+            .unwrap_or(2);
         let length = longest.min(settings.max_positions);
         let (ids, _) = tokenizer.encode_batch(&captions, length, end, &context.device)?;
         let scale = model.logit_scale().clamp(0.0, LARGEST_LOGIT_SCALE.ln())?;
-        let loss = contrast::clip(&model.encode_image(&pixels)?, &model.encode_text(&ids)?, &scale, &targets)?;
+        let loss = contrast::clip(
+            &model.encode_image(&pixels)?,
+            &model.encode_text(&ids)?,
+            &scale,
+            &targets,
+        )?;
         let scale = f64::from(scale.exp()?.to_scalar::<f32>()?);
         let name = match (about, wording == LONG) {
             (About::Subject, false) => "thing",
@@ -119,7 +132,10 @@ pub fn train(context: &Context) -> Result<()> {
             (About::Scene, true) => "scene+",
         };
         let value = f64::from(loss.to_scalar::<f32>()?);
-        Ok(Step { loss, figures: vec![(name, value), ("scale", scale)] })
+        Ok(Step {
+            loss,
+            figures: vec![(name, value), ("scale", scale)],
+        })
     };
     course.run(step, || files::write_weights(&file, &weights.variables()))
 }

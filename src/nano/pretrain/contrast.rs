@@ -22,7 +22,11 @@ pub fn targets<T: PartialEq>(labels: &[T], own: bool, device: &Device) -> Result
             .map(|(j, other)| label == other && (own || i != j))
             .collect();
         let count = right.iter().filter(|r| **r).count().max(1);
-        values.extend(right.iter().map(|&r| if r { 1.0 / count as f32 } else { 0.0 }));
+        values.extend(
+            right
+                .iter()
+                .map(|&r| if r { 1.0 / count as f32 } else { 0.0 }),
+        );
     }
     Ok(Tensor::from_vec(values, (n, n), device)?)
 }
@@ -30,12 +34,20 @@ pub fn targets<T: PartialEq>(labels: &[T], own: bool, device: &Device) -> Result
 /// Mean over the rows of −Σ targets · log softmax(logits); both (n, m).
 fn soft_cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     let log_probabilities = candle_nn::ops::log_softmax(logits, D::Minus1)?;
-    Ok((log_probabilities * targets)?.sum(D::Minus1)?.mean_all()?.neg()?)
+    Ok((log_probabilities * targets)?
+        .sum(D::Minus1)?
+        .mean_all()?
+        .neg()?)
 }
 
 /// CLIP's loss (Radford et al. 2021, arXiv 2103.00020): `images` and `texts` (n, d) of length 1, the logarithm of the
 /// scale, and who belongs to whom.
-pub fn clip(images: &Tensor, texts: &Tensor, logit_scale: &Tensor, targets: &Tensor) -> Result<Tensor> {
+pub fn clip(
+    images: &Tensor,
+    texts: &Tensor,
+    logit_scale: &Tensor,
+    targets: &Tensor,
+) -> Result<Tensor> {
     let logits = images.matmul(&texts.t()?.contiguous()?)?;
     let logits = logits.broadcast_mul(&logit_scale.exp()?)?;
     let by_image = soft_cross_entropy(&logits, targets)?;
@@ -92,7 +104,10 @@ mod tests {
         let targets = targets(&[0, 0, 1, 1], false, &device).unwrap();
         let loss = |rows: [[f32; 2]; 4]| {
             let rows = Tensor::new(&rows, &device).unwrap();
-            views(&rows, &targets, 0.1).unwrap().to_scalar::<f32>().unwrap()
+            views(&rows, &targets, 0.1)
+                .unwrap()
+                .to_scalar::<f32>()
+                .unwrap()
         };
         let right = loss([[1., 0.], [1., 0.], [0., 1.], [0., 1.]]);
         let wrong = loss([[1., 0.], [0., 1.], [1., 0.], [0., 1.]]);

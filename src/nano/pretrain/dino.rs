@@ -18,9 +18,16 @@ pub fn train(context: &Context) -> Result<()> {
     let settings = &context.settings.dino;
     let per_class = settings.identities_per_class;
     let pairs = settings.training.batch_size / 2;
-    if per_class == 0 || pairs == 0 || pairs % per_class != 0 || pairs / per_class > Class::ALL.len() {
+    if per_class == 0
+        || pairs == 0
+        || pairs % per_class != 0
+        || pairs / per_class > Class::ALL.len()
+    {
         return Err(Error::invalid(
-            format!("dino: {per_class} identities per class in a batch of {}", settings.training.batch_size),
+            format!(
+                "dino: {per_class} identities per class in a batch of {}",
+                settings.training.batch_size
+            ),
             format!(
                 "half the batch must be a multiple of identities_per_class, and at most {} times it",
                 Class::ALL.len()
@@ -39,7 +46,11 @@ pub fn train(context: &Context) -> Result<()> {
     };
     write_configs(context, &config)?;
     let file = folder.join("model.safetensors");
-    let weights = Weights::trainable(&files::existing(&file), context.seed("dino"), &context.device)?;
+    let weights = Weights::trainable(
+        &files::existing(&file),
+        context.seed("dino"),
+        &context.device,
+    )?;
     let model = Vit::new(&config, &weights)?;
     weights.finish()?;
     let preprocessing = preprocessing(context.settings.image_size);
@@ -56,7 +67,10 @@ pub fn train(context: &Context) -> Result<()> {
         let pixels = preprocessing.apply(&scenes.draw(&batch), &context.device)?;
         let views = contrast::unit(&model.forward(&pixels)?)?;
         let loss = contrast::views(&views, &targets, settings.temperature)?;
-        Ok(Step { loss, figures: Vec::new() })
+        Ok(Step {
+            loss,
+            figures: Vec::new(),
+        })
     };
     course.run(step, || files::write_weights(&file, &weights.variables()))
 }

@@ -23,7 +23,12 @@ pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
 pub fn write_weights(path: &Path, variables: &[(String, Var)]) -> Result<()> {
     let tensors = variables
         .iter()
-        .map(|(name, variable)| Ok((name.clone(), variable.as_tensor().detach().to_dtype(DType::F16)?)))
+        .map(|(name, variable)| {
+            Ok((
+                name.clone(),
+                variable.as_tensor().detach().to_dtype(DType::F16)?,
+            ))
+        })
         .collect::<Result<BTreeMap<_, _>>>()?;
     files::write_tensors(path, &tensors, &[])
 }

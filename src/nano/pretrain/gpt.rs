@@ -75,7 +75,12 @@ pub fn train(context: &Context) -> Result<()> {
         .variables()
         .into_iter()
         .filter(|(name, _)| name != "cls_embedding.uncond_embedding")
-        .chain(t5_weights.variables().into_iter().map(|(name, v)| (format!("t5.{name}"), v)))
+        .chain(
+            t5_weights
+                .variables()
+                .into_iter()
+                .map(|(name, v)| (format!("t5.{name}"), v)),
+        )
         .collect();
     let course = context.course("gpt", &settings.training, &folder, trained);
     let scenes = context.scenes("gpt");
@@ -89,18 +94,30 @@ pub fn train(context: &Context) -> Result<()> {
             let pixels = scenes.pixels(fresh, device)?;
             Ok(no_grad(|| vq.encode(&pixels))?.to_vec2::<u32>()?)
         })?;
-        let captions: Vec<String> = chosen.iter().map(|(scene, _)| caption(scene, generator)).collect();
-        let (ids, mask) = tokenizer.encode_batch(&captions, settings.caption_positions, PADDING, device)?;
+        let captions: Vec<String> = chosen
+            .iter()
+            .map(|(scene, _)| caption(scene, generator))
+            .collect();
+        let (ids, mask) =
+            tokenizer.encode_batch(&captions, settings.caption_positions, PADDING, device)?;
         let features = encoder.forward(&ids, &mask)?;
         let (features, mask) = right_aligned(&features, &mask)?;
-        let drop: Vec<bool> = (0..count).map(|_| generator.random_bool(settings.condition_dropout)).collect();
+        let drop: Vec<bool> = (0..count)
+            .map(|_| generator.random_bool(settings.condition_dropout))
+            .collect();
         let features = gpt.drop_captions(&features, &drop)?;
-        let tokens: Vec<u32> = chosen.iter().flat_map(|(_, tokens)| tokens.iter().copied()).collect();
+        let tokens: Vec<u32> = chosen
+            .iter()
+            .flat_map(|(_, tokens)| tokens.iter().copied())
+            .collect();
         let tokens = Tensor::from_vec(tokens, (count, config.block_size), device)?;
         let given = tokens.narrow(1, 0, config.block_size - 1)?.contiguous()?;
         let logits = gpt.forward(&features, &mask, &given, Some(generator))?;
         let losses = ops::cross_entropy(&logits.flatten_to(1)?, &tokens.flatten_all()?)?;
-        Ok(Step { loss: losses.mean_all()?, figures: Vec::new() })
+        Ok(Step {
+            loss: losses.mean_all()?,
+            figures: Vec::new(),
+        })
     };
     let save = || {
         files::write_weights(&file, &weights.variables())?;
@@ -152,7 +169,10 @@ fn right_aligned(features: &Tensor, mask: &Tensor) -> Result<(Tensor, Tensor)> {
     let device = features.device();
     let places = Tensor::from_vec(places, b * n, device)?;
     let moved = Tensor::from_vec(moved, (b, n), device)?;
-    let rows = features.reshape((b * n, d))?.index_select(&places, 0)?.reshape((b, n, d))?;
+    let rows = features
+        .reshape((b * n, d))?
+        .index_select(&places, 0)?
+        .reshape((b, n, d))?;
     let keep = moved.to_dtype(features.dtype())?.unsqueeze(2)?;
     Ok((rows.broadcast_mul(&keep)?, moved))
 }
@@ -211,7 +231,10 @@ mod tests {
 
     #[test]
     fn captions_move_to_the_right_in_order() {
-        let features = Tensor::arange(1f32, 9f32, &Device::Cpu).unwrap().reshape((2, 4, 1)).unwrap();
+        let features = Tensor::arange(1f32, 9f32, &Device::Cpu)
+            .unwrap()
+            .reshape((2, 4, 1))
+            .unwrap();
         let mask = Tensor::new(&[[1u32, 1, 0, 0], [1, 1, 1, 1]], &Device::Cpu).unwrap();
         let (features, mask) = right_aligned(&features, &mask).unwrap();
         let features = features.squeeze(2).unwrap().to_vec2::<f32>().unwrap();

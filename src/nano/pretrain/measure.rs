@@ -35,7 +35,12 @@ pub fn all(context: &Context, models: &[Model]) -> Result<()> {
             }
             Model::Vae => {
                 let pixels = reconstructed_scenes(context)?;
-                reconstruction(context, *model, &pixels, &vae::reconstruct(context, &pixels)?)?;
+                reconstruction(
+                    context,
+                    *model,
+                    &pixels,
+                    &vae::reconstruct(context, &pixels)?,
+                )?;
             }
             Model::Clip => {
                 let clip = Answers::open(context)?;
@@ -45,15 +50,22 @@ pub fn all(context: &Context, models: &[Model]) -> Result<()> {
                     .filter_map(|s| Some((s.identity.class, s.setting?)))
                     .collect();
                 let (class, setting) = clip.shares(&pictures, &wanted)?;
-                println!("| clip | names the class of {SCENES} scenes | {:.1} % |", 100.0 * class);
+                println!(
+                    "| clip | names the class of {SCENES} scenes | {:.1} % |",
+                    100.0 * class
+                );
                 println!("| clip | names the setting | {:.1} % |", 100.0 * setting);
                 let area = individuals(context, &clip.embedder)?;
-                println!("| clip | tells individuals of a class apart, area under the curve | {area:.3} |");
+                println!(
+                    "| clip | tells individuals of a class apart, area under the curve | {area:.3} |"
+                );
             }
             Model::Dino => {
                 let dino = DinoEmbedder::load(&context.out.join("dino"), &context.device)?;
                 let area = individuals(context, &dino)?;
-                println!("| dino | tells individuals of a class apart, area under the curve | {area:.3} |");
+                println!(
+                    "| dino | tells individuals of a class apart, area under the curve | {area:.3} |"
+                );
             }
             Model::Gpt | Model::Sd3 => generator(context, *model)?,
         }
@@ -67,15 +79,30 @@ fn reconstructed_scenes(context: &Context) -> Result<Tensor> {
 }
 
 /// Prints the mean PSNR of `images`, and draws originals over reconstructions; both (b, 3, h, w) in [−1, 1].
-fn reconstruction(context: &Context, model: Model, originals: &Tensor, images: &Tensor) -> Result<()> {
+fn reconstruction(
+    context: &Context,
+    model: Model,
+    originals: &Tensor,
+    images: &Tensor,
+) -> Result<()> {
     let error = (images.clamp(-1f32, 1f32)? - originals)?;
     let errors = error.sqr()?.flatten_from(1)?.mean(1)?.to_vec1::<f32>()?;
     let decibels = errors.iter().map(|&e| psnr(f64::from(e))).sum::<f64>() / errors.len() as f64;
     let name = model.name();
     println!("| {name} | PSNR of {SCENES} reconstructions | {decibels:.2} dB |");
     let count = Class::ALL.len();
-    let rows = Tensor::cat(&[&originals.narrow(0, 0, count)?, &images.narrow(0, 0, count)?], 0)?;
-    sheet(context, &format!("reconstructions-{name}.png"), &images::from_tensor(&rows)?)
+    let rows = Tensor::cat(
+        &[
+            &originals.narrow(0, 0, count)?,
+            &images.narrow(0, 0, count)?,
+        ],
+        0,
+    )?;
+    sheet(
+        context,
+        &format!("reconstructions-{name}.png"),
+        &images::from_tensor(&rows)?,
+    )
 }
 
 fn sheet(context: &Context, name: &str, pictures: &[RgbImage]) -> Result<()> {
@@ -87,10 +114,16 @@ fn generator(context: &Context, model: Model) -> Result<()> {
     let wanted: Vec<(Class, Setting)> = (0..PROMPTS)
         .map(|i| {
             let class = Class::ALL[i % Class::ALL.len()];
-            (class, Setting::ALL[(3 * i + i / Class::ALL.len()) % Setting::ALL.len()])
+            (
+                class,
+                Setting::ALL[(3 * i + i / Class::ALL.len()) % Setting::ALL.len()],
+            )
         })
         .collect();
-    let prompts: Vec<String> = wanted.iter().map(|&(class, setting)| prompt(class, setting)).collect();
+    let prompts: Vec<String> = wanted
+        .iter()
+        .map(|&(class, setting)| prompt(class, setting))
+        .collect();
     let seeds: Vec<u64> = (0..PROMPTS as u64).collect();
     let pictures = match model {
         Model::Gpt => gpt::draw(context, &prompts, &seeds)?,
@@ -99,8 +132,14 @@ fn generator(context: &Context, model: Model) -> Result<()> {
     let name = model.name();
     sheet(context, &format!("samples-{name}.png"), &pictures[..SHEET])?;
     let (class, setting) = Answers::open(context)?.shares(&pictures, &wanted)?;
-    println!("| {name} | CLIP finds the class in {PROMPTS} samples | {:.1} % |", 100.0 * class);
-    println!("| {name} | CLIP finds the setting | {:.1} % |", 100.0 * setting);
+    println!(
+        "| {name} | CLIP finds the class in {PROMPTS} samples | {:.1} % |",
+        100.0 * class
+    );
+    println!(
+        "| {name} | CLIP finds the setting | {:.1} % |",
+        100.0 * setting
+    );
     Ok(())
 }
 
@@ -133,9 +172,16 @@ impl Answers {
             .iter()
             .flat_map(|&class| Setting::ALL.map(|setting| (class, setting)))
             .collect();
-        let prompts: Vec<String> = pairs.iter().map(|&(class, setting)| prompt(class, setting)).collect();
+        let prompts: Vec<String> = pairs
+            .iter()
+            .map(|&(class, setting)| prompt(class, setting))
+            .collect();
         let texts = embedder.texts(&prompts)?;
-        let texts = pairs.into_iter().zip(texts).map(|((c, s), text)| (c, s, text)).collect();
+        let texts = pairs
+            .into_iter()
+            .zip(texts)
+            .map(|((c, s), text)| (c, s, text))
+            .collect();
         Ok(Self { embedder, texts })
     }
 
@@ -190,5 +236,6 @@ fn individuals(context: &Context, embedder: &impl ImageEmbedder) -> Result<f64> 
 
 /// Whether two individuals share colours, pattern, marking and build, and differ by shades and proportions alone.
 fn alike(a: &Identity, b: &Identity) -> bool {
-    (a.body, a.accent, a.pattern, a.marking, a.build) == (b.body, b.accent, b.pattern, b.marking, b.build)
+    (a.body, a.accent, a.pattern, a.marking, a.build)
+        == (b.body, b.accent, b.pattern, b.marking, b.build)
 }

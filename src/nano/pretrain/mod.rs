@@ -5,8 +5,8 @@
 //! the autoencoder and CLIP's text tower.
 
 pub mod clip;
-mod contrast;
 pub mod context;
+mod contrast;
 pub mod course;
 pub mod dino;
 mod files;
@@ -39,7 +39,14 @@ pub enum Model {
 
 impl Model {
     /// Every model, in order.
-    pub const ALL: [Model; 6] = [Model::Clip, Model::Dino, Model::Vq, Model::Vae, Model::Gpt, Model::Sd3];
+    pub const ALL: [Model; 6] = [
+        Model::Clip,
+        Model::Dino,
+        Model::Vq,
+        Model::Vae,
+        Model::Gpt,
+        Model::Sd3,
+    ];
 
     /// The model's name on the command line and in the settings.
     pub fn name(self) -> &'static str {

@@ -47,7 +47,10 @@ impl Scenes {
         let identity = Identity::sample(class, self.split, generator);
         [(); 2].map(|()| {
             let dressed = class.is_live() && generator.random_bool(0.25);
-            let accessory = Accessory::ALL.choose(generator).copied().filter(|_| dressed);
+            let accessory = Accessory::ALL
+                .choose(generator)
+                .copied()
+                .filter(|_| dressed);
             let placed = generator.random_bool(0.9);
             let setting = Setting::ALL.choose(generator).copied().filter(|_| placed);
             Scene::of(identity, setting, accessory, None, generator)
@@ -56,7 +59,10 @@ impl Scenes {
 
     /// The scenes drawn.
     pub fn draw(&self, scenes: &[Scene]) -> Vec<RgbImage> {
-        scenes.iter().map(|scene| render(scene, self.size as u32)).collect()
+        scenes
+            .iter()
+            .map(|scene| render(scene, self.size as u32))
+            .collect()
     }
 
     /// The scenes drawn, (b, 3, size, size) in [−1, 1].
@@ -71,7 +77,10 @@ pub fn meaning(caption: &str) -> String {
         .iter()
         .find_map(|opening| caption.strip_prefix(opening))
         .unwrap_or(caption);
-    let words: Vec<&str> = bare.split_whitespace().filter(|word| !TOKENS.contains(word)).collect();
+    let words: Vec<&str> = bare
+        .split_whitespace()
+        .filter(|word| !TOKENS.contains(word))
+        .collect();
     words.join(" ")
 }
 
@@ -104,7 +113,10 @@ mod tests {
 
     #[test]
     fn tokens_and_openings_do_not_change_the_meaning() {
-        assert_eq!(meaning("a photo of a red sks dog in the snow"), "a red dog in the snow");
+        assert_eq!(
+            meaning("a photo of a red sks dog in the snow"),
+            "a red dog in the snow"
+        );
         assert_eq!(meaning("a dog"), "a dog");
     }
 }

@@ -64,13 +64,21 @@ pub fn train(context: &Context) -> Result<()> {
     weights.finish()?;
 
     // The positions are a table, and nothing reads what the last block's text would ask for.
-    let idle = format!("transformer_blocks.{}.attn.add_q_proj.", settings.layers - 1);
+    let idle = format!(
+        "transformer_blocks.{}.attn.add_q_proj.",
+        settings.layers - 1
+    );
     let trained = weights
         .variables()
         .into_iter()
         .filter(|(name, _)| name != "pos_embed.pos_embed" && !name.starts_with(&idle))
         .collect();
-    let course = context.course("sd3", &settings.training, &folder.join("transformer"), trained);
+    let course = context.course(
+        "sd3",
+        &settings.training,
+        &folder.join("transformer"),
+        trained,
+    );
     let scenes = context.scenes("sd3");
     let first = course.notes()?.images;
     let pool = RefCell::new(Pool::new(settings.pool, first));
@@ -98,7 +106,8 @@ pub fn train(context: &Context) -> Result<()> {
             })
             .collect();
         let positions = text_config.max_position_embeddings;
-        let (ids, _) = tokenizer.encode_batch(&captions, positions, text_config.eos_token_id, device)?;
+        let (ids, _) =
+            tokenizer.encode_batch(&captions, positions, text_config.eos_token_id, device)?;
         let encoded = no_grad(|| text.forward(&ids))?;
         let mut values = Vec::with_capacity(count * latent);
         for (_, latents) in &chosen {
@@ -109,7 +118,10 @@ pub fn train(context: &Context) -> Result<()> {
         let loss = schedule.loss(&latents, &draw, LossForm::Velocity, |noisy, timesteps| {
             model.forward(noisy, timesteps, &encoded.penultimate, &encoded.pooled)
         })?;
-        Ok(Step { loss, figures: Vec::new() })
+        Ok(Step {
+            loss,
+            figures: Vec::new(),
+        })
     };
     course.run(step, || files::write_weights(&file, &weights.variables()))
 }
@@ -129,7 +141,9 @@ pub fn draw(context: &Context, prompts: &[String], seeds: &[u64]) -> Result<Vec<
     };
     let mut pictures = Vec::new();
     for (prompts, seeds) in prompts.chunks(25).zip(seeds.chunks(25)) {
-        pictures.extend(images::from_tensor(&model.generate(prompts, seeds, &settings)?)?);
+        pictures.extend(images::from_tensor(
+            &model.generate(prompts, seeds, &settings)?,
+        )?);
     }
     Ok(pictures)
 }

@@ -27,7 +27,11 @@ pub fn train(context: &Context) -> Result<()> {
         use_post_quant_conv: false,
         ..Config::default()
     };
-    let weights = Weights::trainable(&files::existing(&file), context.seed("vae"), &context.device)?;
+    let weights = Weights::trainable(
+        &files::existing(&file),
+        context.seed("vae"),
+        &context.device,
+    )?;
     let model = AutoencoderKl::new(config.clone(), &weights)?;
     weights.finish()?;
     let scenes = context.scenes("vae");
@@ -36,7 +40,11 @@ pub fn train(context: &Context) -> Result<()> {
         let batch = scenes.batch(seen, settings.training.batch_size);
         let pixels = scenes.pixels(&batch, &context.device)?;
         let (mean, logvar) = model.encode(&pixels)?;
-        let noise = normal(mean.dims(), &mut scenes.generator("noise", seen), &context.device)?;
+        let noise = normal(
+            mean.dims(),
+            &mut scenes.generator("noise", seen),
+            &context.device,
+        )?;
         let latents = (&mean + ((&logvar * 0.5)?.exp()? * noise)?)?;
         let error = (model.decode(&latents)? - &pixels)?;
         let squared = error.sqr()?.mean_all()?;
@@ -58,7 +66,10 @@ pub fn train(context: &Context) -> Result<()> {
         let variance = (mean - centre)?.sqr()?.mean_all()?.to_scalar::<f32>()?;
         config.shift_factor = Some(rounded(centre));
         config.scaling_factor = rounded(1.0 / f64::from(variance.max(1e-12)).sqrt());
-        files::write_json(&folder.join("config.json"), &published(&config, context.settings.image_size)?)?;
+        files::write_json(
+            &folder.join("config.json"),
+            &published(&config, context.settings.image_size)?,
+        )?;
         files::write_weights(&file, &weights.variables())
     };
     course.run(step, save)

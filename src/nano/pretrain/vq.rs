@@ -71,13 +71,18 @@ pub fn train(context: &Context) -> Result<()> {
         let error = (&output.reconstruction - &pixels)?;
         let squared = error.sqr()?.mean_all()?;
         let absolute = error.abs()?.mean_all()?;
-        let loss = ((&squared + (absolute * settings.absolute)?)? + (&output.vq_loss + &output.commit_loss)?)?;
+        let loss = ((&squared + (absolute * settings.absolute)?)?
+            + (&output.vq_loss + &output.commit_loss)?)?;
         let mut usage = usage.borrow_mut();
         usage.count(&output.indices, settings.training.batch_size)?;
         // Late in the course a moved code would find no time to settle.
         let moved = if spent < 0.6 {
             let generator = &mut scenes.generator("revive", seen);
-            usage.revive(settings.revive_after, || no_grad(|| model.encode_continuous(&pixels)), generator)?
+            usage.revive(
+                settings.revive_after,
+                || no_grad(|| model.encode_continuous(&pixels)),
+                generator,
+            )?
         } else {
             0
         };
@@ -109,7 +114,10 @@ impl Codebook {
                 what: format!("the tokenizer has no {CODEBOOK}"),
                 hint: None,
             })?;
-        Ok(Self { variable, idle: vec![0; size] })
+        Ok(Self {
+            variable,
+            idle: vec![0; size],
+        })
     }
 
     fn count(&mut self, indices: &Tensor, images: usize) -> Result<()> {
@@ -133,7 +141,9 @@ impl Codebook {
         encodings: impl FnOnce() -> Result<Tensor>,
         generator: &mut impl Rng,
     ) -> Result<usize> {
-        let dead: Vec<usize> = (0..self.idle.len()).filter(|&code| self.idle[code] > after).collect();
+        let dead: Vec<usize> = (0..self.idle.len())
+            .filter(|&code| self.idle[code] > after)
+            .collect();
         if dead.is_empty() {
             return Ok(0);
         }
@@ -152,14 +162,26 @@ impl Codebook {
     /// Puts each of `codes` where one of the encodings `z` (b, d, h, w) is, at length 1.
     fn place(&self, codes: &[usize], z: &Tensor, generator: &mut impl Rng) -> Result<()> {
         let width = self.variable.dim(1)?;
-        let rows = z.detach().permute((0, 2, 3, 1))?.contiguous()?.reshape(((), width))?;
+        let rows = z
+            .detach()
+            .permute((0, 2, 3, 1))?
+            .contiguous()?
+            .reshape(((), width))?;
         let rows = rows.broadcast_div(&(rows.sqr()?.sum_keepdim(D::Minus1)? + 1e-12)?.sqrt()?)?;
         let rows = rows.to_device(&Device::Cpu)?.to_vec2::<f32>()?;
-        let mut table = self.variable.as_tensor().to_device(&Device::Cpu)?.to_vec2::<f32>()?;
+        let mut table = self
+            .variable
+            .as_tensor()
+            .to_device(&Device::Cpu)?
+            .to_vec2::<f32>()?;
         for &code in codes {
             table[code] = rows[generator.random_range(0..rows.len())].clone();
         }
-        let table = Tensor::from_vec(table.concat(), self.variable.shape(), self.variable.device())?;
+        let table = Tensor::from_vec(
+            table.concat(),
+            self.variable.shape(),
+            self.variable.device(),
+        )?;
         Ok(self.variable.set(&table)?)
     }
 }

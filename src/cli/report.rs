@@ -1,0 +1,18 @@
+//! `proxytune report`: the report of a run, written again.
+
+use std::io::Write;
+
+use super::{Ended, ReportArgs, output_failed, runtime};
+use crate::{Result, pipeline};
+
+pub(super) fn report(args: &ReportArgs, out: &mut impl Write) -> Result<Ended> {
+    let report = runtime()?.block_on(pipeline::report_again(&args.run, &args.store.store))?;
+    write!(
+        out,
+        "{}{}\n",
+        report.text(),
+        args.run.join("report.html").display()
+    )
+    .map_err(output_failed)?;
+    Ok(Ended::Well)
+}

@@ -1,0 +1,79 @@
+//! `proxytune run`: a pipeline from its photos to its report.
+
+use std::path::Path;
+
+use super::{Ended, RunArgs, runtime};
+use crate::pipeline::{self, Options, Outcome};
+use crate::stream::Stop;
+use crate::{Error, Result};
+
+pub(super) fn run(args: &RunArgs) -> Result<Ended> {
+    let document = args.pipeline.open()?;
+    let resolved = document.resolve()?;
+    let options = Options {
+        pipeline: args.pipeline.file.clone(),
+        text: std::fs::read_to_string(&args.pipeline.file)
+            .map_err(Error::io(&args.pipeline.file))?,
+        resolved,
+        store: args.store.store.clone(),
+        out: args.out.clone(),
+        new: args.new,
+        sequential: args.sequential,
+        progress: true,
+    };
+    let runtime = runtime()?;
+    let outcome = runtime.block_on(async {
+        let stop = Stop::default();
+        stop.on_signals();
+        pipeline::run(&options, stop).await
+    })?;
+    print!("{}", describe(&outcome));
+    if outcome.ending.warnings.is_empty() {
+        return Ok(Ended::Well);
+    }
+    for warning in &outcome.ending.warnings {
+        eprintln!("warning: {warning}");
+    }
+    Ok(Ended::WithWarnings)
+}
+
+/// The tables at the end of a run.
+fn describe(outcome: &Outcome) -> String {
+    let ending = &outcome.ending;
+    let mut text = format!(
+        "\n{:<12} {:>8} {:<10} {:>8} {:>9} {:>9} {:>9}\n",
+        "stage", "done", "", "reused", "busy s", "waiting s", "per s"
+    );
+    for stage in &ending.stages {
+        text += &format!(
+            "{:<12} {:>8} {:<10} {:>8} {:>9.1} {:>9.1} {:>9.1}\n",
+            stage.stage,
+            stage.done,
+            stage.unit,
+            stage.reused,
+            stage.busy,
+            stage.waiting_in + stage.waiting_out,
+            stage.rate()
+        );
+    }
+    text += &format!("wall time {:.1} s", ending.wall_seconds);
+    if let Some((first, all)) = ending.first_training_proxy {
+        text += &format!("; the first training step ran with {first} of {all} proxies committed");
+    }
+    text += "\n\n";
+    text += &outcome.report.text();
+    let place = |name: &str| outcome.dir.join(name).display().to_string();
+    let mut made = vec![
+        ("student", place("student")),
+        ("sheet", place("sheet.png")),
+        ("report", place("report.html")),
+    ];
+    if Path::new(&place("supervisor")).is_dir() {
+        made.insert(0, ("supervisor", place("supervisor")));
+    }
+    text.push('\n');
+    for (name, path) in made {
+        text += &format!("{name:<10} {path}\n");
+    }
+    text
+}

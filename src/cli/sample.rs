@@ -1,0 +1,108 @@
+//! `proxytune sample`: draws images with a model and, if given, an adapter.
+
+use std::io::Write;
+
+use super::{ComputeArgs, Ended, SampleArgs, SamplingArgs, output_failed, runtime};
+use crate::config::models::Family;
+use crate::config::{Kind, sampling_defaults};
+use crate::images::encode_png;
+use crate::models::{Request, Sampling, open};
+use crate::pipeline::{opening_for, use_threads};
+use crate::plan::derive_seed;
+use crate::stream::{Board, Worker};
+use crate::training::restore;
+use crate::{Error, Result, files};
+
+pub(super) fn sample(args: &SampleArgs, out: &mut impl Write) -> Result<Ended> {
+    let requests: Vec<Request> = args
+        .prompts
+        .iter()
+        .flat_map(|prompt| {
+            let seed = move |index| derive_seed(args.seed, &format!("sample/{prompt}"), index);
+            (0..args.count).map(move |index| Request {
+                prompt: prompt.clone(),
+                seed: seed(index),
+            })
+        })
+        .collect();
+    files::create_dir(&args.out)?;
+    let images = draw(
+        &args.model,
+        args.adapter.as_deref(),
+        &requests,
+        &args.compute,
+        &args.sampling,
+    )?;
+    for (number, (request, image)) in requests.iter().zip(&images).enumerate() {
+        let words: Vec<&str> = request
+            .prompt
+            .split(|c: char| !c.is_alphanumeric())
+            .filter(|w| !w.is_empty())
+            .collect();
+        let path = args
+            .out
+            .join(format!("{number:04}-{}.png", words.join("-")));
+        files::write(&path, &encode_png(image)?)?;
+        writeln!(out, "{}", path.display()).map_err(output_failed)?;
+    }
+    Ok(Ended::Well)
+}
+
+/// The sampling that was asked for; what was not, by the family's defaults.
+fn sampling(family: Family, args: &SamplingArgs) -> Sampling {
+    let mut sampling = Sampling::student(&sampling_defaults(family));
+    sampling.guidance_scale = args.guidance_scale.unwrap_or(sampling.guidance_scale);
+    sampling.num_inference_steps = args
+        .num_inference_steps
+        .unwrap_or(sampling.num_inference_steps);
+    sampling.top_k = args.top_k.unwrap_or(sampling.top_k);
+    sampling.top_p = args.top_p.unwrap_or(sampling.top_p);
+    sampling.temperature = args.temperature.unwrap_or(sampling.temperature);
+    if let Some(negative) = &args.negative_prompt {
+        sampling.negative_prompt = negative.clone();
+    }
+    sampling
+}
+
+/// Draws `requests` in batches, on the model's own thread.
+pub(super) fn draw(
+    model: &str,
+    adapter: Option<&std::path::Path>,
+    requests: &[Request],
+    compute: &ComputeArgs,
+    asked: &SamplingArgs,
+) -> Result<Vec<image::RgbImage>> {
+    if compute.threads > 0 {
+        use_threads(compute.threads);
+    }
+    let opening = opening_for(model, adapter, compute.device)?;
+    if opening.family.kind() == Kind::Evaluator {
+        return Err(Error::invalid(
+            format!("{model} does not draw"),
+            "name a diffusion or an autoregressive model",
+        ));
+    }
+    let sampling = sampling(opening.family, asked);
+    let (adapter, requests, batch) = (
+        adapter.map(std::path::Path::to_path_buf),
+        requests.to_vec(),
+        compute.batch_size,
+    );
+    runtime()?.block_on(async move {
+        let board = Board::default();
+        let meter = board.meter("sample", "images");
+        let worker = Worker::spawn("sample", move || open(&opening)).await?;
+        worker
+            .call(&meter, move |learner| {
+                if let Some(dir) = &adapter {
+                    restore(&learner.variables(), &learner.read(dir)?, dir)?;
+                }
+                let mut images = Vec::new();
+                for batch in requests.chunks(batch) {
+                    images.extend(learner.generate(batch, &sampling)?);
+                }
+                Ok(images)
+            })
+            .await
+    })
+}
