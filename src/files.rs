@@ -62,6 +62,21 @@ pub fn write_dir(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<(
     sync_parent(dir)
 }
 
+/// Replaces the folder `to` by a copy of the files of the folder `from`.
+pub fn copy_dir(from: &Path, to: &Path) -> Result<()> {
+    if let Some(parent) = to.parent() {
+        create_dir(parent)?;
+    }
+    write_dir(to, |aside| {
+        for entry in std::fs::read_dir(from).map_err(Error::io(from))? {
+            let entry = entry.map_err(Error::io(from))?;
+            std::fs::copy(entry.path(), aside.join(entry.file_name()))
+                .map_err(Error::io(entry.path()))?;
+        }
+        Ok(())
+    })
+}
+
 /// Writes `tensors` as safetensors with `metadata` in the header (beside `format: pt`, which readers expect).
 pub fn write_tensors(
     path: &Path,

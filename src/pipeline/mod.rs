@@ -177,6 +177,7 @@ fn announce(dir: &RunDir) {
 struct Graph {
     tasks: JoinSet<Result<()>>,
     evaluated: Inlet<Evaluated>,
+    reporting: Meter,
     first_training_proxy: Arc<AtomicUsize>,
 }
 
@@ -368,6 +369,7 @@ impl Graph {
         Self {
             tasks,
             evaluated: results,
+            reporting,
             first_training_proxy,
         }
     }
@@ -379,7 +381,10 @@ impl Graph {
         loop {
             tokio::select! {
                 result = self.evaluated.next(), if open => match result {
-                    Some(result) => evaluated.push(result),
+                    Some(result) => {
+                        self.reporting.add(1);
+                        evaluated.push(result);
+                    }
                     None => open = false,
                 },
                 task = self.tasks.join_next() => match task {

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use super::evaluate::Evaluated;
 use super::{Context, Method, score};
+use crate::config::Source;
 use crate::evaluation::metrics::{ScoredImage, Scores};
 use crate::evaluation::plot::{Chart, Series};
 use crate::evaluation::report::{ModelScores, Report, StageTime};
@@ -14,13 +15,14 @@ use crate::store::{Columns, EvaluationRow, Row as _};
 use crate::stream::StageReport;
 use crate::{Result, files};
 
-/// How the table and the sheet call a method.
-pub fn label(method: Method) -> &'static str {
-    match method {
-        Method::Untouched => "untouched student",
-        Method::Direct => "directly tuned student",
-        Method::Supervisor => "supervisor",
-        Method::Student => "proxy-tuned student",
+/// How the table and the sheet call a method, for a student that learnt from `source`.
+pub fn label(method: Method, source: Source) -> &'static str {
+    match (method, source) {
+        (Method::Untouched, _) => "untouched student",
+        (Method::Supervisor, _) => "supervisor",
+        (Method::Student, Source::Proxies) => "proxy-tuned student",
+        (Method::Student, Source::Augmented) => "student tuned on augmented references",
+        (Method::Direct, _) | (Method::Student, Source::References) => "directly tuned student",
     }
 }
 
@@ -151,7 +153,7 @@ fn sheet(context: &Context, shown: &[(Method, BTreeMap<usize, EvaluationRow>)]) 
         ),
         columns: columns
             .iter()
-            .map(|(method, _)| label(*method).to_string())
+            .map(|(method, _)| label(*method, context.resolved.student.source).to_string())
             .collect(),
         blocks,
     })
@@ -179,7 +181,7 @@ async fn compose(
     let models = shown
         .iter()
         .map(|(method, rows)| ModelScores {
-            name: label(*method).into(),
+            name: label(*method, context.resolved.student.source).into(),
             images: rows.values().filter_map(scored).collect(),
         })
         .collect();

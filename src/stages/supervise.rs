@@ -11,11 +11,19 @@ use super::{Context, Supervisor, references::at_resolution};
 use crate::config;
 use crate::models::{Lesson, Opening, Request, Sampling};
 use crate::stream::Meter;
-use crate::{Error, Result};
+use crate::{Error, Result, files};
 
 /// Where the store keeps the adapter of the supervisor `key`.
 pub fn adapter_dir(context: &Context, key: &str) -> std::path::PathBuf {
     context.store.path().join("adapters").join(key)
+}
+
+/// Where the run's directory has a copy of the adapter.
+fn beside_run(context: &Context, subject: usize) -> std::path::PathBuf {
+    context
+        .dir
+        .join("supervisor")
+        .join(&context.subject(subject).name)
 }
 
 /// Trains a supervisor for each subject of `input`, `(subject, key)`, and yields it when its adapter is published.
@@ -33,6 +41,7 @@ pub fn supervise(
             let made = Supervisor { subject, key: key.clone(), adapter: adapter.clone() };
             if adapter.is_dir() {
                 meter.reuse(settings.training.steps);
+                files::copy_dir(&adapter, &beside_run(&context, subject))?;
                 yield made;
                 continue;
             }
@@ -47,7 +56,8 @@ pub fn supervise(
             )
             .await?;
             if train(&context, &lesson, subject, settings, &proxies.sampling).await? {
-                lesson.publish(adapter).await?;
+                lesson.publish(adapter.clone()).await?;
+                files::copy_dir(&adapter, &beside_run(&context, subject))?;
                 yield made;
             }
         }
