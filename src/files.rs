@@ -62,6 +62,22 @@ pub fn write_dir(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<(
     sync_parent(dir)
 }
 
+/// Removes what a killed process left half-written in `dir` and below; nobody else may be writing there.
+pub fn remove_leftovers(dir: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(dir).map_err(Error::io(dir))? {
+        let path = entry.map_err(Error::io(dir))?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let left = name.starts_with('.') && name.ends_with(".tmp");
+        match (left, path.is_dir()) {
+            (true, true) => std::fs::remove_dir_all(&path).map_err(Error::io(&path))?,
+            (true, false) => std::fs::remove_file(&path).map_err(Error::io(&path))?,
+            (false, true) => remove_leftovers(&path)?,
+            (false, false) => {}
+        }
+    }
+    Ok(())
+}
+
 /// Replaces the folder `to` by a copy of the files of the folder `from`.
 pub fn copy_dir(from: &Path, to: &Path) -> Result<()> {
     if let Some(parent) = to.parent() {

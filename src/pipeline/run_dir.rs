@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use crate::{Error, Result, files};
 
@@ -153,6 +154,9 @@ impl RunDir {
     }
 }
 
+/// How long to wait for a lock: a process that was killed may hold it for a moment more.
+const PATIENCE: Duration = Duration::from_secs(3);
+
 fn lock(path: &Path) -> Result<File> {
     let name = path.join("lock");
     let file = File::options()
@@ -161,14 +165,25 @@ fn lock(path: &Path) -> Result<File> {
         .write(true)
         .open(&name)
         .map_err(Error::io(&name))?;
+    let start = Instant::now();
     // The lock dies with the process, however that ends.
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(std::fs::TryLockError::WouldBlock) => Err(Error::invalid(
-            format!("{}: another process is running this", path.display()),
-            "wait for it, or start another run with --new",
-        )),
-        Err(std::fs::TryLockError::Error(e)) => Err(Error::io(&name)(e)),
+    loop {
+        match file.try_lock() {
+            Ok(()) => {
+                files::remove_leftovers(path)?;
+                return Ok(file);
+            }
+            Err(std::fs::TryLockError::WouldBlock) if start.elapsed() < PATIENCE => {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            Err(std::fs::TryLockError::WouldBlock) => {
+                return Err(Error::invalid(
+                    format!("{}: another process is running this", path.display()),
+                    "wait for it, or start another run with --new",
+                ));
+            }
+            Err(std::fs::TryLockError::Error(e)) => return Err(Error::io(&name)(e)),
+        }
     }
 }
 
