@@ -56,6 +56,7 @@ pub fn direct(
         }
         let photos = Photos::prepare(&context, &course).await?;
         let mut step = course.resume().await?;
+        let resumed = step == tuned.settings.steps;
         while step < tuned.settings.steps && !context.stop.requested() {
             let lessons = photos.lessons(&context, &course, &tuned, step).await?;
             course.step(step, vec![(1.0, lessons)]).await?;
@@ -69,7 +70,7 @@ pub fn direct(
             return;
         }
         let folder = if tuned.method == Method::Student { "student" } else { "direct" };
-        let values = course.publish(context.dir.join(folder)).await?;
+        let values = course.publish(context.dir.join(folder), resumed).await?;
         yield checkpoint(tuned.method, step, values);
     }
 }

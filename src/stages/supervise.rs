@@ -56,7 +56,8 @@ pub fn supervise(
             )
             .await?;
             if train(&context, &lesson, subject, settings, &proxies.sampling).await? {
-                lesson.publish(adapter.clone()).await?;
+                lesson.publish(adapter.clone(), false).await?;
+                lesson.checkpoints.clear()?;
                 files::copy_dir(&adapter, &beside_run(&context, subject))?;
                 yield made;
             }

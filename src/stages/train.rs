@@ -145,10 +145,16 @@ impl Course {
             .await
     }
 
-    /// Publishes what was learnt as the folder `dir`, wholly or not at all, and removes the checkpoints.
-    pub async fn publish(&self, dir: PathBuf) -> Result<Arc<BTreeMap<String, Tensor>>> {
-        self.context.metrics.flush().await?;
-        let checkpoints = self.checkpoints.clone();
+    /// Publishes what was learnt as the folder `dir`, wholly or not at all. The last checkpoint stays beside it, so
+    /// that a finished run is found finished; `resumed` says that it is there already.
+    pub async fn publish(
+        &self,
+        dir: PathBuf,
+        resumed: bool,
+    ) -> Result<Arc<BTreeMap<String, Tensor>>> {
+        if !resumed {
+            self.save(self.settings.steps).await?;
+        }
         self.worker
             .call(&self.meter, move |trainee| {
                 let values = Arc::new(trainee.snapshot()?);
@@ -156,7 +162,6 @@ impl Course {
                     files::create_dir(parent)?;
                 }
                 files::write_dir(&dir, |aside| trainee.learner().save(aside, &values))?;
-                checkpoints.clear()?;
                 Ok(values)
             })
             .await
@@ -234,11 +239,12 @@ pub fn train(
             yield checkpoint(Method::Untouched, 0, course.snapshot().await?);
         }
         let mut step = course.resume().await?;
+        let resumed = step == steps;
         let mut input = std::pin::pin!(input);
         let mut examples = Examples { known: BTreeMap::new() };
         let mut batches = 0;
         // A checkpoint that fell due on the very step from which this run resumes still goes down.
-        if step > 0 && evaluation.every > 0 && step.is_multiple_of(evaluation.every) {
+        if step > 0 && step < steps && evaluation.every > 0 && step.is_multiple_of(evaluation.every) {
             yield checkpoint(Method::Student, step, course.snapshot().await?);
         }
         while step < steps && !context.stop.requested() {
@@ -275,7 +281,7 @@ pub fn train(
             course.save(step).await?;
             return;
         }
-        let values = course.publish(context.dir.join("student")).await?;
+        let values = course.publish(context.dir.join("student"), resumed).await?;
         yield checkpoint(Method::Student, steps, values);
         // What is still on its way only has to be committed, which it is; taking it lets the stages before end.
         while input.next().await.is_some() {}
