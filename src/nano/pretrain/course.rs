@@ -212,3 +212,50 @@ impl Means {
         std::iter::once(images as f64).chain(values).collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn a_resumed_course_counts_on_and_descends() {
+        let folder = tempfile::tempdir().unwrap();
+        let training = Training {
+            images: 40,
+            batch_size: 4,
+            learning_rate: 0.1,
+            warmup_images: 4,
+            beta2: 0.99,
+            weight_decay: 0.0,
+            max_grad_norm: 1.0,
+        };
+        let variable = Var::new(&[2f32], &Device::Cpu).unwrap();
+        let course = Course {
+            name: "test",
+            training: &training,
+            budget: Budget::Images(40),
+            machine: "a machine",
+            notes: folder.path().join("training.json"),
+            trained: vec![("x".into(), variable.clone())],
+        };
+        let mut seen = Vec::new();
+        for _ in 0..2 {
+            let step = |images: usize, _: f64| {
+                seen.push(images);
+                let loss = variable.as_tensor().sqr()?.sum_all()?;
+                Ok(Step {
+                    loss,
+                    figures: Vec::new(),
+                })
+            };
+            course.run(step, || Ok(())).unwrap();
+        }
+        assert_eq!(seen, (0..20).map(|step| 4 * step).collect::<Vec<_>>());
+        let notes = course.notes().unwrap();
+        assert_eq!((notes.images, notes.sessions.len()), (80, 2));
+        let value = variable.as_tensor().to_vec1::<f32>().unwrap()[0];
+        assert!(value.abs() < 1.0, "{value}");
+    }
+}

@@ -223,3 +223,32 @@ impl Settings {
         toml::from_str(text).map_err(|e| Error::Config(vec![e.to_string()]))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHIPPED: &str = include_str!("../../../pipelines/nano-pretrain.toml");
+
+    #[test]
+    fn the_shipped_settings_are_complete() {
+        let settings = Settings::parse(SHIPPED).unwrap();
+        assert_eq!(settings.image_size, 32);
+    }
+
+    #[test]
+    fn an_unknown_field_is_refused_with_its_name() {
+        let text = SHIPPED.replace("commitment =", "comitment =");
+        let error = Settings::parse(&text).unwrap_err().to_string();
+        assert!(error.contains("comitment"), "{error}");
+    }
+
+    #[test]
+    fn the_learning_rate_rises_then_falls() {
+        let training = Settings::parse(SHIPPED).unwrap().clip.training;
+        let peak = training.learning_rate;
+        assert!(training.rate(0, 0.0) < 0.1 * peak);
+        assert!((training.rate(training.warmup_images, 0.0) - peak).abs() < 1e-12);
+        assert!((training.rate(training.warmup_images, 1.0) - 0.02 * peak).abs() < 1e-12);
+    }
+}
