@@ -62,6 +62,26 @@ pub fn write_dir(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<(
     sync_parent(dir)
 }
 
+/// Removes from `dir` and the folders below it what a killed process was writing aside. Nobody may be writing there.
+pub fn sweep(dir: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(dir).map_err(Error::io(dir))? {
+        let entry = entry.map_err(Error::io(dir))?;
+        let (path, name) = (entry.path(), entry.file_name());
+        let name = name.to_string_lossy();
+        let is_dir = entry.file_type().map_err(Error::io(&path))?.is_dir();
+        if name.starts_with('.') && name.ends_with(".tmp") {
+            let removed = match is_dir {
+                true => std::fs::remove_dir_all(&path),
+                false => std::fs::remove_file(&path),
+            };
+            removed.map_err(Error::io(&path))?;
+        } else if is_dir {
+            sweep(&path)?;
+        }
+    }
+    Ok(())
+}
+
 /// Writes `tensors` as safetensors with `metadata` in the header (beside `format: pt`, which readers expect).
 pub fn write_tensors(
     path: &Path,

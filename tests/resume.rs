@@ -60,7 +60,7 @@ async fn a_run_killed_at_twenty_random_moments_resumes_to_the_same_bytes_and_row
     let mut place = Place::new();
     let (mut kills, mut since) = (0, 0);
     while kills < KILLS {
-        let moment = duration.mul_f64(random.random_range(0.02..0.9));
+        let moment = duration.mul_f64(random.random_range(0.02..0.7));
         let mut run = Running::start(place.command(&[]));
         if !run.ends_within(moment) {
             run.kill();

@@ -64,6 +64,7 @@ impl RunDir {
         };
         files::create_dir(&path)?;
         let lock = lock(&path)?;
+        files::sweep(&path)?;
         if !resumed {
             files::write(&path.join(PIPELINE), text.as_bytes())?;
             files::write(&path.join(RESOLVED), resolved.as_bytes())?;

@@ -103,12 +103,13 @@ impl Place {
     pub async fn remains(&self) -> Remains {
         let mut adapters = BTreeMap::new();
         collect(&self.only_run(), Path::new(""), &mut adapters);
-        adapters.retain(|path, _| path.ends_with(".safetensors"));
         collect(
             &self.store().join("adapters"),
             Path::new("store"),
             &mut adapters,
         );
+        // Beside a published adapter there may be what a killed process was writing aside.
+        adapters.retain(|path, _| path.ends_with(".safetensors") && !path.contains(".tmp/"));
         let store = Store::open(self.store()).await.unwrap();
         let tokens = number("llamagen/config.json", "block_size");
         let (clip, dino) = (
