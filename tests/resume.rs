@@ -78,6 +78,17 @@ async fn a_run_killed_at_twenty_random_moments_resumes_to_the_same_bytes_and_row
     completes(&place, &format!("resumed after the last {since} kills")).await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_due_for_evaluation_before_a_kill_is_evaluated_after_it() {
+    let place = Place::new();
+    let mut run = Running::start(place.command(&[]));
+    // An evaluation falls due at step 4, and only the student takes more than 4 steps.
+    let is_later = |name: &str| name == "checkpoint-000006";
+    assert!(run.runs_until(|| !find(&place.out(), &is_later).is_empty()));
+    run.kill();
+    completes(&place, "killed after a later checkpoint").await;
+}
+
 #[cfg(unix)]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn ctrl_c_checkpoints_and_exits_with_130_and_the_same_command_completes() {
