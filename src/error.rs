@@ -81,6 +81,10 @@ impl Error {
                 std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem => {
                     Some(format!("make {} writable, or choose another place with --out or --store", path.display()))
                 }
+                std::io::ErrorKind::NotADirectory | std::io::ErrorKind::AlreadyExists => Some(format!(
+                    "{} is in the way of a directory: move it, or choose another place with --out or --store",
+                    path.display()
+                )),
                 std::io::ErrorKind::NotFound => Some("check the path; relative paths start at the working directory".into()),
                 _ => None,
             },

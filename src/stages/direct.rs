@@ -57,12 +57,15 @@ pub fn direct(
         let photos = Photos::prepare(&context, &course).await?;
         let mut step = course.resume().await?;
         let resumed = step == tuned.settings.steps;
+        for (step, values) in course.due_before(step, every).await? {
+            yield checkpoint(tuned.method, step, values);
+        }
         while step < tuned.settings.steps && !context.stop.requested() {
             let lessons = photos.lessons(&context, &course, &tuned, step).await?;
             course.step(step, vec![(1.0, lessons)]).await?;
             step += 1;
             if every > 0 && step.is_multiple_of(every) && step < tuned.settings.steps {
-                yield checkpoint(tuned.method, step, course.snapshot().await?);
+                yield checkpoint(tuned.method, step, course.due(step).await?);
             }
         }
         if step < tuned.settings.steps {

@@ -145,6 +145,40 @@ impl Course {
             .await
     }
 
+    /// The current values, for an evaluation that is due after `step` steps; a run that resumes later has them too.
+    pub async fn due(&self, step: usize) -> Result<Arc<BTreeMap<String, Tensor>>> {
+        let checkpoints = self.checkpoints.clone();
+        self.worker
+            .call(&self.meter, move |trainee| {
+                let values = Arc::new(trainee.snapshot()?);
+                checkpoints.keep_due(step, &values)?;
+                Ok(values)
+            })
+            .await
+    }
+
+    /// What fell due every `every` steps up to `step`, from which this run resumes: the run before it may have ended
+    /// while training was ahead of the evaluation.
+    pub async fn due_before(
+        &self,
+        step: usize,
+        every: usize,
+    ) -> Result<Vec<(usize, Arc<BTreeMap<String, Tensor>>)>> {
+        let mut due = Vec::new();
+        if every == 0 {
+            return Ok(due);
+        }
+        for earlier in (every..step).step_by(every) {
+            if let Some(values) = self.checkpoints.due(earlier)? {
+                due.push((earlier, Arc::new(values)));
+            }
+        }
+        if step > 0 && step.is_multiple_of(every) && step < self.settings.steps {
+            due.push((step, self.due(step).await?));
+        }
+        Ok(due)
+    }
+
     /// Publishes what was learnt as the folder `dir`, wholly or not at all. The last checkpoint stays beside it, so
     /// that a finished run is found finished; `resumed` says that it is there already.
     pub async fn publish(
@@ -238,9 +272,8 @@ pub fn train(
         let mut input = std::pin::pin!(input);
         let mut examples = Examples { known: BTreeMap::new() };
         let mut batches = 0;
-        // A checkpoint that fell due on the very step from which this run resumes still goes down.
-        if step > 0 && step < steps && evaluation.every > 0 && step.is_multiple_of(evaluation.every) {
-            yield checkpoint(Method::Student, step, course.snapshot().await?);
+        for (step, values) in course.due_before(step, evaluation.every).await? {
+            yield checkpoint(Method::Student, step, values);
         }
         while step < steps && !context.stop.requested() {
             let needed = context.plan.needs(step);
@@ -269,7 +302,7 @@ pub fn train(
             course.step(step, vec![(1.0, lessons)]).await?;
             step += 1;
             if evaluation.every > 0 && step.is_multiple_of(evaluation.every) && step < steps {
-                yield checkpoint(Method::Student, step, course.snapshot().await?);
+                yield checkpoint(Method::Student, step, course.due(step).await?);
             }
         }
         if step < steps {

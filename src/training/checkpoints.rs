@@ -109,12 +109,49 @@ impl Checkpoints {
         Ok(Some(step))
     }
 
+    fn due_path(&self, step: usize) -> PathBuf {
+        self.dir.join(format!("evaluate-{step:06}.safetensors"))
+    }
+
+    /// Keeps the values after `step` steps until [`Checkpoints::clear`]: training may be far ahead of their evaluation
+    /// when the process is killed.
+    pub fn keep_due(&self, step: usize, values: &BTreeMap<String, Tensor>) -> Result<()> {
+        files::create_dir(&self.dir)?;
+        let identity = [("identity", self.identity.clone())];
+        files::write_tensors(&self.due_path(step), values, &identity)
+    }
+
+    /// The values kept by [`Checkpoints::keep_due`] after `step` steps, if they are of this training.
+    pub fn due(&self, step: usize) -> Result<Option<BTreeMap<String, Tensor>>> {
+        let path = self.due_path(step);
+        if !path.is_file() {
+            return Ok(None);
+        }
+        let (values, metadata) = files::read_tensors(&path)?;
+        Ok((metadata.get("identity") == Some(&self.identity)).then_some(values))
+    }
+
+    fn clear_due(&self) -> Result<()> {
+        let entries = match std::fs::read_dir(&self.dir) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            Err(e) => return Err(Error::io(&self.dir)(e)),
+        };
+        for entry in entries {
+            let path = entry.map_err(Error::io(&self.dir))?.path();
+            if path.extension().is_some_and(|e| e == "safetensors") {
+                std::fs::remove_file(&path).map_err(Error::io(&path))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Removes all checkpoints, once what they led to is published.
     pub fn clear(&self) -> Result<()> {
         for (_, dir) in self.list()? {
             std::fs::remove_dir_all(&dir).map_err(Error::io(&dir))?;
         }
-        Ok(())
+        self.clear_due()
     }
 }
 

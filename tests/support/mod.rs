@@ -103,12 +103,13 @@ impl Place {
     pub async fn remains(&self) -> Remains {
         let mut adapters = BTreeMap::new();
         collect(&self.only_run(), Path::new(""), &mut adapters);
-        adapters.retain(|path, _| path.ends_with(".safetensors"));
         collect(
             &self.store().join("adapters"),
             Path::new("store"),
             &mut adapters,
         );
+        // Beside a published adapter there may be what a killed process was writing aside.
+        adapters.retain(|path, _| path.ends_with(".safetensors") && !path.contains(".tmp/"));
         let store = Store::open(self.store()).await.unwrap();
         let tokens = number("llamagen/config.json", "block_size");
         let (clip, dino) = (
@@ -134,15 +135,23 @@ impl Place {
             };
             tables.insert(name, digest.unwrap());
         }
-        Remains { adapters, tables }
+        let summary = std::fs::read_to_string(self.only_run().join("complete.json")).unwrap();
+        let summary: serde_json::Value = serde_json::from_str(&summary).unwrap();
+        Remains {
+            adapters,
+            tables,
+            evaluated: summary["evaluated"].clone(),
+        }
     }
 }
 
-/// What a run leaves: trained weights by their paths, and the digests of the tables by their names.
+/// What a run leaves: trained weights by their paths, the digests of the tables by their names, and what the report
+/// was made of.
 #[derive(Debug, PartialEq)]
 pub struct Remains {
     pub adapters: BTreeMap<String, Vec<u8>>,
     pub tables: BTreeMap<String, String>,
+    pub evaluated: serde_json::Value,
 }
 
 impl Remains {
@@ -154,6 +163,7 @@ impl Remains {
             assert!(bytes == &other.adapters[name], "{what}: {name} differs");
         }
         assert_eq!(self.tables, other.tables, "{what}: tables");
+        assert_eq!(self.evaluated, other.evaluated, "{what}: evaluations");
     }
 }
 

@@ -28,7 +28,14 @@ pub fn load_weights(directory: &Path, dtype: DType, device: &Device) -> Result<W
     if safetensors.is_file() {
         return Weights::from_files(&[safetensors], dtype, device);
     }
-    let tensors = read_pickle(&directory.join("model.pt"))?;
+    let pickle = directory.join("model.pt");
+    if !pickle.is_file() {
+        return Err(Error::Checkpoint {
+            path: directory.to_path_buf(),
+            faults: vec!["model.safetensors is missing".into()],
+        });
+    }
+    let tensors = read_pickle(&pickle)?;
     Ok(Weights::from_tensors(tensors, dtype, device))
 }
 
