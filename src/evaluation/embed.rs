@@ -43,7 +43,7 @@ impl<C: ImageEmbedder + TextEmbedder, D: ImageEmbedder> Evaluator<C, D> {
     }
 
     /// Scores of generated images against the `references` of their subject. `texts` are their prompts without the
-    /// subject's token ([`super::metrics::without_token`]), one for each. Fails when the counts differ.
+    /// subject's token ([`fill_without_token`](crate::config::prompts::fill_without_token)), one for each. Fails when the counts differ.
     pub fn score(
         &self,
         references: &Embeddings,

@@ -117,15 +117,6 @@ pub fn mean_pairwise(real: &[Vec<f32>], generated: &[Vec<f32>]) -> Result<f64> {
     Ok(sum / generated.len() as f64)
 }
 
-/// `prompt` without the subject's token, the text of CLIP-T: "a sks dog in the snow" becomes "a dog in the snow".
-pub fn without_token(prompt: &str, token: &str) -> String {
-    let kept: Vec<&str> = prompt
-        .split_whitespace()
-        .filter(|word| word.trim_matches(',') != token)
-        .collect();
-    kept.join(" ")
-}
-
 /// Averages `images`: within each pair of subject and run seed, then over the seeds of a subject, then over subjects.
 /// The standard error is that of the mean of the pairs when there are several, because the images of one adapter are
 /// not independent of each other; otherwise it is that of the mean of the images. `None` when there is no image.
@@ -223,16 +214,6 @@ mod tests {
         assert!((mean_pairwise(&real, &generated).unwrap() - expected).abs() < 1e-7);
         assert!(mean_pairwise(&[], &generated).is_err());
         assert!(mean_pairwise(&real, &[]).is_err());
-    }
-
-    #[test]
-    fn the_token_leaves_the_text_of_clip_t() {
-        assert_eq!(
-            without_token("a sks dog in the snow", "sks"),
-            "a dog in the snow"
-        );
-        assert_eq!(without_token("a red sks dog", "sks"), "a red dog");
-        assert_eq!(without_token("a dog", "sks"), "a dog");
     }
 
     #[test]

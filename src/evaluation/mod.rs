@@ -6,7 +6,6 @@ pub mod embedders;
 pub mod metrics;
 pub mod plot;
 pub mod preprocess;
-pub mod prompts;
 pub mod report;
 pub mod sheet;
 

@@ -3,8 +3,8 @@
 use rand::Rng;
 
 use super::identity::{Identity, pick};
-use super::vocabulary::TOKENS;
 use super::world::{Recolour, Scene};
+use crate::config::prompts::RARE_TOKENS;
 
 /// Captions have at most this many words, so that 24 positions hold them with their special tokens.
 pub const MAX_WORDS: usize = 21;
@@ -57,7 +57,7 @@ impl Wording {
         };
         let token = generator
             .random_bool(self.token)
-            .then(|| pick(&TOKENS, generator));
+            .then(|| pick(&RARE_TOKENS, generator));
         let caption = assemble(photo, scene, &attributes, token);
         if caption.split_whitespace().count() <= MAX_WORDS {
             caption
@@ -143,7 +143,9 @@ mod tests {
 
     #[test]
     fn plain_captions_are_the_prompts_without_their_token() {
-        use crate::evaluation::prompts;
+        use crate::config::PromptList;
+        use crate::config::prompts::fill_without_token;
+
         let mut generator = ChaCha8Rng::seed_from_u64(2);
         let spoken: BTreeSet<String> =
             std::iter::repeat_with(|| Scene::sample(&mut generator, Split::Train))
@@ -151,8 +153,8 @@ mod tests {
                 .map(|scene| plain_caption(&scene))
                 .collect();
         for class in ["dog", "teapot"] {
-            for template in prompts::for_class(class) {
-                let prompt = prompts::without_token(&prompts::fill(&template, "sks", class), "sks");
+            for template in PromptList::DreamBooth.templates(class) {
+                let prompt = fill_without_token(&template, class);
                 assert!(spoken.contains(&prompt), "{prompt}");
             }
         }

@@ -9,8 +9,8 @@
 //! |---|---|
 //! | [`identity`] | classes, colours, patterns; which identities training never sees |
 //! | [`world`] | scenes, and their pictures |
-//! | [`captions`] | scenes to words, and the list of all words |
-//! | [`vocabulary`] | the word list as tokenizers in the layout of CLIP's and T5's |
+//! | [`captions`] | scenes to words |
+//! | [`vocabulary`] | all words of captions and prompts, as tokenizers in the layout of CLIP's and T5's |
 //! | [`subjects`] | the nine subjects that ship, and their reference images |
 //! | [`pretrain`] | the training of the nano checkpoints, and how good they are |
 //! | `draw` | how each class, setting and accessory looks |

@@ -7,18 +7,9 @@ use serde_json::{Map, Value, json};
 
 use super::identity::{Class, Colour, Pattern};
 use super::world::{Accessory, Recolour, Setting};
-use crate::evaluation::prompts;
+use crate::config::PromptList;
+use crate::config::prompts::{self, RARE_TOKENS};
 use crate::{Error, Result};
-
-/// The words that stand for subjects and mean nothing by themselves. A student gives each of its subjects one.
-pub const TOKENS: [&str; 64] = [
-    "sks", "ohw", "zwx", "pll", "vok", "zub", "qel", "nux", "fyl", "wej", "jup", "kiv", "gwo",
-    "tulb", "drev", "snof", "brak", "clim", "dulf", "ezk", "fosk", "gryd", "hult", "ixo", "jasp",
-    "klem", "lorv", "mip", "narg", "osp", "pruv", "quob", "rask", "selk", "trin", "ulv", "vask",
-    "wix", "xal", "yeb", "zil", "blor", "crun", "doxu", "emk", "frup", "gask", "hibb", "ilv",
-    "jorm", "kreb", "lyx", "morv", "nyb", "olk", "plox", "quen", "rilv", "skof", "tarv", "umf",
-    "vrel", "wosk", "zeph",
-];
 
 /// Words of captions that no prompt has.
 const MORE: [&str; 3] = ["an", "photo", "picture"];
@@ -46,7 +37,7 @@ const CLASSES: [&str; 15] = [
 pub fn words() -> Vec<String> {
     let mut texts: Vec<String> = ["!", ",", ".", "'", "-"].map(String::from).to_vec();
     for class in ["dog", "teapot"] {
-        let templates = prompts::for_class(class);
+        let templates = PromptList::DreamBooth.templates(class);
         texts.extend(
             templates
                 .iter()
@@ -66,7 +57,7 @@ pub fn words() -> Vec<String> {
             .map(String::from),
     );
     texts.extend(MORE.map(String::from));
-    texts.extend(TOKENS.map(String::from));
+    texts.extend(RARE_TOKENS.map(String::from));
     let mut seen = BTreeSet::new();
     texts
         .iter()
@@ -210,9 +201,9 @@ mod tests {
             let tokenizer = Tokenizer::from_file(committed(name)).unwrap();
             let unknown = tokenizer.token_to_id(unknown).unwrap();
             for class in CLASSES {
-                for list in ["dreambooth", "nano-10"] {
-                    for template in prompts::prompts(list, class).unwrap() {
-                        for token in TOKENS {
+                for list in [PromptList::DreamBooth, PromptList::Nano10] {
+                    for template in list.templates(class) {
+                        for token in RARE_TOKENS {
                             let prompt = prompts::fill(&template, token, class);
                             let encoding = tokenizer.encode(prompt.as_str(), true).unwrap();
                             assert!(!encoding.get_ids().contains(&unknown), "{prompt}");
@@ -250,10 +241,13 @@ mod tests {
     #[test]
     fn subject_tokens_are_distinct_and_are_no_other_words() {
         let all = words();
-        let others: BTreeSet<&String> = all[..all.len() - TOKENS.len()].iter().collect();
-        assert_eq!(all[all.len() - TOKENS.len()..], TOKENS.map(String::from));
+        let others: BTreeSet<&String> = all[..all.len() - RARE_TOKENS.len()].iter().collect();
+        assert_eq!(
+            all[all.len() - RARE_TOKENS.len()..],
+            RARE_TOKENS.map(String::from)
+        );
         assert!(
-            TOKENS
+            RARE_TOKENS
                 .iter()
                 .all(|token| !others.contains(&token.to_string()))
         );

@@ -7,8 +7,8 @@ use rand::seq::IndexedRandom;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
 
+use crate::config::prompts::RARE_TOKENS;
 use crate::nano::identity::{Class, Identity};
-use crate::nano::vocabulary::TOKENS;
 use crate::nano::world::{Accessory, Scene, Setting, Split, render};
 use crate::nn::seeded;
 use crate::{Result, images};
@@ -79,7 +79,7 @@ pub fn meaning(caption: &str) -> String {
         .unwrap_or(caption);
     let words: Vec<&str> = bare
         .split_whitespace()
-        .filter(|word| !TOKENS.contains(word))
+        .filter(|word| !RARE_TOKENS.contains(word))
         .collect();
     words.join(" ")
 }
