@@ -87,15 +87,15 @@ fn draw(resolved: &Resolved) -> (Vec<Stage>, Vec<Arrow>) {
                 does: "commits proxies to the store".to_string(),
             },
             Stage {
+                name: "tokenize",
+                does: format!("{} on {}", student.model, student.device),
+            },
+            Stage {
                 name: "score",
                 does: format!(
                     "{}, {} on {}",
                     evaluation.clip, evaluation.dino, evaluation.device
                 ),
-            },
-            Stage {
-                name: "tokenize",
-                does: format!("{} on {}", student.model, student.device),
             },
         ]);
         arrows.extend([
@@ -106,10 +106,15 @@ fn draw(resolved: &Resolved) -> (Vec<Stage>, Vec<Arrow>) {
                 "supervisors",
                 channels.supervisors,
             ),
-            arrow("supervise", "evaluate", "checkpoints", channels.checkpoints),
             arrow("synthesize", "keep", "proxies", channels.proxies),
-            arrow("keep", "score", "kept", channels.kept),
+            arrow(
+                "synthesize",
+                "evaluate",
+                "checkpoints",
+                channels.checkpoints,
+            ),
             arrow("keep", "tokenize", "kept", channels.kept),
+            arrow("keep", "score", "kept", channels.kept),
             arrow("tokenize", "train", "tokens", channels.tokens),
         ]);
     } else {

@@ -1,10 +1,13 @@
 //! The boxes of the dataflow, one file each: a stream in, a stream out.
 //!
 //! ```text
-//! references ──▶ supervise ──▶ synthesize ──▶ keep ──┬─▶ tokenize ──▶ train ──▶ evaluate ──▶ report
-//!                                                    └─▶ score
+//! references ─┬─▶ supervise ──▶ synthesize ─┬─▶ keep ──┬─▶ tokenize ──▶ train ──┬─▶ evaluate ──▶ report
+//!             │                             │          └─▶ score                │
+//!             │                             └─ supervisors, when done ──────────┤
+//!             └─▶ direct ───────────────────────────────────────────────────────┘
 //! ```
-//! [`direct`] trains the baseline beside them, on the references alone.
+//! [`direct`] trains the baseline on the references alone. A pipeline without proxies has nothing between references
+//! and train, which then runs [`direct`](direct::direct) too.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
