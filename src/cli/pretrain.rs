@@ -6,6 +6,7 @@ use clap::{Args, ValueEnum};
 
 use crate::config::Device;
 use crate::nano::pretrain::{Budget, Context, Model, Settings, measure};
+use crate::pipeline::device;
 use crate::{Error, Result};
 
 /// Layers recurse when gradients are computed: deep graphs want a deep stack.
@@ -70,10 +71,7 @@ pub fn pretrain(args: &PretrainArgs) -> Result<()> {
             threads
         }
     };
-    let device = match args.device {
-        Device::Cpu => candle_core::Device::Cpu,
-        Device::Cuda(card) => candle_core::Device::new_cuda(card)?,
-    };
+    let device = device(args.device)?;
     let budget = match (args.minutes, args.images) {
         (Some(minutes), _) => Some(Budget::Minutes(minutes)),
         (_, Some(images)) => Some(Budget::Images(images)),

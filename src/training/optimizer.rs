@@ -102,7 +102,8 @@ impl AdamW {
             .slots
             .iter()
             .map(|slot| match gradients.get(slot.variable.as_tensor()) {
-                Some(gradient) => Ok(gradient.to_dtype(DType::F32)?.contiguous()?),
+                // Gradients remember the activations that they were computed from; moments must not keep these.
+                Some(gradient) => Ok(gradient.detach().to_dtype(DType::F32)?.contiguous()?),
                 None => Err(Error::Invalid {
                     what: format!("no gradient reached {}", slot.name),
                     hint: None,
