@@ -7,9 +7,9 @@ use crate::{Result, pipeline};
 
 pub(super) fn report(args: &ReportArgs, out: &mut impl Write) -> Result<Ended> {
     let report = runtime()?.block_on(pipeline::report_again(&args.run, &args.store.store))?;
-    write!(
+    writeln!(
         out,
-        "{}{}\n",
+        "{}{}",
         report.text(),
         args.run.join("report.html").display()
     )

@@ -206,10 +206,11 @@ fn changes_since_last(out: &Path, stem: &str, resolved: &str) -> Result<Vec<Stri
             .strip_prefix(stem)
             .is_some_and(|rest| rest.starts_with('-'));
         let file = path.join(RESOLVED);
-        if let (true, Ok(time)) = (is_of_stem, file.metadata().and_then(|m| m.modified())) {
-            if newest.as_ref().is_none_or(|(latest, _)| time > *latest) {
-                newest = Some((time, file));
-            }
+        if is_of_stem
+            && let Ok(time) = file.metadata().and_then(|m| m.modified())
+            && newest.as_ref().is_none_or(|(latest, _)| time > *latest)
+        {
+            newest = Some((time, file));
         }
     }
     let Some((_, file)) = newest else {

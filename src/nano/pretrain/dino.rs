@@ -20,7 +20,7 @@ pub fn train(context: &Context) -> Result<()> {
     let pairs = settings.training.batch_size / 2;
     if per_class == 0
         || pairs == 0
-        || pairs % per_class != 0
+        || !pairs.is_multiple_of(per_class)
         || pairs / per_class > Class::ALL.len()
     {
         return Err(Error::invalid(
