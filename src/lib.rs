@@ -16,6 +16,9 @@
 //! | [`models`] | one file or folder per architecture; the traits and the registry |
 //! | [`nn`], [`diffusion`] | differentiable layers; noise schedules and samplers |
 //! | [`store`], [`plan`], [`config`], [`stream`], [`images`], [`files`] | Lance; what happens in which order; TOML to types; channels and workers; pictures; atomic files |
+//!
+//! Programs that use the crate as a library are in `examples/`: a run from code, a source of one's own, an adapter
+//! loaded and drawn with.
 
 pub mod cli;
 pub mod config;

@@ -8,18 +8,15 @@ use crate::stream::Stop;
 use crate::{Error, Result};
 
 pub(super) fn run(args: &RunArgs) -> Result<Ended> {
-    let document = args.pipeline.open()?;
-    let resolved = document.resolve()?;
+    let file = &args.pipeline.file;
+    let text = std::fs::read_to_string(file).map_err(Error::io(file))?;
     let options = Options {
-        pipeline: args.pipeline.file.clone(),
-        text: std::fs::read_to_string(&args.pipeline.file)
-            .map_err(Error::io(&args.pipeline.file))?,
-        resolved,
         store: args.store.store.clone(),
         out: args.out.clone(),
         new: args.new,
         sequential: args.sequential,
         progress: true,
+        ..Options::new(file, text, &args.pipeline.overrides)?
     };
     let runtime = runtime()?;
     let outcome = runtime.block_on(async {

@@ -19,7 +19,7 @@ use std::path::Path;
 
 pub use models::{Family, Kind, locate};
 pub use prompts::PromptList;
-pub use resolve::Document;
+pub use resolve::{Document, training_defaults};
 pub use resolved::*;
 
 use crate::Result;

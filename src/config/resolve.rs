@@ -275,14 +275,21 @@ fn family_training(
     model: &Place,
     faults: &Faults,
 ) -> Training {
-    let defaults = defaults::training(family);
-    if typed.learning_rate.is_none() && defaults.learning_rate.is_none() {
+    let is_known = defaults::training(family).learning_rate.is_some();
+    if typed.learning_rate.is_none() && !is_known {
         faults.push(
             model,
             format!("the paper trains {family} with Prodigy, which is not built yet"),
             "set optimizer = \"adamw\" and a learning_rate, such as 1e-4",
         );
     }
+    training_defaults(family)
+}
+
+/// How a model of this family learns where nothing else is said. The learning rate is 0 where the paper names an
+/// optimizer that is not built.
+pub fn training_defaults(family: Family) -> Training {
+    let defaults = defaults::training(family);
     Training {
         tuning: Tuning::Lora,
         steps: defaults.steps,

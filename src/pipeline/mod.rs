@@ -50,6 +50,33 @@ pub struct Options {
     pub progress: bool,
 }
 
+impl Options {
+    /// Runs the pipeline that `text` holds, with `overrides` (`a.b=value`) laid over it. `pipeline` is the path of
+    /// its file, there or not: the run and its faults are named after it. Everything else is as the command line has
+    /// it: the store is `datasets/store`, run directories are made in `datasets/runs`, and an earlier run is continued.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with every fault of the text and the overrides.
+    pub fn new(
+        pipeline: impl Into<PathBuf>,
+        text: impl Into<String>,
+        overrides: &[String],
+    ) -> Result<Self> {
+        let (pipeline, text) = (pipeline.into(), text.into());
+        let document = Document::parse(&text, &pipeline.display().to_string(), overrides);
+        Ok(Self {
+            resolved: document.resolve()?,
+            pipeline,
+            text,
+            store: "datasets/store".into(),
+            out: "datasets/runs".into(),
+            new: false,
+            sequential: false,
+            progress: false,
+        })
+    }
+}
+
 /// What a run came to.
 #[derive(Debug)]
 pub struct Outcome {
@@ -472,7 +499,7 @@ fn expected_samples(context: &Context) -> usize {
     let images = context.plan.evaluation().images.len();
     let resolved = &context.resolved;
     let (steps, every) = (resolved.student.training.steps, resolved.evaluation.every);
-    let between = if every > 0 { (steps - 1) / every } else { 0 };
+    let between = (steps - 1).checked_div(every).unwrap_or(0);
     let from_proxies = resolved.student.source == Source::Proxies;
     let methods = 1
         + between

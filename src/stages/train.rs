@@ -11,6 +11,7 @@ use candle_core::Tensor;
 use futures::{Stream, StreamExt};
 
 use super::{Checkpoint, Context, Method, ReadyBatch, ended_early, spawn_trainee};
+use crate::Result;
 use crate::config::Training;
 use crate::images::decode_png;
 use crate::models::{Example, Lesson, Opening};
@@ -18,7 +19,6 @@ use crate::plan::step_seed;
 use crate::store::Columns;
 use crate::stream::{Meter, Worker};
 use crate::training::{Checkpoints, Trainee, tuning};
-use crate::{Result, files};
 
 /// One training: a trainee on its thread, its checkpoints, and where its curve goes.
 pub(super) struct Course {
@@ -151,13 +151,9 @@ impl Course {
         let checkpoints = self.checkpoints.clone();
         self.worker
             .call(&self.meter, move |trainee| {
-                let values = Arc::new(trainee.snapshot()?);
-                if let Some(parent) = dir.parent() {
-                    files::create_dir(parent)?;
-                }
-                files::write_dir(&dir, |aside| trainee.learner().save(aside, &values))?;
+                let values = trainee.publish(&dir)?;
                 checkpoints.clear()?;
-                Ok(values)
+                Ok(Arc::new(values))
             })
             .await
     }

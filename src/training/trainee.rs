@@ -1,6 +1,7 @@
 //! A learner with its optimizer: one training step, and what a checkpoint holds.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use candle_core::Tensor;
 use rand::SeedableRng;
@@ -11,7 +12,7 @@ use super::optimizer::{AdamW, AdamWConfig, learning_rate_factor};
 use crate::config::{Training, Tuning};
 use crate::models::{Learner, Lesson, snapshot};
 use crate::nn::LoraConfig;
-use crate::{Error, Result, models};
+use crate::{Error, Result, files, models};
 
 /// What one step did.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -113,6 +114,13 @@ impl Trainee {
     /// The current values of what is trained.
     pub fn snapshot(&self) -> Result<BTreeMap<String, Tensor>> {
         snapshot(&self.learner.variables())
+    }
+
+    /// Publishes what was learnt as the folder `dir`, wholly or not at all, and returns its values.
+    pub fn publish(&self, dir: &Path) -> Result<BTreeMap<String, Tensor>> {
+        let values = self.snapshot()?;
+        files::write_dir(dir, |aside| self.learner.save(aside, &values))?;
+        Ok(values)
     }
 
     /// Writes a checkpoint after `step` steps.
