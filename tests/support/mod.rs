@@ -108,8 +108,13 @@ impl Place {
             Path::new("store"),
             &mut adapters,
         );
-        // Beside a published adapter there may be what a killed process was writing aside.
-        adapters.retain(|path, _| path.ends_with(".safetensors") && !path.contains(".tmp/"));
+        // Which checkpoints stay depends on where a run was stopped. Beside a published adapter there may be what a
+        // killed process was writing aside.
+        adapters.retain(|path, _| {
+            path.ends_with(".safetensors")
+                && !path.starts_with("checkpoints/")
+                && !path.contains(".tmp/")
+        });
         let store = Store::open(self.store()).await.unwrap();
         let tokens = number("llamagen/config.json", "block_size");
         let (clip, dino) = (
@@ -254,6 +259,7 @@ pub struct Running {
     child: Child,
     end: Receiver<String>,
     said: Option<String>,
+    /// When it was started.
     pub started: Instant,
 }
 
