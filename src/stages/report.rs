@@ -107,9 +107,9 @@ pub async fn write(context: &Context, ending: &Ending) -> Result<Report> {
 }
 
 fn sheet(context: &Context, shown: &[(Method, BTreeMap<usize, EvaluationRow>)]) -> Result<Sheet> {
-    let columns: Vec<_> = shown
+    let columns: Vec<_> = [Method::Supervisor, Method::Direct, Method::Student]
         .iter()
-        .filter(|(method, _)| *method != Method::Untouched)
+        .filter_map(|wanted| shown.iter().find(|(method, _)| method == wanted))
         .collect();
     let mut blocks = Vec::new();
     for (index, subject) in context.subjects.iter().enumerate() {

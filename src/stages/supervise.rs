@@ -52,7 +52,7 @@ pub fn supervise(
                 &key,
                 opening.clone(),
                 &settings.training,
-                (context.dir.join("checkpoints").join(&context.subject(subject).name), format!("supervisor {key}")),
+                (context.dir.join("checkpoints/supervise").join(&context.subject(subject).name), format!("supervisor {key}")),
             )
             .await?;
             if train(&context, &lesson, subject, settings, &proxies.sampling).await? {
