@@ -21,7 +21,7 @@ fn pairs() -> impl Stream<Item = Result<(image::RgbImage, String)>> + Send {
         for setting in world::Setting::ALL.into_iter().cycle() {
             let identity = SUBJECTS[0].identity;
             let scene = world::Scene::of(identity, Some(setting), None, None, &mut generator);
-            yield Ok((world::render(&scene, 64), format!("a sks dog {}", setting.phrase())));
+            yield Ok((world::render(&scene, 32), format!("a sks dog {}", setting.phrase())));
         }
     }
 }
