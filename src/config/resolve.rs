@@ -521,6 +521,5 @@ fn channels(typed: &typed::Channels) -> Channels {
         tokens: or(&typed.tokens, 16),
         checkpoints: or(&typed.checkpoints, 2),
         evaluations: or(&typed.evaluations, 4),
-        requests: or(&typed.requests, 1),
     }
 }

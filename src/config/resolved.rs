@@ -249,8 +249,6 @@ pub struct Channels {
     pub checkpoints: usize,
     /// Scores of a checkpoint, on the way to the report. Default 4.
     pub evaluations: usize,
-    /// Requests waiting at a model's own thread. Default 1.
-    pub requests: usize,
 }
 
 /// A device by the name a pipeline file gives it: "cpu", "cuda" (the first card) or "cuda:N".

@@ -141,7 +141,6 @@ pub(super) struct Channels {
     pub tokens: Typed<usize>,
     pub checkpoints: Typed<usize>,
     pub evaluations: Typed<usize>,
-    pub requests: Typed<usize>,
 }
 
 impl Choice for Tuning {
@@ -373,7 +372,6 @@ impl Channels {
             tokens: section.count("tokens", 1),
             checkpoints: section.count("checkpoints", 1),
             evaluations: section.count("evaluations", 1),
-            requests: section.count("requests", 1),
         };
         section.finish();
         channels

@@ -119,10 +119,6 @@ pub async fn run(options: &Options, stop: Stop) -> Result<Outcome> {
     // What was recorded before a failure stays: a resumed run records the same again, which is harmless.
     context.metrics.flush().await?;
     let (evaluated, first_training_proxy) = match result {
-        Ok(_) if context.stop.requested() && !dir.join("student").is_dir() => {
-            prepare::note_status(&context, options, "interrupted").await?;
-            return Err(Error::Interrupted);
-        }
         Ok(ended) => ended,
         Err(error) => {
             prepare::note_status(&context, options, "failed").await?;
