@@ -339,18 +339,18 @@ async fn compaction_keeps_rows_order_and_keys_while_others_read_and_write() {
 async fn rows_keep_their_order_around_fragments_too_large_to_compact() {
     let dir = tempfile::tempdir().unwrap();
     let table = proxies_of(dir.path()).await;
-    for number in 0..80 {
+    for number in 0..60 {
         let large = vec![number as u8; 17 << 20];
         let row = ProxyRow {
-            image: if number % 30 == 10 { large } else { vec![1] },
+            image: if number % 15 == 10 { large } else { vec![1] },
             ..proxy(number)
         };
         table.append(&[row]).await.unwrap();
     }
     let compacted = table.compact(Duration::ZERO).await.unwrap();
-    let runs = "three large ones and four runs of small ones";
-    assert_eq!(compacted.fragments_after, 7, "{runs}");
-    let expected: Vec<u64> = (0..80).collect();
+    let runs = "four large ones and five runs of small ones";
+    assert_eq!(compacted.fragments_after, 9, "{runs}");
+    let expected: Vec<u64> = (0..60).collect();
     for table in [table, proxies_of(dir.path()).await] {
         let rows = table.rows(None, Columns::WithoutPictures).await.unwrap();
         assert_eq!(numbers(&rows), expected);

@@ -25,7 +25,6 @@ pub fn keep(
             .map_err(|e| Error::Invalid { what: format!("settings as JSON: {e}"), hint: None })?;
         let table = context.store.proxies().await?;
         let mut input = std::pin::pin!(input);
-        let mut since_compaction = 0;
         while let Some(batch) = input.next().await {
             match &batch.images {
                 None => meter.reuse(batch.keys.len()),
@@ -55,19 +54,9 @@ pub fn keep(
                     }
                     meter.busy(table.append(&rows)).await?;
                     meter.add(rows.len());
-                    since_compaction += 1;
-                    if since_compaction == COMPACT_AFTER {
-                        since_compaction = 0;
-                        meter.busy(table.compact(VERSIONS_KEPT)).await?;
-                    }
                 }
             }
             yield batch;
         }
     }
 }
-
-/// Commits between two compactions.
-pub(super) const COMPACT_AFTER: usize = 64;
-/// How long other readers may go on with an old version.
-pub(super) const VERSIONS_KEPT: std::time::Duration = std::time::Duration::from_secs(600);

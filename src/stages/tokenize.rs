@@ -5,7 +5,6 @@ use std::sync::Arc;
 use async_stream::try_stream;
 use futures::{Stream, StreamExt};
 
-use super::keep::{COMPACT_AFTER, VERSIONS_KEPT};
 use super::{Context, ProxyBatch, ReadyBatch, ended_early};
 use crate::images::{decode_png, pixel_digest};
 use crate::models::llamagen::ImageTokenizer;
@@ -27,7 +26,6 @@ pub fn tokenize(
     try_stream! {
         let mut input = std::pin::pin!(input);
         let mut worker: Option<Worker<ImageTokenizer>> = None;
-        let mut since_compaction = 0;
         while let Some(batch) = input.next().await {
             let ready = ReadyBatch { batch: batch.batch, keys: batch.keys.clone() };
             let Some(tokenizer) = &context.tokenizer else {
@@ -69,11 +67,6 @@ pub fn tokenize(
                 .collect();
             meter.busy(table.append(&rows)).await?;
             meter.add(rows.len());
-            since_compaction += 1;
-            if since_compaction == COMPACT_AFTER {
-                since_compaction = 0;
-                meter.busy(table.compact(VERSIONS_KEPT)).await?;
-            }
             yield ready;
         }
     }

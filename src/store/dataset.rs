@@ -7,8 +7,9 @@
 //! Rows carry Lance's stable ids, which grow with every commit and survive compaction, while fragments are sorted
 //! by their own ids, which do not. So "the first row of a key" is the one with the smallest row id.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
@@ -24,9 +25,11 @@ use lance::dataset::{
     InsertBuilder, ProjectionRequest, TakeBuilder, WriteDestination, WriteMode, WriteParams,
 };
 use lance::session::Session;
+use lance::table::format::Fragment;
 
 use super::columns::{self, broken};
 use super::failure::{failed, refused};
+use super::locks::{Claim, Locks};
 use crate::{Error, Result};
 
 const ROW_ID: &str = "_rowid";
@@ -35,8 +38,11 @@ const ROW_ADDRESS: &str = "_rowaddr";
 const LARGE_FRAGMENT_BYTES: u64 = 16 << 20;
 /// Compaction makes fragments of about this many rows.
 const ROWS_PER_FRAGMENT: usize = 8192;
-/// So many small fragments make a compaction worth its while.
+/// So many small fragments make a compaction worth its while when one is asked for.
 const SMALL_FRAGMENTS: usize = 32;
+/// So many make one due after a commit; looked at every so many commits.
+const MANY_FRAGMENTS: usize = 64;
+const COMMITS_BETWEEN_LOOKS: u64 = 8;
 /// Rows that compaction holds at once; with the limit on fragments, at most 256 MiB.
 const COMPACTION_BATCH_ROWS: usize = 16;
 
@@ -54,8 +60,8 @@ pub(super) struct Index {
     rows: HashMap<u128, u64>,
     /// Address by row id, of first rows alone: the order in which rows were committed.
     addresses: BTreeMap<u64, u64>,
-    /// The fragments this was built from, each with its deleted rows.
-    fragments: Vec<(u64, usize)>,
+    /// The fragments this was built from, each with how many of its rows are deleted.
+    fragments: BTreeMap<u64, usize>,
 }
 
 impl Index {
@@ -74,13 +80,36 @@ impl Index {
 
     fn insert(&mut self, key: u128, id: u64, address: u64) {
         match self.rows.get(&key) {
-            Some(first) if *first <= id => return,
-            Some(later) => drop(self.addresses.remove(later)),
-            None => (),
+            Some(first) if *first < id => return,
+            Some(later) if *later > id => drop(self.addresses.remove(later)),
+            // The same row, perhaps moved by compaction.
+            _ => (),
         }
         self.rows.insert(key, id);
         self.addresses.insert(id, address);
     }
+
+    /// Whether `dataset` lacks a row that this knows, when `present` are the rows of its fragments that this does not
+    /// know.
+    fn has_lost(&self, dataset: &Dataset, present: &HashSet<u64>) -> bool {
+        let now = fragments_of(dataset);
+        let kept = |address: u64| {
+            let fragment = address >> 32;
+            self.fragments.get(&fragment) == now.get(&fragment)
+        };
+        let mut known = self.addresses.iter();
+        known.any(|(id, address)| !kept(*address) && !present.contains(id))
+    }
+}
+
+/// The fragments of `dataset`, each with how many of its rows are deleted.
+fn fragments_of(dataset: &Dataset) -> BTreeMap<u64, usize> {
+    let deleted = |fragment: &Fragment| {
+        let file = fragment.deletion_file.as_ref();
+        file.and_then(|file| file.num_deleted_rows).unwrap_or(0)
+    };
+    let fragments = dataset.fragments().iter();
+    fragments.map(|f| (f.id, deleted(f))).collect()
 }
 
 /// One version of a table: no dataset before the first row is committed.
@@ -106,9 +135,12 @@ pub(super) struct RawTable {
     schema: SchemaRef,
     key: &'static [&'static str],
     session: Arc<Session>,
+    locks: Locks,
     seen: RwLock<Seen>,
     /// Held while the table changes through this handle.
     changing: tokio::sync::Mutex<()>,
+    /// Commits through this handle.
+    commits: AtomicU64,
 }
 
 impl RawTable {
@@ -120,14 +152,17 @@ impl RawTable {
         schema: SchemaRef,
         key: &'static [&'static str],
         session: Arc<Session>,
+        locks: Locks,
     ) -> Result<Self> {
         let table = Self {
             path,
             schema,
             key,
             session,
+            locks,
             seen: RwLock::default(),
             changing: tokio::sync::Mutex::new(()),
+            commits: AtomicU64::new(0),
         };
         table.refresh().await?;
         Ok(table)
@@ -176,6 +211,34 @@ impl RawTable {
             table: self,
             _guard: guard,
         })
+    }
+
+    /// The same, and keeps appends of all other handles and processes away too: between looking which keys are there
+    /// and committing the others, nobody commits them.
+    pub async fn begin_to_append(&self) -> Result<(Change<'_>, Claim)> {
+        let guard = self.changing.lock().await;
+        let turn = self.locks.turn(&self.lock_name("append")).await?;
+        self.take_up_latest().await?;
+        let change = Change {
+            table: self,
+            _guard: guard,
+        };
+        Ok((change, turn))
+    }
+
+    fn lock_name(&self, act: &str) -> String {
+        let table = self.path.file_stem().unwrap_or_default().to_string_lossy();
+        format!("tables/{table}.{act}")
+    }
+
+    /// Whether a compaction is worth its while, after a commit.
+    pub fn wants_compaction(&self) -> bool {
+        // Should one fail, the next commits need not all try again.
+        let number = self.commits.fetch_add(1, Relaxed);
+        number.is_multiple_of(COMMITS_BETWEEN_LOOKS)
+            && self.dataset().is_some_and(|dataset| {
+                dataset.fragments().iter().filter(|f| !is_large(f)).count() >= MANY_FRAGMENTS
+            })
     }
 
     async fn take_up_latest(&self) -> Result<()> {
@@ -249,54 +312,60 @@ impl RawTable {
         })
     }
 
-    /// Makes `dataset` the version that readers see, with the index brought up to it.
+    /// Makes `dataset` the version that readers see, with the index brought up to it: of what was appended or
+    /// compacted only the new fragments are read, and everything only when rows were deleted.
     async fn take_up(&self, dataset: Arc<Dataset>) -> Result<()> {
-        let fragments: Vec<_> = dataset
-            .fragments()
-            .iter()
-            .map(|f| {
-                (
-                    f.id,
-                    f.deletion_file
-                        .as_ref()
-                        .and_then(|d| d.num_deleted_rows)
-                        .unwrap_or(0),
-                )
-            })
-            .collect();
-        let known = self.ask(|index| {
-            fragments
-                .starts_with(&index.fragments)
-                .then_some(index.fragments.len())
+        let unseen: Vec<Fragment> = self.ask(|index| {
+            let now = fragments_of(&dataset);
+            let is_new = |f: &&Fragment| index.fragments.get(&f.id) != now.get(&f.id);
+            dataset.fragments().iter().filter(is_new).cloned().collect()
         });
-        let unseen = dataset.fragments()[known.unwrap_or(0)..].to_vec();
-        let mut rows = Vec::new();
-        if !unseen.is_empty() {
-            let mut scan = dataset.scan();
-            scan.with_fragments(unseen).with_row_id().with_row_address();
-            scan.project(self.key)
-                .map_err(|e| failed("read", &self.path, e))?;
-            self.each_batch(&mut scan, |batch| {
-                let (ids, addresses) = (ids(batch, ROW_ID)?, ids(batch, ROW_ADDRESS)?);
-                let keys = self.keys_of(batch)?.into_iter().map(|key| key_digest(&key));
-                rows.extend(
-                    keys.enumerate()
-                        .map(|(i, key)| (key, ids.value(i), addresses.value(i))),
-                );
-                Ok(())
-            })
-            .await?;
+        let mut rows = self.keyed_rows(&dataset, unseen).await?;
+        let present = rows.iter().map(|(_, id, _)| *id).collect();
+        let rebuild = self.ask(|index| index.has_lost(&dataset, &present));
+        if rebuild {
+            let all = dataset.fragments().as_ref().clone();
+            rows = self.keyed_rows(&dataset, all).await?;
         }
         let mut seen = self.seen.write().unwrap_or_else(PoisonError::into_inner);
-        if known.is_none() {
+        if rebuild {
             seen.index = Index::default();
         }
         for (key, id, address) in rows {
             seen.index.insert(key, id, address);
         }
-        seen.index.fragments = fragments;
+        seen.index.fragments = fragments_of(&dataset);
         seen.dataset = Some(dataset);
         Ok(())
+    }
+
+    /// Digest of key, id and address of every row of `fragments`.
+    async fn keyed_rows(
+        &self,
+        dataset: &Dataset,
+        fragments: Vec<Fragment>,
+    ) -> Result<Vec<(u128, u64, u64)>> {
+        let mut rows = Vec::new();
+        if fragments.is_empty() {
+            return Ok(rows);
+        }
+        let mut scan = dataset.scan();
+        scan.with_fragments(fragments)
+            .with_row_id()
+            .with_row_address();
+        scan.project(self.key)
+            .map_err(|e| failed("read", &self.path, e))?;
+        self.each_batch(&mut scan, |batch| {
+            let (ids, addresses) = (ids(batch, ROW_ID)?, ids(batch, ROW_ADDRESS)?);
+            let keys = self.keys_of(batch)?.into_iter().map(|key| key_digest(&key));
+            rows.extend(
+                keys.enumerate()
+                    .map(|(i, key)| (key, ids.value(i), addresses.value(i))),
+            );
+            Ok(())
+        })
+        .await?;
+        Ok(rows)
     }
 
     async fn each_batch(
@@ -448,14 +517,9 @@ impl RawTable {
         }
     }
 
-    /// Commits `batch` as the first of the table, unless another process was faster.
-    ///
-    /// Lance would let the slower of two creators overwrite the table of the faster one, so they take turns.
+    /// Commits `batch` as the first of the table. Lance would let the slower of two creators overwrite the table of
+    /// the faster one: the turn to append keeps them apart.
     async fn create(&self, batch: RecordBatch) -> Result<Arc<Dataset>> {
-        let _turn = turn(self.path.with_file_name(".creating.lock")).await?;
-        if let Some(existing) = self.load().await? {
-            return self.append_to(Arc::new(existing), batch).await;
-        }
         let params = self.write_params(WriteMode::Create);
         let insert = InsertBuilder::new(self.uri()?).with_params(&params);
         let inserted = Box::pin(insert.execute(vec![batch])).await;
@@ -490,22 +554,24 @@ impl Change<'_> {
         self.table.take_up(latest).await
     }
 
-    /// Puts small fragments together once there are many of them, then removes versions older than `keep`.
+    /// Puts small fragments together once there are many of them, then removes versions older than `keep`; does
+    /// nothing while another process is at it.
     pub async fn compact(&self, keep: Duration) -> Result<Compacted> {
-        let Some(dataset) = self.table.dataset() else {
+        let table = self.table;
+        let Some(dataset) = table.dataset() else {
             return Ok(Compacted::default());
         };
-        let failed = |e| failed("compact", self.table.path(), e);
         let mut latest = Dataset::clone(&dataset);
         let before = latest.count_fragments();
-        let (large, small): (Vec<_>, Vec<_>) = latest.fragments().iter().partition(|fragment| {
-            let sizes = fragment
-                .files
-                .iter()
-                .filter_map(|f| f.file_size_bytes.get());
-            sizes.map(u64::from).sum::<u64>() >= LARGE_FRAGMENT_BYTES
-                || fragment.num_rows().is_some_and(|n| n >= ROWS_PER_FRAGMENT)
-        });
+        let Some(_turn) = table.locks.try_claim(&table.lock_name("compact"))? else {
+            return Ok(Compacted {
+                fragments_before: before,
+                fragments_after: before,
+                bytes_removed: 0,
+            });
+        };
+        let failed = |e| failed("compact", table.path(), e);
+        let (large, small): (Vec<_>, Vec<_>) = latest.fragments().iter().partition(|f| is_large(f));
         if small.len() >= SMALL_FRAGMENTS {
             let options = CompactionOptions {
                 target_rows_per_fragment: ROWS_PER_FRAGMENT,
@@ -531,7 +597,7 @@ impl Change<'_> {
         let removed = latest.cleanup_with_policy(policy).await.map_err(failed)?;
         let bytes_removed = removed.bytes_removed;
         let after = latest.count_fragments();
-        self.table.take_up(Arc::new(latest)).await?;
+        table.take_up(Arc::new(latest)).await?;
         Ok(Compacted {
             fragments_before: before,
             fragments_after: after,
@@ -540,18 +606,12 @@ impl Change<'_> {
     }
 }
 
-/// Waits for the lock on `path`, which dies with the process that holds it.
-async fn turn(path: PathBuf) -> Result<std::fs::File> {
-    let locking = tokio::task::spawn_blocking(move || {
-        let options = std::fs::OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(&path);
-        let file = options.map_err(Error::io(&path))?;
-        file.lock().map_err(Error::io(&path))?;
-        Ok(file)
-    });
-    locking.await.map_err(|e| broken(e.to_string()))?
+/// Whether a fragment is read well enough as it is, and dear to rewrite.
+fn is_large(fragment: &Fragment) -> bool {
+    let sizes = fragment.files.iter();
+    let sizes = sizes.filter_map(|f| f.file_size_bytes.get());
+    sizes.map(u64::from).sum::<u64>() >= LARGE_FRAGMENT_BYTES
+        || fragment.num_rows().is_some_and(|n| n >= ROWS_PER_FRAGMENT)
 }
 
 fn ids<'a>(batch: &'a RecordBatch, name: &str) -> Result<&'a UInt64Array> {

@@ -12,8 +12,10 @@
 //! Scores of different evaluators cannot be compared, nor do their embeddings have one length: each pair of
 //! evaluators has a table of its own, as each tokenizer has. A table comes into being with its first row.
 //!
-//! Any number of processes may append to one store. A row exists once it is committed; readers keep the first row
-//! of a key. Python's `lance` and DuckDB can open the tables.
+//! Any number of processes may append to one store; they take turns under a lock of the operating system, so that no
+//! key comes in twice. A row exists once it is committed; should a disk's locks fail, readers keep the first row of a
+//! key. Beside the tables, `adapters/` holds what supervisors have learnt, `training/` their checkpoints while they
+//! learn, and `locks/` who works at what. Python's `lance` and DuckDB can open the tables.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -26,12 +28,14 @@ use tokio::sync::Mutex;
 mod columns;
 mod dataset;
 mod failure;
+mod locks;
 mod rows;
 mod table;
 mod writer;
 
 pub use columns::DESCRIPTION;
 pub use dataset::Compacted;
+pub use locks::{Claim, Locks};
 pub use rows::{
     EvaluationRow, MetricRow, ProxyRow, Row, RunRow, SCHEMA_VERSION, SubjectRow, TokenRow, now_us,
 };
@@ -50,6 +54,7 @@ const NAME_DIGITS: usize = 12;
 pub struct Store {
     path: PathBuf,
     session: Arc<Session>,
+    locks: Locks,
     open: Mutex<BTreeMap<String, Arc<dataset::RawTable>>>,
 }
 
@@ -72,6 +77,7 @@ impl Store {
             .await
             .map_err(Error::io(&path))?;
         Ok(Self {
+            locks: Locks::new(&path),
             path,
             session: Arc::new(Session::new(INDEX_CACHE, METADATA_CACHE, Arc::default())),
             open: Mutex::default(),
@@ -81,6 +87,11 @@ impl Store {
     /// The directory, absolute.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Who works at what in this store.
+    pub fn locks(&self) -> &Locks {
+        &self.locks
     }
 
     /// The names of the tables that exist, sorted, without `.lance`.
@@ -156,8 +167,16 @@ impl Store {
             return Ok(Table::new(raw.clone()));
         }
         let path = self.path.join(format!("{name}.lance"));
-        let raw =
-            Arc::new(dataset::RawTable::open(path, schema, R::KEY, self.session.clone()).await?);
+        let raw = Arc::new(
+            dataset::RawTable::open(
+                path,
+                schema,
+                R::KEY,
+                self.session.clone(),
+                self.locks.clone(),
+            )
+            .await?,
+        );
         open.insert(name, raw.clone());
         Ok(Table::new(raw))
     }

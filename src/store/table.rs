@@ -24,6 +24,9 @@ const ROWS_WITH_PICTURES: usize = 32;
 /// Rows without pictures that are read at once.
 const ROWS_WITHOUT_PICTURES: usize = 4096;
 
+/// How long versions stay on disk, when compacting in passing, for the readers that may be at work on them.
+const KEEP_VERSIONS: Duration = Duration::from_secs(600);
+
 /// Which columns to read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Columns {
@@ -115,14 +118,15 @@ impl<R: Row> Table<R> {
     }
 
     /// Commits those of `rows` whose key is not in the table yet, and returns how many they were. Either all of
-    /// them are committed or none; what was committed elsewhere is seen first.
+    /// them are committed or none; what was committed elsewhere is seen first, and processes that append at once take
+    /// turns, so that no key comes in twice. Many small commits are compacted in passing.
     ///
     /// Errors: a full disk, a read-only directory, a vector of the wrong length.
     pub async fn append(&self, rows: &[R]) -> Result<usize> {
         if rows.is_empty() {
             return Ok(0);
         }
-        let change = self.raw.begin().await?;
+        let (change, turn) = self.raw.begin_to_append().await?;
         let mut seen = HashSet::new();
         let fresh: Vec<&R> = self.raw.ask(|index| {
             let fresh = rows.iter().filter(|row| {
@@ -135,6 +139,13 @@ impl<R: Row> Table<R> {
             change
                 .commit(R::to_batch(&fresh, self.raw.schema())?)
                 .await?;
+        }
+        drop((turn, change));
+        if self.raw.wants_compaction()
+            && let Err(error) = self.compact(KEEP_VERSIONS).await
+        {
+            // The rows are safe, only slower to read: no reason to stop a run.
+            tracing::warn!("{} was not compacted: {error}", self.path().display());
         }
         Ok(fresh.len())
     }

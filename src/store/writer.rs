@@ -12,10 +12,8 @@ use super::rows::Row;
 use super::table::Table;
 use crate::{Error, Result};
 
-/// After so many commits a writer compacts its table in passing.
-const COMMITS_PER_COMPACTION: u64 = 32;
-/// How long versions stay on disk for the readers that may be at work on them.
-const KEEP_VERSIONS: Duration = Duration::from_secs(3600);
+/// Between two looks at what other processes have committed, while waiting for it.
+const LOOK: Duration = Duration::from_millis(200);
 
 /// When buffered rows are committed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,12 +41,10 @@ struct Buffer<R> {
     since: Option<Instant>,
     /// What each waiting caller still needs; forgotten at every commit, after which the callers ask again.
     wanted: Vec<HashSet<u128>>,
-    /// Commits since this writer was made.
-    commits: u64,
 }
 
 /// A buffer before a table. Rows are committed at 64 of them, 30 s after the first, on [`Writer::flush`], or as
-/// soon as all that a call of [`Writer::wait_for`] waits for are there; many small commits are compacted in passing.
+/// soon as all that a call of [`Writer::wait_for`] waits for are there.
 ///
 /// A row whose key is in the table or the buffer already is dropped, so writing again what a killed run wrote is
 /// harmless. When a commit fails, its rows stay in the buffer. Dropping a writer drops what it has not committed.
@@ -75,7 +71,6 @@ impl<R: Row> Writer<R> {
                 keys: HashSet::new(),
                 since: None,
                 wanted: Vec::new(),
-                commits: 0,
             }),
             committed: watch::Sender::new(0),
             closed: watch::Sender::new(false),
@@ -145,7 +140,8 @@ impl<R: Row> Writer<R> {
         }
     }
 
-    /// Waits until all of `keys` are committed, and has them committed as soon as the last of them is buffered.
+    /// Waits until all of `keys` are committed, by this or any other process, and has them committed as soon as the
+    /// last of them is buffered here.
     ///
     /// Errors: those of [`Table::append`]; keys that are still missing when the writer is closed.
     pub async fn wait_for(&self, keys: &[String]) -> Result<()> {
@@ -163,6 +159,10 @@ impl<R: Row> Writer<R> {
                 if wanted.is_subset(&buffer.keys) {
                     return self.commit(&mut buffer).await;
                 }
+                if over && self.table.refresh().await.is_ok() && self.table.missing(keys).is_empty()
+                {
+                    return Ok(());
+                }
                 if over {
                     return Err(Error::Store {
                         what: format!(
@@ -174,12 +174,16 @@ impl<R: Row> Writer<R> {
                         hint: None,
                     });
                 }
-                buffer.wanted.push(wanted);
+                // One entry for each caller that waits: a look round makes no second one.
+                if !buffer.wanted.contains(&wanted) {
+                    buffer.wanted.push(wanted);
+                }
             }
-            // Both senders live as long as `self`, so a change is the only way out.
+            // Both senders live as long as `self`, so they only tell of changes.
             tokio::select! {
                 _ = committed.changed() => (),
                 _ = closed.changed() => (),
+                () = tokio::time::sleep(LOOK) => self.table.refresh().await?,
             }
         }
     }
@@ -204,14 +208,7 @@ impl<R: Row> Writer<R> {
         buffer.keys.clear();
         buffer.wanted.clear();
         buffer.since = None;
-        buffer.commits += 1;
         self.committed.send_modify(|committed| *committed += count);
-        if buffer.commits.is_multiple_of(COMMITS_PER_COMPACTION)
-            && let Err(error) = self.table.compact(KEEP_VERSIONS).await
-        {
-            // The rows are safe, only slower to read: no reason to stop a run.
-            tracing::warn!("{} was not compacted: {error}", self.table.path().display());
-        }
         Ok(())
     }
 }
