@@ -62,6 +62,54 @@ pub fn write_dir(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<(
     sync_parent(dir)
 }
 
+/// What is in the folder `dir`, names and paths, sorted; nothing if there is no such folder.
+pub fn list(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
+    let entries = match std::fs::read_dir(dir) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(Error::io(dir))?,
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(Error::io(dir))?;
+        found.push((
+            entry.file_name().to_string_lossy().into_owned(),
+            entry.path(),
+        ));
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// The file or folder that `name` is, or was, to become when a process wrote it aside.
+pub fn written_aside(name: &str) -> Option<&str> {
+    let (name, process) = name
+        .strip_prefix('.')?
+        .strip_suffix(".tmp")?
+        .rsplit_once('.')?;
+    process.bytes().all(|b| b.is_ascii_digit()).then_some(name)
+}
+
+/// Bytes that may still be written on the disk of `path`.
+#[cfg(unix)]
+pub fn free_space(path: &Path) -> Result<u64> {
+    use std::os::unix::ffi::OsStrExt;
+    let name = std::ffi::CString::new(path.as_os_str().as_bytes())
+        .map_err(|e| Error::io(path)(e.into()))?;
+    // SAFETY: an all-zero statvfs is a valid one, plain numbers.
+    let mut found: libc::statvfs = unsafe { std::mem::zeroed() };
+    // SAFETY: `name` ends with a zero byte, and `found` is there to be written.
+    if unsafe { libc::statvfs(name.as_ptr(), &mut found) } != 0 {
+        return Err(Error::io(path)(std::io::Error::last_os_error()));
+    }
+    Ok(found.f_bavail as u64 * found.f_frsize as u64)
+}
+
+/// Bytes that may still be written on the disk of `path`: here nobody knows.
+#[cfg(not(unix))]
+pub fn free_space(_path: &Path) -> Result<u64> {
+    Ok(u64::MAX)
+}
+
 /// Removes what a killed process left half-written in `dir` and below; nobody else may be writing there.
 pub fn remove_leftovers(dir: &Path) -> Result<()> {
     for entry in std::fs::read_dir(dir).map_err(Error::io(dir))? {

@@ -2,6 +2,7 @@
 
 pub mod check;
 mod evaluate;
+mod generate;
 pub mod graph;
 pub mod pretrain;
 mod report;
@@ -33,6 +34,8 @@ pub struct Cli {
 pub enum Command {
     /// Run a pipeline, or continue it where it was stopped
     Run(RunArgs),
+    /// Make proxies alone, in any number, by one process or several
+    Generate(generate::GenerateArgs),
     /// Print the full pipeline with every default filled in, or every fault in it
     Check(CheckArgs),
     /// Print the stages of a pipeline and the channels between them
@@ -274,6 +277,7 @@ pub fn dispatch(cli: Cli) -> Result<Ended> {
     let (mut out, mut notes) = (std::io::stdout(), std::io::stderr());
     match cli.command {
         Command::Run(args) => run::run(&args),
+        Command::Generate(args) => generate::generate(&args),
         Command::Check(args) => check::check(&args, &mut out, &mut notes).map(|()| Ended::Well),
         Command::Graph(args) => graph::graph(&args, &mut out).map(|()| Ended::Well),
         Command::Sample(args) => sample::sample(&args, &mut out),

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::{Ended, RunArgs, runtime};
 use crate::pipeline::{self, Options, Outcome};
-use crate::stream::Stop;
+use crate::stream::{StageReport, Stop};
 use crate::{Error, Result};
 
 pub(super) fn run(args: &RunArgs) -> Result<Ended> {
@@ -34,14 +34,13 @@ pub(super) fn run(args: &RunArgs) -> Result<Ended> {
     Ok(Ended::WithWarnings)
 }
 
-/// The tables at the end of a run.
-fn describe(outcome: &Outcome) -> String {
-    let ending = &outcome.ending;
+/// What every stage did.
+pub(super) fn stage_table(stages: &[StageReport]) -> String {
     let mut text = format!(
         "\n{:<12} {:>8} {:<10} {:>8} {:>9} {:>9} {:>9}\n",
         "stage", "done", "", "reused", "busy s", "waiting s", "per s"
     );
-    for stage in &ending.stages {
+    for stage in stages {
         text += &format!(
             "{:<12} {:>8} {:<10} {:>8} {:>9.1} {:>9.1} {:>9.1}\n",
             stage.stage,
@@ -53,6 +52,13 @@ fn describe(outcome: &Outcome) -> String {
             stage.rate()
         );
     }
+    text
+}
+
+/// The tables at the end of a run.
+fn describe(outcome: &Outcome) -> String {
+    let ending = &outcome.ending;
+    let mut text = stage_table(&ending.stages);
     text += &format!("wall time {:.1} s", ending.wall_seconds);
     if let Some((first, all)) = ending.first_training_proxy {
         text += &format!("; the first training step ran with {first} of {all} proxies committed");

@@ -54,6 +54,23 @@ impl Document {
         }
     }
 
+    /// This document as far as proxies depend on it. Without `tokens`, whatever it says of a student does not count
+    /// and may be missing: the supervisor's own model takes the place, which nothing will open. Nothing is evaluated.
+    pub fn for_proxies(mut self, tokens: bool) -> Self {
+        if let (false, Some(supervisor)) = (tokens, &self.typed.supervisor) {
+            self.typed.student = Some(typed::Student {
+                model: supervisor.model.clone(),
+                ..typed::Student::default()
+            });
+            self.typed.direct = typed::Direct::default();
+        }
+        self.typed.evaluation = typed::Evaluation {
+            prompts: Some(typed::Prompts::Listed(Vec::new())),
+            ..typed::Evaluation::default()
+        };
+        self
+    }
+
     /// What the file means.
     ///
     /// # Errors

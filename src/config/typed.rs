@@ -92,6 +92,7 @@ pub(super) struct Proxies {
     pub sampling: Sampling,
 }
 
+#[derive(Default)]
 pub(super) struct Student {
     pub model: Typed<String>,
     pub device: Typed<Device>,

@@ -1,6 +1,7 @@
 //! The graph. [`run`] prepares what the plan needs, [`Graph`] builds the stages and the channels between them, and
 //! nobody else spawns anything.
 
+mod generate;
 mod prepare;
 mod run_dir;
 
@@ -12,14 +13,15 @@ use std::time::Instant;
 use futures::{Stream, StreamExt};
 use tokio::task::JoinSet;
 
-use self::prepare::Prepared;
+pub use self::generate::{Generated, Generation, generate};
+use self::prepare::{Prepared, Purpose};
 pub use self::prepare::{device, opening_for, sampler_opening, use_threads};
 pub use self::run_dir::RunDir;
 use crate::config::{Document, Resolved, Source};
 use crate::evaluation::report::Report;
 use crate::stages::direct::{Tuned, direct};
 use crate::stages::evaluate::{Evaluated, evaluate};
-use crate::stages::keep::keep;
+use crate::stages::keep::{Keeping, keep};
 use crate::stages::references::references;
 use crate::stages::report::{self, Ending, Sampled};
 use crate::stages::score::score_proxies;
@@ -104,7 +106,7 @@ pub async fn run(options: &Options, stop: Stop) -> Result<Outcome> {
     if options.progress {
         announce(&dir);
     }
-    let prepared = prepare::prepare(options, &dir, stop).await?;
+    let prepared = prepare::prepare(options, Purpose::Run, &dir, stop).await?;
     let context = prepared.context.clone();
     let progress = options
         .progress
@@ -175,7 +177,7 @@ pub async fn report_again(dir: &std::path::Path, store: &std::path::Path) -> Res
         sequential: false,
         progress: false,
     };
-    let prepared = prepare::prepare(&options, &run, Stop::default()).await?;
+    let prepared = prepare::prepare(&options, Purpose::Run, &run, Stop::default()).await?;
     report::write(&prepared.context, &ending).await
 }
 
@@ -297,7 +299,13 @@ impl Graph {
 
                 let (to_two, kept) = (
                     sizes.kept,
-                    keep(context.clone(), supervisor_keys, to_keep, keeping.clone()),
+                    keep(
+                        context.clone(),
+                        supervisor_keys,
+                        to_keep,
+                        keeping.clone(),
+                        Keeping::at_once(),
+                    ),
                 );
                 let (for_tokens, to_tokenize) =
                     channel(board, "kept", to_two, &keeping, &tokenizing);

@@ -57,7 +57,21 @@ pub fn use_threads(threads: usize) {
         .build_global();
 }
 
-pub(super) async fn prepare(options: &Options, run: &RunDir, stop: Stop) -> Result<Prepared> {
+/// What is going to happen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// The whole graph.
+    Run,
+    /// Proxies are made, and tokens of them if so; nothing is evaluated.
+    Proxies { tokens: bool },
+}
+
+pub(super) async fn prepare(
+    options: &Options,
+    purpose: Purpose,
+    run: &RunDir,
+    stop: Stop,
+) -> Result<Prepared> {
     let resolved = &options.resolved;
     use_threads(resolved.threads);
     let warnings = Warnings::default();
@@ -90,6 +104,11 @@ pub(super) async fn prepare(options: &Options, run: &RunDir, stop: Stop) -> Resu
         }
     }
     let (tokenizer, identity) = image_tokenizer(resolved, &student_dir)?;
+    let evaluator = match purpose {
+        Purpose::Run => evaluator(resolved)?,
+        Purpose::Proxies { .. } => no_evaluator(),
+    };
+    let identity = identity.filter(|_| purpose != Purpose::Proxies { tokens: false });
     let photos: Vec<String> = subjects
         .iter()
         .flat_map(|subject| subject.digests.clone())
@@ -125,7 +144,7 @@ pub(super) async fn prepare(options: &Options, run: &RunDir, stop: Stop) -> Resu
             _ => None,
         },
         sampler: Lazy::new("sampler", sampler_opening(resolved, &student)),
-        evaluator: evaluator(resolved)?,
+        evaluator,
         tokenizer: identity,
         warnings,
         resolved: resolved.clone(),
@@ -243,6 +262,17 @@ fn evaluator(resolved: &Resolved) -> Result<LazyEvaluator> {
         clip_config.projection_dim,
         dino_config.hidden_size,
     ))
+}
+
+/// Where nothing is evaluated, no evaluator has to be there.
+fn no_evaluator() -> LazyEvaluator {
+    let build = || {
+        Err(Error::Invalid {
+            what: "an evaluation while proxies alone are made".into(),
+            hint: None,
+        })
+    };
+    LazyEvaluator::new(build, String::new(), 0, 0)
 }
 
 /// Notes in the store where the run stands.

@@ -179,7 +179,7 @@ fn lock(path: &Path) -> Result<File> {
             Err(std::fs::TryLockError::WouldBlock) => {
                 return Err(Error::invalid(
                     format!("{}: another process is running this", path.display()),
-                    "wait for it, or start another run with --new",
+                    "wait for it; `run --new` starts another, and `generate` wants another --shard for every process",
                 ));
             }
             Err(std::fs::TryLockError::Error(e)) => return Err(Error::io(&name)(e)),

@@ -4,20 +4,45 @@ use std::sync::Arc;
 
 use async_stream::try_stream;
 use futures::{Stream, StreamExt};
+use tokio::time::{Instant, sleep_until};
 
+use super::disk::Disk;
 use super::{Context, ProxyBatch};
 use crate::images::{encode_png, pixel_digest};
-use crate::store::{ProxyRow, now_us};
+use crate::store::{Limits, ProxyRow, now_us};
 use crate::stream::Meter;
 use crate::{Error, Result};
 
-/// Commits each batch of `input` and passes it on: to tokenizing and training, and to scoring. Batches are committed
-/// whole, as soon as they come: whoever waits for one gets it without delay, and the store puts small commits together.
+/// When batches are committed, and what is watched meanwhile.
+#[derive(Clone)]
+pub struct Keeping {
+    /// Batches wait for each other up to here; they are always committed whole.
+    pub limits: Limits,
+    /// The disk, where it is watched.
+    pub disk: Option<Disk>,
+}
+
+impl Keeping {
+    /// Each batch as soon as it comes, because somebody waits for it.
+    pub fn at_once() -> Self {
+        Self {
+            limits: Limits {
+                rows: 1,
+                ..Limits::default()
+            },
+            disk: None,
+        }
+    }
+}
+
+/// Commits the batches of `input` and passes them on, in their order, without their claims: whoever wants them finds
+/// them in the store now.
 pub fn keep(
     context: Arc<Context>,
     supervisors: Vec<String>,
     input: impl Stream<Item = ProxyBatch> + Send,
     meter: Meter,
+    keeping: Keeping,
 ) -> impl Stream<Item = Result<ProxyBatch>> + Send {
     try_stream! {
         let Some((_, proxies)) = context.resolved.teacher() else { return };
@@ -25,38 +50,92 @@ pub fn keep(
             .map_err(|e| Error::Invalid { what: format!("settings as JSON: {e}"), hint: None })?;
         let table = context.store.proxies().await?;
         let mut input = std::pin::pin!(input);
-        while let Some(batch) = input.next().await {
-            match &batch.images {
-                None => meter.reuse(batch.keys.len()),
-                Some(images) => {
-                    let planned = context.plan.batch(batch.batch);
-                    let subject = context.subject(planned.subject);
-                    let members = &context.plan.proxies()[planned.numbers.clone()];
-                    let mut rows = Vec::with_capacity(members.len());
-                    for ((proxy, key), image) in members.iter().zip(&batch.keys).zip(images.iter()) {
-                        rows.push(ProxyRow {
-                            key: key.clone(),
-                            supervisor: supervisors[planned.subject].clone(),
-                            run: context.run.clone(),
-                            subject: subject.name.clone(),
-                            class: subject.class.clone(),
-                            token: subject.token.clone(),
-                            number: proxy.index as u64,
-                            prompt: proxy.prompt.clone(),
-                            seed: proxy.seed,
-                            settings: settings.clone(),
-                            width: image.width(),
-                            height: image.height(),
-                            image: encode_png(image)?,
-                            content: pixel_digest(image),
-                            created_us: now_us(),
-                        });
+        let mut buffer = Buffer::default();
+        loop {
+            let due = buffer.since.map(|since| since + keeping.limits.age);
+            let next = tokio::select! {
+                next = input.next() => Some(next),
+                () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => None,
+            };
+            let ended = matches!(next, Some(None));
+            if let Some(Some(batch)) = next {
+                match &batch.images {
+                    None => meter.reuse(batch.keys.len()),
+                    Some(_) => {
+                        let rows = meter.busy(rows(&context, &supervisors, &settings, &batch)).await?;
+                        buffer.rows.extend(rows);
                     }
-                    meter.busy(table.append(&rows)).await?;
-                    meter.add(rows.len());
+                }
+                buffer.batches.push(batch);
+                buffer.since.get_or_insert_with(Instant::now);
+                if !buffer.rows.is_empty() && buffer.rows.len() < keeping.limits.rows {
+                    continue;
                 }
             }
-            yield batch;
+            let Buffer { rows, batches, .. } = std::mem::take(&mut buffer);
+            meter.busy(table.append(&rows)).await?;
+            meter.add(rows.len());
+            for mut batch in batches {
+                batch.claim = None;
+                yield batch;
+            }
+            if let Some(disk) = &keeping.disk {
+                disk.after_commit(&rows)?;
+            }
+            if ended {
+                break;
+            }
         }
     }
+}
+
+/// What has come and is not committed yet.
+#[derive(Default)]
+struct Buffer {
+    rows: Vec<ProxyRow>,
+    batches: Vec<ProxyBatch>,
+    /// When the first of `batches` came.
+    since: Option<Instant>,
+}
+
+/// The rows of a batch that has just been made. Pictures are encoded on a thread for such work.
+async fn rows(
+    context: &Arc<Context>,
+    supervisors: &[String],
+    settings: &str,
+    batch: &ProxyBatch,
+) -> Result<Vec<ProxyRow>> {
+    let (context, batch, settings) = (context.clone(), batch.clone(), settings.to_string());
+    let supervisor = supervisors[context.plan.batch(batch.batch).subject].clone();
+    let encoding = tokio::task::spawn_blocking(move || {
+        let planned = context.plan.batch(batch.batch);
+        let subject = context.subject(planned.subject);
+        let members = &context.plan.proxies()[planned.numbers.clone()];
+        let images = batch.images.iter().flat_map(|images| images.iter());
+        let made = members.iter().zip(&batch.keys).zip(images);
+        made.map(|((proxy, key), image)| {
+            Ok(ProxyRow {
+                key: key.clone(),
+                supervisor: supervisor.clone(),
+                run: context.run.clone(),
+                subject: subject.name.clone(),
+                class: subject.class.clone(),
+                token: subject.token.clone(),
+                number: proxy.index as u64,
+                prompt: proxy.prompt.clone(),
+                seed: proxy.seed,
+                settings: settings.clone(),
+                width: image.width(),
+                height: image.height(),
+                image: encode_png(image)?,
+                content: pixel_digest(image),
+                created_us: now_us(),
+            })
+        })
+        .collect()
+    });
+    encoding.await.map_err(|e| Error::Invalid {
+        what: format!("encoding pictures ended unexpectedly: {e}"),
+        hint: None,
+    })?
 }

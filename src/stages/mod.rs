@@ -6,6 +6,7 @@
 //!             │                             └─ supervisors, when done ──────────┤
 //!             └─▶ direct ───────────────────────────────────────────────────────┘
 //! ```
+//! [`generate`] stands in for synthesize where proxies alone are made, and the batches shared between processes.
 //! [`direct`] trains the baseline on the references alone. A pipeline without proxies has nothing between references
 //! and train, which then runs [`direct`](direct::direct) too.
 
@@ -21,12 +22,14 @@ use crate::evaluation::embed::Evaluator;
 use crate::evaluation::embedders::{ClipEmbedder, DinoEmbedder};
 use crate::models::{Learner, Opening, open};
 use crate::plan::Plan;
-use crate::store::{MetricRow, Store, Writer, now_us};
+use crate::store::{Claim, MetricRow, Store, Writer, now_us};
 use crate::stream::{Board, Stop, Worker};
 use crate::{Error, Result};
 
 pub mod direct;
+pub mod disk;
 pub mod evaluate;
+pub mod generate;
 pub mod keep;
 pub mod references;
 pub mod report;
@@ -136,6 +139,8 @@ pub struct ProxyBatch {
     pub keys: Vec<String>,
     /// Their pixels, if they have just been made; else they are in the store.
     pub images: Option<Arc<Vec<RgbImage>>>,
+    /// Keeps other processes from making the same, until it is in the store.
+    pub claim: Option<Arc<Claim>>,
 }
 
 /// A planned batch of proxies that a training step may use.

@@ -1,7 +1,10 @@
 //! supervise: a diffusion model learns each subject from its photos (DreamBooth with LoRA, Ruiz et al. 2023). An
 //! adapter that the store has for the very same photos, checkpoint and settings is not trained again.
 
+use std::collections::VecDeque;
+use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_stream::try_stream;
 use futures::{Stream, StreamExt};
@@ -10,6 +13,7 @@ use super::train::Course;
 use super::{Context, Supervisor, references::at_resolution};
 use crate::config;
 use crate::models::{Lesson, Opening, Request, Sampling};
+use crate::store::Claim;
 use crate::stream::Meter;
 use crate::{Error, Result, files};
 
@@ -26,7 +30,22 @@ fn beside_run(context: &Context, subject: usize) -> std::path::PathBuf {
         .join(&context.subject(subject).name)
 }
 
+/// Where it stands with a supervisor, when looked at.
+enum Turn {
+    /// It is in the store.
+    Published,
+    /// This process trains it, and nobody else while this lives.
+    Ours(Claim),
+    /// Another process trains it.
+    Theirs,
+}
+
+/// Between two looks at supervisors that other processes train.
+const LOOK: Duration = Duration::from_millis(200);
+
 /// Trains a supervisor for each subject of `input`, `(subject, key)`, and yields it when its adapter is published.
+/// Processes that need the same one train it once: a subject that another has in hand is put off, and waited for when
+/// nothing else is left. Should the other be killed, its checkpoints are in the store and the next one goes on.
 pub fn supervise(
     context: Arc<Context>,
     opening: Opening,
@@ -35,34 +54,125 @@ pub fn supervise(
 ) -> impl Stream<Item = Result<Supervisor>> + Send {
     try_stream! {
         let Some((settings, proxies)) = context.resolved.teacher() else { return };
+        clear_leftovers(&context)?;
         let mut input = std::pin::pin!(input);
-        while let Some((subject, key)) = input.next().await {
-            let adapter = adapter_dir(&context, &key);
-            let made = Supervisor { subject, key: key.clone(), adapter: adapter.clone() };
-            if adapter.is_dir() {
-                meter.reuse(settings.training.steps);
-                files::copy_dir(&adapter, &beside_run(&context, subject))?;
-                yield made;
+        let mut put_off = VecDeque::new();
+        let mut ended = false;
+        loop {
+            let next = match ended {
+                false => input.next().await,
+                true => put_off.pop_front(),
+            };
+            let Some((subject, key)) = next else {
+                if ended {
+                    break;
+                }
+                ended = true;
                 continue;
+            };
+            let adapter = adapter_dir(&context, &key);
+            let claim = match turn(&context, &key)? {
+                Turn::Theirs => {
+                    put_off.push_back((subject, key));
+                    if ended {
+                        let name = &context.subject(subject).name;
+                        meter.say(format!("another process trains the supervisor of {name}"));
+                        tokio::select! {
+                            () = tokio::time::sleep(LOOK) => {}
+                            () = context.stop.wait() => return,
+                        }
+                    }
+                    continue;
+                }
+                Turn::Published => None,
+                Turn::Ours(claim) => Some(claim),
+            };
+            let learnt = match claim {
+                None => {
+                    meter.reuse(settings.training.steps);
+                    true
+                }
+                Some(claim) => {
+                    let name = &context.subject(subject).name;
+                    let place = context.store.path().join("training").join(&key);
+                    if place.is_dir() {
+                        files::remove_leftovers(&place)?;
+                    }
+                    let course = Course::start(
+                        context.clone(),
+                        meter.clone(),
+                        &format!("supervise:{name}"),
+                        &key,
+                        opening.clone(),
+                        &settings.training,
+                        (place.clone(), format!("supervisor {key}")),
+                    )
+                    .await?;
+                    let learnt = train(&context, &course, subject, settings, &proxies.sampling).await?;
+                    if learnt {
+                        course.publish(adapter.clone(), false).await?;
+                        std::fs::remove_dir_all(&place).map_err(Error::io(&place))?;
+                    }
+                    drop(claim);
+                    learnt
+                }
+            };
+            if !learnt {
+                return;
             }
-            let lesson = Course::start(
-                context.clone(),
-                meter.clone(),
-                &format!("supervise:{}", context.subject(subject).name),
-                &key,
-                opening.clone(),
-                &settings.training,
-                (context.dir.join("checkpoints/supervise").join(&context.subject(subject).name), format!("supervisor {key}")),
-            )
-            .await?;
-            if train(&context, &lesson, subject, settings, &proxies.sampling).await? {
-                lesson.publish(adapter.clone(), false).await?;
-                lesson.checkpoints.clear()?;
-                files::copy_dir(&adapter, &beside_run(&context, subject))?;
-                yield made;
-            }
+            files::copy_dir(&adapter, &beside_run(&context, subject))?;
+            yield Supervisor { subject, key, adapter };
         }
     }
+}
+
+fn claim_of(key: &str) -> String {
+    format!("supervisors/{key}")
+}
+
+/// Looks where it stands with the supervisor `key`, and claims it if nobody has.
+fn turn(context: &Context, key: &str) -> Result<Turn> {
+    let adapter = adapter_dir(context, key);
+    if adapter.is_dir() {
+        return Ok(Turn::Published);
+    }
+    let Some(claim) = context.store.locks().try_claim(&claim_of(key))? else {
+        return Ok(Turn::Theirs);
+    };
+    // Whoever had the claim may have published meanwhile. A network disk shows that when the folder around it is
+    // read again.
+    if let Some(around) = adapter.parent() {
+        files::create_dir(around)?;
+        std::fs::read_dir(around).map_err(Error::io(around))?.next();
+    }
+    Ok(match adapter.is_dir() {
+        true => Turn::Published,
+        false => Turn::Ours(claim),
+    })
+}
+
+/// Removes what processes left that were killed while they published a supervisor, or just after.
+fn clear_leftovers(context: &Context) -> Result<()> {
+    let store = context.store.path();
+    // Who is publishing holds the claim, so what cannot be claimed is left alone.
+    let clear = |key: &str, path: &Path| {
+        let claim = context.store.locks().try_claim(&claim_of(key))?;
+        match claim.is_some() && path.is_dir() {
+            true => std::fs::remove_dir_all(path).map_err(Error::io(path)),
+            false => Ok(()),
+        }
+    };
+    for (name, path) in files::list(&store.join("adapters"))? {
+        if let Some(key) = files::written_aside(&name) {
+            clear(key, &path)?;
+        }
+    }
+    for (key, path) in files::list(&store.join("training"))? {
+        if adapter_dir(context, &key).is_dir() {
+            clear(&key, &path)?;
+        }
+    }
+    Ok(())
 }
 
 /// Takes all steps; false if the run was asked to stop before.

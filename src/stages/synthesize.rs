@@ -6,13 +6,53 @@ use std::sync::Arc;
 
 use async_stream::try_stream;
 use futures::{Stream, StreamExt};
+use image::RgbImage;
 
-use super::{Checkpoint, Context, Method, ProxyBatch, Supervisor, ended_early};
+use super::{Checkpoint, Context, Lazy, Method, ProxyBatch, Supervisor, ended_early};
 use crate::models::{Request, Sampling};
 use crate::plan::proxy_keys;
 use crate::stream::{Meter, Outlet};
 use crate::training::restore;
 use crate::{Error, Result};
+
+/// What whoever makes the batch with these keys claims in the store. Batches that share a claim, by chance, are made
+/// one after the other.
+pub(super) fn batch_claim(keys: &[String]) -> String {
+    const DIGITS: usize = 3;
+    let first = keys.first().and_then(|key| key.get(..DIGITS));
+    format!("batches/{}", first.unwrap_or_default())
+}
+
+/// Draws batch `number` of the plan.
+pub(super) async fn draw(
+    context: &Context,
+    painter: &Lazy,
+    supervisor: &Supervisor,
+    number: usize,
+    meter: &Meter,
+) -> Result<Vec<RgbImage>> {
+    let Some((_, proxies)) = context.resolved.teacher() else {
+        return Ok(Vec::new());
+    };
+    let numbers = context.plan.batch(number).numbers.clone();
+    let requests: Vec<Request> = context.plan.proxies()[numbers]
+        .iter()
+        .map(|proxy| Request {
+            prompt: proxy.prompt.clone(),
+            seed: proxy.seed,
+        })
+        .collect();
+    let sampling = Sampling::diffusion(&proxies.sampling);
+    let adapter = supervisor.adapter.clone();
+    painter
+        .get()
+        .await?
+        .call(meter, move |learner| {
+            restore(&learner.variables(), &learner.read(&adapter)?, &adapter)?;
+            learner.generate(&requests, &sampling)
+        })
+        .await
+}
 
 /// Makes the batches of the plan in their order, each as soon as its supervisor has come through `input`. When a
 /// supervisor has made its last, it goes down `evaluated` to be scored itself.
@@ -27,7 +67,6 @@ pub fn synthesize(
             return;
         };
         let table = context.store.proxies().await?;
-        let sampling = Sampling::diffusion(&proxies.sampling);
         let mut supervisors: BTreeMap<usize, Supervisor> = BTreeMap::new();
         let mut input = std::pin::pin!(input);
         let last_batch: BTreeMap<usize, usize> =
@@ -46,26 +85,32 @@ pub fn synthesize(
             }
             let supervisor = supervisors[&batch.subject].clone();
             let keys = proxy_keys(&context.plan, number, &supervisor.key, &proxies.sampling)?;
-            if table.missing(&keys).is_empty() {
-                meter.reuse(keys.len());
-                yield ProxyBatch { batch: number, keys, images: None };
-            } else {
-                let requests: Vec<Request> = context.plan.proxies()[batch.numbers.clone()]
-                    .iter()
-                    .map(|proxy| Request { prompt: proxy.prompt.clone(), seed: proxy.seed })
-                    .collect();
-                let (adapter, sampling) = (supervisor.adapter.clone(), sampling.clone());
-                let images = painter
-                    .get()
-                    .await?
-                    .call(&meter, move |learner| {
-                        restore(&learner.variables(), &learner.read(&adapter)?, &adapter)?;
-                        learner.generate(&requests, &sampling)
-                    })
-                    .await?;
-                meter.add(keys.len());
-                yield ProxyBatch { batch: number, keys, images: Some(Arc::new(images)) };
-            }
+            let claim = match table.missing(&keys).is_empty() {
+                true => None,
+                false => {
+                    // Another process may be making the very same batch: then it is in the store when it lets go.
+                    let name = batch_claim(&keys);
+                    let claim = tokio::select! {
+                        claim = context.store.locks().claim(&name) => claim,
+                        () = context.stop.wait() => return,
+                    };
+                    let claim = claim?;
+                    table.refresh().await?;
+                    (!table.missing(&keys).is_empty()).then(|| Arc::new(claim))
+                }
+            };
+            let images = match &claim {
+                None => {
+                    meter.reuse(keys.len());
+                    None
+                }
+                Some(_) => {
+                    let images = draw(&context, &painter, &supervisor, number, &meter).await?;
+                    meter.add(keys.len());
+                    Some(Arc::new(images))
+                }
+            };
+            yield ProxyBatch { batch: number, keys, images, claim };
             if last_batch.get(&batch.subject) == Some(&number) {
                 let adapter = supervisor.adapter.clone();
                 let values =

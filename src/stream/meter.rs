@@ -35,7 +35,6 @@ impl Board {
                 output: AtomicU64::new(0),
                 finished: AtomicU64::new(0),
                 note: Mutex::default(),
-                started: Mutex::default(),
             }),
         };
         lock(&self.inner.meters).push(meter.clone());
@@ -147,7 +146,6 @@ struct MeterInner {
     output: AtomicU64,
     finished: AtomicU64,
     note: Mutex<String>,
-    started: Mutex<Option<Instant>>,
 }
 
 /// What one stage did.
@@ -213,6 +211,12 @@ impl Meter {
         )
     }
 
+    /// How many of those done were not there already.
+    pub fn fresh(&self) -> u64 {
+        let skipped = self.inner.skipped.load(Relaxed);
+        self.inner.done.load(Relaxed).saturating_sub(skipped)
+    }
+
     /// What the stage is doing or waiting for.
     pub fn note(&self) -> String {
         lock(&self.inner.note).clone()
@@ -237,7 +241,6 @@ impl Meter {
     /// Adds to the time of computing.
     pub fn worked(&self, time: Duration) {
         self.inner.busy.fetch_add(time.as_nanos() as u64, Relaxed);
-        lock(&self.inner.started).get_or_insert_with(Instant::now);
     }
 
     /// Awaits `work`, counting its time as busy.

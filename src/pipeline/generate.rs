@@ -1,0 +1,371 @@
+//! Proxies alone: the front of the graph, by one process or shared between several.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use futures::{StreamExt, stream};
+use tokio::task::JoinSet;
+
+use super::prepare::{self, Prepared, Purpose};
+use super::{Options, RunDir};
+use crate::plan::{Digest, proxy_keys};
+use crate::stages::Context;
+use crate::stages::disk::{Disk, FreeSpace, bytes};
+use crate::stages::generate::{Shard, Work, generate as make};
+use crate::stages::keep::{Keeping, keep};
+use crate::stages::references::references;
+use crate::stages::supervise::supervise;
+use crate::stages::tokenize::tokenize;
+use crate::store::{Claim, Limits};
+use crate::stream::{Meter, Progress, StageReport, Stop, channel, spawn, spawn_sink};
+use crate::{Error, Result};
+
+/// Nobody waits for single batches, so that these may wait for each other; what a kill loses is as little.
+const LIMITS: Limits = Limits {
+    rows: 256,
+    age: Duration::from_secs(2),
+};
+/// A process that was killed may hold its lock for a moment more.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// Which proxies to make, and how.
+#[derive(Debug, Clone)]
+pub struct Generation {
+    /// The pipeline; what is said in it of students counts only with `tokens`.
+    pub options: Options,
+    pub shard: Shard,
+    /// Make tokens of the proxies for the student of the pipeline.
+    pub tokens: bool,
+    /// Bytes of the store's disk that stay free.
+    pub keep_free: u64,
+    /// How the room on a disk is asked for.
+    pub free_space: FreeSpace,
+}
+
+/// What was made.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct Generated {
+    /// The run's directory.
+    pub dir: PathBuf,
+    /// Proxies that the plan has.
+    pub planned: usize,
+    /// Those that were there before.
+    pub found: usize,
+    /// Those that this process made.
+    pub made: usize,
+    pub stages: Vec<StageReport>,
+    pub wall_seconds: f64,
+    pub warnings: Vec<String>,
+}
+
+impl Generated {
+    /// The share of the wall time for which the store was busy.
+    pub fn store_share(&self) -> f64 {
+        let writes = |stage: &&StageReport| stage.stage == "keep";
+        let busy: f64 = self.stages.iter().filter(writes).map(|s| s.busy).sum();
+        busy / self.wall_seconds.max(f64::MIN_POSITIVE)
+    }
+}
+
+/// Makes every proxy of the plan that the store does not have, together with all other processes that do the same, and
+/// returns when all are there.
+///
+/// # Errors
+/// [`Error::Interrupted`] when `stop` was requested: everything made is committed and the same call continues. A disk
+/// that is too full, a shard that runs already, or the first failure of any stage.
+pub async fn generate(generation: &Generation, stop: Stop) -> Result<Generated> {
+    let start = Instant::now();
+    let options = &generation.options;
+    if options.resolved.teacher().is_none() {
+        return Err(Error::invalid(
+            format!("{} makes no proxies", options.pipeline.display()),
+            "it needs a [supervisor], and with --tokens a student that learns from proxies",
+        ));
+    }
+    let shard = generation.shard;
+    let stem = options.pipeline.file_stem().unwrap_or_default();
+    let mut name = format!("{}-proxies", stem.to_string_lossy());
+    if shard.of > 1 {
+        name += &format!("-{}-of-{}", shard.index + 1, shard.of);
+    }
+    let dir = RunDir::open(
+        &options.out,
+        Path::new(&name),
+        &options.text,
+        &options.resolved.to_toml()?,
+        false,
+    )?;
+    let purpose = Purpose::Proxies {
+        tokens: generation.tokens,
+    };
+    let prepared = prepare::prepare(options, purpose, &dir, stop).await?;
+    let context = prepared.context.clone();
+    let shards = shard_claims(&context, shard)?;
+    let _at_work = come_to_work(&context, shard, &shards[shard.index]).await?;
+    let fleet = context.board.meter(
+        if shard.of > 1 {
+            "all shards"
+        } else {
+            "in the store"
+        },
+        "proxies",
+    );
+    let planned = context.plan.proxies().len();
+    fleet.expect(planned);
+    let work = Work::open(
+        context.clone(),
+        shard,
+        generation.tokens,
+        shards,
+        fleet.clone(),
+    )
+    .await?;
+    let found = planned - work.left();
+    let disk = look_for_room(generation, &context, work.left(), options.progress)?;
+    prepare::note_status(&context, options, "started").await?;
+    let progress = options
+        .progress
+        .then(|| Progress::show(context.board.clone()));
+    let result = join(build(prepared, work, shard, disk), &context).await;
+    if let Some(progress) = progress {
+        progress.finish();
+    }
+    context.metrics.flush().await?;
+    if let Err(error) = result {
+        prepare::note_status(&context, options, "failed").await?;
+        return Err(error);
+    }
+    if context.stop.requested() {
+        prepare::note_status(&context, options, "interrupted").await?;
+        return Err(Error::Interrupted);
+    }
+    all_there(&context).await?;
+    prepare::note_status(&context, options, "complete").await?;
+    let stages = context.board.report();
+    let done = |name: &str| stages.iter().find(|stage| stage.stage == name);
+    let generated = Generated {
+        dir: dir.path().to_path_buf(),
+        planned,
+        found,
+        made: done("synthesize").map_or(0, |stage| (stage.done - stage.reused) as usize),
+        wall_seconds: start.elapsed().as_secs_f64(),
+        warnings: context.warnings.all(),
+        stages,
+    };
+    let text = serde_json::to_string_pretty(&generated).map_err(|e| Error::Invalid {
+        what: format!("the summary as JSON: {e}"),
+        hint: None,
+    })?;
+    crate::files::write(&dir.join("proxies.json"), text.as_bytes())?;
+    Ok(generated)
+}
+
+/// The claims of all processes at this work, which is named after everything that it comes to.
+fn shard_claims(context: &Context, shard: Shard) -> Result<Vec<String>> {
+    let mut digest = Digest::new("shards 1");
+    for batch in 0..context.plan.batches().min(context.subjects.len()) {
+        if let Some((_, proxies)) = context.resolved.teacher() {
+            let supervisor = &context.supervisors[context.plan.batch(batch).subject];
+            for key in proxy_keys(&context.plan, batch, supervisor, &proxies.sampling)? {
+                digest = digest.field("proxy", key);
+            }
+        }
+    }
+    let digest = digest
+        .number("count", context.plan.proxies().len() as u64)
+        .finish();
+    let name = |index| format!("shards/{}/{}-of-{}", &digest[..12], index + 1, shard.of);
+    Ok((0..shard.of).map(name).collect())
+}
+
+/// Claims the shard's own name, so that others see it at work.
+async fn come_to_work(context: &Context, shard: Shard, name: &str) -> Result<Claim> {
+    let locks = context.store.locks();
+    match tokio::time::timeout(PATIENCE, locks.claim(name)).await {
+        Ok(claim) => {
+            let claim = claim?;
+            claim.note(&format!("{}, process {}", host(), std::process::id()))?;
+            Ok(claim)
+        }
+        Err(_) => Err(Error::invalid(
+            format!(
+                "shard {shard} of this work is running already, on {}",
+                locks.noted(name)
+            ),
+            "give every process a --shard of its own",
+        )),
+    }
+}
+
+/// This machine's name.
+fn host() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname");
+    name.map_or("this machine".to_string(), |name| name.trim().to_string())
+}
+
+/// Says how much room is needed, and refuses to begin without any.
+fn look_for_room(
+    generation: &Generation,
+    context: &Context,
+    left: usize,
+    show: bool,
+) -> Result<Disk> {
+    let disk = Disk::new(
+        context.store.path(),
+        generation.keep_free,
+        generation.free_space,
+    );
+    disk.expect(left as u64);
+    if left == 0 {
+        return Ok(disk);
+    }
+    let usable = disk.usable()?;
+    let resolution = context
+        .resolved
+        .supervisor
+        .as_ref()
+        .and_then(|s| s.resolution);
+    if let Some(side) = resolution {
+        let needed = Disk::estimate(left as u64, side as u64);
+        let sentence = format!(
+            "{left} proxies of {side}x{side} pixels will need about {}; there is room for {}",
+            bytes(needed),
+            bytes(usable)
+        );
+        match needed > usable {
+            true => context.warnings.add(sentence),
+            false if show => eprintln!("{sentence}"),
+            false => {}
+        }
+    }
+    Ok(disk)
+}
+
+/// The front of the picture in the crate's documentation, as code.
+fn build(prepared: Prepared, work: Work, shard: Shard, disk: Disk) -> JoinSet<Result<()>> {
+    let Prepared {
+        context,
+        supervisor,
+        supervisor_keys,
+        tokenizer,
+        ..
+    } = prepared;
+    let mut tasks = JoinSet::new();
+    let (Some(opening), Some((settings, _))) = (supervisor, context.resolved.teacher()) else {
+        return tasks;
+    };
+    let (board, sizes) = (&context.board, &context.resolved.channels);
+    let meter = |name: &str, unit: &str, total: usize| {
+        let meter = board.meter(name, unit);
+        meter.expect(total);
+        meter
+    };
+    let subjects = context.subjects.len();
+    // Every process begins with another subject, so that several train several supervisors at once.
+    let first = shard.index % subjects.max(1);
+    let wanted: Vec<usize> = (first..subjects)
+        .chain(0..first)
+        .filter(|&subject| work.wants(subject))
+        .collect();
+    let referring = meter("references", "subjects", subjects);
+    let supervising = meter("supervise", "steps", settings.training.steps * wanted.len());
+    let synthesizing = meter("synthesize", "proxies", 0);
+    let keeping = meter("keep", "proxies", 0);
+
+    let (photos, to_supervise) = channel(
+        board,
+        "references",
+        sizes.references,
+        &referring,
+        &supervising,
+    );
+    spawn(
+        &mut tasks,
+        &referring,
+        references(context.clone(), referring.clone()),
+        photos,
+    );
+    let keys = supervisor_keys.clone();
+    let keyed = stream::once(to_supervise.collect::<Vec<usize>>())
+        .flat_map(move |_| stream::iter(wanted.clone()))
+        .map(move |subject| (subject, keys[subject].clone()));
+    let (supervisors, to_make) = channel(
+        board,
+        "supervisors",
+        sizes.supervisors,
+        &supervising,
+        &synthesizing,
+    );
+    spawn(
+        &mut tasks,
+        &supervising,
+        supervise(context.clone(), opening, keyed, supervising.clone()),
+        supervisors,
+    );
+
+    let (made, to_keep) = channel(board, "proxies", sizes.proxies, &synthesizing, &keeping);
+    let making = make(context.clone(), work, to_make, synthesizing.clone());
+    spawn(&mut tasks, &synthesizing, making, made);
+
+    let how = Keeping {
+        limits: LIMITS,
+        disk: Some(disk),
+    };
+    let kept = keep(
+        context.clone(),
+        supervisor_keys,
+        to_keep,
+        keeping.clone(),
+        how,
+    );
+    if context.tokenizer.is_none() {
+        spawn_sink(&mut tasks, &keeping, kept);
+        return tasks;
+    }
+    let tokenizing: Meter = meter("tokenize", "proxies", 0);
+    let (for_tokens, to_tokenize) = channel(board, "kept", sizes.kept, &keeping, &tokenizing);
+    spawn(&mut tasks, &keeping, kept, for_tokens);
+    let tokens = tokenize(context.clone(), tokenizer, to_tokenize, tokenizing.clone());
+    spawn_sink(&mut tasks, &tokenizing, tokens);
+    tasks
+}
+
+/// Waits for all stages. After the first failure the others are asked to stop, so that what was made is committed.
+async fn join(mut tasks: JoinSet<Result<()>>, context: &Context) -> Result<()> {
+    let mut failure = None;
+    while let Some(task) = tasks.join_next().await {
+        let result = task.unwrap_or_else(|panic| {
+            Err(Error::Invalid {
+                what: format!("a stage ended unexpectedly: {panic}"),
+                hint: None,
+            })
+        });
+        if let Err(error) = result {
+            context.stop.request();
+            failure.get_or_insert(error);
+        }
+    }
+    failure.map_or(Ok(()), Err)
+}
+
+/// Looks whether every proxy of the plan is in the store.
+async fn all_there(context: &Context) -> Result<()> {
+    let Some((_, proxies)) = context.resolved.teacher() else {
+        return Ok(());
+    };
+    let table = context.store.proxies().await?;
+    table.refresh().await?;
+    let mut missing = 0;
+    for batch in 0..context.plan.batches() {
+        let supervisor = &context.supervisors[context.plan.batch(batch).subject];
+        let keys = proxy_keys(&context.plan, batch, supervisor, &proxies.sampling)?;
+        missing += table.missing(&keys).len();
+    }
+    match missing {
+        0 => Ok(()),
+        _ => Err(Error::invalid(
+            format!("{missing} proxies that were made are not in the store"),
+            "somebody deletes from it: run the same command again",
+        )),
+    }
+}
