@@ -377,14 +377,14 @@ async fn many_small_commits_are_compacted_in_passing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn two_handles_append_at_once_and_nothing_is_lost() {
+async fn two_stores_append_at_once_and_nothing_is_lost_or_doubled() {
     let dir = tempfile::tempdir().unwrap();
     let write = |start: u64| {
         let path = dir.path().to_path_buf();
         tokio::spawn(async move {
             let table = proxies_of(&path).await;
             for number in 0..15 {
-                // Both write the last rows: these may be there twice, but are seen once.
+                // Both write the last rows.
                 let number = if number < 12 {
                     start + number
                 } else {
@@ -402,6 +402,54 @@ async fn two_handles_append_at_once_and_nothing_is_lost() {
     found.sort();
     let expected: Vec<u64> = (0..12).chain(100..112).chain(1012..1015).collect();
     assert_eq!(found, expected);
+    let rows = table.dataset().unwrap().count_rows(None).await.unwrap();
+    assert_eq!(rows, expected.len(), "as other readers of Lance see it");
+}
+
+#[tokio::test]
+async fn what_others_compact_and_delete_is_taken_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let (table, other) = (proxies_of(dir.path()).await, proxies_of(dir.path()).await);
+    for number in 0..40 {
+        table.append(&[proxy(number)]).await.unwrap();
+    }
+    let another = ProxyRow {
+        prompt: "another".into(),
+        ..proxy(3)
+    };
+    append_blindly(&table, std::slice::from_ref(&another)).await;
+    table.refresh().await.unwrap();
+    other.compact(Duration::ZERO).await.unwrap();
+    other.append(&proxies(40..42)).await.unwrap();
+    table.refresh().await.unwrap();
+    assert_eq!(table.dataset().unwrap().count_fragments(), 2);
+    assert_eq!(
+        all(&table).await,
+        proxies(0..42),
+        "compacted and appended to"
+    );
+
+    let delete = async |filter: &str| {
+        let uri = table.path().to_str().unwrap();
+        let mut dataset = lance::Dataset::open(uri).await.unwrap();
+        dataset.delete(filter).await.unwrap();
+        table.refresh().await.unwrap();
+    };
+    delete("number = 3 AND prompt <> 'another'").await;
+    assert_eq!(table.count(), 42);
+    let got = table.get(&[proxy(3).key], Columns::All).await.unwrap();
+    assert_eq!(
+        got,
+        [Some(another)],
+        "the next row of the key is the first now"
+    );
+    delete("number < 5").await;
+    assert_eq!(table.count(), 37);
+    assert_eq!(all(&table).await, proxies(5..42));
+    assert_eq!(table.append(&proxies(0..6)).await.unwrap(), 5);
+    let fresh = proxies_of(dir.path()).await;
+    assert_eq!(all(&table).await, all(&fresh).await);
+    assert_eq!(fresh.count(), 42);
 }
 
 /// Not a test of its own: what the next one kills.
@@ -586,6 +634,16 @@ async fn a_writer_commits_at_its_limits_and_on_demand() {
         _ = writer.wait_for(&never) => unreachable!("nobody writes it"),
         (waited, ()) = async { tokio::join!(biased; writer.wait_for(&wanted), pushing) } => waited.unwrap(),
     }
+
+    // Whoever writes them.
+    let wanted = [proxy(20).key];
+    let others = Store::open(dir.path()).await.unwrap();
+    let others = others.proxies().await.unwrap();
+    let (waited, appended) = tokio::join!(biased; writer.wait_for(&wanted), async {
+        others.append(&[proxy(20)]).await
+    });
+    waited.unwrap();
+    assert_eq!(appended.unwrap(), 1);
 
     // Rows that nobody will write are not waited for.
     let wanted = [proxy(8).key];

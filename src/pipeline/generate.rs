@@ -100,6 +100,15 @@ pub async fn generate(generation: &Generation, stop: Stop) -> Result<Generated> 
     };
     let prepared = prepare::prepare(options, purpose, &dir, stop).await?;
     let context = prepared.context.clone();
+    if generation.tokens && context.tokenizer.is_none() {
+        return Err(Error::invalid(
+            format!(
+                "{} reads images, not tokens",
+                options.resolved.student.model
+            ),
+            "leave --tokens out, or name an autoregressive model as student",
+        ));
+    }
     let shards = shard_claims(&context, shard)?;
     let _at_work = come_to_work(&context, shard, &shards[shard.index]).await?;
     let fleet = context.board.meter(
@@ -121,7 +130,7 @@ pub async fn generate(generation: &Generation, stop: Stop) -> Result<Generated> 
     )
     .await?;
     let found = planned - work.left();
-    let disk = look_for_room(generation, &context, work.left(), options.progress)?;
+    let disk = look_for_room(generation, &context, work.left(), &fleet)?;
     prepare::note_status(&context, options, "started").await?;
     let progress = options
         .progress
@@ -208,14 +217,14 @@ fn look_for_room(
     generation: &Generation,
     context: &Context,
     left: usize,
-    show: bool,
+    fleet: &Meter,
 ) -> Result<Disk> {
     let disk = Disk::new(
         context.store.path(),
         generation.keep_free,
         generation.free_space,
+        fleet.clone(),
     );
-    disk.expect(left as u64);
     if left == 0 {
         return Ok(disk);
     }
@@ -234,7 +243,7 @@ fn look_for_room(
         );
         match needed > usable {
             true => context.warnings.add(sentence),
-            false if show => eprintln!("{sentence}"),
+            false if generation.options.progress => eprintln!("{sentence}"),
             false => {}
         }
     }

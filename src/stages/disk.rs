@@ -1,10 +1,10 @@
 //! The room on the store's disk: estimated before proxies are made, watched while they are.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::store::ProxyRow;
+use crate::stream::Meter;
 use crate::{Error, Result};
 
 /// What a row takes beside its picture: keys, prompt, settings; in bytes, before Lance compresses it.
@@ -23,27 +23,23 @@ pub struct Disk {
     store: PathBuf,
     keep_free: u64,
     free_space: FreeSpace,
-    /// Proxies that are still to be made, by all processes.
-    left: Arc<AtomicU64>,
+    /// Counts what all processes have made.
+    fleet: Meter,
     /// Rows that this process has written, and their bytes.
     written: Arc<Mutex<(u64, u64)>>,
 }
 
 impl Disk {
-    /// The disk of `store`, of which `keep_free` bytes are to stay free.
-    pub fn new(store: &Path, keep_free: u64, free_space: FreeSpace) -> Self {
+    /// The disk of `store`, of which `keep_free` bytes are to stay free. `fleet` counts the proxies that are in the
+    /// store, of those that are to come.
+    pub fn new(store: &Path, keep_free: u64, free_space: FreeSpace, fleet: Meter) -> Self {
         Self {
             store: store.to_path_buf(),
             keep_free,
             free_space,
-            left: Arc::default(),
+            fleet,
             written: Arc::default(),
         }
-    }
-
-    /// Says how many proxies are still to be made.
-    pub fn expect(&self, left: u64) {
-        self.left.store(left, Relaxed);
     }
 
     /// Bytes that `proxies` pictures with `side` pixels squared will take, about.
@@ -88,7 +84,8 @@ impl Disk {
         if count < ENOUGH_ROWS {
             return Ok(());
         }
-        let left = self.left.load(Relaxed);
+        let (done, total) = self.fleet.progress();
+        let left = total.saturating_sub(done);
         let needed = with_versions(left * (size / count));
         if needed <= usable {
             return Ok(());
@@ -151,13 +148,15 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_known_after_the_first_rows_and_a_full_disk_at_once() {
-        let disk = Disk::new(Path::new("store"), 1 << 20, |_| Ok(2 << 20));
+        let fleet = crate::stream::Board::default().meter("all shards", "proxies");
+        let disk = Disk::new(Path::new("store"), 1 << 20, |_| Ok(2 << 20), fleet.clone());
         assert_eq!(disk.usable().unwrap(), 1 << 20);
         // Rows of 1 KiB: 838 of them, with the room for versions, are 1 MiB.
         let rows = vec![row(512); 64];
-        disk.expect(838);
+        fleet.expect(900);
+        fleet.add(62);
         disk.after_commit(&rows).unwrap();
-        disk.expect(839);
+        fleet.expect(901);
         let error = disk.after_commit(&rows).unwrap_err();
         let text = error.to_string();
         assert!(
@@ -165,7 +164,7 @@ mod tests {
             "{text}"
         );
         assert!(error.hint().is_some());
-        let full = Disk::new(Path::new("store"), 1 << 30, |_| Ok(3 << 20));
+        let full = Disk::new(Path::new("store"), 1 << 30, |_| Ok(3 << 20), fleet);
         let text = full.after_commit(&[]).unwrap_err().to_string();
         assert_eq!(
             text,

@@ -30,11 +30,6 @@ pub struct Shard {
     pub of: usize,
 }
 
-impl Shard {
-    /// The only one.
-    pub const ALONE: Shard = Shard { index: 0, of: 1 };
-}
-
 impl std::fmt::Display for Shard {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}/{}", self.index + 1, self.of)
