@@ -22,7 +22,7 @@ use crate::{Error, Result};
 
 /// Nobody waits for single batches, so that these may wait for each other; what a kill loses is as little.
 const LIMITS: Limits = Limits {
-    rows: 256,
+    rows: 64,
     age: Duration::from_secs(2),
 };
 /// A process that was killed may hold its lock for a moment more.
@@ -90,7 +90,7 @@ pub async fn generate(generation: &Generation, stop: Stop) -> Result<Generated> 
     }
     let dir = RunDir::open(
         &options.out,
-        Path::new(&name),
+        Path::new(&format!("{name}.toml")),
         &options.text,
         &options.resolved.to_toml()?,
         false,
@@ -149,6 +149,7 @@ pub async fn generate(generation: &Generation, stop: Stop) -> Result<Generated> 
         return Err(Error::Interrupted);
     }
     all_there(&context).await?;
+    fleet.add(planned.saturating_sub(fleet.progress().0 as usize));
     prepare::note_status(&context, options, "complete").await?;
     let stages = context.board.report();
     let done = |name: &str| stages.iter().find(|stage| stage.stage == name);

@@ -93,12 +93,16 @@ impl Index {
     /// know.
     fn has_lost(&self, dataset: &Dataset, present: &HashSet<u64>) -> bool {
         let now = fragments_of(dataset);
-        let kept = |address: u64| {
-            let fragment = address >> 32;
-            self.fragments.get(&fragment) == now.get(&fragment)
-        };
+        let fragments = self.fragments.iter();
+        let changed = fragments.filter(|(id, deleted)| now.get(id) != Some(deleted));
+        let changed: HashSet<u64> = changed.map(|(id, _)| *id).collect();
+        // An append changes none: the usual case takes no time.
         let mut known = self.addresses.iter();
-        known.any(|(id, address)| !kept(*address) && !present.contains(id))
+        !changed.is_empty()
+            && known.any(|(id, address)| {
+                let fragment = address >> 32;
+                changed.contains(&fragment) && !present.contains(id)
+            })
     }
 }
 
