@@ -8,6 +8,7 @@ use serde::de::DeserializeOwned;
 
 use super::embed::{ImageEmbedder, TextEmbedder};
 use super::preprocess::Preprocessing;
+use crate::models::checkpoint_files;
 use crate::models::clip::{self, Clip};
 use crate::models::tokenizer::TextTokenizer;
 use crate::models::vit::{self, Vit};
@@ -29,7 +30,7 @@ pub struct ClipEmbedder {
 }
 
 impl ClipEmbedder {
-    /// Reads `config.json`, `model.safetensors`, `tokenizer.json` and, where there is one, `preprocessor_config.json`
+    /// Reads `config.json`, the weights, `tokenizer.json` and, where there is one, `preprocessor_config.json`
     /// from the folder of a `CLIPModel`. Computes in f32. Fails when a file is missing or does not fit the others.
     pub fn load(directory: &Path, device: &Device) -> Result<Self> {
         let config: clip::Config = read_config(directory)?;
@@ -86,7 +87,7 @@ pub struct DinoEmbedder {
 }
 
 impl DinoEmbedder {
-    /// Reads `config.json`, `model.safetensors` and, where there is one, `preprocessor_config.json` from the folder of
+    /// Reads `config.json`, the weights and, where there is one, `preprocessor_config.json` from the folder of
     /// a `ViTModel`. Computes in f32. Fails when a file is missing or does not fit the others.
     pub fn load(directory: &Path, device: &Device) -> Result<Self> {
         let config: vit::Config = read_config(directory)?;
@@ -152,5 +153,5 @@ fn read_config<T: DeserializeOwned>(directory: &Path) -> Result<T> {
 }
 
 fn read_weights(directory: &Path, device: &Device) -> Result<Weights> {
-    Weights::from_files(&[directory.join("model.safetensors")], DType::F32, device)
+    checkpoint_files::open(directory, "model", DType::F32, device)
 }

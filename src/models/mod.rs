@@ -2,11 +2,14 @@
 
 pub mod adapters;
 pub mod autoencoder;
+pub mod checkpoint_files;
 pub mod clip;
 pub mod encoder;
 pub mod llamagen;
+pub mod pickle;
 pub mod sd3;
 pub mod t5;
+pub mod tensor_writer;
 pub mod tokenizer;
 pub mod vit;
 

@@ -11,8 +11,9 @@ use rand_chacha::ChaCha8Rng;
 
 use super::generate::Sampling as TokenSampling;
 use super::gpt::{Config, Gpt};
-use super::{load_weights, vq};
+use super::vq;
 use crate::files::read_json;
+use crate::models::checkpoint_files::{self, WeightFiles};
 use crate::models::t5::T5Encoder;
 use crate::models::tokenizer::TextTokenizer;
 use crate::models::{
@@ -34,7 +35,7 @@ impl ImageTokenizer {
         let config: Config = read_json(&dir.join("config.json"))?;
         let folder = tokenizer_dir(dir);
         let vq_config: vq::Config = read_json(&folder.join("config.json"))?;
-        let weights = load_weights(&folder, DType::F32, device)?;
+        let weights = checkpoint_files::open(&folder, "model", DType::F32, device)?;
         let model = vq::VqModel::new(&vq_config, &weights)?;
         weights.finish()?;
         let resolution = (config.grid() * vq_config.downsampling()) as u32;
@@ -144,14 +145,17 @@ impl LlamaGen {
         config.ffn_dropout_p = opening.dropout;
         let weights = match opening.tuning {
             Tuning::Full => {
-                Weights::trainable(&[dir.join("model.safetensors")], opening.seed, device)?
+                let files = WeightFiles::find(dir, "model")?.into_safetensors()?;
+                Weights::trainable(&files, opening.seed, device)?
             }
-            Tuning::Lora(_) | Tuning::Frozen => load_weights(dir, DType::F32, device)?,
+            Tuning::Lora(_) | Tuning::Frozen => {
+                checkpoint_files::open(dir, "model", DType::F32, device)?
+            }
         };
         let (weights, adapter) = opening.attach(weights);
         let gpt = Gpt::new(&config, &weights)?;
         let t5 = dir.join("t5");
-        let t5_weights = Weights::from_files(&[t5.join("model.safetensors")], DType::F32, device)?;
+        let t5_weights = checkpoint_files::open(&t5, "model", DType::F32, device)?;
         let encoder = T5Encoder::new(&read_json(&t5.join("config.json"))?, &t5_weights)?;
         let tokenizer = ImageTokenizer::open(dir, device)?;
         if opening
