@@ -3,6 +3,7 @@
 pub mod check;
 mod evaluate;
 pub mod graph;
+mod models;
 pub mod pretrain;
 mod report;
 mod run;
@@ -43,6 +44,8 @@ pub enum Command {
     Evaluate(EvaluateArgs),
     /// Write the report of a run again from the store
     Report(ReportArgs),
+    /// List the models known by name, with what is here of them, or download one
+    Models(ModelsArgs),
     /// Train the nano checkpoints from drawn scenes
     Pretrain(pretrain::PretrainArgs),
 }
@@ -124,8 +127,8 @@ pub struct GraphArgs {
                         --prompt \"a sks dog on the beach\" --count 4 --out beach"
 )]
 pub struct SampleArgs {
-    /// A known model or a checkpoint directory
-    #[arg(long, value_name = "NAME|DIR")]
+    /// A known model, a checkpoint directory, or a repository of the hub (owner/name)
+    #[arg(long, value_name = "NAME|DIR|OWNER/NAME")]
     pub model: String,
     /// An adapter directory: PEFT's layout for students, diffusers' for supervisors
     #[arg(long, value_name = "DIR")]
@@ -205,8 +208,8 @@ pub struct EvaluateArgs {
     /// Folder with images to score; without it, the model draws them
     #[arg(long, value_name = "DIR", required_unless_present = "model")]
     pub images: Option<PathBuf>,
-    /// A known model or a checkpoint directory
-    #[arg(long, value_name = "NAME|DIR", conflicts_with = "images")]
+    /// A known model, a checkpoint directory, or a repository of the hub (owner/name)
+    #[arg(long, value_name = "NAME|DIR|OWNER/NAME", conflicts_with = "images")]
     pub model: Option<String>,
     /// An adapter directory
     #[arg(long, value_name = "DIR", requires = "model")]
@@ -220,11 +223,11 @@ pub struct EvaluateArgs {
     /// Where the randomness comes from
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
-    /// CLIP checkpoint: a known name or a directory
-    #[arg(long, value_name = "NAME|DIR", default_value = "nano-clip")]
+    /// CLIP checkpoint: a known name, a directory or a repository
+    #[arg(long, value_name = "NAME|DIR|OWNER/NAME", default_value = "nano-clip")]
     pub clip: String,
-    /// DINO checkpoint: a known name or a directory
-    #[arg(long, value_name = "NAME|DIR", default_value = "nano-dino")]
+    /// DINO checkpoint: a known name, a directory or a repository
+    #[arg(long, value_name = "NAME|DIR|OWNER/NAME", default_value = "nano-dino")]
     pub dino: String,
     #[command(flatten)]
     pub compute: ComputeArgs,
@@ -240,6 +243,21 @@ pub struct ReportArgs {
     pub run: PathBuf,
     #[command(flatten)]
     pub store: StoreArgs,
+}
+
+/// `proxytune models`
+#[derive(Debug, Clone, Args)]
+#[command(
+    after_help = "Examples:\n  proxytune models\n  proxytune models llamagen-xl\n  \
+                        proxytune models --download llamagen-xl"
+)]
+pub struct ModelsArgs {
+    /// Tell all about this one: a known model, a directory, or a repository of the hub
+    #[arg(value_name = "NAME|DIR|OWNER/NAME")]
+    pub name: Option<String>,
+    /// Download what is missing of this one
+    #[arg(long, value_name = "NAME|OWNER/NAME", conflicts_with = "name")]
+    pub download: Option<String>,
 }
 
 fn at_least_one(text: &str) -> std::result::Result<usize, String> {
@@ -279,6 +297,7 @@ pub fn dispatch(cli: Cli) -> Result<Ended> {
         Command::Sample(args) => sample::sample(&args, &mut out),
         Command::Evaluate(args) => evaluate::evaluate(&args, &mut out),
         Command::Report(args) => report::report(&args, &mut out),
+        Command::Models(args) => models::models(&args, &mut out).map(|()| Ended::Well),
         Command::Pretrain(args) => pretrain::pretrain(&args).map(|()| Ended::Well),
     }
 }

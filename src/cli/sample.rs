@@ -2,6 +2,7 @@
 
 use std::io::Write;
 
+use super::models::make_ready;
 use super::{ComputeArgs, Ended, SampleArgs, SamplingArgs, output_failed, runtime};
 use crate::config::models::Family;
 use crate::config::{Kind, sampling_defaults};
@@ -75,6 +76,7 @@ pub(super) fn draw(
     if compute.threads > 0 {
         use_threads(compute.threads);
     }
+    make_ready([model])?;
     let opening = opening_for(model, adapter, compute.device)?;
     if opening.family.kind() == Kind::Evaluator {
         return Err(Error::invalid(

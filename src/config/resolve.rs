@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::defaults;
+use super::locate::locate;
 use super::models::{self, Family, Kind};
 use super::prompts::PromptList;
 use super::reader::{At, Fault, Faults, did_you_mean};
@@ -11,6 +12,7 @@ use super::subjects;
 use super::templates::{self, Token};
 use super::tree::{self, Place};
 use super::typed::{self, Typed};
+use crate::hub::RepoId;
 use crate::{Error, Result};
 
 /// A pipeline file that has been read but not yet given a meaning; it remembers where everything was typed.
@@ -73,6 +75,29 @@ impl Document {
         }
     }
 
+    /// The repositories of the hub (`owner/name`) that the document names as models. What such a model is can only be
+    /// said once it is here.
+    pub fn repositories(&self) -> Vec<&str> {
+        let (student, supervisor) = (&self.typed.student, &self.typed.supervisor);
+        let evaluation = &self.typed.evaluation;
+        [
+            student.as_ref().and_then(|student| student.model.as_ref()),
+            supervisor
+                .as_ref()
+                .and_then(|supervisor| supervisor.model.as_ref()),
+            evaluation.clip.as_ref(),
+            evaluation.dino.as_ref(),
+        ]
+        .into_iter()
+        .flatten()
+        .map(|at| at.value.as_str())
+        .filter(|name| {
+            let is_here = models::known(name).is_some() || Path::new(name).is_dir();
+            !is_here && RepoId::parse(name).is_some()
+        })
+        .collect()
+    }
+
     /// Every folder and checkpoint that `resolved`, the meaning of this document, names and that is not there; in
     /// the form of faults.
     pub fn missing_files(&self, resolved: &Resolved) -> Vec<String> {
@@ -103,7 +128,7 @@ impl Document {
             place_of(&evaluation.dino, student),
         ));
         for (model, place) in models {
-            if let Err(error) = models::locate(model) {
+            if let Err(error) = locate(model) {
                 faults.push(place, error.to_string(), error.hint().unwrap_or_default());
             }
         }
@@ -206,7 +231,9 @@ fn family(
             None
         }
         Err(error) => {
-            let hint = if Path::new(&model.value).is_dir() {
+            let names_a_place =
+                Path::new(&model.value).is_dir() || RepoId::parse(&model.value).is_some();
+            let hint = if names_a_place {
                 error.hint().unwrap_or_default()
             } else {
                 did_you_mean(
@@ -474,7 +501,7 @@ fn resolve_evaluation(
     student: Option<&Student>,
     faults: &Faults,
 ) -> Option<Evaluation> {
-    let nano = student.is_some_and(|student| student.model.starts_with("nano-"));
+    let nano = student.is_some_and(|student| models::is_nano(&student.model));
     let [clip, dino] = if nano {
         ["nano-clip", "nano-dino"]
     } else {

@@ -30,7 +30,7 @@ pub struct ClipEmbedder {
 }
 
 impl ClipEmbedder {
-    /// Reads `config.json`, the weights, `tokenizer.json` and, where there is one, `preprocessor_config.json`
+    /// Reads `config.json`, the weights, the tokenizer and, where there is one, `preprocessor_config.json`
     /// from the folder of a `CLIPModel`. Computes in f32. Fails when a file is missing or does not fit the others.
     pub fn load(directory: &Path, device: &Device) -> Result<Self> {
         let config: clip::Config = read_config(directory)?;
@@ -40,7 +40,7 @@ impl ClipEmbedder {
         let official = Preprocessing::clip(config.vision_config.image_size as u32);
         Ok(Self {
             model,
-            tokenizer: TextTokenizer::from_file(&directory.join("tokenizer.json"))?,
+            tokenizer: TextTokenizer::from_folder(directory)?,
             max_length: config.text_config.max_position_embeddings,
             preprocessing: Preprocessing::from_checkpoint(directory, official)?,
             directory: directory.to_path_buf(),

@@ -4,6 +4,7 @@ pub mod adapters;
 pub mod autoencoder;
 pub mod checkpoint_files;
 pub mod clip;
+mod clip_tokenizer;
 pub mod encoder;
 pub mod llamagen;
 pub mod pickle;

@@ -173,7 +173,7 @@ impl LlamaGen {
         }
         finish_all(&[&weights, &t5_weights])?;
         let captions = Captions {
-            tokenizer: TextTokenizer::from_file(&t5.join("tokenizer.json"))?,
+            tokenizer: TextTokenizer::from_folder(&t5)?,
             encoder,
             known: HashMap::new(),
             length: config.cls_token_num,

@@ -1,6 +1,6 @@
 //! Stable Diffusion 3 and 3.5 (Esser et al. 2024, arXiv 2403.03206) from a directory in diffusers' layout, for
 //! example `stabilityai/stable-diffusion-3-medium-diffusers`: `model_index.json`, `transformer/`, `vae/`,
-//! `scheduler/`, and for each text encoder `text_encoder*/` and `tokenizer*/tokenizer.json`.
+//! `scheduler/`, and for each text encoder `text_encoder*/` and `tokenizer*/`.
 
 mod block;
 mod files;

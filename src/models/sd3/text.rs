@@ -22,10 +22,10 @@ struct Padded {
 }
 
 impl Padded {
-    /// Reads `tokenizer.json` of `folder`. The padding token is the one that `tokenizer_config.json` or
+    /// Reads the tokenizer in `folder`. The padding token is the one that `tokenizer_config.json` or
     /// `special_tokens_map.json` names, else `fallback` (SD3's second CLIP pads with `!`, its first with the end token).
     fn open(folder: &Path, length: usize, fallback: &str) -> Result<Self> {
-        let tokenizer = TextTokenizer::from_file(&folder.join("tokenizer.json"))?;
+        let tokenizer = TextTokenizer::from_folder(folder)?;
         let mut token = None;
         for name in ["tokenizer_config.json", "special_tokens_map.json"] {
             let path = folder.join(name);
@@ -41,7 +41,7 @@ impl Padded {
         let padding = tokenizer.id(&token).ok_or_else(|| Error::Checkpoint {
             path: folder.to_path_buf(),
             faults: vec![format!(
-                "the padding token {token:?} is not in tokenizer.json"
+                "the padding token {token:?} is not in the vocabulary"
             )],
         })?;
         Ok(Self {
