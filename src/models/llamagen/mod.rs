@@ -2,12 +2,14 @@
 //! Reference code: <https://github.com/FoundationVision/LlamaGen>.
 
 mod config;
+mod files;
 pub mod generate;
 pub mod gpt;
 mod learner;
 pub mod vq;
 
+pub use files::Files;
 pub use generate::Sampling;
 pub use gpt::Gpt;
-pub use learner::{ImageTokenizer, LlamaGen, tokenizer_dir};
+pub use learner::{ImageTokenizer, LlamaGen};
 pub use vq::VqModel;
