@@ -3,6 +3,7 @@
 pub mod check;
 mod evaluate;
 pub mod graph;
+mod merge;
 mod models;
 pub mod pretrain;
 mod report;
@@ -44,6 +45,8 @@ pub enum Command {
     Evaluate(EvaluateArgs),
     /// Write the report of a run again from the store
     Report(ReportArgs),
+    /// Write a checkpoint with an adapter worked into its weights
+    Merge(MergeArgs),
     /// List the models known by name, with what is here of them, or download one
     Models(ModelsArgs),
     /// Train the nano checkpoints from drawn scenes
@@ -172,6 +175,9 @@ pub struct SamplingArgs {
     /// Divide logits by this; 0 takes the likeliest token (autoregressive models)
     #[arg(long, value_name = "T")]
     pub temperature: Option<f64>,
+    /// Guidance ends after this many tokens beyond the first (LlamaGen)
+    #[arg(long, value_name = "N")]
+    pub guidance_interval: Option<usize>,
 }
 
 /// Where and how to compute.
@@ -245,6 +251,45 @@ pub struct ReportArgs {
     pub store: StoreArgs,
 }
 
+/// `proxytune merge`
+#[derive(Debug, Clone, Args)]
+#[command(
+    after_help = "Example:\n  proxytune merge --model nano-llamagen --adapter datasets/runs/nano/student \
+                        --out merged\n  proxytune sample --model merged --prompt \"a sks dog on the beach\""
+)]
+pub struct MergeArgs {
+    /// A known model, a checkpoint directory, or a repository of the hub (owner/name)
+    #[arg(long, value_name = "NAME|DIR|OWNER/NAME")]
+    pub model: String,
+    /// An adapter directory: PEFT's layout for students, diffusers' for supervisors
+    #[arg(long, value_name = "DIR")]
+    pub adapter: PathBuf,
+    /// Folder for the merged checkpoint; new or empty
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Type of the backbone's weights; without it, as they are
+    #[arg(long, value_enum)]
+    pub dtype: Option<FloatType>,
+}
+
+/// How weights are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum FloatType {
+    F32,
+    Bf16,
+    F16,
+}
+
+impl From<FloatType> for candle_core::DType {
+    fn from(float: FloatType) -> Self {
+        match float {
+            FloatType::F32 => Self::F32,
+            FloatType::Bf16 => Self::BF16,
+            FloatType::F16 => Self::F16,
+        }
+    }
+}
+
 /// `proxytune models`
 #[derive(Debug, Clone, Args)]
 #[command(
@@ -297,6 +342,7 @@ pub fn dispatch(cli: Cli) -> Result<Ended> {
         Command::Sample(args) => sample::sample(&args, &mut out),
         Command::Evaluate(args) => evaluate::evaluate(&args, &mut out),
         Command::Report(args) => report::report(&args, &mut out),
+        Command::Merge(args) => merge::merge(&args, &mut out).map(|()| Ended::Well),
         Command::Models(args) => models::models(&args, &mut out).map(|()| Ended::Well),
         Command::Pretrain(args) => pretrain::pretrain(&args).map(|()| Ended::Well),
     }

@@ -59,6 +59,7 @@ fn sampling(family: Family, args: &SamplingArgs) -> Sampling {
     sampling.top_k = args.top_k.unwrap_or(sampling.top_k);
     sampling.top_p = args.top_p.unwrap_or(sampling.top_p);
     sampling.temperature = args.temperature.unwrap_or(sampling.temperature);
+    sampling.guidance_interval = args.guidance_interval.or(sampling.guidance_interval);
     if let Some(negative) = &args.negative_prompt {
         sampling.negative_prompt = negative.clone();
     }

@@ -437,6 +437,10 @@ fn resolve_student(typed: &typed::Student, faults: &Faults) -> Option<Student> {
                 sampling.temperature.as_ref().map(|at| &at.place),
                 "temperature",
             ),
+            (
+                sampling.guidance_interval.as_ref().map(|at| &at.place),
+                "guidance_interval",
+            ),
         ] {
             place.into_iter().for_each(|place| no_effect(place, field));
         }
@@ -451,6 +455,14 @@ fn resolve_student(typed: &typed::Student, faults: &Faults) -> Option<Student> {
                 sampling.negative_prompt.as_ref().map(|at| &at.place),
                 "negative_prompt",
             ),
+            (
+                sampling
+                    .guidance_interval
+                    .as_ref()
+                    .filter(|_| family != Family::LlamaGen)
+                    .map(|at| &at.place),
+                "guidance_interval",
+            ),
         ] {
             place.into_iter().for_each(|place| no_effect(place, field));
         }
@@ -460,6 +472,7 @@ fn resolve_student(typed: &typed::Student, faults: &Faults) -> Option<Student> {
             top_k: or(&sampling.top_k, default.top_k),
             top_p: or(&sampling.top_p, default.top_p),
             temperature: or(&sampling.temperature, default.temperature),
+            guidance_interval: sampling.guidance_interval.as_ref().map(|at| at.value),
         })
     };
     let default = family_training(&typed.training, family, &model.place, faults);

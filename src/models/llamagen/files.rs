@@ -139,6 +139,19 @@ impl Files {
         Ok((config, weights))
     }
 
+    /// The GPT's weights as safetensors files, and its config.
+    pub fn gpt_files(&self) -> Result<(gpt::Config, Vec<PathBuf>)> {
+        let files = self.gpt.files()?.into_safetensors()?;
+        let config = match &self.gpt.config {
+            Some(config) => read_json(config)?,
+            None => {
+                let weights = Weights::from_files(&files, DType::F32, &Device::Cpu)?;
+                gpt_config(&weights, self.block_size()?)?
+            }
+        };
+        Ok((config, files))
+    }
+
     /// The image tokenizer's weights, frozen in f32, and its config.
     pub fn open_vq(&self, device: &Device) -> Result<(vq::Config, Weights)> {
         let weights = self.vq.files()?.open(DType::F32, device)?;

@@ -254,7 +254,7 @@ impl Learner for LlamaGen {
         let seeds: Vec<u64> = requests.iter().map(|request| request.seed).collect();
         let settings = TokenSampling {
             guidance_scale: sampling.guidance_scale,
-            guidance_interval: None,
+            guidance_interval: sampling.guidance_interval,
             temperature: sampling.temperature,
             top_k: sampling.top_k,
             top_p: sampling.top_p,
