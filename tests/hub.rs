@@ -109,6 +109,10 @@ fn a_known_model_is_downloaded_before_the_command_that_needs_it_starts() {
             .map(String::from)
     };
     let scores = line(&said).unwrap();
+    assert!(
+        said.out.contains("DINO: facebook/dino-vits16 ("),
+        "{said:?}"
+    );
     let mut offline = hub.program(home.path());
     evaluate(
         offline

@@ -139,8 +139,24 @@ fn in_batches(
 
 /// A sentence for the report; the folder by its name alone, because a page may be passed on.
 fn describe(kind: &str, directory: &Path, preprocessing: &Preprocessing) -> String {
-    let name = directory.file_name().unwrap_or_default().to_string_lossy();
-    format!("{kind}: {name} ({}).", preprocessing.name)
+    format!("{kind}: {} ({}).", name_of(directory), preprocessing.name)
+}
+
+/// A folder's name; of a snapshot in the hub's cache, whose name is a commit, that of the repository.
+fn name_of(directory: &Path) -> String {
+    let name = |path: &Path| {
+        path.file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned()
+    };
+    let repository = directory
+        .parent()
+        .filter(|parent| name(parent) == "snapshots")
+        .and_then(Path::parent)
+        .map(name)
+        .and_then(|folder| Some(folder.strip_prefix("models--")?.replace("--", "/")));
+    repository.unwrap_or_else(|| name(directory))
 }
 
 fn read_config<T: DeserializeOwned>(directory: &Path) -> Result<T> {
