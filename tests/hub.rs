@@ -285,7 +285,7 @@ fn checking_a_pipeline_downloads_nothing_and_says_what_is_here() {
         .find(|line| line.starts_with("dino-vits16"))
         .unwrap();
     assert!(
-        line.contains("Apache 2.0") && line.contains(" kB "),
+        line.contains("Apache 2.0") && line.contains("1.6 MB"),
         "{line}"
     );
 }

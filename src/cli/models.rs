@@ -194,7 +194,8 @@ fn of_published(model: &KnownModel, published: &Published, found: &Whereabouts) 
     if !published.by_hand.is_empty() {
         text += "on no hub, to be placed by hand\n";
         for file in published.by_hand {
-            let there = presence.found.iter().any(|found| found.path == file.path);
+            let is_it = |path: &str| path == file.path || file.or == Some(path);
+            let there = presence.found.iter().any(|found| is_it(&found.path));
             let state = if there { "here" } else { "missing" };
             text += &format!(
                 "  {state:<8} {}: {}, from {}\n",
@@ -221,7 +222,10 @@ fn files(
     is_own: impl Fn(&str) -> bool,
     published: &Published,
 ) -> String {
-    let by_hand = |path: &str| published.by_hand.iter().any(|file| file.path == path);
+    let by_hand = |path: &str| {
+        let mut files = published.by_hand.iter();
+        files.any(|file| file.path == path || file.or == Some(path))
+    };
     let mut lines = Vec::new();
     for file in &presence.found {
         if is_own(&file.path) && !by_hand(&file.path) {

@@ -76,16 +76,19 @@ pub const LUMINA_MGPT_7B_768: Published = Published {
 const CHAMELEON_TOKENIZERS: &[ByHand] = &[
     ByHand {
         path: "tokenizer/vqgan.yaml",
+        or: None,
         role: "settings of the image tokenizer",
         from: "data/tokenizer of Meta's Chameleon, https://ai.meta.com/resources/models-and-libraries/chameleon-downloads",
     },
     ByHand {
         path: "tokenizer/vqgan.ckpt",
+        or: None,
         role: "image tokenizer",
         from: "the same place",
     },
     ByHand {
         path: "tokenizer/text_tokenizer.json",
+        or: Some("tokenizer.json"),
         role: "text tokenizer",
         from: "the same place",
     },

@@ -53,6 +53,8 @@ pub enum Wanted {
 pub struct ByHand {
     /// Path in the checkpoint's folder.
     pub path: &'static str,
+    /// Another file that does as well.
+    pub or: Option<&'static str>,
     pub role: &'static str,
     /// Where it comes from.
     pub from: &'static str,
@@ -165,9 +167,11 @@ impl Published {
             }
         }
         for file in self.by_hand {
-            match by_hand(file.path) {
-                Some(at) => presence.found.push(Found {
-                    path: file.path.to_string(),
+            let choices = std::iter::once(file.path).chain(file.or);
+            let mut there = choices.filter_map(|path| Some((path, by_hand(path)?)));
+            match there.next() {
+                Some((path, at)) => presence.found.push(Found {
+                    path: path.to_string(),
                     at,
                 }),
                 None => presence.missing_by_hand.push(file.path.to_string()),
@@ -262,4 +266,109 @@ fn count_files(folder: &Path) -> usize {
     };
     let count = |path: PathBuf| if path.is_dir() { count_files(&path) } else { 1 };
     entries.flatten().map(|entry| count(entry.path())).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    static MODEL: Published = Published {
+        licence: "none",
+        million_parameters: 1,
+        repositories: &[
+            Repository {
+                id: "a/one",
+                role: "first",
+                gated: false,
+                into: "",
+                files: &[Wanted::Needed("config.json"), Wanted::Useful("notes.txt")],
+                megabytes: 1,
+            },
+            Repository {
+                id: "b/two",
+                role: "second",
+                gated: false,
+                into: "t5",
+                files: &[Wanted::OneOf(&[
+                    "model.safetensors.index.json",
+                    "pytorch_model.bin",
+                ])],
+                megabytes: 1,
+            },
+        ],
+        by_hand: &[ByHand {
+            path: "tokenizer/text.json",
+            or: Some("tokenizer.json"),
+            role: "text",
+            from: "somewhere",
+        }],
+    };
+
+    fn write(root: &Path, name: &str, text: &str) {
+        let path = root.join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
+    }
+
+    #[test]
+    fn what_is_missing_is_told_with_its_alternatives_shards_and_repositories() {
+        let folder = tempfile::tempdir().unwrap();
+        let presence = || MODEL.in_folder(folder.path());
+        let other = "t5/model.safetensors.index.json or t5/pytorch_model.bin";
+        assert_eq!(presence().missing, ["config.json", other]);
+        assert_eq!(presence().missing_by_hand, ["tokenizer/text.json"]);
+        assert_eq!(presence().incomplete, [0, 1]);
+        write(folder.path(), "config.json", "{}");
+        write(
+            folder.path(),
+            "t5/model.safetensors.index.json",
+            r#"{"weight_map": {"x": "one.safetensors", "y": "two.safetensors"}}"#,
+        );
+        write(folder.path(), "t5/two.safetensors", "weights");
+        assert_eq!(presence().missing, ["t5/one.safetensors"]);
+        assert_eq!(presence().incomplete, [1]);
+        write(folder.path(), "t5/one.safetensors", "weights");
+        write(folder.path(), "tokenizer.json", "{}");
+        assert!(presence().is_complete());
+        let root = gather(&presence(), &folder.path().join("made"), "model").unwrap();
+        assert_eq!(
+            std::fs::canonicalize(root).unwrap(),
+            folder.path().canonicalize().unwrap()
+        );
+    }
+
+    #[test]
+    fn files_of_several_repositories_are_gathered_by_links_which_follow_them() {
+        let place = tempfile::tempdir().unwrap();
+        let settings = Settings {
+            cache: place.path().join("hub"),
+            token: None,
+            endpoint: String::new(),
+            offline: true,
+        };
+        let by_hand = place.path().join("by-hand");
+        write(&by_hand, "tokenizer.json", "{}");
+        let snapshot = |id: &str, commit: &str, name: &str, text: &str| {
+            let root = settings
+                .cache
+                .join(format!("models--{}", id.replace('/', "--")));
+            write(&root, "refs/main", commit);
+            write(&root, &format!("snapshots/{commit}/{name}"), text);
+        };
+        snapshot("a/one", "c1", "config.json", "first");
+        snapshot("b/two", "c2", "pytorch_model.bin", "weights");
+        let gathered = || {
+            let presence = MODEL.in_cache(&settings, &by_hand);
+            assert!(presence.is_complete(), "{presence:?}");
+            gather(&presence, &settings.made(), "model").unwrap()
+        };
+        let read = |path: &str| std::fs::read_to_string(gathered().join(path)).unwrap();
+        assert_eq!(
+            (read("config.json"), read("t5/pytorch_model.bin")),
+            ("first".into(), "weights".into())
+        );
+        assert_eq!(read("tokenizer.json"), "{}");
+        snapshot("a/one", "c3", "config.json", "second");
+        assert_eq!(read("config.json"), "second");
+    }
 }

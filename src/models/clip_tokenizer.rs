@@ -28,7 +28,7 @@ pub(super) fn describe(folder: &Path) -> Result<Value> {
         .lines()
         .enumerate()
         .filter(|(number, line)| {
-            !line.trim().is_empty() && !(*number == 0 && line.starts_with("#version"))
+            !(line.trim().is_empty() || *number == 0 && line.starts_with("#version"))
         })
         .map(|(_, line)| line)
         .collect();
@@ -129,8 +129,8 @@ impl Settings {
     }
 
     fn entry(&self, role: &str) -> Option<&Value> {
-        let entries = self.0.iter().filter_map(|file| file.get(role));
-        entries.filter(|entry| !entry.is_null()).next()
+        let mut entries = self.0.iter().filter_map(|file| file.get(role));
+        entries.find(|entry| !entry.is_null())
     }
 
     fn token(&self, role: &str) -> Option<String> {

@@ -97,7 +97,7 @@ pub fn merge(
                     }
                     None => tensor,
                 };
-                writer.write(&entry.name, &(&tensor.to_dtype(entry.dtype)?).data())?;
+                writer.write(&entry.name, &tensor.to_dtype(entry.dtype)?.data())?;
                 placed.insert(entry.name, name.clone());
             }
             writer.finish()?;

@@ -73,7 +73,7 @@ impl Pickle {
         let entries = self.entries();
         let mut writer = TensorWriter::create(path, &entries)?;
         for entry in &entries {
-            writer.write(&entry.name, &(&self.get(&entry.name)?).data())?;
+            writer.write(&entry.name, &self.get(&entry.name)?.data())?;
         }
         writer.finish()
     }

@@ -108,6 +108,7 @@ impl Sd3 {
             dtype,
             device,
         };
+        transformer.expect_no_others();
         let mut faults = Vec::new();
         for weights in &opened {
             match weights.finish() {
