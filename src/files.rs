@@ -8,7 +8,8 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::{Error, Result};
 
-fn aside(path: &Path) -> PathBuf {
+/// Where the file or folder `path` is written before it takes its place.
+pub(crate) fn aside(path: &Path) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     path.with_file_name(format!(".{name}.{}.tmp", std::process::id()))
 }
@@ -38,8 +39,13 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     }
     let temporary = aside(path);
     std::fs::write(&temporary, bytes).map_err(Error::io(path))?;
-    sync(&temporary)?;
-    std::fs::rename(&temporary, path).map_err(Error::io(path))?;
+    into_place(&temporary, path)
+}
+
+/// Makes the finished file `aside` the file `path`.
+pub(crate) fn into_place(aside: &Path, path: &Path) -> Result<()> {
+    sync(aside)?;
+    std::fs::rename(aside, path).map_err(Error::io(path))?;
     sync_parent(path)
 }
 

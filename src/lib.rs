@@ -15,7 +15,7 @@
 //! | [`training`], [`evaluation`] | trainer, optimizers, adapter files; metrics, protocol, report |
 //! | [`models`] | one file or folder per architecture; the traits and the registry |
 //! | [`nn`], [`diffusion`] | differentiable layers; noise schedules and samplers |
-//! | [`store`], [`plan`], [`config`], [`stream`], [`images`], [`files`] | Lance; what happens in which order; TOML to types; channels and workers; pictures; atomic files |
+//! | [`store`], [`plan`], [`config`], [`hub`], [`stream`], [`images`], [`files`] | Lance; what happens in which order; TOML to types; checkpoints by name; channels and workers; pictures; atomic files |
 //!
 //! Programs that use the crate as a library are in `examples/`: a run from code, a source of one's own, an adapter
 //! loaded and drawn with.
@@ -26,6 +26,7 @@ pub mod diffusion;
 pub mod error;
 pub mod evaluation;
 pub mod files;
+pub mod hub;
 pub mod images;
 pub mod models;
 pub mod nano;

@@ -490,6 +490,68 @@ fn a_directory_tells_its_family() {
 }
 
 #[test]
+fn a_directory_with_nano_files_is_scored_by_the_nano_evaluators() {
+    let evaluators = |model: &str| {
+        let resolved = resolve(MINIMAL, &[&format!("student.model={model}")]).unwrap();
+        (resolved.evaluation.clip, resolved.evaluation.dino)
+    };
+    let nano = ("nano-clip".to_string(), "nano-dino".to_string());
+    let root = env!("CARGO_MANIFEST_DIR");
+    for checkpoint in ["llamagen", "sd3"] {
+        let folder = format!("{root}/datasets/nano/checkpoints/{checkpoint}");
+        assert_eq!(evaluators(&folder), nano, "{checkpoint}");
+    }
+    let large = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| {
+        let path = large.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
+    };
+    write(
+        "config.json",
+        r#"{"cls_token_num": 120, "block_size": 256}"#,
+    );
+    write("vq/config.json", r#"{"encoder_ch_mult": [1, 1, 2, 2, 4]}"#);
+    assert_eq!(
+        evaluators(large.path().to_str().unwrap()).0,
+        "clip-vit-base-patch32"
+    );
+}
+
+#[test]
+fn a_repository_that_is_not_here_says_how_to_get_it() {
+    let set = "student.model=no-such-owner/no-such-name@v1";
+    let fault = only_fault(&[set]);
+    assert!(
+        fault.contains("no-such-owner/no-such-name@v1 is not on this machine"),
+        "{fault}"
+    );
+    assert!(
+        fault.contains("proxytune models --download no-such-owner/no-such-name@v1"),
+        "{fault}"
+    );
+    let document = Document::parse(MINIMAL, "test.toml", &[set.to_string()]);
+    assert_eq!(document.repositories(), ["no-such-owner/no-such-name@v1"]);
+    assert!(only_fault(&["student.model=./no/such"]).contains("neither a known model"));
+}
+
+#[test]
+fn guidance_may_end_within_an_image_of_llamagen_alone() {
+    let resolved = resolve(MINIMAL, &["student.guidance_interval=100"]).unwrap();
+    let Sampling::Autoregressive(sampling) = &resolved.student.sampling else {
+        panic!("{:?}", resolved.student.sampling);
+    };
+    assert_eq!(sampling.guidance_interval, Some(100));
+    let again = resolve(&resolved.to_toml().unwrap(), &[]).unwrap();
+    assert_eq!(again, resolved);
+    for model in ["sdxl", "lumina-mgpt-7b-768"] {
+        let model = format!("student.model={model}");
+        let fault = only_fault(&[&model, "student.guidance_interval=100"]);
+        assert!(fault.contains("guidance_interval has no effect"), "{fault}");
+    }
+}
+
+#[test]
 fn check_prints_the_full_file_and_notes_what_is_not_there() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("p.toml");

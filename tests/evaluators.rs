@@ -121,6 +121,47 @@ fn an_embedding_does_not_depend_on_its_neighbours() {
 }
 
 #[test]
+fn embeddings_are_the_same_from_every_kind_of_file() {
+    let directory = clip_checkpoint();
+    let embeddings = || {
+        let clip = ClipEmbedder::load(directory.path(), &Device::Cpu).unwrap();
+        let texts = clip.texts(&["a red dog".to_string()]).unwrap();
+        (clip.images(&pictures()[..2]).unwrap(), texts)
+    };
+    let whole = embeddings();
+    let file = directory.path().join("model.safetensors");
+    let tensors = candle_core::safetensors::load(&file, &Device::Cpu).unwrap();
+    std::fs::remove_file(&file).unwrap();
+    let bin = directory.path().join("pytorch_model.bin");
+    std::fs::copy(golden("clip/largest-id-torch/pytorch_model.bin"), &bin).unwrap();
+    assert_eq!(embeddings(), whole);
+    std::fs::remove_file(&bin).unwrap();
+
+    let mut shards = [("one.safetensors", vec![]), ("two.safetensors", vec![])];
+    let mut map = serde_json::Map::new();
+    for (number, (name, tensor)) in tensors.into_iter().enumerate() {
+        let (shard, content) = &mut shards[number % 2];
+        map.insert(name.clone(), (*shard).into());
+        content.push((name, tensor));
+    }
+    for (shard, content) in shards {
+        let content = content.into_iter().collect();
+        candle_core::safetensors::save(&content, directory.path().join(shard)).unwrap();
+    }
+    let index = serde_json::json!({"weight_map": map}).to_string();
+    std::fs::write(directory.path().join("model.safetensors.index.json"), index).unwrap();
+    assert_eq!(embeddings(), whole);
+    std::fs::remove_file(directory.path().join("two.safetensors")).unwrap();
+    let error = ClipEmbedder::load(directory.path(), &Device::Cpu)
+        .err()
+        .unwrap();
+    assert!(
+        error.to_string().contains("two.safetensors is missing"),
+        "{error}"
+    );
+}
+
+#[test]
 fn a_subject_scores_one_against_itself() {
     let clip_directory = clip_checkpoint();
     let dino_directory = tempfile::tempdir().unwrap();

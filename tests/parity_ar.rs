@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
-use proxytune::models::llamagen::{self, Gpt, Sampling, VqModel, gpt, vq};
-use proxytune::models::{clip, t5, vit};
+use proxytune::models::llamagen::{Gpt, Sampling, VqModel, gpt, vq};
+use proxytune::models::pickle::Pickle;
+use proxytune::models::{checkpoint_files, clip, t5, vit};
 use proxytune::nn::{Adapter, LoraConfig, Weights};
 
 const CPU: Device = Device::Cpu;
@@ -269,7 +270,7 @@ fn position_embeddings_of_another_size_are_refused() {
 
 fn open_gpt(case: &Path) -> (Gpt, Weights) {
     let config: gpt::Config = config(case);
-    let weights = llamagen::load_weights(&case.join("model"), DType::F32, &CPU).unwrap();
+    let weights = checkpoint_files::open(&case.join("model"), "model", DType::F32, &CPU).unwrap();
     let model = Gpt::new(&config, &weights).unwrap();
     weights.finish().unwrap();
     (model, weights)
@@ -305,7 +306,7 @@ fn llamagen_gpt_with_a_peft_adapter_equals_its_source_and_so_do_the_adapters_gra
                 .collect(),
         };
         let adapter = Arc::new(Adapter::new(lora, 0));
-        let weights = llamagen::load_weights(&case.join("model"), DType::F32, &CPU)
+        let weights = checkpoint_files::open(&case.join("model"), "model", DType::F32, &CPU)
             .unwrap()
             .with_adapter(adapter.clone());
         let model = Gpt::new(&config(&case), &weights).unwrap();
@@ -330,7 +331,10 @@ fn llamagen_gpt_has_its_sources_gradients_for_every_weight() {
         let reference = load(case.join("training.safetensors"));
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("model.safetensors");
-        let tensors = llamagen::read_pickle(&case.join("model/model.pt")).unwrap();
+        let tensors = Pickle::open(&case.join("model/model.pt"))
+            .unwrap()
+            .read_all()
+            .unwrap();
         candle_core::safetensors::save(&tensors, &file).unwrap();
         let weights = Weights::trainable(&[file], 0, &CPU).unwrap();
         let model = Gpt::new(&config(&case), &weights).unwrap();
@@ -441,7 +445,7 @@ fn dropout_acts_only_with_a_generator_and_repeats_with_its_seed() {
         config.resid_dropout_p,
         config.ffn_dropout_p,
     ) = (0.1, 0.1, 0.1);
-    let weights = llamagen::load_weights(&case.join("model"), DType::F32, &CPU).unwrap();
+    let weights = checkpoint_files::open(&case.join("model"), "model", DType::F32, &CPU).unwrap();
     let model = Gpt::new(&config, &weights).unwrap();
     let draw = |seed| {
         let mut generator = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
@@ -462,9 +466,9 @@ fn dropout_acts_only_with_a_generator_and_repeats_with_its_seed() {
 fn a_checkpoint_without_tensors_is_refused() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("model.pt");
-    assert!(llamagen::load_weights(directory.path(), DType::F32, &CPU).is_err());
+    assert!(checkpoint_files::open(directory.path(), "model", DType::F32, &CPU).is_err());
     std::fs::write(&path, "not a zip").unwrap();
-    let error = llamagen::read_pickle(&path).unwrap_err().to_string();
+    let error = Pickle::open(&path).err().unwrap().to_string();
     assert!(error.contains("model.pt"), "{error}");
 }
 
@@ -473,11 +477,14 @@ fn open_vq(case: &Path, trainable: bool) -> (VqModel, Weights) {
     let weights = if trainable {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("model.safetensors");
-        let tensors = llamagen::read_pickle(&case.join("model/model.pt")).unwrap();
+        let tensors = Pickle::open(&case.join("model/model.pt"))
+            .unwrap()
+            .read_all()
+            .unwrap();
         candle_core::safetensors::save(&tensors, &file).unwrap();
         Weights::trainable(&[file], 0, &CPU).unwrap()
     } else {
-        llamagen::load_weights(&case.join("model"), DType::F32, &CPU).unwrap()
+        checkpoint_files::open(&case.join("model"), "model", DType::F32, &CPU).unwrap()
     };
     let model = VqModel::new(&config, &weights).unwrap();
     weights.finish().unwrap();

@@ -2,6 +2,7 @@
 
 use std::io::Write;
 
+use super::models::make_ready;
 use super::sample::draw;
 use super::{Ended, EvaluateArgs, output_failed, runtime};
 use crate::config::{PromptList, locate, prompts};
@@ -40,6 +41,7 @@ pub(super) fn evaluate(args: &EvaluateArgs, out: &mut impl Write) -> Result<Ende
         .into_iter()
         .map(|(_, image)| image)
         .collect();
+    make_ready([args.clip.as_str(), &args.dino])?;
     let (name, prompts, images) = match (&args.images, &args.model) {
         (Some(dir), _) => {
             let named = photos(dir)?;

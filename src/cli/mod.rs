@@ -4,6 +4,8 @@ pub mod check;
 mod evaluate;
 mod generate;
 pub mod graph;
+mod merge;
+mod models;
 pub mod pretrain;
 mod report;
 mod run;
@@ -46,6 +48,10 @@ pub enum Command {
     Evaluate(EvaluateArgs),
     /// Write the report of a run again from the store
     Report(ReportArgs),
+    /// Write a checkpoint with an adapter worked into its weights
+    Merge(MergeArgs),
+    /// List the models known by name, with what is here of them, or download one
+    Models(ModelsArgs),
     /// Train the nano checkpoints from drawn scenes
     Pretrain(pretrain::PretrainArgs),
 }
@@ -127,8 +133,8 @@ pub struct GraphArgs {
                         --prompt \"a sks dog on the beach\" --count 4 --out beach"
 )]
 pub struct SampleArgs {
-    /// A known model or a checkpoint directory
-    #[arg(long, value_name = "NAME|DIR")]
+    /// A known model, a checkpoint directory, or a repository of the hub (owner/name)
+    #[arg(long, value_name = "NAME|DIR|OWNER/NAME")]
     pub model: String,
     /// An adapter directory: PEFT's layout for students, diffusers' for supervisors
     #[arg(long, value_name = "DIR")]
@@ -172,6 +178,9 @@ pub struct SamplingArgs {
     /// Divide logits by this; 0 takes the likeliest token (autoregressive models)
     #[arg(long, value_name = "T")]
     pub temperature: Option<f64>,
+    /// Guidance ends after this many tokens beyond the first (LlamaGen)
+    #[arg(long, value_name = "N")]
+    pub guidance_interval: Option<usize>,
 }
 
 /// Where and how to compute.
@@ -208,8 +217,8 @@ pub struct EvaluateArgs {
     /// Folder with images to score; without it, the model draws them
     #[arg(long, value_name = "DIR", required_unless_present = "model")]
     pub images: Option<PathBuf>,
-    /// A known model or a checkpoint directory
-    #[arg(long, value_name = "NAME|DIR", conflicts_with = "images")]
+    /// A known model, a checkpoint directory, or a repository of the hub (owner/name)
+    #[arg(long, value_name = "NAME|DIR|OWNER/NAME", conflicts_with = "images")]
     pub model: Option<String>,
     /// An adapter directory
     #[arg(long, value_name = "DIR", requires = "model")]
@@ -223,11 +232,11 @@ pub struct EvaluateArgs {
     /// Where the randomness comes from
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
-    /// CLIP checkpoint: a known name or a directory
-    #[arg(long, value_name = "NAME|DIR", default_value = "nano-clip")]
+    /// CLIP checkpoint: a known name, a directory or a repository
+    #[arg(long, value_name = "NAME|DIR|OWNER/NAME", default_value = "nano-clip")]
     pub clip: String,
-    /// DINO checkpoint: a known name or a directory
-    #[arg(long, value_name = "NAME|DIR", default_value = "nano-dino")]
+    /// DINO checkpoint: a known name, a directory or a repository
+    #[arg(long, value_name = "NAME|DIR|OWNER/NAME", default_value = "nano-dino")]
     pub dino: String,
     #[command(flatten)]
     pub compute: ComputeArgs,
@@ -243,6 +252,60 @@ pub struct ReportArgs {
     pub run: PathBuf,
     #[command(flatten)]
     pub store: StoreArgs,
+}
+
+/// `proxytune merge`
+#[derive(Debug, Clone, Args)]
+#[command(
+    after_help = "Example:\n  proxytune merge --model nano-llamagen --adapter datasets/runs/nano/student \
+                        --out merged\n  proxytune sample --model merged --prompt \"a sks dog on the beach\""
+)]
+pub struct MergeArgs {
+    /// A known model, a checkpoint directory, or a repository of the hub (owner/name)
+    #[arg(long, value_name = "NAME|DIR|OWNER/NAME")]
+    pub model: String,
+    /// An adapter directory: PEFT's layout for students, diffusers' for supervisors
+    #[arg(long, value_name = "DIR")]
+    pub adapter: PathBuf,
+    /// Folder for the merged checkpoint; new or empty
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Type of the backbone's weights; without it, as they are
+    #[arg(long, value_enum)]
+    pub dtype: Option<FloatType>,
+}
+
+/// How weights are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum FloatType {
+    F32,
+    Bf16,
+    F16,
+}
+
+impl From<FloatType> for candle_core::DType {
+    fn from(float: FloatType) -> Self {
+        match float {
+            FloatType::F32 => Self::F32,
+            FloatType::Bf16 => Self::BF16,
+            FloatType::F16 => Self::F16,
+        }
+    }
+}
+
+/// `proxytune models`
+#[derive(Debug, Clone, Args)]
+#[command(
+    after_help = "Examples:\n  proxytune models\n  proxytune models llamagen-xl\n  \
+                        proxytune models --download llamagen-xl"
+)]
+pub struct ModelsArgs {
+    /// Tell all about this one: a known model, a directory, or a repository of the hub
+    #[arg(value_name = "NAME|DIR|OWNER/NAME")]
+    pub name: Option<String>,
+    /// Download what is missing of this one
+    #[arg(long, value_name = "NAME|OWNER/NAME", conflicts_with = "name")]
+    pub download: Option<String>,
 }
 
 fn at_least_one(text: &str) -> std::result::Result<usize, String> {
@@ -283,6 +346,8 @@ pub fn dispatch(cli: Cli) -> Result<Ended> {
         Command::Sample(args) => sample::sample(&args, &mut out),
         Command::Evaluate(args) => evaluate::evaluate(&args, &mut out),
         Command::Report(args) => report::report(&args, &mut out),
+        Command::Merge(args) => merge::merge(&args, &mut out).map(|()| Ended::Well),
+        Command::Models(args) => models::models(&args, &mut out).map(|()| Ended::Well),
         Command::Pretrain(args) => pretrain::pretrain(&args).map(|()| Ended::Well),
     }
 }

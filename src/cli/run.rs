@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
+use super::models::{make_ready, models_of};
 use super::{Ended, RunArgs, runtime};
+use crate::config::Document;
 use crate::pipeline::{self, Options, Outcome};
 use crate::stream::{StageReport, Stop};
 use crate::{Error, Result};
@@ -10,6 +12,8 @@ use crate::{Error, Result};
 pub(super) fn run(args: &RunArgs) -> Result<Ended> {
     let file = &args.pipeline.file;
     let text = std::fs::read_to_string(file).map_err(Error::io(file))?;
+    let document = Document::parse(&text, &file.display().to_string(), &args.pipeline.overrides);
+    make_ready(document.repositories())?;
     let options = Options {
         store: args.store.store.clone(),
         out: args.out.clone(),
@@ -18,6 +22,15 @@ pub(super) fn run(args: &RunArgs) -> Result<Ended> {
         progress: true,
         ..Options::new(file, text, &args.pipeline.overrides)?
     };
+    // What is asked of the user comes before what is downloaded for them.
+    if options
+        .resolved
+        .subjects
+        .iter()
+        .all(|subject| subject.images.is_dir())
+    {
+        make_ready(models_of(&options.resolved))?;
+    }
     let runtime = runtime()?;
     let outcome = runtime.block_on(async {
         let stop = Stop::default();

@@ -2,6 +2,7 @@
 
 use std::io::Write;
 
+use super::models::make_ready;
 use super::{ComputeArgs, Ended, SampleArgs, SamplingArgs, output_failed, runtime};
 use crate::config::models::Family;
 use crate::config::{Kind, sampling_defaults};
@@ -58,6 +59,7 @@ fn sampling(family: Family, args: &SamplingArgs) -> Sampling {
     sampling.top_k = args.top_k.unwrap_or(sampling.top_k);
     sampling.top_p = args.top_p.unwrap_or(sampling.top_p);
     sampling.temperature = args.temperature.unwrap_or(sampling.temperature);
+    sampling.guidance_interval = args.guidance_interval.or(sampling.guidance_interval);
     if let Some(negative) = &args.negative_prompt {
         sampling.negative_prompt = negative.clone();
     }
@@ -75,6 +77,7 @@ pub(super) fn draw(
     if compute.threads > 0 {
         use_threads(compute.threads);
     }
+    make_ready([model])?;
     let opening = opening_for(model, adapter, compute.device)?;
     if opening.family.kind() == Kind::Evaluator {
         return Err(Error::invalid(

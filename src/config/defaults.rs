@@ -123,5 +123,6 @@ pub(super) fn autoregressive_sampling(family: Family) -> AutoregressiveSampling 
         top_k,
         top_p: 1.0,
         temperature: 1.0,
+        guidance_interval: None,
     }
 }

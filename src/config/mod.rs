@@ -5,6 +5,7 @@
 //! [`Resolved`], what it means. Faults of all steps are collected and reported together.
 
 mod defaults;
+pub mod locate;
 pub mod models;
 pub mod prompts;
 mod reader;
@@ -17,7 +18,8 @@ mod typed;
 
 use std::path::Path;
 
-pub use models::{Family, Kind, locate};
+pub use locate::locate;
+pub use models::{Family, Kind, family};
 pub use prompts::PromptList;
 pub use resolve::{Document, training_defaults};
 pub use resolved::*;

@@ -1,7 +1,8 @@
-//! Which models exist by name, what family a checkpoint directory belongs to, and where its files lie.
+//! Which models exist by name, and what family a checkpoint belongs to.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use crate::hub::{Published, catalogue};
 use crate::{Error, Result};
 
 /// An architecture with its published layout. Decides defaults and which code loads a checkpoint.
@@ -65,13 +66,17 @@ pub struct KnownModel {
     pub resolution: Option<usize>,
     /// Directory, relative to the working directory or to the repository the program was built in.
     pub directory: &'static str,
-    /// Where it is published on the Hugging Face hub; `None` for what ships with proxytune.
-    pub hub: Option<&'static str>,
-    /// Files that must be there, relative to the directory.
+    /// What is published and where; `None` for what ships with proxytune.
+    pub hub: Option<&'static Published>,
+    /// Files that must be there, relative to the directory. Of a published model, those of proxytune's own layout,
+    /// where that is another than the published one.
     pub files: &'static [&'static str],
 }
 
-/// Every model known by name. Names and files: the models' own repositories.
+/// Models that draw images of at most so many pixels on a side count as nano models.
+pub const NANO_SIDE: u64 = 64;
+
+/// Every model known by name.
 pub const KNOWN: &[KnownModel] = &[
     KnownModel {
         name: "nano-sd3",
@@ -110,95 +115,84 @@ pub const KNOWN: &[KnownModel] = &[
         family: Family::LlamaGen,
         resolution: Some(512),
         directory: "datasets/checkpoints/llamagen-xl",
-        hub: Some("peizesun/llamagen_t2i"),
-        files: &["t2i_XL_stage2_512.pt", "vq_ds16_t2i.pt"],
+        hub: Some(&catalogue::LLAMAGEN_XL),
+        files: &[
+            "config.json",
+            "model.safetensors",
+            "vq/config.json",
+            "vq/model.safetensors",
+            "t5/config.json",
+        ],
+    },
+    KnownModel {
+        name: "llamagen-xl-256",
+        family: Family::LlamaGen,
+        resolution: Some(256),
+        directory: "datasets/checkpoints/llamagen-xl-256",
+        hub: Some(&catalogue::LLAMAGEN_XL_256),
+        files: &[
+            "config.json",
+            "model.safetensors",
+            "vq/config.json",
+            "vq/model.safetensors",
+            "t5/config.json",
+        ],
     },
     KnownModel {
         name: "lumina-mgpt-7b-768",
         family: Family::Lumina,
         resolution: Some(768),
         directory: "datasets/checkpoints/lumina-mgpt-7b-768",
-        hub: Some("Alpha-VLLM/Lumina-mGPT-7B-768"),
-        files: &["config.json", "model.safetensors.index.json"],
+        hub: Some(&catalogue::LUMINA_MGPT_7B_768),
+        files: &[],
     },
     KnownModel {
         name: "sdxl",
         family: Family::Sdxl,
         resolution: Some(1024),
         directory: "datasets/checkpoints/sdxl",
-        hub: Some("stabilityai/stable-diffusion-xl-base-1.0"),
-        files: &[
-            "model_index.json",
-            "unet/config.json",
-            "unet/diffusion_pytorch_model.safetensors",
-            "vae/config.json",
-            "vae/diffusion_pytorch_model.safetensors",
-            "text_encoder/model.safetensors",
-            "text_encoder_2/model.safetensors",
-        ],
+        hub: Some(&catalogue::SDXL),
+        files: &[],
     },
     KnownModel {
         name: "sd3-medium",
         family: Family::Sd3,
         resolution: Some(512),
         directory: "datasets/checkpoints/sd3-medium",
-        hub: Some("stabilityai/stable-diffusion-3-medium-diffusers"),
-        files: &[
-            "model_index.json",
-            "transformer/config.json",
-            "transformer/diffusion_pytorch_model.safetensors",
-            "vae/config.json",
-            "vae/diffusion_pytorch_model.safetensors",
-            "text_encoder/model.safetensors",
-            "text_encoder_2/model.safetensors",
-        ],
+        hub: Some(&catalogue::SD3_MEDIUM),
+        files: &[],
     },
     KnownModel {
         name: "sd3.5-large",
         family: Family::Sd3,
         resolution: Some(512),
         directory: "datasets/checkpoints/sd3.5-large",
-        hub: Some("stabilityai/stable-diffusion-3.5-large"),
-        files: &[
-            "model_index.json",
-            "transformer/config.json",
-            "transformer/diffusion_pytorch_model.safetensors.index.json",
-            "vae/config.json",
-            "vae/diffusion_pytorch_model.safetensors",
-            "text_encoder/model.safetensors",
-            "text_encoder_2/model.safetensors",
-        ],
+        hub: Some(&catalogue::SD35_LARGE),
+        files: &[],
     },
     KnownModel {
         name: "flux.1-dev",
         family: Family::Flux,
         resolution: Some(512),
         directory: "datasets/checkpoints/flux.1-dev",
-        hub: Some("black-forest-labs/FLUX.1-dev"),
-        files: &[
-            "model_index.json",
-            "transformer/config.json",
-            "transformer/diffusion_pytorch_model.safetensors.index.json",
-            "vae/config.json",
-            "vae/diffusion_pytorch_model.safetensors",
-            "text_encoder/model.safetensors",
-        ],
+        hub: Some(&catalogue::FLUX_1_DEV),
+        files: &[],
     },
     KnownModel {
         name: "clip-vit-base-patch32",
         family: Family::Clip,
         resolution: None,
         directory: "datasets/checkpoints/clip-vit-base-patch32",
-        hub: Some("openai/clip-vit-base-patch32"),
-        files: &["config.json", "model.safetensors", "tokenizer.json"],
+        hub: Some(&catalogue::CLIP_VIT_BASE_PATCH32),
+        files: &[],
     },
     KnownModel {
         name: "dino-vits16",
         family: Family::Dino,
         resolution: None,
         directory: "datasets/checkpoints/dino-vits16",
-        hub: Some("facebook/dino-vits16"),
-        files: &["config.json", "model.safetensors"],
+        hub: Some(&catalogue::DINO_VITS16),
+        files: &[],
     },
 ];
 
@@ -207,21 +201,18 @@ pub fn known(name: &str) -> Option<&'static KnownModel> {
     KNOWN.iter().find(|model| model.name == name)
 }
 
-/// The family of the model called `name`, or of the checkpoint in the directory `name`.
+/// The family of the model called `name`, or of the checkpoint in the directory or repository `name`.
 ///
 /// # Errors
-/// When `name` is neither known nor a directory whose layout tells its family.
+/// When `name` is neither known nor a checkpoint on this machine whose layout tells its family.
 pub fn family(name: &str) -> Result<Family> {
     if let Some(model) = known(name) {
         return Ok(model.family);
     }
-    let directory = Path::new(name);
-    if !directory.is_dir() {
-        return Err(Error::invalid(
-            format!("{name:?} is neither a known model nor a directory"),
-            format!("known models: {}", known_names().join(", ")),
-        ));
-    }
+    let directory = &match super::locate::look_for(name)?.folder {
+        Some(folder) => folder,
+        None => return Err(super::locate::absent_repository(name)),
+    };
     let read = |file: &str| -> Option<serde_json::Value> {
         let text = std::fs::read_to_string(directory.join(file)).ok()?;
         serde_json::from_str(&text).ok()
@@ -239,71 +230,53 @@ pub fn family(name: &str) -> Result<Family> {
         (_, Some("clip")) => Ok(Family::Clip),
         (_, Some("vit")) => Ok(Family::Dino),
         _ if has("cls_token_num") => Ok(Family::LlamaGen),
+        (None, None) if has_published_llamagen(directory) => Ok(Family::LlamaGen),
         _ => Err(Error::invalid(
             format!("{name}: the layout tells no known model family"),
             "a checkpoint directory has a model_index.json (diffusers), or a config.json with model_type \
-             (transformers) or cls_token_num (LlamaGen)",
+             (transformers) or cls_token_num (LlamaGen), or LlamaGen's t2i_*.pt",
         )),
     }
 }
 
+/// LlamaGen publishes its files without a config: `t2i_XL_stage1_256.pt` and such.
+fn has_published_llamagen(directory: &Path) -> bool {
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    entries
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .any(|name| name.starts_with("t2i_") && name.ends_with(".pt"))
+}
+
+/// Whether the model called `name` draws so small that the evaluators for photographs say nothing about it: a nano
+/// model by name, or a checkpoint for images of at most [`NANO_SIDE`] pixels.
+pub fn is_nano(name: &str) -> bool {
+    if known(name).is_some() {
+        return name.starts_with("nano-");
+    }
+    let Ok(Some(folder)) = super::locate::look_for(name).map(|found| found.folder) else {
+        return false;
+    };
+    let number = |file: &str, key: &str| -> Option<u64> {
+        let json: serde_json::Value = crate::files::read_json(&folder.join(file)).ok()?;
+        let value = json.get(key)?;
+        value
+            .as_u64()
+            .or_else(|| Some(value.as_array()?.len() as u64))
+    };
+    // Each level below the first halves the sides.
+    let halved = |levels: u64| 1 << levels.saturating_sub(1).min(16);
+    let llamagen = number("config.json", "block_size")
+        .zip(number("vq/config.json", "encoder_ch_mult"))
+        .map(|(tokens, levels)| tokens.isqrt() * halved(levels));
+    let diffusion = ["transformer", "unet"].iter().find_map(|backbone| {
+        let latent = number(&format!("{backbone}/config.json"), "sample_size")?;
+        Some(latent * halved(number("vae/config.json", "block_out_channels")?))
+    });
+    llamagen.or(diffusion).is_some_and(|side| side <= NANO_SIDE)
+}
+
 fn text_at<'a>(json: &'a Option<serde_json::Value>, key: &str) -> Option<&'a str> {
     json.as_ref()?.get(key)?.as_str()
-}
-
-/// The directory of the model called `name`, with all its files there. A name that is not known is taken as a
-/// directory. Known models are looked for in the working directory, then above the program's own file.
-///
-/// # Errors
-/// When files are missing: which, where they belong, and where they come from.
-pub fn locate(name: &str) -> Result<PathBuf> {
-    let Some(model) = known(name) else {
-        let directory = PathBuf::from(name);
-        return if directory.is_dir() {
-            Ok(directory)
-        } else {
-            Err(Error::invalid(
-                format!("{name:?} is neither a known model nor a directory"),
-                format!("known models: {}", known_names().join(", ")),
-            ))
-        };
-    };
-    let program = std::env::current_exe().ok();
-    let above = program.iter().flat_map(|path| path.ancestors().skip(1));
-    std::iter::once(Path::new(""))
-        .chain(above)
-        .map(|base| base.join(model.directory))
-        .find(|directory| directory.is_dir() && missing(model, directory).is_empty())
-        .ok_or_else(|| absent(model))
-}
-
-fn missing(model: &KnownModel, directory: &Path) -> Vec<&'static str> {
-    let is_missing = |file: &&&str| !directory.join(file).is_file();
-    model.files.iter().filter(is_missing).copied().collect()
-}
-
-fn absent(model: &KnownModel) -> Error {
-    let files = match missing(model, Path::new(model.directory)).as_slice() {
-        [] => "everything".to_string(),
-        files => files.join(", "),
-    };
-    let hint = match model.hub {
-        None => "start in the repository that the program was built in: these files ship with it; or make them \
-                 again with: proxytune pretrain pipelines/nano-pretrain.toml"
-            .to_string(),
-        Some(hub) => format!(
-            "get the files from https://huggingface.co/{hub} and place them in {}, or set model to a directory \
-             that has them",
-            model.directory
-        ),
-    };
-    Error::invalid(
-        format!(
-            "model {}: missing in {}: {files}",
-            model.name, model.directory
-        ),
-        hint,
-    )
 }
 
 /// All names in [`KNOWN`], in its order.

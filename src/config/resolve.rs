@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::defaults;
+use super::locate::locate;
 use super::models::{self, Family, Kind};
 use super::prompts::PromptList;
 use super::reader::{At, Fault, Faults, did_you_mean};
@@ -11,6 +12,7 @@ use super::subjects;
 use super::templates::{self, Token};
 use super::tree::{self, Place};
 use super::typed::{self, Typed};
+use crate::hub::RepoId;
 use crate::{Error, Result};
 
 /// A pipeline file that has been read but not yet given a meaning; it remembers where everything was typed.
@@ -90,6 +92,29 @@ impl Document {
         }
     }
 
+    /// The repositories of the hub (`owner/name`) that the document names as models. What such a model is can only be
+    /// said once it is here.
+    pub fn repositories(&self) -> Vec<&str> {
+        let (student, supervisor) = (&self.typed.student, &self.typed.supervisor);
+        let evaluation = &self.typed.evaluation;
+        [
+            student.as_ref().and_then(|student| student.model.as_ref()),
+            supervisor
+                .as_ref()
+                .and_then(|supervisor| supervisor.model.as_ref()),
+            evaluation.clip.as_ref(),
+            evaluation.dino.as_ref(),
+        ]
+        .into_iter()
+        .flatten()
+        .map(|at| at.value.as_str())
+        .filter(|name| {
+            let is_here = models::known(name).is_some() || Path::new(name).is_dir();
+            !is_here && RepoId::parse(name).is_some()
+        })
+        .collect()
+    }
+
     /// Every folder and checkpoint that `resolved`, the meaning of this document, names and that is not there; in
     /// the form of faults.
     pub fn missing_files(&self, resolved: &Resolved) -> Vec<String> {
@@ -120,7 +145,7 @@ impl Document {
             place_of(&evaluation.dino, student),
         ));
         for (model, place) in models {
-            if let Err(error) = models::locate(model) {
+            if let Err(error) = locate(model) {
                 faults.push(place, error.to_string(), error.hint().unwrap_or_default());
             }
         }
@@ -223,7 +248,9 @@ fn family(
             None
         }
         Err(error) => {
-            let hint = if Path::new(&model.value).is_dir() {
+            let names_a_place =
+                Path::new(&model.value).is_dir() || RepoId::parse(&model.value).is_some();
+            let hint = if names_a_place {
                 error.hint().unwrap_or_default()
             } else {
                 did_you_mean(
@@ -427,6 +454,10 @@ fn resolve_student(typed: &typed::Student, faults: &Faults) -> Option<Student> {
                 sampling.temperature.as_ref().map(|at| &at.place),
                 "temperature",
             ),
+            (
+                sampling.guidance_interval.as_ref().map(|at| &at.place),
+                "guidance_interval",
+            ),
         ] {
             place.into_iter().for_each(|place| no_effect(place, field));
         }
@@ -441,6 +472,14 @@ fn resolve_student(typed: &typed::Student, faults: &Faults) -> Option<Student> {
                 sampling.negative_prompt.as_ref().map(|at| &at.place),
                 "negative_prompt",
             ),
+            (
+                sampling
+                    .guidance_interval
+                    .as_ref()
+                    .filter(|_| family != Family::LlamaGen)
+                    .map(|at| &at.place),
+                "guidance_interval",
+            ),
         ] {
             place.into_iter().for_each(|place| no_effect(place, field));
         }
@@ -450,6 +489,7 @@ fn resolve_student(typed: &typed::Student, faults: &Faults) -> Option<Student> {
             top_k: or(&sampling.top_k, default.top_k),
             top_p: or(&sampling.top_p, default.top_p),
             temperature: or(&sampling.temperature, default.temperature),
+            guidance_interval: sampling.guidance_interval.as_ref().map(|at| at.value),
         })
     };
     let default = family_training(&typed.training, family, &model.place, faults);
@@ -491,7 +531,7 @@ fn resolve_evaluation(
     student: Option<&Student>,
     faults: &Faults,
 ) -> Option<Evaluation> {
-    let nano = student.is_some_and(|student| student.model.starts_with("nano-"));
+    let nano = student.is_some_and(|student| models::is_nano(&student.model));
     let [clip, dino] = if nano {
         ["nano-clip", "nano-dino"]
     } else {

@@ -154,6 +154,9 @@ pub struct AutoregressiveSampling {
     pub top_p: f64,
     /// Logits are divided by this; 0 takes the likeliest token. At least 0, default 1.
     pub temperature: f64,
+    /// LlamaGen alone: guidance ends after this many tokens beyond the first. Default: never.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub guidance_interval: Option<usize>,
 }
 
 /// The student's way of sampling follows from its family.

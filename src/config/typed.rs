@@ -82,6 +82,7 @@ pub(super) struct Sampling {
     pub top_k: Typed<usize>,
     pub top_p: Typed<f64>,
     pub temperature: Typed<f64>,
+    pub guidance_interval: Typed<usize>,
 }
 
 #[derive(Default)]
@@ -290,6 +291,7 @@ impl Sampling {
             top_k: section.count("top_k", 0),
             top_p: section.number("top_p", PROBABILITY),
             temperature: section.number("temperature", NOT_NEGATIVE),
+            guidance_interval: section.count("guidance_interval", 0),
             ..Sampling::read_diffusion(section)
         }
     }

@@ -8,6 +8,7 @@ use serde::de::DeserializeOwned;
 
 use super::embed::{ImageEmbedder, TextEmbedder};
 use super::preprocess::Preprocessing;
+use crate::models::checkpoint_files;
 use crate::models::clip::{self, Clip};
 use crate::models::tokenizer::TextTokenizer;
 use crate::models::vit::{self, Vit};
@@ -29,7 +30,7 @@ pub struct ClipEmbedder {
 }
 
 impl ClipEmbedder {
-    /// Reads `config.json`, `model.safetensors`, `tokenizer.json` and, where there is one, `preprocessor_config.json`
+    /// Reads `config.json`, the weights, the tokenizer and, where there is one, `preprocessor_config.json`
     /// from the folder of a `CLIPModel`. Computes in f32. Fails when a file is missing or does not fit the others.
     pub fn load(directory: &Path, device: &Device) -> Result<Self> {
         let config: clip::Config = read_config(directory)?;
@@ -39,7 +40,7 @@ impl ClipEmbedder {
         let official = Preprocessing::clip(config.vision_config.image_size as u32);
         Ok(Self {
             model,
-            tokenizer: TextTokenizer::from_file(&directory.join("tokenizer.json"))?,
+            tokenizer: TextTokenizer::from_folder(directory)?,
             max_length: config.text_config.max_position_embeddings,
             preprocessing: Preprocessing::from_checkpoint(directory, official)?,
             directory: directory.to_path_buf(),
@@ -86,7 +87,7 @@ pub struct DinoEmbedder {
 }
 
 impl DinoEmbedder {
-    /// Reads `config.json`, `model.safetensors` and, where there is one, `preprocessor_config.json` from the folder of
+    /// Reads `config.json`, the weights and, where there is one, `preprocessor_config.json` from the folder of
     /// a `ViTModel`. Computes in f32. Fails when a file is missing or does not fit the others.
     pub fn load(directory: &Path, device: &Device) -> Result<Self> {
         let config: vit::Config = read_config(directory)?;
@@ -138,8 +139,24 @@ fn in_batches(
 
 /// A sentence for the report; the folder by its name alone, because a page may be passed on.
 fn describe(kind: &str, directory: &Path, preprocessing: &Preprocessing) -> String {
-    let name = directory.file_name().unwrap_or_default().to_string_lossy();
-    format!("{kind}: {name} ({}).", preprocessing.name)
+    format!("{kind}: {} ({}).", name_of(directory), preprocessing.name)
+}
+
+/// A folder's name; of a snapshot in the hub's cache, whose name is a commit, that of the repository.
+fn name_of(directory: &Path) -> String {
+    let name = |path: &Path| {
+        path.file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned()
+    };
+    let repository = directory
+        .parent()
+        .filter(|parent| name(parent) == "snapshots")
+        .and_then(Path::parent)
+        .map(name)
+        .and_then(|folder| Some(folder.strip_prefix("models--")?.replace("--", "/")));
+    repository.unwrap_or_else(|| name(directory))
 }
 
 fn read_config<T: DeserializeOwned>(directory: &Path) -> Result<T> {
@@ -152,5 +169,5 @@ fn read_config<T: DeserializeOwned>(directory: &Path) -> Result<T> {
 }
 
 fn read_weights(directory: &Path, device: &Device) -> Result<Weights> {
-    Weights::from_files(&[directory.join("model.safetensors")], DType::F32, device)
+    checkpoint_files::open(directory, "model", DType::F32, device)
 }

@@ -33,6 +33,11 @@ pub struct AdapterFile {
 }
 
 impl AdapterFile {
+    /// `alpha / rank`.
+    pub fn scale(&self) -> f64 {
+        self.alpha / self.rank as f64
+    }
+
     /// Reads a folder (PEFT's or diffusers' layout) or a safetensors file.
     pub fn read(path: &Path) -> Result<Self> {
         let (file, config) = if path.is_dir() {

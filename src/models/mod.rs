@@ -2,11 +2,16 @@
 
 pub mod adapters;
 pub mod autoencoder;
+pub mod checkpoint_files;
 pub mod clip;
+mod clip_tokenizer;
 pub mod encoder;
 pub mod llamagen;
+pub mod merge;
+pub mod pickle;
 pub mod sd3;
 pub mod t5;
+pub mod tensor_writer;
 pub mod tokenizer;
 pub mod vit;
 
@@ -60,6 +65,8 @@ pub struct Sampling {
     pub top_p: f64,
     /// Logits are divided by this; 0 takes the likeliest token.
     pub temperature: f64,
+    /// LlamaGen's guidance ends after this many tokens beyond the first.
+    pub guidance_interval: Option<usize>,
 }
 
 impl Sampling {
@@ -72,6 +79,7 @@ impl Sampling {
             top_k: 0,
             top_p: 1.0,
             temperature: 1.0,
+            guidance_interval: None,
         }
     }
 
@@ -86,6 +94,7 @@ impl Sampling {
                 top_k: settings.top_k,
                 top_p: settings.top_p,
                 temperature: settings.temperature,
+                guidance_interval: settings.guidance_interval,
             },
         }
     }

@@ -1,10 +1,11 @@
-//! Text to token ids, by a `tokenizer.json` of Hugging Face's tokenizers.
+//! Text to token ids, by a `tokenizer.json` of Hugging Face's tokenizers, or by CLIP's `vocab.json` and `merges.txt`.
 
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
 use tokenizers::{PostProcessor, Tokenizer, TruncationDirection};
 
+use super::clip_tokenizer;
 use crate::{Error, Result};
 
 /// The ids of one text, and which of them are not padding.
@@ -24,21 +25,52 @@ pub struct TextTokenizer {
 }
 
 impl TextTokenizer {
+    /// Reads the tokenizer in `folder`: `tokenizer.json`, or else CLIP's `vocab.json` and `merges.txt`.
+    ///
+    /// # Errors
+    /// When neither is there, or a file is not what its name says.
+    pub fn from_folder(folder: &Path) -> Result<Self> {
+        let whole = folder.join("tokenizer.json");
+        let parts = ["vocab.json", "merges.txt"].map(|name| folder.join(name));
+        if whole.is_file() {
+            return Self::from_file(&whole);
+        }
+        if parts.iter().all(|part| part.is_file()) {
+            let described = clip_tokenizer::describe(folder)?.to_string();
+            return Self::from_json(described.as_bytes(), &parts[0]);
+        }
+        let sentencepiece = folder.join("spiece.model").is_file();
+        let beside = if sentencepiece {
+            "; spiece.model alone is not read: take tokenizer.json from where it comes from"
+        } else {
+            ""
+        };
+        Err(Error::Checkpoint {
+            path: folder.to_path_buf(),
+            faults: vec![format!(
+                "neither tokenizer.json nor vocab.json with merges.txt is there{beside}"
+            )],
+        })
+    }
+
     /// Reads a `tokenizer.json`. Truncation and padding written in it are dropped: both are arguments of
     /// [`TextTokenizer::encode`].
     pub fn from_file(path: &Path) -> Result<Self> {
-        let text = std::fs::read(path).map_err(Error::io(path))?;
+        Self::from_json(&std::fs::read(path).map_err(Error::io(path))?, path)
+    }
+
+    fn from_json(text: &[u8], path: &Path) -> Result<Self> {
         let fault = |what: String| Error::Checkpoint {
             path: path.to_path_buf(),
             faults: vec![format!("not a tokenizer: {what}")],
         };
-        let mut tokenizer = Tokenizer::from_bytes(&text).map_err(|e| fault(e.to_string()))?;
+        let mut tokenizer = Tokenizer::from_bytes(text).map_err(|e| fault(e.to_string()))?;
         tokenizer
             .with_truncation(None)
             .map_err(|e| fault(e.to_string()))?;
         tokenizer.with_padding(None);
         let json: serde_json::Value =
-            serde_json::from_slice(&text).map_err(|e| fault(e.to_string()))?;
+            serde_json::from_slice(text).map_err(|e| fault(e.to_string()))?;
         let model = &json["model"];
         let unknown = match model["unk_token"].as_str() {
             Some(token) => tokenizer.token_to_id(token),

@@ -219,6 +219,17 @@ impl Weights {
         }
     }
 
+    /// Notes for [`Weights::finish`] every name in the checkpoint that the model has not asked for: a backbone that
+    /// leaves weights out computes something else.
+    pub fn expect_no_others(&self) {
+        let mut others = self.unused();
+        others.sort();
+        let named = others
+            .into_iter()
+            .map(|name| format!("{name} is not expected"));
+        lock(&self.inner.faults).extend(named);
+    }
+
     /// Fails with every missing name and every differing shape that was met since the weights were opened.
     pub fn finish(&self) -> Result<()> {
         let faults = lock(&self.inner.faults).clone();

@@ -8,7 +8,7 @@ use crate::config::{Device, Family, Kind, Resolved, Student, Supervisor, locate}
 use crate::evaluation::embed::{Evaluator, ImageEmbedder};
 use crate::evaluation::embedders::{ClipEmbedder, DinoEmbedder};
 use crate::files::read_json;
-use crate::models::llamagen::{ImageTokenizer, tokenizer_dir};
+use crate::models::llamagen::{Files, ImageTokenizer};
 use crate::models::{Opening, Tuning, clip, vit};
 use crate::plan::{Digest, Plan, checkpoint_digest, derive_seed, photos_digest, supervisor_key};
 use crate::stages::tokenize::OpenTokenizer;
@@ -219,12 +219,13 @@ fn image_tokenizer(
     dir: &std::path::Path,
 ) -> Result<(Arc<OpenTokenizer>, Option<TokenizerIdentity>)> {
     let (dir, kind) = (dir.to_path_buf(), resolved.student.family.kind());
+    let resolution = resolved.student.resolution.map(|side| side as u32);
     let identity = match resolved.student.family {
         Family::LlamaGen => {
-            let config: crate::models::llamagen::gpt::Config = read_json(&dir.join("config.json"))?;
+            let files = Files::find(&dir, resolution)?;
             Some(TokenizerIdentity {
-                digest: checkpoint_digest(&tokenizer_dir(&dir))?,
-                count: config.block_size,
+                digest: checkpoint_digest(files.tokenizer())?,
+                count: files.block_size()?,
             })
         }
         family if kind == Kind::Autoregressive => {
@@ -236,7 +237,7 @@ fn image_tokenizer(
         _ => None,
     };
     let on = device(resolved.student.device)?;
-    let open: OpenTokenizer = Box::new(move || ImageTokenizer::open(&dir, &on));
+    let open: OpenTokenizer = Box::new(move || ImageTokenizer::open(&dir, resolution, &on));
     Ok((Arc::new(open), identity))
 }
 

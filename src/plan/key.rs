@@ -60,7 +60,7 @@ const READ_WHOLE: u64 = 1 << 30;
 /// How much of each, in bytes. A safetensors file begins with the names, types and shapes of all its tensors.
 const READ_PART: u64 = 16 << 20;
 
-/// Digest of a checkpoint: all files under `directory` with their relative paths, sizes and contents. Of a file of
+/// Digest of a checkpoint: all files under `directory`, or the one file that it names, with their relative paths, sizes and contents. Of a file of
 /// 1 GiB and more, the first and last 16 MiB stand for the content. Hidden files and what is no part of a checkpoint
 /// (pictures, texts for readers) do not count.
 ///
@@ -68,7 +68,20 @@ const READ_PART: u64 = 16 << 20;
 /// When the folder or a file in it cannot be read, or there is no file.
 pub fn checkpoint_digest(directory: &Path) -> Result<String> {
     let mut files = Vec::new();
-    list(directory, Path::new(""), &mut files)?;
+    let directory = match (
+        directory.is_file(),
+        directory.parent(),
+        directory.file_name(),
+    ) {
+        (true, Some(parent), Some(name)) => {
+            files.push(PathBuf::from(name));
+            parent
+        }
+        _ => {
+            list(directory, Path::new(""), &mut files)?;
+            directory
+        }
+    };
     files.sort();
     if files.is_empty() {
         return Err(Error::Checkpoint {

@@ -1,11 +1,11 @@
 //! The configuration of LlamaGen's GPT.
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
 
 /// `config.json`: the fields of the reference's `ModelArgs` that matter here, with its text-to-image defaults.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Config {
     /// Width of the residual stream.

@@ -1,7 +1,7 @@
 //! LlamaGen as a [`Learner`]: GPT, its T5 caption encoder and its VQ tokenizer, from one checkpoint folder.
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
@@ -11,8 +11,9 @@ use rand_chacha::ChaCha8Rng;
 
 use super::generate::Sampling as TokenSampling;
 use super::gpt::{Config, Gpt};
-use super::{load_weights, vq};
+use super::{Files, vq};
 use crate::files::read_json;
+use crate::models::checkpoint_files;
 use crate::models::t5::T5Encoder;
 use crate::models::tokenizer::TextTokenizer;
 use crate::models::{
@@ -29,20 +30,25 @@ pub struct ImageTokenizer {
 }
 
 impl ImageTokenizer {
-    /// Opens the tokenizer of the LlamaGen checkpoint in `dir`.
-    pub fn open(dir: &Path, device: &Device) -> Result<Self> {
-        let config: Config = read_json(&dir.join("config.json"))?;
-        let folder = tokenizer_dir(dir);
-        let vq_config: vq::Config = read_json(&folder.join("config.json"))?;
-        let weights = load_weights(&folder, DType::F32, device)?;
-        let model = vq::VqModel::new(&vq_config, &weights)?;
+    /// Opens the tokenizer of the LlamaGen checkpoint in `dir`; see [`Files::find`].
+    pub fn open(dir: &Path, resolution: Option<u32>, device: &Device) -> Result<Self> {
+        let (tokenizer, weights) = Self::build(&Files::find(dir, resolution)?, device)?;
         weights.finish()?;
-        let resolution = (config.grid() * vq_config.downsampling()) as u32;
-        Ok(Self {
+        Ok(tokenizer)
+    }
+
+    /// The tokenizer with the weights it was built from, whose faults are still to be asked for.
+    fn build(files: &Files, device: &Device) -> Result<(Self, Weights)> {
+        let (config, weights) = files.open_vq(device)?;
+        let count = files.block_size()?;
+        let resolution = (count.isqrt() * config.downsampling()) as u32;
+        let model = vq::VqModel::new(&config, &weights)?;
+        let tokenizer = Self {
             model,
             resolution,
-            count: config.block_size,
-        })
+            count,
+        };
+        Ok((tokenizer, weights))
     }
 
     /// Side length of the images in pixels.
@@ -68,11 +74,6 @@ impl ImageTokenizer {
         let tokens = Tensor::from_vec(flat, (tokens.len(), side), self.model.device())?;
         images::from_tensor(&no_grad(|| self.model.decode(&tokens))?)
     }
-}
-
-/// Where the tokenizer of the checkpoint in `dir` lies: a folder `vq`, or the checkpoint's own.
-pub fn tokenizer_dir(dir: &Path) -> PathBuf {
-    dir.join("vq")
 }
 
 /// The caption encoder with a memory of what it has encoded.
@@ -135,25 +136,29 @@ pub struct LlamaGen {
 }
 
 impl LlamaGen {
-    /// Opens the checkpoint in `opening.dir`: `config.json` with the GPT's weights, `vq/` and `t5/` beside them.
+    /// Opens the checkpoint in `opening.dir`, in proxytune's layout or as it is published; see [`Files::find`].
+    /// Everything that is missing, misshapen or unknown in any part is reported at once.
     pub fn open(opening: &Opening) -> Result<Self> {
-        let (dir, device) = (&opening.dir, &opening.device);
-        let mut config: Config = read_json(&dir.join("config.json"))?;
-        config.token_dropout_p = opening.dropout;
-        config.resid_dropout_p = opening.dropout;
-        config.ffn_dropout_p = opening.dropout;
-        let weights = match opening.tuning {
-            Tuning::Full => {
-                Weights::trainable(&[dir.join("model.safetensors")], opening.seed, device)?
-            }
-            Tuning::Lora(_) | Tuning::Frozen => load_weights(dir, DType::F32, device)?,
+        let device = &opening.device;
+        let files = Files::find(&opening.dir, opening.resolution)?;
+        let seed = match opening.tuning {
+            Tuning::Full => Some(opening.seed),
+            Tuning::Lora(_) | Tuning::Frozen => None,
+        };
+        let (published, weights) = files.open_gpt(DType::F32, seed, device)?;
+        let config = Config {
+            token_dropout_p: opening.dropout,
+            resid_dropout_p: opening.dropout,
+            ffn_dropout_p: opening.dropout,
+            ..published.clone()
         };
         let (weights, adapter) = opening.attach(weights);
         let gpt = Gpt::new(&config, &weights)?;
-        let t5 = dir.join("t5");
-        let t5_weights = Weights::from_files(&[t5.join("model.safetensors")], DType::F32, device)?;
+        weights.expect_no_others();
+        let t5 = files.t5();
+        let t5_weights = checkpoint_files::open(t5, "model", DType::F32, device)?;
         let encoder = T5Encoder::new(&read_json(&t5.join("config.json"))?, &t5_weights)?;
-        let tokenizer = ImageTokenizer::open(dir, device)?;
+        let (tokenizer, vq_weights) = ImageTokenizer::build(&files, device)?;
         if opening
             .resolution
             .is_some_and(|asked| asked != tokenizer.resolution())
@@ -167,23 +172,25 @@ impl LlamaGen {
                 "leave resolution out, or name the checkpoint for another size",
             ));
         }
-        finish_all(&[&weights, &t5_weights])?;
+        finish_all(&[&weights, &t5_weights, &vq_weights])?;
         let captions = Captions {
-            tokenizer: TextTokenizer::from_file(&t5.join("tokenizer.json"))?,
+            tokenizer: TextTokenizer::from_folder(t5)?,
             encoder,
             known: HashMap::new(),
             length: config.cls_token_num,
             device: device.clone(),
         };
-        let config_path = dir.join("config.json");
-        let config_text = std::fs::read_to_string(&config_path).map_err(Error::io(&config_path))?;
+        let config_text = serde_json::to_string_pretty(&published).map_err(|e| Error::Invalid {
+            what: format!("the config of {} cannot be written: {e}", opening.name),
+            hint: None,
+        })?;
         Ok(Self {
             gpt,
             captions,
             tokenizer,
             weights,
             adapter,
-            config_text,
+            config_text: config_text + "\n",
             base: opening.name.clone(),
             condition_dropout: opening.condition_dropout,
             device: device.clone(),
@@ -247,7 +254,7 @@ impl Learner for LlamaGen {
         let seeds: Vec<u64> = requests.iter().map(|request| request.seed).collect();
         let settings = TokenSampling {
             guidance_scale: sampling.guidance_scale,
-            guidance_interval: None,
+            guidance_interval: sampling.guidance_interval,
             temperature: sampling.temperature,
             top_k: sampling.top_k,
             top_p: sampling.top_p,

@@ -1,6 +1,6 @@
 //! Stable Diffusion 3 and 3.5 (Esser et al. 2024, arXiv 2403.03206) from a directory in diffusers' layout, for
 //! example `stabilityai/stable-diffusion-3-medium-diffusers`: `model_index.json`, `transformer/`, `vae/`,
-//! `scheduler/`, and for each text encoder `text_encoder*/` and `tokenizer*/tokenizer.json`.
+//! `scheduler/`, and for each text encoder `text_encoder*/` and `tokenizer*/`.
 
 mod block;
 mod files;
@@ -21,6 +21,7 @@ use rand_chacha::ChaCha8Rng;
 
 use self::text::TextEncoders;
 use super::autoencoder::{self, AutoencoderKl};
+use super::checkpoint_files::{self, WeightFiles};
 use crate::diffusion::{self, FlowMatchEuler, LossForm};
 use crate::nn::{self, Weights};
 use crate::{Error, Result};
@@ -79,7 +80,7 @@ pub struct Sd3 {
 
 /// The weight files of the transformer of `directory`, for [`Sd3::open`]. Fails where there are none.
 pub fn transformer_files(directory: &Path) -> Result<Vec<PathBuf>> {
-    files::weight_files(&directory.join("transformer"), "diffusion_pytorch_model")
+    WeightFiles::find(&directory.join("transformer"), "diffusion_pytorch_model")?.into_safetensors()
 }
 
 impl Sd3 {
@@ -93,8 +94,9 @@ impl Sd3 {
         let vae_config: autoencoder::Config = files::read_json(&directory.join("vae/config.json"))?;
         let scheduler = files::read_json(&directory.join("scheduler/scheduler_config.json"))?;
 
-        let vae_files = files::weight_files(&directory.join("vae"), "diffusion_pytorch_model")?;
-        let vae_weights = Weights::from_files(&vae_files, DType::F32, &device)?;
+        let vae = directory.join("vae");
+        let vae_weights =
+            checkpoint_files::open(&vae, "diffusion_pytorch_model", DType::F32, &device)?;
         let mut opened = vec![transformer.clone(), vae_weights.clone()];
         let text = TextEncoders::open(directory, &config, dtype, &device, &mut opened)?;
         let model = Self {
@@ -106,6 +108,7 @@ impl Sd3 {
             dtype,
             device,
         };
+        transformer.expect_no_others();
         let mut faults = Vec::new();
         for weights in &opened {
             match weights.finish() {

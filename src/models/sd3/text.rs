@@ -6,8 +6,8 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
 use super::Conditioning;
-use super::files::{has_component, read_json, weight_files};
-use crate::models::{clip, t5, tokenizer::TextTokenizer};
+use super::files::{has_component, read_json};
+use crate::models::{checkpoint_files, clip, t5, tokenizer::TextTokenizer};
 use crate::nn::Weights;
 use crate::{Error, Result};
 
@@ -22,10 +22,10 @@ struct Padded {
 }
 
 impl Padded {
-    /// Reads `tokenizer.json` of `folder`. The padding token is the one that `tokenizer_config.json` or
+    /// Reads the tokenizer in `folder`. The padding token is the one that `tokenizer_config.json` or
     /// `special_tokens_map.json` names, else `fallback` (SD3's second CLIP pads with `!`, its first with the end token).
     fn open(folder: &Path, length: usize, fallback: &str) -> Result<Self> {
-        let tokenizer = TextTokenizer::from_file(&folder.join("tokenizer.json"))?;
+        let tokenizer = TextTokenizer::from_folder(folder)?;
         let mut token = None;
         for name in ["tokenizer_config.json", "special_tokens_map.json"] {
             let path = folder.join(name);
@@ -41,7 +41,7 @@ impl Padded {
         let padding = tokenizer.id(&token).ok_or_else(|| Error::Checkpoint {
             path: folder.to_path_buf(),
             faults: vec![format!(
-                "the padding token {token:?} is not in tokenizer.json"
+                "the padding token {token:?} is not in the vocabulary"
             )],
         })?;
         Ok(Self {
@@ -102,7 +102,7 @@ impl TextEncoders {
             if has_component(directory, &name)? {
                 let folder = directory.join(name);
                 let text: clip::TextConfig = read_json(&folder.join("config.json"))?;
-                let weights = Weights::from_files(&weight_files(&folder, "model")?, dtype, device)?;
+                let weights = checkpoint_files::open(&folder, "model", dtype, device)?;
                 let model = clip::TextModel::new(&text, &weights)?;
                 opened.push(weights);
                 let folder = directory.join(format!("tokenizer{suffix}"));
@@ -114,7 +114,7 @@ impl TextEncoders {
         let t5 = if has_component(directory, "text_encoder_3")? {
             let folder = directory.join("text_encoder_3");
             let text: t5::Config = read_json(&folder.join("config.json"))?;
-            let weights = Weights::from_files(&weight_files(&folder, "model")?, dtype, device)?;
+            let weights = checkpoint_files::open(&folder, "model", dtype, device)?;
             let model = t5::T5Encoder::new(&text, &weights)?;
             opened.push(weights);
             let tokenizer = Padded::open(&directory.join("tokenizer_3"), T5_TOKENS, "<pad>")?;

@@ -85,3 +85,9 @@ for file in ["model/config.json", "reference.safetensors"]:
 stored = load_file(plain / "model" / "model.safetensors")
 assert "embeddings.token_embedding.weight" in stored
 save_file({f"text_model.{k}": v for k, v in stored.items()}, prefixed / "model" / "model.safetensors")
+
+# As the hub has CLIP ViT-B/32: torch's own format, with the buffers of older versions.
+original, torch_format = GOLDEN / "clip" / "largest-id" / "model", case("clip", "largest-id-torch")
+state = load_file(original / "model.safetensors")
+state["text_model.embeddings.position_ids"] = torch.arange(9)[None]
+torch.save(state, torch_format / "pytorch_model.bin")

@@ -1,0 +1,119 @@
+//! How far a download is: a bar on a terminal, plain lines elsewhere.
+
+use std::io::IsTerminal;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::human_bytes;
+
+struct State {
+    name: String,
+    size: u64,
+    position: u64,
+    moved: Instant,
+    /// Tenths of the size that a plain line has been written for.
+    told: u64,
+    bar: Option<ProgressBar>,
+}
+
+/// The progress of one file, over all attempts to get it.
+#[derive(Clone)]
+pub(super) struct Meter(Arc<Mutex<State>>);
+
+impl Meter {
+    /// Nothing is shown before the size is known.
+    pub fn new(name: &str) -> Self {
+        Self(Arc::new(Mutex::new(State {
+            name: name.to_string(),
+            size: 0,
+            position: 0,
+            moved: Instant::now(),
+            told: 0,
+            bar: None,
+        })))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Bytes that are there.
+    pub fn position(&self) -> u64 {
+        self.state().position
+    }
+
+    /// How long nothing has arrived.
+    pub fn idle(&self) -> Duration {
+        self.state().moved.elapsed()
+    }
+
+    /// An attempt begins.
+    pub fn touch(&self) {
+        self.state().moved = Instant::now();
+    }
+
+    /// A line between the others.
+    pub fn say(&self, line: &str) {
+        match &self.state().bar {
+            Some(bar) => bar.println(line),
+            None => eprintln!("{line}"),
+        }
+    }
+
+    fn begin(&self, size: u64) {
+        let mut state = self.state();
+        let first = state.size == 0;
+        (state.size, state.position, state.moved) = (size, 0, Instant::now());
+        if let Some(bar) = &state.bar {
+            bar.set_position(0);
+        } else if std::io::stderr().is_terminal() {
+            let bar = ProgressBar::new(size).with_message(state.name.clone());
+            let form = "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
+            if let Ok(style) = ProgressStyle::with_template(form) {
+                bar.set_style(style);
+            }
+            state.bar = Some(bar);
+        } else if first {
+            eprintln!("{}: {}", state.name, human_bytes(size));
+        }
+    }
+
+    fn advance(&self, bytes: u64) {
+        let mut state = self.state();
+        state.position += bytes;
+        state.moved = Instant::now();
+        match &state.bar {
+            Some(bar) => bar.set_position(state.position),
+            None => {
+                let tenth = state.position * 10 / state.size.max(1);
+                // A file that arrives at once needs no lines.
+                if tenth > state.told && tenth < 10 && state.size > 64 << 20 {
+                    state.told = tenth;
+                    eprintln!("{}: {} %", state.name, tenth * 10);
+                }
+            }
+        }
+    }
+
+    fn end(&self) {
+        if let Some(bar) = &self.state().bar {
+            bar.finish();
+        }
+    }
+}
+
+impl hf_hub::api::tokio::Progress for Meter {
+    async fn init(&mut self, size: usize, _: &str) {
+        self.begin(size as u64);
+    }
+
+    async fn update(&mut self, size: usize) {
+        self.advance(size as u64);
+    }
+
+    async fn finish(&mut self) {
+        self.end();
+    }
+}

@@ -1,0 +1,179 @@
+//! The weight files of a checkpoint's folder, whatever their kind: safetensors, whole or in shards, or torch's own
+//! files, which are converted once and then memory-mapped like the others.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
+
+use candle_core::{DType, Device};
+use serde_json::{Value, json};
+
+use super::pickle::Pickle;
+use crate::files::{self, read_json};
+use crate::hub::Settings;
+use crate::nn::Weights;
+use crate::{Error, Result};
+
+/// Torch's files up to this many bytes are read as they are; converting them would save nothing.
+const READ_AT_ONCE: u64 = 64 << 20;
+
+/// The weight files of one component.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum WeightFiles {
+    /// All shards of one checkpoint, or its single file.
+    Safetensors(Vec<PathBuf>),
+    /// The same in torch's zip format.
+    Pickles(Vec<PathBuf>),
+}
+
+impl WeightFiles {
+    /// Finds the weights called `stem` in `folder`: `model` for LlamaGen's and transformers' models (which in torch's
+    /// format are `pytorch_model.bin` and `model.pt`), `diffusion_pytorch_model` for diffusers'. Safetensors are
+    /// preferred, shards to a single file, and full precision to `.fp16`.
+    ///
+    /// # Errors
+    /// When there are none, or shards that the index names are missing.
+    pub fn find(folder: &Path, stem: &str) -> Result<Self> {
+        for variant in ["", ".fp16"] {
+            let index = folder.join(format!("{stem}.safetensors.index{variant}.json"));
+            if index.is_file() {
+                return Ok(Self::Safetensors(shards(&index)?));
+            }
+            let single = folder.join(format!("{stem}{variant}.safetensors"));
+            if single.is_file() {
+                return Ok(Self::Safetensors(vec![single]));
+            }
+        }
+        let torch = match stem {
+            "model" => ["pytorch_model.bin", "model.pt"].as_slice(),
+            _ => &["diffusion_pytorch_model.bin"],
+        };
+        for name in torch {
+            let index = folder.join(format!("{name}.index.json"));
+            if index.is_file() {
+                return Ok(Self::Pickles(shards(&index)?));
+            }
+            let single = folder.join(name);
+            if single.is_file() {
+                return Ok(Self::Pickles(vec![single]));
+            }
+        }
+        Err(fault(folder, format!("{stem}.safetensors is missing")))
+    }
+
+    /// The weights in the single file `path`, of either kind.
+    pub fn single(path: &Path) -> Self {
+        if path.extension().is_some_and(|end| end == "safetensors") {
+            Self::Safetensors(vec![path.to_path_buf()])
+        } else {
+            Self::Pickles(vec![path.to_path_buf()])
+        }
+    }
+
+    /// All of it as safetensors files: torch's are converted, unless that has been done before.
+    pub fn into_safetensors(self) -> Result<Vec<PathBuf>> {
+        match self {
+            Self::Safetensors(files) => Ok(files),
+            Self::Pickles(files) => {
+                let made = Settings::from_env()?.made();
+                files.iter().map(|file| converted(file, &made)).collect()
+            }
+        }
+    }
+
+    /// Frozen weights of these files. Small files of torch are read, large ones converted.
+    pub fn open(self, dtype: DType, device: &Device) -> Result<Weights> {
+        let Self::Pickles(files) = &self else {
+            return Weights::from_files(&self.into_safetensors()?, dtype, device);
+        };
+        let mut bytes = 0;
+        for file in files {
+            bytes += std::fs::metadata(file).map_err(Error::io(file))?.len();
+        }
+        if bytes > READ_AT_ONCE {
+            return Weights::from_files(&self.into_safetensors()?, dtype, device);
+        }
+        let mut tensors = std::collections::HashMap::new();
+        for file in files {
+            tensors.extend(Pickle::open(file)?.read_all()?);
+        }
+        Ok(Weights::from_tensors(tensors, dtype, device))
+    }
+}
+
+/// Frozen weights called `stem` in `folder`; see [`WeightFiles::find`].
+pub fn open(folder: &Path, stem: &str, dtype: DType, device: &Device) -> Result<Weights> {
+    WeightFiles::find(folder, stem)?.open(dtype, device)
+}
+
+/// The files that an index of shards names, all of them there.
+pub fn shards(index: &Path) -> Result<Vec<PathBuf>> {
+    let json: Value = read_json(index)?;
+    let map = json.get("weight_map").and_then(Value::as_object);
+    let names: BTreeSet<&str> = map
+        .ok_or_else(|| fault(index, "has no weight_map"))?
+        .values()
+        .filter_map(Value::as_str)
+        .collect();
+    let files: Vec<PathBuf> = names
+        .iter()
+        .map(|name| index.with_file_name(name))
+        .collect();
+    let missing: Vec<String> = files
+        .iter()
+        .filter(|file| !file.is_file())
+        .map(|file| format!("{} is missing", file.display()))
+        .collect();
+    if missing.is_empty() {
+        return Ok(files);
+    }
+    Err(Error::Checkpoint {
+        path: index.to_path_buf(),
+        faults: missing,
+    })
+}
+
+/// The safetensors file that was made of torch's file `source`, in a folder of its own below `made`. It is made when
+/// it is not there yet, and made again when `source` has another size or time; whoever comes meanwhile waits.
+pub fn converted(source: &Path, made: &Path) -> Result<PathBuf> {
+    let whole = source.canonicalize().map_err(Error::io(source))?;
+    let metadata = std::fs::metadata(&whole).map_err(Error::io(source))?;
+    let modified = metadata.modified().map_err(Error::io(source))?;
+    let since = modified.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let origin = json!({
+        "source": whole.to_string_lossy(),
+        "size": metadata.len(),
+        "modified_ns": since.as_nanos().to_string(),
+    });
+    let digest = blake3::hash(whole.to_string_lossy().as_bytes()).to_hex();
+    let folder = made.join("converted").join(&digest[..16]);
+    files::create_dir(&folder)?;
+    let lock = File::create(folder.join("lock")).map_err(Error::io(&folder))?;
+    lock.lock().map_err(Error::io(&folder))?;
+    let (target, record) = (folder.join("model.safetensors"), folder.join("source.json"));
+    let known = read_json::<Value>(&record).ok();
+    if known.as_ref() == Some(&origin) && target.is_file() {
+        return Ok(target);
+    }
+    tracing::info!(
+        "converting {} to safetensors, once: {}",
+        source.display(),
+        target.display()
+    );
+    // Without its record a file that is half-way replaced counts as none.
+    match std::fs::remove_file(&record) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io(&record)(e)),
+        _ => {}
+    }
+    Pickle::open(&whole)?.convert(&target)?;
+    files::write(&record, format!("{origin:#}\n").as_bytes())?;
+    Ok(target)
+}
+
+fn fault(path: &Path, what: impl Into<String>) -> Error {
+    Error::Checkpoint {
+        path: path.to_path_buf(),
+        faults: vec![what.into()],
+    }
+}

@@ -1,0 +1,292 @@
+//! A checkpoint with an adapter worked into its weights: W + alpha/rank · B·A for every adapted layer, one tensor at a
+//! time.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use candle_core::safetensors::MmapedSafetensors;
+use candle_core::{DType, Device, Tensor};
+use safetensors::View;
+use serde_json::json;
+
+use super::adapters::AdapterFile;
+use super::checkpoint_files::WeightFiles;
+use super::llamagen;
+use super::tensor_writer::{Entry, TensorWriter, in_order};
+use crate::config::Family;
+use crate::files;
+use crate::{Error, Result};
+
+/// What a merge has written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Merged {
+    /// Layers that carried the adapter.
+    pub layers: usize,
+    /// Bytes of the backbone's weights.
+    pub bytes: u64,
+}
+
+/// The backbone's weights in a checkpoint, and what of the rest goes where.
+struct Backbone {
+    /// Its folder in the merged checkpoint, empty for the checkpoint's own.
+    folder: &'static str,
+    /// Name of its weights without an ending.
+    stem: &'static str,
+    files: Vec<PathBuf>,
+    /// Other files by their path in the merged checkpoint.
+    others: Vec<(PathBuf, PathBuf)>,
+    /// A config that no file holds.
+    config: Option<String>,
+}
+
+/// Writes the checkpoint in `dir`, of this `family`, with `adapter` worked in, into the folder `out`, which must be
+/// empty or absent. Weights have `dtype`, or the type that they have in `dir`. Shards stay shards. What the adapter
+/// does not touch is linked where the file system can, else copied.
+///
+/// # Errors
+/// When the adapter names layers that the backbone lacks, or has other shapes: all at once, before anything is
+/// written.
+pub fn merge(
+    dir: &Path,
+    family: Family,
+    resolution: Option<u32>,
+    adapter: &AdapterFile,
+    out: &Path,
+    dtype: Option<DType>,
+) -> Result<Merged> {
+    if std::fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some()) {
+        return Err(Error::invalid(
+            format!("{} is not empty", out.display()),
+            "name a new folder with --out",
+        ));
+    }
+    let backbone = backbone(dir, family, resolution)?;
+    let sources = open(&backbone.files)?;
+    let fitting = fit(adapter, &sources, dir)?;
+    let mut bytes = 0;
+    if let Some(parent) = out.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        files::create_dir(parent)?;
+    }
+    files::write_dir(out, |aside| {
+        for (from, to) in &backbone.others {
+            link_or_copy(from, &aside.join(to))?;
+        }
+        if let Some(config) = &backbone.config {
+            files::write(&aside.join("config.json"), config.as_bytes())?;
+        }
+        let folder = aside.join(backbone.folder);
+        let mut placed = BTreeMap::new();
+        for (number, source) in sources.iter().enumerate() {
+            let name = match sources.len() {
+                1 => format!("{}.safetensors", backbone.stem),
+                count => format!(
+                    "{}-{:05}-of-{count:05}.safetensors",
+                    backbone.stem,
+                    number + 1
+                ),
+            };
+            let entries = source.entries(dtype)?;
+            bytes += entries.iter().map(Entry::size).sum::<u64>();
+            let mut writer = TensorWriter::create(&folder.join(&name), &entries)?;
+            for entry in in_order(entries) {
+                let tensor = source.file.load(&entry.name, &Device::Cpu)?;
+                let tensor = match fitting.get(&entry.name) {
+                    Some((a, b)) => {
+                        let wide = tensor.to_dtype(DType::F32)?;
+                        (wide + (b.matmul(a)? * adapter.scale())?)?
+                    }
+                    None => tensor,
+                };
+                writer.write(&entry.name, &tensor.to_dtype(entry.dtype)?.data())?;
+                placed.insert(entry.name, name.clone());
+            }
+            writer.finish()?;
+        }
+        if sources.len() > 1 {
+            let index = json!({"metadata": {"total_size": bytes}, "weight_map": placed});
+            let path = folder.join(format!("{}.safetensors.index.json", backbone.stem));
+            files::write(&path, format!("{index:#}\n").as_bytes())?;
+        }
+        Ok(())
+    })?;
+    Ok(Merged {
+        layers: fitting.len(),
+        bytes,
+    })
+}
+
+struct Source {
+    file: MmapedSafetensors,
+    shapes: BTreeMap<String, Vec<usize>>,
+}
+
+impl Source {
+    /// What of it is written, in which type. Whole numbers stay what they are.
+    fn entries(&self, dtype: Option<DType>) -> Result<Vec<Entry>> {
+        self.shapes
+            .iter()
+            .map(|(name, shape)| {
+                let own: DType = self.file.get(name)?.dtype().try_into()?;
+                Ok(Entry {
+                    name: name.clone(),
+                    dtype: dtype.filter(|_| own.is_float()).unwrap_or(own),
+                    shape: shape.clone(),
+                })
+            })
+            .collect()
+    }
+}
+
+fn open(paths: &[PathBuf]) -> Result<Vec<Source>> {
+    paths
+        .iter()
+        .map(|path| {
+            std::fs::metadata(path).map_err(Error::io(path))?;
+            // SAFETY: opened read-only; checkpoints are replaced by renaming, not rewritten in place.
+            let file = unsafe { MmapedSafetensors::new(path) }.map_err(|e| Error::Checkpoint {
+                path: path.clone(),
+                faults: vec![format!("not a safetensors file: {e}")],
+            })?;
+            let views = file.tensors();
+            let shapes = views
+                .into_iter()
+                .map(|(name, view)| (name, view.shape().to_vec()))
+                .collect();
+            Ok(Source { file, shapes })
+        })
+        .collect()
+}
+
+/// A and B in f32 by the name of the weight that they change.
+fn fit(
+    adapter: &AdapterFile,
+    sources: &[Source],
+    dir: &Path,
+) -> Result<BTreeMap<String, (Tensor, Tensor)>> {
+    let mut fitting = BTreeMap::new();
+    let mut faults = Vec::new();
+    for module in &adapter.modules {
+        let weight = format!("{module}.weight");
+        let factor = |part: &str| adapter.tensors.get(&format!("{module}.{part}.weight"));
+        let (Some(a), Some(b)) = (factor("lora_A"), factor("lora_B")) else {
+            faults.push(format!("{module} lacks one of its factors"));
+            continue;
+        };
+        let shape = sources.iter().find_map(|source| source.shapes.get(&weight));
+        match shape {
+            None => faults.push(format!("{weight}, which the adapter changes, is missing")),
+            Some(shape) if *shape != [b.dim(0)?, a.dim(1)?] => faults.push(format!(
+                "{weight} has shape {shape:?}, the adapter is for {:?}",
+                [b.dim(0)?, a.dim(1)?]
+            )),
+            Some(_) => {
+                fitting.insert(weight, (a.clone(), b.clone()));
+            }
+        }
+    }
+    if faults.is_empty() {
+        return Ok(fitting);
+    }
+    Err(Error::Checkpoint {
+        path: dir.to_path_buf(),
+        faults,
+    })
+}
+
+fn backbone(dir: &Path, family: Family, resolution: Option<u32>) -> Result<Backbone> {
+    let (folder, stem) = match family {
+        Family::LlamaGen => return llamagen_backbone(dir, resolution),
+        Family::Sd3 | Family::Flux => ("transformer", "diffusion_pytorch_model"),
+        Family::Sdxl => ("unet", "diffusion_pytorch_model"),
+        Family::Lumina => ("", "model"),
+        Family::Clip | Family::Dino => {
+            return Err(Error::invalid(
+                format!("{family} carries no adapter"),
+                "name a diffusion or an autoregressive model",
+            ));
+        }
+    };
+    let inside = dir.join(folder);
+    let files = WeightFiles::find(&inside, stem)?.into_safetensors()?;
+    let weights: BTreeSet<PathBuf> = files.iter().cloned().collect();
+    let others = below(dir)?.into_iter().filter(|(from, _)| {
+        let name = from.file_name().unwrap_or_default().to_string_lossy();
+        let of_backbone = from.parent() == Some(&inside) && name.starts_with(stem);
+        !weights.contains(from) && !of_backbone
+    });
+    Ok(Backbone {
+        folder,
+        stem,
+        others: others.collect(),
+        files,
+        config: None,
+    })
+}
+
+/// LlamaGen's parts in proxytune's layout, which names the GPT's config.
+fn llamagen_backbone(dir: &Path, resolution: Option<u32>) -> Result<Backbone> {
+    let parts = llamagen::Files::find(dir, resolution)?;
+    let (config, files) = parts.gpt_files()?;
+    let config = serde_json::to_string_pretty(&config).map_err(|e| Error::Invalid {
+        what: format!("the config of {} cannot be written: {e}", dir.display()),
+        hint: None,
+    })?;
+    let mut others = Vec::new();
+    let tokenizer = parts.tokenizer();
+    if tokenizer.is_dir() {
+        others.extend(in_folder("vq", below(tokenizer)?));
+    } else if let Some(name) = tokenizer.file_name() {
+        others.push((tokenizer.to_path_buf(), PathBuf::from(name)));
+    }
+    others.extend(in_folder("t5", below(parts.t5())?));
+    Ok(Backbone {
+        folder: "",
+        stem: "model",
+        files,
+        others,
+        config: Some(config + "\n"),
+    })
+}
+
+fn in_folder(
+    folder: &str,
+    files: Vec<(PathBuf, PathBuf)>,
+) -> impl Iterator<Item = (PathBuf, PathBuf)> {
+    files
+        .into_iter()
+        .map(move |(from, to)| (from, Path::new(folder).join(to)))
+}
+
+/// All files below `root` with their paths in it, through links; hidden ones are left out.
+fn below(root: &Path) -> Result<Vec<(PathBuf, PathBuf)>> {
+    let mut found = Vec::new();
+    let mut folders = vec![PathBuf::new()];
+    while let Some(inside) = folders.pop() {
+        let folder = root.join(&inside);
+        for entry in std::fs::read_dir(&folder).map_err(Error::io(&folder))? {
+            let name = entry.map_err(Error::io(&folder))?.file_name();
+            let (path, inside) = (folder.join(&name), inside.join(&name));
+            if name.to_string_lossy().starts_with('.') {
+                continue;
+            }
+            if path.is_dir() {
+                folders.push(inside);
+            } else {
+                found.push((path, inside));
+            }
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+fn link_or_copy(from: &Path, to: &Path) -> Result<()> {
+    if let Some(parent) = to.parent() {
+        files::create_dir(parent)?;
+    }
+    let from = std::fs::canonicalize(from).map_err(Error::io(from))?;
+    if std::fs::hard_link(&from, to).is_err() {
+        std::fs::copy(&from, to).map_err(Error::io(to))?;
+    }
+    Ok(())
+}
