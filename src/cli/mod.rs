@@ -4,9 +4,11 @@ pub mod check;
 mod evaluate;
 pub mod graph;
 pub mod pretrain;
+mod remove;
 mod report;
 mod run;
 mod sample;
+mod watch;
 
 use std::path::PathBuf;
 
@@ -43,6 +45,10 @@ pub enum Command {
     Evaluate(EvaluateArgs),
     /// Write the report of a run again from the store
     Report(ReportArgs),
+    /// Learn every subject whose photos arrive in a folder, with one student, again and again
+    Watch(watch::WatchArgs),
+    /// Delete a subject, its photos and everything made of them, in all versions
+    Remove(remove::RemoveArgs),
     /// Train the nano checkpoints from drawn scenes
     Pretrain(pretrain::PretrainArgs),
 }
@@ -279,6 +285,8 @@ pub fn dispatch(cli: Cli) -> Result<Ended> {
         Command::Sample(args) => sample::sample(&args, &mut out),
         Command::Evaluate(args) => evaluate::evaluate(&args, &mut out),
         Command::Report(args) => report::report(&args, &mut out),
+        Command::Watch(args) => watch::watch(&args, &mut out),
+        Command::Remove(args) => remove::remove(&args, &mut out),
         Command::Pretrain(args) => pretrain::pretrain(&args).map(|()| Ended::Well),
     }
 }
