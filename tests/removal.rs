@@ -211,16 +211,9 @@ async fn what_is_removed_is_in_no_file_of_the_store_and_the_rest_is_untouched() 
         ["PICTURE-OF-mia", "xqzwmiawzqx"].map(|words| holding(dir.path(), words).len());
     assert!(mia_proxies > 0 && mia_samples > 0);
 
-    let refused = Store::open_alone(dir.path())
-        .await
-        .err()
-        .expect("it is open here");
+    let refused = Store::open_alone(dir.path()).await.err().unwrap();
     assert!(refused.to_string().contains("in use"), "{refused}");
-    let refused = store
-        .remove_subject("rex")
-        .await
-        .err()
-        .expect("it is shared");
+    let refused = store.remove_subject("rex").await.expect_err("it is shared");
     assert!(refused.to_string().contains("nobody else"), "{refused}");
     drop((store, proxies));
     let store = Store::open_alone(dir.path()).await.unwrap();

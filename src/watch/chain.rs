@@ -75,12 +75,10 @@ impl Recipe {
             if !copy_photos(home, subject, scan)? {
                 continue;
             }
-            let init = match &state.published {
-                Some(published) => {
-                    Some((home.adapter(published.number), published.adapter.clone()))
-                }
-                None => None,
-            };
+            let init = state
+                .published
+                .as_ref()
+                .map(|published| (home.adapter(published.number), published.adapter.clone()));
             return Ok(Some(Run {
                 number: state.next_number(),
                 subject: subject.id.clone(),

@@ -243,9 +243,8 @@ impl TheWatch<'_> {
                     let wrote = EventKind::Access(AccessKind::Close(AccessMode::Write));
                     let is_change =
                         !matches!(event.kind, EventKind::Access(_)) || event.kind == wrote;
-                    is_change
-                        && !(event.paths.iter().all(|path| path.starts_with(&own))
-                            && !event.need_rescan())
+                    let is_own = event.paths.iter().all(|path| path.starts_with(&own));
+                    event.need_rescan() || (is_change && !is_own)
                 });
                 if counts {
                     // One that waits already stands for all.

@@ -35,12 +35,15 @@ pub fn reconcile(state: &mut State, scan: &Scan) {
     }
 }
 
+/// Whether a folder, by its path and photos, is the subject's; the last is whether the subject's own place is empty.
+type Sign = fn(&Subject, &str, &Folder, bool) -> bool;
+
 /// Which subject each folder at rest belongs to, by position; strangers have none.
 fn owners<'a>(subjects: &[Subject], scan: &'a Scan) -> BTreeMap<&'a str, usize> {
     let mut owners: BTreeMap<&str, usize> = BTreeMap::new();
     let mut taken = BTreeSet::new();
     // The surest signs first.
-    let signs: [fn(&Subject, &str, &Folder, bool) -> bool; 4] = [
+    let signs: [Sign; 4] = [
         // the same photos in the same place
         |subject, path, folder, _| subject.folder == path && same(subject, folder),
         // the same photos in another place: renamed, or back again
