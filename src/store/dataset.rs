@@ -581,6 +581,12 @@ pub(super) async fn erase(
         Box::pin(dataset.delete(&filter)).await.map_err(failed)?;
         erased += rows;
     }
+    // The filters stand in the version that they made: one more, so that it is an older one.
+    let now = super::rows::now_us().to_string();
+    let noted = dataset
+        .update_config([("proxytune.erased_us", now.as_str())])
+        .await;
+    noted.map_err(failed)?;
     let options = CompactionOptions {
         target_rows_per_fragment: ROWS_PER_FRAGMENT,
         batch_size: Some(COMPACTION_BATCH_ROWS),

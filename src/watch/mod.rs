@@ -83,7 +83,7 @@ pub async fn watch(options: &Options, stop: Stop) -> Result<State> {
     let mut state = home.load()?;
     state.store = std::path::absolute(&options.store).map_err(Error::io(&options.store))?;
     home.save(&state)?;
-    let watcher = TheWatch {
+    let watcher = Watching {
         options,
         recipe,
         home,
@@ -107,7 +107,7 @@ struct Looks {
     over: bool,
 }
 
-struct TheWatch<'a> {
+struct Watching<'a> {
     options: &'a Options,
     recipe: Recipe,
     home: Home,
@@ -118,7 +118,7 @@ struct TheWatch<'a> {
     stop: Stop,
 }
 
-impl TheWatch<'_> {
+impl Watching<'_> {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
