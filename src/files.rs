@@ -195,6 +195,33 @@ pub fn values_digest(tensors: &BTreeMap<String, Tensor>) -> Result<String> {
     Ok(hasher.finalize().to_hex().to_string())
 }
 
+/// Digest of the files that lie in the folder `dir`, hidden ones and folders left out: names and contents.
+pub fn digest_dir(dir: &Path) -> Result<String> {
+    let mut found = BTreeMap::new();
+    for entry in std::fs::read_dir(dir).map_err(Error::io(dir))? {
+        let path = entry.map_err(Error::io(dir))?.path();
+        let name = path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        if path.is_file() && !name.starts_with('.') {
+            found.insert(name, path);
+        }
+    }
+    let mut hasher = blake3::Hasher::new();
+    for (name, path) in found {
+        let mut content = blake3::Hasher::new();
+        File::open(&path)
+            .and_then(|file| content.update_reader(file).map(drop))
+            .map_err(Error::io(&path))?;
+        hasher.update(&(name.len() as u64).to_le_bytes());
+        hasher.update(name.as_bytes());
+        hasher.update(content.finalize().as_bytes());
+    }
+    Ok(hasher.finalize().to_hex().to_string())
+}
+
 /// Reads a JSON file.
 pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
     let text = std::fs::read_to_string(path).map_err(Error::io(path))?;

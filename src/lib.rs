@@ -10,6 +10,7 @@
 //! |---|---|
 //! | [`cli`] | one file per command |
 //! | [`nano`] | the drawn world and the training of the nano checkpoints |
+//! | [`watch`] | the watched folder: a chain of runs |
 //! | [`pipeline`] | the graph: builds the stages, spawns, drains, joins |
 //! | [`stages`] | one file per box of the dataflow |
 //! | [`training`], [`evaluation`] | trainer, optimizers, adapter files; metrics, protocol, report |
@@ -37,5 +38,6 @@ pub mod stages;
 pub mod store;
 pub mod stream;
 pub mod training;
+pub mod watch;
 
 pub use error::{Error, Result};

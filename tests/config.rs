@@ -660,3 +660,40 @@ fn the_graph_names_every_channel_with_its_capacity() {
     );
     print!("{text}\n{dot}");
 }
+
+#[test]
+fn a_student_that_goes_on_from_an_adapter_is_known_by_the_adapters_content() {
+    let dir = tempfile::tempdir().unwrap();
+    let init = format!("student.init={:?}", dir.path().display().to_string());
+    let digest = |overrides: &[&str]| {
+        let resolved = resolve(MINIMAL, overrides).unwrap();
+        let again = resolve(&resolved.to_toml().unwrap(), &[]).unwrap();
+        assert_eq!(again, resolved);
+        resolved.student.init_digest.unwrap()
+    };
+    std::fs::write(dir.path().join("adapter_model.safetensors"), "one").unwrap();
+    std::fs::write(dir.path().join(".hidden"), "?").unwrap();
+    let one = digest(&[&init]);
+    assert_eq!(one.len(), 64);
+    // What was written down counts, even where the folder is no longer there.
+    let written = format!("student.init_digest={one}");
+    assert_eq!(digest(&["student.init=gone", &written]), one);
+    std::fs::write(dir.path().join("adapter_model.safetensors"), "two").unwrap();
+    assert_ne!(digest(&[&init]), one);
+
+    let fault = only_fault(&["student.init=gone"]);
+    assert!(
+        fault.contains("student.init cannot be read: gone"),
+        "{fault}"
+    );
+    let fault = only_fault(&[&written]);
+    assert!(
+        fault.contains("has no effect without student.init"),
+        "{fault}"
+    );
+    let fault = only_fault(&["student.source=references", "subject.dog6.replay=5"]);
+    assert!(
+        fault.contains("subject.dog6.replay has no effect without proxies"),
+        "{fault}"
+    );
+}

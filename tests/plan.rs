@@ -1,5 +1,7 @@
 //! The plan: the same input gives the same plan, and growth leaves what was there as it was.
 
+use std::collections::BTreeSet;
+
 use proptest::prelude::*;
 use proxytune::config::{Document, Resolved};
 use proxytune::plan::{
@@ -247,6 +249,57 @@ fn evaluation_draws_the_same_seeds_whatever_else_is_planned() {
     assert_eq!(covered, (0..images.len()).collect::<Vec<_>>());
     let other = plan_with(&["student.steps=3", "proxies.count=3"]);
     assert_eq!(other.evaluation(), plan.evaluation());
+}
+
+#[test]
+fn a_replayed_subject_teaches_some_of_its_proxies_as_they_were_made() {
+    let replay = |digest: &str| {
+        plan_with(&[
+            "subject.can.replay=5",
+            "student.init=a/folder",
+            &format!("student.init_digest={digest}"),
+        ])
+    };
+    let (whole, plan) = (plan_with(&[]), replay("d1"));
+    // The positions within the subject of what a student of `plan` learns.
+    let of = |subject: usize, plan: &Plan| -> BTreeSet<usize> {
+        let learnt = (0..40).flat_map(|step| plan.lessons(step));
+        let proxies = learnt.map(|number| plan.proxy(*number));
+        proxies
+            .filter(|proxy| proxy.subject == subject)
+            .map(|proxy| proxy.index)
+            .collect()
+    };
+    assert_eq!((of(0, &plan).len(), of(1, &plan).len()), (20, 5));
+    // Its batches are those that were made before, whole, so that they are found in the store.
+    let keys = |plan: &Plan| -> BTreeSet<String> {
+        let sampling = &with(&[]).proxies.unwrap().sampling;
+        (0..plan.batches())
+            .flat_map(|batch| proxy_keys(plan, batch, "5up", sampling).unwrap())
+            .collect()
+    };
+    assert!(keys(&plan).is_subset(&keys(&whole)));
+    // Every step finds what it needs, and uses nothing that has not come.
+    for step in 0..40 {
+        let end = plan.batch(plan.needs(step) - 1).numbers.end;
+        assert!(
+            plan.lessons(step).iter().all(|number| *number < end),
+            "step {step}"
+        );
+    }
+    // Other ones for another adapter, and the same for the same one wherever it lies.
+    assert_ne!(of(1, &plan), of(1, &replay("d2")));
+    assert_ne!(plan.digest(), replay("d2").digest());
+    assert_ne!(plan.student_seed(), whole.student_seed());
+    let moved = plan_with(&[
+        "subject.can.replay=5",
+        "student.init=elsewhere",
+        "student.init_digest=d1",
+    ]);
+    assert_eq!(moved, plan);
+    // More than there are is all of them.
+    let all = plan_with(&["subject.can.replay=100"]);
+    assert_eq!(all.lessons(39), whole.lessons(39));
 }
 
 #[test]

@@ -7,9 +7,11 @@ pub mod graph;
 mod merge;
 mod models;
 pub mod pretrain;
+mod remove;
 mod report;
 mod run;
 mod sample;
+mod watch;
 
 use std::path::PathBuf;
 
@@ -52,6 +54,10 @@ pub enum Command {
     Merge(MergeArgs),
     /// List the models known by name, with what is here of them, or download one
     Models(ModelsArgs),
+    /// Learn every subject whose photos arrive in a folder, with one student, again and again
+    Watch(watch::WatchArgs),
+    /// Delete a subject, its photos and everything made of them, in all versions
+    Remove(remove::RemoveArgs),
     /// Train the nano checkpoints from drawn scenes
     Pretrain(pretrain::PretrainArgs),
 }
@@ -348,6 +354,8 @@ pub fn dispatch(cli: Cli) -> Result<Ended> {
         Command::Report(args) => report::report(&args, &mut out),
         Command::Merge(args) => merge::merge(&args, &mut out).map(|()| Ended::Well),
         Command::Models(args) => models::models(&args, &mut out).map(|()| Ended::Well),
+        Command::Watch(args) => watch::watch(&args, &mut out),
+        Command::Remove(args) => remove::remove(&args, &mut out),
         Command::Pretrain(args) => pretrain::pretrain(&args).map(|()| Ended::Well),
     }
 }

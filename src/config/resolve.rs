@@ -13,7 +13,7 @@ use super::templates::{self, Token};
 use super::tree::{self, Place};
 use super::typed::{self, Typed};
 use crate::hub::RepoId;
-use crate::{Error, Result};
+use crate::{Error, Result, files};
 
 /// A pipeline file that has been read but not yet given a meaning; it remembers where everything was typed.
 pub struct Document {
@@ -499,12 +499,42 @@ fn resolve_student(typed: &typed::Student, faults: &Faults) -> Option<Student> {
         device: or(&typed.device, Device::Cpu),
         resolution: resolution(&typed.resolution, &model.value, faults),
         source: or(&typed.source, Source::Proxies),
+        init: typed.init.as_ref().map(|at| at.value.clone().into()),
+        init_digest: init_digest(typed, faults),
         training: training(&typed.training, &default, faults),
         condition_dropout: or(&typed.condition_dropout, 0.1),
         dropout: or(&typed.dropout, defaults::training(family).dropout),
         overlap: or(&typed.overlap, 0.5),
         sampling: resolved_sampling,
     })
+}
+
+/// The digest of the adapter that the student starts from: as it was typed or, where it was not, as its files are now.
+fn init_digest(typed: &typed::Student, faults: &Faults) -> Option<String> {
+    let Some(init) = &typed.init else {
+        if let Some(digest) = &typed.init_digest {
+            faults.push(
+                &digest.place,
+                "student.init_digest has no effect without student.init",
+                "remove the line",
+            );
+        }
+        return None;
+    };
+    if let Some(digest) = &typed.init_digest {
+        return Some(digest.value.clone());
+    }
+    match files::digest_dir(Path::new(&init.value)) {
+        Ok(digest) => Some(digest),
+        Err(error) => {
+            faults.push(
+                &init.place,
+                format!("student.init cannot be read: {error}"),
+                "name the folder of a trained student, such as student in a run's directory",
+            );
+            None
+        }
+    }
 }
 
 fn resolve_direct(typed: &typed::Direct, student: &Student, faults: &Faults) -> Direct {

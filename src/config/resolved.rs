@@ -45,6 +45,10 @@ pub struct Subject {
     /// The rare word that stands for this subject in prompts. Default: the first of
     /// [`RARE_TOKENS`](super::prompts::RARE_TOKENS) that no other subject has.
     pub token: String,
+    /// The student learns only this many of the subject's proxies, at least 1, so that it does not forget what the
+    /// adapter it starts from knows: other ones for each such adapter. Default: all of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub replay: Option<usize>,
 }
 
 /// `[supervisor]`: the diffusion model that learns each subject and makes the proxies.
@@ -182,6 +186,13 @@ pub struct Student {
     pub resolution: Option<usize>,
     /// What it learns from. Default "proxies".
     pub source: Source,
+    /// Folder of the adapter (or, where all weights are trained, the checkpoint) that it starts from, with fresh
+    /// moments; relative paths start at the working directory. Default: none, it starts from the model.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub init: Option<PathBuf>,
+    /// Digest of the files in `init`: what the plan depends on in place of the path. Default: read from the folder.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub init_digest: Option<String>,
     #[serde(flatten)]
     pub training: Training,
     /// Share of examples whose caption is replaced by the empty condition; 0 to 1. Default 0.1.

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use super::prompts;
 use super::reader::Faults;
 use super::resolve::place_of;
-use super::resolved::Subject;
+use super::resolved::{Source, Subject};
 use super::typed;
 
 /// The subjects in the order of the file, each with a token of its own. `None`, with a fault, when there are none.
@@ -42,6 +42,11 @@ pub(super) fn resolve(typed: &typed::Pipeline, faults: &Faults) -> Option<Vec<Su
             }
         }
     }
+    let source = typed
+        .student
+        .as_ref()
+        .and_then(|student| student.source.as_ref());
+    let learns_from_photos = source.is_some_and(|source| source.value != Source::Proxies);
     let mut resolved = Vec::new();
     for subject in &typed.subjects {
         let token = match &subject.token {
@@ -73,12 +78,25 @@ pub(super) fn resolve(typed: &typed::Pipeline, faults: &Faults) -> Option<Vec<Su
                 "the token must not mean anything yet; remove the line to get one that does not",
             );
         }
+        if let Some(replay) = &subject.replay
+            && learns_from_photos
+        {
+            faults.push(
+                &replay.place,
+                format!(
+                    "subject.{}.replay has no effect without proxies",
+                    subject.name
+                ),
+                "remove the line",
+            );
+        }
         taken.insert(token.clone());
         resolved.push(Subject {
             name: subject.name.clone(),
             images: PathBuf::from(&images.value),
             class: class.value.clone(),
             token,
+            replay: subject.replay.as_ref().map(|at| at.value),
         });
     }
     Some(resolved)

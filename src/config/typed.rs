@@ -36,6 +36,7 @@ pub(super) struct Subject {
     pub images: Typed<String>,
     pub class: Typed<String>,
     pub token: Typed<String>,
+    pub replay: Typed<usize>,
 }
 
 pub(super) struct Supervisor {
@@ -99,6 +100,8 @@ pub(super) struct Student {
     pub device: Typed<Device>,
     pub resolution: Typed<usize>,
     pub source: Typed<Source>,
+    pub init: Typed<String>,
+    pub init_digest: Typed<String>,
     pub training: Training,
     pub condition_dropout: Typed<f64>,
     pub dropout: Typed<f64>,
@@ -217,6 +220,7 @@ impl Subject {
             images: section.required_text("images", "\"photos/dog\""),
             class: section.required_text("class", "\"dog\""),
             token: section.text("token"),
+            replay: section.count("replay", 1),
             name,
         };
         section.finish();
@@ -317,6 +321,8 @@ impl Student {
             device: device(&section),
             resolution: section.count("resolution", 8),
             source: section.choice("source"),
+            init: section.text("init"),
+            init_digest: section.text("init_digest"),
             training: Training::read(&section),
             condition_dropout: section.number("condition_dropout", SHARE),
             dropout: section.number("dropout", BELOW_ONE),

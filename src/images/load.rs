@@ -68,7 +68,7 @@ pub fn folder(dir: &Path) -> Result<Folder> {
                 Ok(photo) => found.photos.push(photo),
                 Err(error) => found.set_aside.push(error),
             }
-        } else if visible(&path) && OTHER_PICTURES.contains(&extension(&path).as_str()) {
+        } else if is_other_picture(&path) {
             let reason = format!("{} is not read", extension(&path).to_uppercase());
             found.set_aside.push(Error::Image { path, reason });
         }
@@ -86,6 +86,11 @@ pub fn folder(dir: &Path) -> Result<Folder> {
 /// Whether [`folder`] would try the file at `path` as a photo, judging by its name alone.
 pub fn is_photo_name(path: &Path) -> bool {
     visible(path) && PHOTO_EXTENSIONS.contains(&extension(path).as_str())
+}
+
+/// Whether the file at `path` is by its name a picture of a kind that is not read.
+pub fn is_other_picture(path: &Path) -> bool {
+    visible(path) && OTHER_PICTURES.contains(&extension(path).as_str())
 }
 
 /// Decodes a photo whose kind is told by its content: JPEG (grey, colour, CMYK), PNG (any depth, palette) or WebP (the
@@ -243,7 +248,8 @@ fn photo(path: &Path) -> Result<Photo> {
     })
 }
 
-fn read(path: &Path) -> Result<Vec<u8>> {
+/// The bytes of the photo at `path`. Fails with [`Error::Image`] when there are more than [`MAX_BYTES`].
+pub fn read(path: &Path) -> Result<Vec<u8>> {
     let size = std::fs::metadata(path).map_err(Error::io(path))?.len();
     if size > MAX_BYTES {
         return Err(Error::Image {

@@ -13,6 +13,9 @@ pub use augment::augment;
 pub use codec::{decode_png, encode_png, pixel_digest};
 pub(crate) use draw::fitted;
 pub use draw::{Canvas, grid};
-pub use load::{Folder, MAX_BYTES, MAX_PIXELS, Photo, decode, folder, is_photo_name, load};
+pub use load::{
+    Folder, MAX_BYTES, MAX_PIXELS, Photo, decode, folder, is_other_picture, is_photo_name, load,
+    read,
+};
 pub use resize::{Filter, center_crop, resize_exact, resize_short_side, square};
 pub use tensor::{from_tensor, normalized, to_tensor};

@@ -15,8 +15,9 @@ use tokio::task::JoinSet;
 
 pub use self::generate::{Generated, Generation, generate};
 use self::prepare::{Prepared, Purpose};
-pub use self::prepare::{device, opening_for, sampler_opening, use_threads};
+pub use self::prepare::{device, evaluations, opening_for, sampler_opening, use_threads};
 pub use self::run_dir::RunDir;
+pub(crate) use self::run_dir::lock;
 use crate::config::{Document, Resolved, Source};
 use crate::evaluation::report::Report;
 use crate::stages::direct::{Tuned, direct};

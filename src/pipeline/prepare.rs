@@ -15,7 +15,7 @@ use crate::stages::tokenize::OpenTokenizer;
 use crate::stages::{
     Context, Lazy, LazyEvaluator, Subject, TokenizerIdentity, Warnings, references,
 };
-use crate::store::{Limits, MetricRow, RunRow, Store, Writer, now_us};
+use crate::store::{EvaluationRow, Limits, MetricRow, RunRow, Store, Table, Writer, now_us};
 use crate::stream::{Board, Meter, Stop};
 use crate::training::tuning;
 use crate::{Error, Result};
@@ -274,6 +274,17 @@ fn no_evaluator() -> LazyEvaluator {
         })
     };
     LazyEvaluator::new(build, String::new(), 0, 0)
+}
+
+/// The table of scores of the evaluators that `resolved` names.
+///
+/// # Errors
+/// When their checkpoints or the table cannot be read.
+pub async fn evaluations(resolved: &Resolved, store: &Store) -> Result<Table<EvaluationRow>> {
+    let evaluator = evaluator(resolved)?;
+    store
+        .evaluations(&evaluator.digest, evaluator.clip, evaluator.dino)
+        .await
 }
 
 /// Notes in the store where the run stands.

@@ -157,7 +157,8 @@ impl RunDir {
 /// How long to wait for a lock: a process that was killed may hold it for a moment more.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-fn lock(path: &Path) -> Result<File> {
+/// Locks the directory `path` for this process, and removes what killed ones left half-written in it.
+pub(crate) fn lock(path: &Path) -> Result<File> {
     let name = path.join("lock");
     let file = File::options()
         .create(true)

@@ -226,6 +226,10 @@ pub(super) fn plan_digest(
 ) -> Result<String> {
     let mut settings = json(resolved)?;
     remove(&mut settings, "channels");
+    // its digest says it better
+    if let Some(student) = settings.get_mut("student") {
+        remove(student, "init");
+    }
     forget_what_has_no_effect(&mut settings);
     let mut digest = Digest::new("plan 1").field("settings", settings.to_string());
     for (name, photos) in subjects {

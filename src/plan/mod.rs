@@ -5,6 +5,7 @@
 mod key;
 mod schedule;
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 pub use key::{Digest, checkpoint_digest, photos_digest, proxy_keys, supervisor_key, token_key};
@@ -20,6 +21,7 @@ pub struct Plan {
     batches: Vec<Batch>,
     references: Vec<Reference>,
     student: Schedule,
+    student_seed: u64,
     growth: Growth,
     supervisors: Vec<SupervisorPlan>,
     direct: Option<Schedule>,
@@ -103,7 +105,7 @@ pub struct EvaluationImage {
 struct Growth {
     /// Steps over which it grows; 0: all from the start.
     steps: usize,
-    /// For each batch, how many proxies there are with it and all before it.
+    /// For each batch, how many proxies that the student learns there are with it and all before it; at least one.
     ends: Vec<usize>,
 }
 
@@ -152,24 +154,32 @@ impl Plan {
                 (0..*photos).map(move |index| Reference { subject, index })
             })
             .collect();
-        let (proxies, batches) = plan_proxies(resolved);
+        let student_seed = match &resolved.student.init_digest {
+            Some(digest) => derive_seed(seed, &format!("student from {digest}"), 0),
+            None => seed,
+        };
+        let (proxies, batches, learnt) = plan_proxies(resolved, student_seed);
         let training = &resolved.student.training;
         let growth = Growth {
             // 0 ≤ overlap ≤ 1, so this is at most `steps`
             steps: (resolved.student.overlap * training.steps as f64).ceil() as usize,
-            ends: batches.iter().map(|batch| batch.numbers.end).collect(),
+            ends: batches
+                .iter()
+                .map(|batch| learnt.partition_point(|number| *number < batch.numbers.end))
+                .collect(),
         };
         let student = match resolved.student.source {
             Source::Proxies => {
-                let seeds: Vec<u64> = proxies.iter().map(|proxy| proxy.seed).collect();
+                let seeds: Vec<u64> = learnt.iter().map(|number| proxies[*number].seed).collect();
                 let available = |step| growth.ends[growth.batches(step) - 1]; // proxies imply a first batch
-                Schedule::least_used(training.steps, training.batch_size, &seeds, seed, available)
+                let (steps, batch_size) = (training.steps, training.batch_size);
+                Schedule::least_used(steps, batch_size, &seeds, student_seed, available).of(&learnt)
             }
             Source::References | Source::Augmented => Schedule::epochs(
                 training.steps,
                 training.batch_size,
                 references.len(),
-                seed,
+                student_seed,
                 "student",
             ),
         };
@@ -201,6 +211,7 @@ impl Plan {
             batches,
             references,
             student,
+            student_seed,
             growth,
             supervisors,
             direct,
@@ -238,6 +249,11 @@ impl Plan {
     /// positions in [`Plan::references`]. The step must be planned.
     pub fn lessons(&self, step: usize) -> &[usize] {
         self.student.lessons(step)
+    }
+
+    /// Where the student's randomness comes from: the run's seed, and the digest of the adapter that it starts from.
+    pub fn student_seed(&self) -> u64 {
+        self.student_seed
     }
 
     /// The photos of all subjects, in the order of the file.
@@ -284,12 +300,19 @@ pub fn step_seed(seed: u64, stage: &str, step: usize) -> u64 {
     derive_seed(seed, &format!("step/{stage}"), step)
 }
 
-/// Batches of the subjects take turns, so that early training sees every subject.
-fn plan_proxies(resolved: &Resolved) -> (Vec<Proxy>, Vec<Batch>) {
-    let (mut planned, mut batches) = (Vec::new(), Vec::new());
+/// Batches of the subjects take turns, so that early training sees every subject. Returns, beside proxies and batches,
+/// the numbers of the proxies that the student learns: all, or of a subject that is replayed some, with the batches
+/// that they are made in alone.
+fn plan_proxies(resolved: &Resolved, student_seed: u64) -> (Vec<Proxy>, Vec<Batch>, Vec<usize>) {
+    let (mut planned, mut batches, mut learnt) = (Vec::new(), Vec::new(), Vec::new());
     let Some((_, proxies)) = resolved.teacher() else {
-        return (planned, batches);
+        return (planned, batches, learnt);
     };
+    let replayed: Vec<Option<BTreeSet<usize>>> = resolved
+        .subjects
+        .iter()
+        .map(|subject| replayed(subject, proxies.count, student_seed))
+        .collect();
     for first in (0..proxies.count).step_by(proxies.batch_size) {
         let indices = first..proxies.count.min(first + proxies.batch_size);
         for (
@@ -300,6 +323,20 @@ fn plan_proxies(resolved: &Resolved) -> (Vec<Proxy>, Vec<Batch>) {
         ) in resolved.subjects.iter().enumerate()
         {
             let start = planned.len();
+            let is_learnt = |index: &usize| {
+                let replayed = replayed[subject].as_ref();
+                replayed.is_none_or(|replayed| replayed.contains(index))
+            };
+            let before = learnt.len();
+            learnt.extend(
+                indices
+                    .clone()
+                    .filter(is_learnt)
+                    .map(|index| start + index - first),
+            );
+            if learnt.len() == before {
+                continue;
+            }
             planned.extend(indices.clone().map(|index| Proxy {
                 number: start + index - first,
                 subject,
@@ -319,7 +356,15 @@ fn plan_proxies(resolved: &Resolved) -> (Vec<Proxy>, Vec<Batch>) {
             });
         }
     }
-    (planned, batches)
+    (planned, batches, learnt)
+}
+
+/// Which of a subject's `count` proxies are replayed; `None`: it is not replayed but learnt whole.
+fn replayed(subject: &Subject, count: usize, student_seed: u64) -> Option<BTreeSet<usize>> {
+    let name = format!("replay/{}", subject.name);
+    let mut indices: Vec<usize> = (0..count).collect();
+    indices.sort_by_key(|index| (derive_seed(student_seed, &name, *index), *index));
+    Some(indices.into_iter().take(subject.replay?).collect())
 }
 
 fn plan_supervisor(

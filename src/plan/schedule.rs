@@ -28,6 +28,12 @@ impl Schedule {
         &self.items
     }
 
+    /// The same uses, where an item is a position in `names` and becomes what stands there.
+    pub(super) fn of(mut self, names: &[usize]) -> Self {
+        self.items.iter_mut().for_each(|item| *item = names[*item]);
+        self
+    }
+
     /// Goes through all of `0..count` again and again, each time in another order, which depends on `seed` and `name`.
     pub(super) fn epochs(
         steps: usize,

@@ -54,6 +54,7 @@ pub fn direct(
         if tuned.method == Method::Student && context.resolved.evaluation.untouched {
             yield checkpoint(Method::Untouched, 0, course.snapshot().await?);
         }
+        let course = if tuned.method == Method::Student { course.of_student().await? } else { course };
         let photos = Photos::prepare(&context, &course).await?;
         let mut step = course.resume().await?;
         let resumed = step == tuned.settings.steps;
@@ -138,7 +139,7 @@ impl Photos {
                 })
                 .collect());
         }
-        let seed = step_seed(context.resolved.seed, "augment", step);
+        let seed = step_seed(course.seed(), "augment", step);
         let (images, own) = (self.images.clone(), indices.clone());
         let examples = course
             .worker

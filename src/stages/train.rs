@@ -11,14 +11,14 @@ use candle_core::Tensor;
 use futures::{Stream, StreamExt};
 
 use super::{Checkpoint, Context, Method, ReadyBatch, ended_early, spawn_trainee};
-use crate::Result;
 use crate::config::Training;
 use crate::images::decode_png;
 use crate::models::{Example, Lesson, Opening};
 use crate::plan::step_seed;
 use crate::store::Columns;
 use crate::stream::{Meter, Worker};
-use crate::training::{Checkpoints, Trainee, tuning};
+use crate::training::{Checkpoints, Trainee, restore, tuning};
+use crate::{Error, Result, files};
 
 /// One training: a trainee on its thread, its checkpoints, and where its curve goes.
 pub(super) struct Course {
@@ -31,6 +31,7 @@ pub(super) struct Course {
     pub settings: Training,
     pub worker: Worker<Trainee>,
     pub checkpoints: Checkpoints,
+    seed: u64,
 }
 
 impl Course {
@@ -79,6 +80,7 @@ impl Course {
                 "{name}: the model's tokenizer does not know these words: {words}"
             ));
         }
+        let seed = context.resolved.seed;
         Ok(Self {
             context,
             meter,
@@ -87,7 +89,38 @@ impl Course {
             settings: settings.clone(),
             worker,
             checkpoints: Checkpoints::new(dir, identity),
+            seed,
         })
+    }
+
+    /// Makes this the course of the run's student: it starts from the adapter that the pipeline names.
+    pub async fn of_student(mut self) -> Result<Self> {
+        self.seed = self.context.plan.student_seed();
+        let student = &self.context.resolved.student;
+        let Some(init) = student.init.clone() else {
+            return Ok(self);
+        };
+        let expected = student.init_digest.clone();
+        let begin = move |trainee: &mut Trainee| {
+            if Some(files::digest_dir(&init)?) != expected {
+                return Err(Error::invalid(
+                    format!(
+                        "{}: this is not the adapter that the run was planned with",
+                        init.display()
+                    ),
+                    "restore it, or take init_digest out of the pipeline file and start a new run",
+                ));
+            }
+            let learner = trainee.learner();
+            restore(&learner.variables(), &learner.read(&init)?, &init)
+        };
+        self.worker.call(&self.meter, begin).await?;
+        Ok(self)
+    }
+
+    /// Where its randomness comes from.
+    pub fn seed(&self) -> u64 {
+        self.seed
     }
 
     /// Continues from the newest checkpoint; returns the steps that are done.
@@ -103,7 +136,7 @@ impl Course {
 
     /// Takes step `step` on weighted batches, records it and, when due, writes a checkpoint.
     pub async fn step(&self, step: usize, batches: Vec<(f64, Vec<Lesson>)>) -> Result<()> {
-        let seed = step_seed(self.context.resolved.seed, &self.name, step);
+        let seed = step_seed(self.seed, &self.name, step);
         let progress = self
             .worker
             .call(&self.meter, move |trainee| {
@@ -267,6 +300,7 @@ pub fn train(
         if evaluation.untouched {
             yield checkpoint(Method::Untouched, 0, course.snapshot().await?);
         }
+        let course = course.of_student().await?;
         let mut step = course.resume().await?;
         let resumed = step == steps;
         let mut input = std::pin::pin!(input);

@@ -7,14 +7,14 @@
 //! Rows carry Lance's stable ids, which grow with every commit and survive compaction, while fragments are sorted
 //! by their own ids, which do not. So "the first row of a key" is the one with the smallest row id.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
 use arrow::array::{Array, Int64Array, StringArray, UInt32Array, UInt64Array};
-use arrow::datatypes::{DataType, SchemaRef};
+use arrow::datatypes::{DataType, Schema, SchemaRef};
 use arrow::record_batch::RecordBatch;
 use futures::TryStreamExt;
 use lance::Dataset;
@@ -24,6 +24,7 @@ use lance::dataset::optimize::{CompactionOptions, compact_files};
 use lance::dataset::{
     InsertBuilder, ProjectionRequest, TakeBuilder, WriteDestination, WriteMode, WriteParams,
 };
+use lance::index::DatasetIndexExt;
 use lance::session::Session;
 use lance::table::format::Fragment;
 
@@ -293,7 +294,7 @@ impl RawTable {
         if found != ours {
             return Err(refused(&self.path, found, ours));
         }
-        let columns = |schema: &arrow::datatypes::Schema| -> BTreeMap<String, DataType> {
+        let columns = |schema: &Schema| -> BTreeMap<String, DataType> {
             let fields = schema.fields().iter();
             fields
                 .map(|f| (f.name().clone(), f.data_type().clone()))
@@ -616,6 +617,74 @@ fn is_large(fragment: &Fragment) -> bool {
     let sizes = sizes.filter_map(|f| f.file_size_bytes.get());
     sizes.map(u64::from).sum::<u64>() >= LARGE_FRAGMENT_BYTES
         || fragment.num_rows().is_some_and(|n| n >= ROWS_PER_FRAGMENT)
+}
+
+/// Erases the rows of the table at `path` that satisfy any of `filters` (SQL over the columns), so that no file holds
+/// them any more: fragments are rewritten without them, and all older versions and what no version knows removed.
+/// Indexes over the table are dropped when rows go, as they hold copies. Nobody else may have the table open.
+///
+/// Returns how many rows there were.
+pub(super) async fn erase(
+    path: &Path,
+    session: Arc<Session>,
+    filters: impl Fn(&Schema) -> Vec<String>,
+) -> Result<usize> {
+    let failed = |e| failed("erase from", path, e);
+    let uri = path.to_str().ok_or_else(|| {
+        Error::invalid(
+            "the store's path is not UTF-8",
+            "choose another directory with --store",
+        )
+    })?;
+    let loading = DatasetBuilder::from_uri(uri).with_session(session);
+    let mut dataset = match Box::pin(loading.load()).await {
+        Ok(dataset) => dataset,
+        Err(lance::Error::DatasetNotFound { .. } | lance::Error::NotFound { .. }) => return Ok(0),
+        Err(e) => return Err(failed(e)),
+    };
+    let mut erased = 0;
+    for filter in filters(&dataset.schema().into()) {
+        let rows = Box::pin(dataset.count_rows(Some(filter.clone()))).await;
+        let rows = rows.map_err(failed)?;
+        if rows == 0 {
+            continue;
+        }
+        if erased == 0 {
+            let indices = dataset.load_indices().await.map_err(failed)?;
+            let names: BTreeSet<&String> = indices.iter().map(|index| &index.name).collect();
+            for name in names {
+                dataset.drop_index(name).await.map_err(failed)?;
+            }
+        }
+        Box::pin(dataset.delete(&filter)).await.map_err(failed)?;
+        erased += rows;
+    }
+    // The filters stand in the version that they made: one more, so that it is an older one.
+    let now = super::rows::now_us().to_string();
+    let noted = dataset
+        .update_config([("proxytune.erased_us", now.as_str())])
+        .await;
+    noted.map_err(failed)?;
+    let options = CompactionOptions {
+        target_rows_per_fragment: ROWS_PER_FRAGMENT,
+        batch_size: Some(COMPACTION_BATCH_ROWS),
+        num_threads: Some(1),
+        materialize_deletions: true,
+        materialize_deletions_threshold: 0.0,
+        ..CompactionOptions::default()
+    };
+    Box::pin(compact_files(&mut dataset, options, None))
+        .await
+        .map_err(failed)?;
+    let policy = CleanupPolicy {
+        before_version: Some(dataset.version_id()),
+        // also what a killed writer left behind
+        delete_unverified: true,
+        error_if_tagged_old_versions: false,
+        ..CleanupPolicy::default()
+    };
+    dataset.cleanup_with_policy(policy).await.map_err(failed)?;
+    Ok(erased)
 }
 
 fn ids<'a>(batch: &'a RecordBatch, name: &str) -> Result<&'a UInt64Array> {

@@ -18,6 +18,7 @@
 //! learn, and `locks/` who works at what. Python's `lance` and DuckDB can open the tables.
 
 use std::collections::BTreeMap;
+use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -29,6 +30,7 @@ mod columns;
 mod dataset;
 mod failure;
 mod locks;
+mod removal;
 mod rows;
 mod table;
 mod writer;
@@ -36,6 +38,7 @@ mod writer;
 pub use columns::DESCRIPTION;
 pub use dataset::Compacted;
 pub use locks::{Claim, Locks};
+pub use removal::Removed;
 pub use rows::{
     EvaluationRow, MetricRow, ProxyRow, Row, RunRow, SCHEMA_VERSION, SubjectRow, TokenRow, now_us,
 };
@@ -50,12 +53,27 @@ const METADATA_CACHE: usize = 64 << 20;
 /// Digits of a digest that a table's name carries.
 const NAME_DIGITS: usize = 12;
 
+/// Locked while a process uses the store.
+const IN_USE: &str = ".in-use.lock";
+
 /// A directory of tables. Handles to one table from one store share what they know of it.
 pub struct Store {
     path: PathBuf,
     session: Arc<Session>,
     locks: Locks,
     open: Mutex<BTreeMap<String, Arc<dataset::RawTable>>>,
+    access: Access,
+    /// Says that this process uses the store; none where the directory cannot be written.
+    _in_use: Option<File>,
+}
+
+/// Who may have a store open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Access {
+    /// Any number of processes.
+    Shared,
+    /// One that erases.
+    Alone,
 }
 
 impl Store {
@@ -63,6 +81,18 @@ impl Store {
     ///
     /// Errors: a URL; a directory that cannot be created.
     pub async fn open(path: impl AsRef<Path>) -> Result<Self> {
+        Self::open_as(path, Access::Shared).await
+    }
+
+    /// Opens the store in `path` for erasing, which is possible while no other process has it open; those that come
+    /// later wait.
+    ///
+    /// Errors: another process uses the store; a directory that cannot be written.
+    pub async fn open_alone(path: impl AsRef<Path>) -> Result<Self> {
+        Self::open_as(path, Access::Alone).await
+    }
+
+    async fn open_as(path: impl AsRef<Path>, access: Access) -> Result<Self> {
         let path = path.as_ref().to_path_buf();
         if path.to_str().is_some_and(|text| text.contains("://")) {
             return Err(Error::invalid(
@@ -76,9 +106,16 @@ impl Store {
         let path = tokio::fs::canonicalize(&path)
             .await
             .map_err(Error::io(&path))?;
+        let lock = path.join(IN_USE);
+        let locking = tokio::task::spawn_blocking(move || in_use(&lock, access));
+        let in_use = locking
+            .await
+            .map_err(|e| columns::broken(e.to_string()))??;
         Ok(Self {
             locks: Locks::new(&path),
             path,
+            access,
+            _in_use: in_use,
             session: Arc::new(Session::new(INDEX_CACHE, METADATA_CACHE, Arc::default())),
             open: Mutex::default(),
         })
@@ -179,6 +216,28 @@ impl Store {
         );
         open.insert(name, raw.clone());
         Ok(Table::new(raw))
+    }
+}
+
+/// Holds the lock `path` for as long as the file lives; it dies with the process, however that ends.
+fn in_use(path: &Path, access: Access) -> Result<Option<File>> {
+    let file = File::options().create(true).append(true).open(path);
+    match (file, access) {
+        // Who cannot write here cannot erase here either, and reading needs no right to write.
+        (Err(_), Access::Shared) => Ok(None),
+        (Err(e), Access::Alone) => Err(Error::io(path)(e)),
+        (Ok(file), Access::Shared) => {
+            file.lock_shared().map_err(Error::io(path))?;
+            Ok(Some(file))
+        }
+        (Ok(file), Access::Alone) => match file.try_lock() {
+            Ok(()) => Ok(Some(file)),
+            Err(TryLockError::Error(e)) => Err(Error::io(path)(e)),
+            Err(TryLockError::WouldBlock) => Err(Error::Store {
+                what: format!("{} is in use", path.with_file_name("").display()),
+                hint: Some("stop the runs, watches and queries that use it, then try again".into()),
+            }),
+        },
     }
 }
 

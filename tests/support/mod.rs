@@ -115,31 +115,7 @@ impl Place {
                 && !path.starts_with("checkpoints/")
                 && !path.contains(".tmp/")
         });
-        let store = Store::open(self.store()).await.unwrap();
-        let tokens = number("llamagen/config.json", "block_size");
-        let (clip, dino) = (
-            number("clip/config.json", "projection_dim"),
-            number("dino/config.json", "hidden_size"),
-        );
-        let mut tables = BTreeMap::new();
-        for name in store.table_names().await.unwrap() {
-            let digest = match name.split_once('_') {
-                Some(("tokens", digest)) => {
-                    let table = store.tokens(digest, tokens).await.unwrap();
-                    table.digest().await
-                }
-                Some(("evaluations", digest)) => {
-                    let table = store.evaluations(digest, clip, dino).await.unwrap();
-                    table.digest().await
-                }
-                _ if name == "subjects" => store.subjects().await.unwrap().digest().await,
-                _ if name == "proxies" => store.proxies().await.unwrap().digest().await,
-                _ if name == "metrics" => store.metrics().await.unwrap().digest().await,
-                // How often a run was started and stopped is not part of what it came to.
-                _ => continue,
-            };
-            tables.insert(name, digest.unwrap());
-        }
+        let tables = tables(&self.store()).await;
         let summary = std::fs::read_to_string(self.only_run().join("complete.json")).unwrap();
         let summary: serde_json::Value = serde_json::from_str(&summary).unwrap();
         Remains {
@@ -148,6 +124,36 @@ impl Place {
             evaluated: summary["evaluated"].clone(),
         }
     }
+}
+
+/// The digests of the tables of a store by their names, without that of the runs: how often a run was started and
+/// stopped is not part of what it came to.
+pub async fn tables(store: &Path) -> BTreeMap<String, String> {
+    let store = Store::open(store).await.unwrap();
+    let tokens = number("llamagen/config.json", "block_size");
+    let (clip, dino) = (
+        number("clip/config.json", "projection_dim"),
+        number("dino/config.json", "hidden_size"),
+    );
+    let mut tables = BTreeMap::new();
+    for name in store.table_names().await.unwrap() {
+        let digest = match name.split_once('_') {
+            Some(("tokens", digest)) => {
+                let table = store.tokens(digest, tokens).await.unwrap();
+                table.digest().await
+            }
+            Some(("evaluations", digest)) => {
+                let table = store.evaluations(digest, clip, dino).await.unwrap();
+                table.digest().await
+            }
+            _ if name == "subjects" => store.subjects().await.unwrap().digest().await,
+            _ if name == "proxies" => store.proxies().await.unwrap().digest().await,
+            _ if name == "metrics" => store.metrics().await.unwrap().digest().await,
+            _ => continue,
+        };
+        tables.insert(name, digest.unwrap());
+    }
+    tables
 }
 
 /// What a run leaves: trained weights by their paths, the digests of the tables by their names, and what the report

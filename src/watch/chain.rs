@@ -1,0 +1,130 @@
+//! The next run of the chain: which subject it learns, from which adapter, beside which others.
+
+use std::path::{Path, PathBuf};
+
+use super::scan::Scan;
+use super::state::{Home, Look, Run, State, Subject};
+use crate::config::{Document, Resolved, Source, Subject as Learnt};
+use crate::{Error, Result, files};
+
+/// What all runs of a watch have in common: a pipeline file whose subjects, baseline and untouched student do not
+/// count, as subjects come from the folder and the student goes on.
+#[derive(Debug, Clone)]
+pub struct Recipe {
+    resolved: Resolved,
+    /// Proxies of every other subject that each run replays.
+    replay: usize,
+}
+
+impl Recipe {
+    /// The recipe of the pipeline file at `path` with `overrides` laid over it.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with every fault of the file; a file whose student does not learn from proxies.
+    pub fn open(path: &Path, overrides: &[String], replay: usize) -> Result<Self> {
+        let stand_in =
+            ["images=\"-\"", "class=\"thing\""].map(|field| format!("subject.any.{field}"));
+        let overrides = [overrides, &stand_in].concat();
+        let mut resolved = Document::open(path, &overrides)?.resolve()?;
+        if resolved.student.source != Source::Proxies {
+            return Err(Error::invalid(
+                format!("{}: a watch needs proxies", path.display()),
+                "remove student.source, and add [supervisor] where there is none",
+            ));
+        }
+        resolved.direct.enabled = false;
+        resolved.evaluation.untouched = false;
+        Ok(Self { resolved, replay })
+    }
+
+    /// The resolved pipeline of the run that learns `subject`, going on from `init`, an adapter and its digest. The
+    /// others that the student knows are replayed as they were learnt.
+    fn pipeline(
+        &self,
+        home: &Home,
+        state: &State,
+        subject: &Subject,
+        init: Option<(PathBuf, String)>,
+    ) -> Result<String> {
+        let entry = |subject: &Subject, look: &Look, replay| Learnt {
+            name: subject.id.clone(),
+            images: home.photos(&subject.id, look),
+            class: look.class.clone(),
+            token: subject.token.clone(),
+            replay,
+        };
+        let mut resolved = self.resolved.clone();
+        resolved.subjects = vec![entry(subject, &subject.look(), None)];
+        for other in &state.subjects {
+            if let (Some(look), false) = (&other.learnt, other.retired || other.id == subject.id) {
+                resolved
+                    .subjects
+                    .push(entry(other, look, Some(self.replay)));
+            }
+        }
+        (resolved.student.init, resolved.student.init_digest) = init.unzip();
+        resolved.to_toml()
+    }
+
+    /// The next run, with copies of its photos made; `None` when nothing waits that could be learnt now.
+    ///
+    /// # Errors
+    /// When copies cannot be written, or the published adapter cannot be read.
+    pub fn next(&self, home: &Home, state: &State, scan: &Scan) -> Result<Option<Run>> {
+        for subject in state.queue() {
+            if !copy_photos(home, subject, scan)? {
+                continue;
+            }
+            let init = state
+                .published
+                .as_ref()
+                .map(|published| (home.adapter(published.number), published.adapter.clone()));
+            return Ok(Some(Run {
+                number: state.next_number(),
+                subject: subject.id.clone(),
+                look: subject.look(),
+                init: init.as_ref().map(|(_, digest)| digest.clone()),
+                pipeline: self.pipeline(home, state, subject, init)?,
+                started_us: crate::store::now_us(),
+            }));
+        }
+        Ok(None)
+    }
+}
+
+/// Copies the photos of `subject` to where its run reads them, named by their digests, so that nothing which happens
+/// to the folder later changes the run. False when they are no longer what they were.
+fn copy_photos(home: &Home, subject: &Subject, scan: &Scan) -> Result<bool> {
+    let to = home.photos(&subject.id, &subject.look());
+    if to.is_dir() {
+        return Ok(true);
+    }
+    let Some(folder) = scan.folders.get(&subject.folder) else {
+        return Ok(false);
+    };
+    let mut copies = Vec::new();
+    for digest in &subject.photos {
+        let Some(path) = folder.photos.get(digest) else {
+            return Ok(false);
+        };
+        match std::fs::read(path) {
+            Ok(bytes) if blake3::hash(&bytes).to_hex().as_str() == digest => {
+                let extension = path.extension().unwrap_or_default().to_string_lossy();
+                copies.push((
+                    format!("{}.{}", &digest[..16], extension.to_lowercase()),
+                    bytes,
+                ));
+            }
+            _ => return Ok(false),
+        }
+    }
+    if let Some(parent) = to.parent() {
+        files::create_dir(parent)?;
+    }
+    files::write_dir(&to, |dir| {
+        copies
+            .iter()
+            .try_for_each(|(name, bytes)| files::write(&dir.join(name), bytes))
+    })?;
+    Ok(true)
+}

@@ -1,0 +1,403 @@
+//! A watched folder, `DIR/CLASS/SUBJECT/*.jpg`: one student that goes on learning whoever arrives there.
+//!
+//! A watch is a chain of runs, each of one subject. A run's plan follows from the digest of the adapter that it goes on
+//! from, the digests of the photos, and the seed, all of which stand in its resolved pipeline file: a chain can be
+//! replayed. What the watch remembers is one small file ([`state`]); everything else is done by runs, which can be
+//! killed and continued, so the watch can, too.
+//!
+//! | file | what is in it |
+//! |---|---|
+//! | [`scan`] | what lies in the folder and has come to rest |
+//! | [`reconcile`] | who is who: arrivals, renames, changes, retirement; tokens |
+//! | [`chain`] | the next run |
+//! | [`publish`] | whether its adapter may be published, and the switch |
+//! | [`status`] | all of it for people |
+//! | [`remove`] | a subject and everything made of it, gone |
+
+pub mod chain;
+pub mod publish;
+pub mod reconcile;
+pub mod remove;
+pub mod scan;
+pub mod state;
+pub mod status;
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use notify::event::{AccessKind, AccessMode, EventKind};
+use notify::{RecursiveMode, Watcher};
+use tokio::sync::{mpsc, watch};
+
+use self::chain::Recipe;
+use self::publish::{dino_before, publish, refusal, scores};
+use self::reconcile::reconcile;
+use self::scan::{Scan, Scanner};
+use self::state::{Ended, Home, Published, Run, State};
+use crate::config::Document;
+use crate::pipeline::{self, Outcome};
+use crate::store::{Store, now_us};
+use crate::stream::Stop;
+use crate::{Error, Result, files};
+
+/// Events come in swarms: so long after one, everything is looked at once.
+const SWARM: Duration = Duration::from_millis(100);
+
+/// What to watch, and how.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The watched folder.
+    pub dir: PathBuf,
+    /// The pipeline file that says how subjects are learnt.
+    pub pipeline: PathBuf,
+    /// Laid over it, as `a.b=value`.
+    pub overrides: Vec<String>,
+    pub store: PathBuf,
+    /// Look so often instead of waiting for events.
+    pub poll: Option<Duration>,
+    /// Learn what is there now, then end.
+    pub once: bool,
+    /// Proxies of every other subject that each run replays.
+    pub replay: usize,
+    /// No subject may lose more DINO than this from one published adapter to the next.
+    pub margin: f64,
+    /// What has looked the same for so long is at rest.
+    pub settle: Duration,
+    /// Show the progress of runs on standard error.
+    pub progress: bool,
+}
+
+/// Watches until `stop` is requested or, with `once`, until everything that was there is learnt; returns what is
+/// remembered then.
+///
+/// # Errors
+/// [`Error::Interrupted`] when `stop` was requested: the same call goes on. Faults of the pipeline file; a second watch
+/// on the same folder; what stops a run and will stop the next one too, such as a full disk. A run that fails for
+/// another reason is noted, and its subject not tried again until its photos change.
+pub async fn watch(options: &Options, stop: Stop) -> Result<State> {
+    let recipe = Recipe::open(&options.pipeline, &options.overrides, options.replay)?;
+    let home = Home::of(&options.dir)?;
+    let _lock = home.lock()?;
+    let mut state = home.load()?;
+    state.store = std::path::absolute(&options.store).map_err(Error::io(&options.store))?;
+    home.save(&state)?;
+    let watcher = Watching {
+        options,
+        recipe,
+        home,
+        state: Mutex::new(state),
+        scan: Mutex::new(None),
+        looks: watch::Sender::new(Looks::default()),
+        stop,
+    };
+    watcher.say(&format!("watching {}", watcher.home.watched.display()))?;
+    tokio::try_join!(watcher.follow(), watcher.work())?;
+    let state = watcher.state().clone();
+    Ok(state)
+}
+
+/// How far following the folder has come.
+#[derive(Debug, Clone, Copy, Default)]
+struct Looks {
+    /// Times that the folder was looked at.
+    count: u64,
+    /// Nothing more will be looked at.
+    over: bool,
+}
+
+struct Watching<'a> {
+    options: &'a Options,
+    recipe: Recipe,
+    home: Home,
+    state: Mutex<State>,
+    /// What was seen last.
+    scan: Mutex<Option<Scan>>,
+    looks: watch::Sender<Looks>,
+    stop: Stop,
+}
+
+impl Watching<'_> {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes what is remembered, on disk first.
+    fn remember(&self, change: impl FnOnce(&mut State)) -> Result<()> {
+        let mut state = self.state();
+        let mut changed = state.clone();
+        change(&mut changed);
+        if changed != *state {
+            self.home.save(&changed)?;
+            *state = changed;
+        }
+        Ok(())
+    }
+
+    /// Says something here and in the log.
+    fn say(&self, what: &str) -> Result<()> {
+        tracing::info!("{what}");
+        let path = self.home.log();
+        let line = format!("{} {what}\n", status::time(now_us()));
+        let file = std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(&path);
+        file.and_then(|mut file| file.write_all(line.as_bytes()))
+            .map_err(Error::io(&path))
+    }
+
+    /// Keeps what is remembered up to what lies in the folder.
+    async fn follow(&self) -> Result<()> {
+        let (events, mut swarm) = mpsc::channel(1);
+        let _watcher = match self.options.poll {
+            None => Some(self.listen(events)?),
+            Some(_) => None,
+        };
+        let mut scanner = Scanner::new(&self.home.watched, self.options.settle);
+        let mut was_lost = false;
+        loop {
+            let expected: Vec<String> = {
+                let state = self.state();
+                let present = state.subjects.iter().filter(|subject| !subject.retired);
+                present.map(|subject| subject.folder.clone()).collect()
+            };
+            let looking = tokio::task::spawn_blocking(move || {
+                let scan = scanner.scan(&expected, Instant::now());
+                (scanner, scan)
+            });
+            let (back, scan) = looking.await.map_err(|e| Error::Invalid {
+                what: format!("looking at the folder ended unexpectedly: {e}"),
+                hint: None,
+            })?;
+            scanner = back;
+            // A drive that is not mounted looks like a folder from which everything was deleted.
+            let scan = scan.and_then(|scan| match self.home.exists() {
+                true => Ok(scan),
+                false => Err(Error::invalid(
+                    format!("{} is empty", self.home.watched.display()),
+                    "mount the drive again",
+                )),
+            });
+            let settles_in = match scan {
+                Ok(scan) => {
+                    was_lost = false;
+                    let settles_in = scan.settles_in;
+                    self.take_in(scan)?;
+                    settles_in
+                }
+                Err(error) => {
+                    if !was_lost {
+                        tracing::warn!("{error}; waiting until it is back");
+                    }
+                    was_lost = true;
+                    Some(self.options.settle.max(Duration::from_secs(1)))
+                }
+            };
+            let over = self.options.once && settles_in.is_none();
+            self.looks.send_modify(|looks| {
+                looks.count += 1;
+                looks.over = over;
+            });
+            if over {
+                return Ok(());
+            }
+            let poll = self.options.poll.unwrap_or(Duration::MAX);
+            let pause = settles_in.map_or(poll, |settles_in| settles_in.min(poll));
+            tokio::select! {
+                Some(()) = swarm.recv() => tokio::time::sleep(SWARM).await,
+                () = tokio::time::sleep(pause) => {}
+                () = self.stop.wait() => return Ok(()),
+            }
+        }
+    }
+
+    /// Remembers what was seen, and says what it means.
+    fn take_in(&self, scan: Scan) -> Result<()> {
+        let before = self.state().clone();
+        self.remember(|state| reconcile(state, &scan))?;
+        let after = self.state().clone();
+        for line in status::changes(&before, &after) {
+            self.say(&line)?;
+        }
+        *self.scan.lock().unwrap_or_else(PoisonError::into_inner) = Some(scan);
+        Ok(())
+    }
+
+    /// Sends something whenever anything changes in the folder.
+    fn listen(&self, events: mpsc::Sender<()>) -> Result<notify::RecommendedWatcher> {
+        let own = self.home.path().to_path_buf();
+        let failed = |e: notify::Error| {
+            Error::invalid(
+                format!(
+                    "{}: the system gives no file events: {e}",
+                    self.home.watched.display()
+                ),
+                "look every ten seconds instead, with --poll 10",
+            )
+        };
+        let mut watcher =
+            notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+                let counts = event.is_ok_and(|event| {
+                    let wrote = EventKind::Access(AccessKind::Close(AccessMode::Write));
+                    let is_change =
+                        !matches!(event.kind, EventKind::Access(_)) || event.kind == wrote;
+                    let is_own = event.paths.iter().all(|path| path.starts_with(&own));
+                    event.need_rescan() || (is_change && !is_own)
+                });
+                if counts {
+                    // One that waits already stands for all.
+                    let _ = events.try_send(());
+                }
+            })
+            .map_err(failed)?;
+        watcher
+            .watch(&self.home.watched, RecursiveMode::Recursive)
+            .map_err(failed)?;
+        Ok(watcher)
+    }
+
+    /// Takes one run after another.
+    async fn work(&self) -> Result<()> {
+        let mut looks = self.looks.subscribe();
+        loop {
+            if self.stop.requested() {
+                return Err(Error::Interrupted);
+            }
+            let now = *looks.borrow_and_update();
+            if let Some(run) = self.next_run()? {
+                self.take(&run).await?;
+                continue;
+            }
+            if now.over {
+                return Ok(());
+            }
+            tokio::select! {
+                _ = looks.changed() => {}
+                () = self.stop.wait() => {}
+            }
+        }
+    }
+
+    /// The run that was under way, or the next one, which is under way then.
+    fn next_run(&self) -> Result<Option<Run>> {
+        if let Some(run) = self.state().run.clone() {
+            return Ok(Some(run));
+        }
+        let scan = self
+            .scan
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        let Some(scan) = scan else {
+            return Ok(None);
+        };
+        let state = self.state().clone();
+        let run = self.recipe.next(&self.home, &state, &scan)?;
+        if let Some(run) = &run {
+            self.remember(|state| state.run = Some(run.clone()))?;
+            self.say(&format!("run {} learns {}", run.number, run.subject))?;
+        }
+        Ok(run)
+    }
+
+    /// Runs `run` to its end, or goes on with it, and publishes what it made.
+    async fn take(&self, run: &Run) -> Result<()> {
+        let options = pipeline::Options {
+            pipeline: format!("run-{:04}.toml", run.number).into(),
+            text: run.pipeline.clone(),
+            resolved: Document::parse(&run.pipeline, "pipeline.toml", &[]).resolve()?,
+            store: self.state().store.clone(),
+            out: self.home.runs(),
+            new: false,
+            sequential: false,
+            progress: self.options.progress,
+        };
+        match pipeline::run(&options, self.stop.clone()).await {
+            Ok(outcome) => self.finish(run, &outcome).await,
+            Err(error) if stops_the_watch(&error) => Err(error),
+            Err(error) => self.end(run, ended(run, Some(format!("it failed: {error}"))), None),
+        }
+    }
+
+    async fn finish(&self, run: &Run, outcome: &Outcome) -> Result<()> {
+        let state = self.state().clone();
+        let store = Store::open(&state.store).await?;
+        let scores = scores(&outcome.report);
+        let before = dino_before(&self.home, &state, run, &store).await?;
+        let after = scores
+            .iter()
+            .map(|(subject, scores)| (subject.clone(), scores.dino))
+            .collect();
+        let refused = refusal(&before, &after, self.options.margin);
+        let published = match &refused {
+            None => Some(publish(&self.home, run, outcome, &scores)?),
+            Some(_) => None,
+        };
+        let ended = Ended {
+            adapter: Some(files::digest_dir(&outcome.dir.join("student"))?),
+            scores,
+            ..ended(run, refused)
+        };
+        for warning in &outcome.ending.warnings {
+            self.say(&format!("run {}: {warning}", run.number))?;
+        }
+        self.end(run, ended, published)?;
+        // A run that is over is not continued.
+        let checkpoints = outcome.dir.join("checkpoints");
+        match std::fs::remove_dir_all(&checkpoints) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(&checkpoints)(e)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Remembers how `run` ended.
+    fn end(&self, run: &Run, ended: Ended, published: Option<Published>) -> Result<()> {
+        let said = match &ended.refused {
+            None => format!("run {}: published, {} is learnt", run.number, run.subject),
+            Some(why) => format!("run {}: not published, {why}", run.number),
+        };
+        self.remember(|state| {
+            state.run = None;
+            state.published = published.or(state.published.take());
+            let subject = state
+                .subjects
+                .iter_mut()
+                .find(|subject| subject.id == run.subject);
+            if let Some(subject) = subject {
+                match &ended.refused {
+                    None => (subject.learnt, subject.held) = (Some(run.look.clone()), None),
+                    Some(why) => subject.held = Some((run.look.clone(), why.clone())),
+                }
+                subject.pending = None;
+                subject.queue(&mut state.arrivals);
+            }
+            state.history.push(ended);
+        })?;
+        self.say(&said)
+    }
+}
+
+/// The end of `run`, now, with nothing made.
+fn ended(run: &Run, refused: Option<String>) -> Ended {
+    Ended {
+        number: run.number,
+        subject: run.subject.clone(),
+        init: run.init.clone(),
+        adapter: None,
+        scores: Default::default(),
+        refused,
+        seconds: (now_us() - run.started_us) as f64 / 1e6,
+    }
+}
+
+/// Whether the next run would fail for the same reason, or the same run may succeed when it is continued later.
+fn stops_the_watch(error: &Error) -> bool {
+    match error {
+        Error::Stage { source, .. } => stops_the_watch(source),
+        Error::Io { .. } | Error::Store { .. } | Error::Interrupted | Error::Config(_) => true,
+        Error::Image { .. } | Error::Checkpoint { .. } | Error::NotFinite { .. } => false,
+        Error::Invalid { .. } | Error::Tensor(_) => false,
+    }
+}

@@ -1,0 +1,296 @@
+//! What a watch remembers: one small file, replaced as a whole at every change.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::evaluation::metrics::Scores;
+use crate::{Error, Result, files, pipeline};
+
+/// The layout of the file; a file of another layout is refused.
+const VERSION: u32 = 1;
+
+/// Everything that outlives the process.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct State {
+    pub version: u32,
+    /// The store that was used last.
+    pub store: PathBuf,
+    /// In the order of their arrival; retired ones stay.
+    pub subjects: Vec<Subject>,
+    /// Every token that was ever given: none is given twice.
+    pub tokens: Vec<String>,
+    /// How often something began to wait for a run.
+    pub arrivals: u64,
+    /// Folders that no run waits for, with the reason.
+    pub waiting: BTreeMap<String, String>,
+    pub set_aside: Vec<SetAside>,
+    /// The run that is under way.
+    pub run: Option<Run>,
+    pub published: Option<Published>,
+    /// The runs that have ended, oldest first.
+    pub history: Vec<Ended>,
+}
+
+/// A subject, whatever its folder is called today.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Subject {
+    /// What plans and the store call it: the name that its folder had first.
+    pub id: String,
+    /// `class/subject`, below the watched folder.
+    pub folder: String,
+    pub class: String,
+    pub token: String,
+    /// Digests of its photos, sorted.
+    pub photos: Vec<String>,
+    /// Its folder is gone.
+    pub retired: bool,
+    /// Its place in the queue; `None` when there is nothing to learn.
+    pub pending: Option<u64>,
+    /// What the published student knows of it.
+    pub learnt: Option<Look>,
+    /// What a run has tried in vain, and why; not tried again.
+    pub held: Option<(Look, String)>,
+}
+
+/// What is to be learnt of a subject.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Look {
+    pub class: String,
+    /// Digests of the photos, sorted.
+    pub photos: Vec<String>,
+}
+
+/// A picture that cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct SetAside {
+    /// Below the watched folder.
+    pub path: String,
+    pub reason: String,
+}
+
+/// A run of the chain.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Run {
+    /// From 1.
+    pub number: usize,
+    /// The subject that it learns.
+    pub subject: String,
+    pub look: Look,
+    /// The resolved pipeline file: with the photos, all that it depends on.
+    pub pipeline: String,
+    /// Digest of the adapter that it starts from.
+    pub init: Option<String>,
+    /// Microseconds since 1970, UTC.
+    pub started_us: i64,
+}
+
+/// What the folder `published` holds.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Published {
+    /// The run that made it.
+    pub number: usize,
+    /// The run's directory, below the watch's.
+    pub run: String,
+    /// Digest of the adapter's files.
+    pub adapter: String,
+    /// Means over the samples of each subject.
+    pub scores: BTreeMap<String, Scores>,
+}
+
+/// A run that has ended.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Ended {
+    pub number: usize,
+    pub subject: String,
+    /// Digest of the adapter that it started from.
+    pub init: Option<String>,
+    /// Digest of the adapter that it made.
+    pub adapter: Option<String>,
+    /// Means over the samples of each subject.
+    pub scores: BTreeMap<String, Scores>,
+    /// Why it was not published.
+    pub refused: Option<String>,
+    /// From its start to its end, interruptions included.
+    pub seconds: f64,
+}
+
+impl Subject {
+    /// What is to be learnt of it today.
+    pub fn look(&self) -> Look {
+        Look {
+            class: self.class.clone(),
+            photos: self.photos.clone(),
+        }
+    }
+
+    /// Takes its place in the queue, or leaves it when there is nothing to learn.
+    pub fn queue(&mut self, arrivals: &mut u64) {
+        let look = self.look();
+        let is_known = self.learnt.as_ref() == Some(&look);
+        let is_held = self.held.as_ref().is_some_and(|(held, _)| *held == look);
+        if self.retired || is_known || is_held {
+            self.pending = None;
+        } else if self.pending.is_none() {
+            *arrivals += 1;
+            self.pending = Some(*arrivals);
+        }
+    }
+}
+
+impl State {
+    /// The subject `id`.
+    pub fn subject(&self, id: &str) -> Option<&Subject> {
+        self.subjects.iter().find(|subject| subject.id == id)
+    }
+
+    /// The subjects that wait for a run, the first in the queue first.
+    pub fn queue(&self) -> Vec<&Subject> {
+        let mut queue: Vec<&Subject> = self
+            .subjects
+            .iter()
+            .filter(|s| s.pending.is_some())
+            .collect();
+        queue.sort_by_key(|subject| subject.pending);
+        queue
+    }
+
+    /// The number of the next run.
+    pub fn next_number(&self) -> usize {
+        self.history.last().map_or(1, |ended| ended.number + 1)
+    }
+}
+
+/// Where a watch keeps what is its own: `.proxytune` in the watched folder.
+#[derive(Debug, Clone)]
+pub struct Home {
+    /// The watched folder, absolute.
+    pub watched: PathBuf,
+    path: PathBuf,
+}
+
+impl Home {
+    /// The home of a watch on `watched`.
+    ///
+    /// # Errors
+    /// When there is no such folder.
+    pub fn of(watched: &Path) -> Result<Self> {
+        let watched = std::fs::canonicalize(watched).map_err(Error::io(watched))?;
+        Ok(Self {
+            path: watched.join(".proxytune"),
+            watched,
+        })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Copies of the photos, as runs read them.
+    pub fn photos(&self, id: &str, look: &Look) -> PathBuf {
+        let digest = crate::plan::photos_digest(&look.photos);
+        self.path.join("photos").join(id).join(&digest[..12])
+    }
+
+    /// Where run directories are.
+    pub fn runs(&self) -> PathBuf {
+        self.path.join("runs")
+    }
+
+    /// What run `number` published.
+    pub fn adapter(&self, number: usize) -> PathBuf {
+        self.path.join("adapters").join(format!("{number:04}"))
+    }
+
+    /// The adapter to use, with its evaluation.
+    pub fn published(&self) -> PathBuf {
+        self.path.join("published")
+    }
+
+    /// What the watch said, with times.
+    pub fn log(&self) -> PathBuf {
+        self.path.join("watch.log")
+    }
+
+    fn state(&self) -> PathBuf {
+        self.path.join("state.json")
+    }
+
+    /// Whether anything was ever watched here.
+    pub fn exists(&self) -> bool {
+        self.state().is_file()
+    }
+
+    /// What was remembered; an empty state where nothing was.
+    ///
+    /// # Errors
+    /// When the file cannot be read or has another layout.
+    pub fn load(&self) -> Result<State> {
+        if !self.exists() {
+            return Ok(State {
+                version: VERSION,
+                ..State::default()
+            });
+        }
+        let path = self.state();
+        let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+        let refused = |what: String| {
+            Error::invalid(
+                format!("{}: {what}", path.display()),
+                "use the version of proxytune that wrote it, or move it away to start over",
+            )
+        };
+        let json: serde_json::Value =
+            serde_json::from_str(&text).map_err(|e| refused(e.to_string()))?;
+        if json["version"] != VERSION {
+            return Err(refused(format!(
+                "version {}, this program reads {VERSION}",
+                json["version"]
+            )));
+        }
+        serde_json::from_value(json).map_err(|e| refused(e.to_string()))
+    }
+
+    /// Remembers `state`, wholly or not at all.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn save(&self, state: &State) -> Result<()> {
+        let text = serde_json::to_string_pretty(state).map_err(|e| Error::Invalid {
+            what: format!("state.json: {e}"),
+            hint: None,
+        })?;
+        files::write(&self.state(), text.as_bytes())
+    }
+
+    /// Keeps other processes from watching here while the file lives.
+    ///
+    /// # Errors
+    /// When another process watches here, or the folder cannot be written.
+    pub fn lock(&self) -> Result<File> {
+        files::create_dir(&self.path)?;
+        pipeline::lock(&self.path).map_err(|error| match error {
+            Error::Invalid { .. } => Error::invalid(
+                format!(
+                    "{} is being watched by another process",
+                    self.watched.display()
+                ),
+                "see how it is doing with: proxytune watch --status DIR",
+            ),
+            other => other,
+        })
+    }
+
+    /// Whether a process watches here.
+    pub fn is_watched(&self) -> bool {
+        let file = File::open(self.path.join("lock"));
+        file.is_ok_and(|file| {
+            matches!(
+                file.try_lock_shared(),
+                Err(std::fs::TryLockError::WouldBlock)
+            )
+        })
+    }
+}
