@@ -132,6 +132,7 @@ async fn every_kind_of_row_comes_back_as_it_went_in() {
         dino_embedding: Some(vec![0.25; 8]),
         image: Some(vec![1, 2, 3]),
         created_us: 2,
+        adapter: Some("d".repeat(64)),
     };
     let unscored = EvaluationRow {
         key: "b".into(),
@@ -141,6 +142,7 @@ async fn every_kind_of_row_comes_back_as_it_went_in() {
         clip_embedding: None,
         dino_embedding: None,
         image: None,
+        adapter: None,
         ..scored.clone()
     };
     let evaluations = store.evaluations(DIGEST, 16, 8).await.unwrap();

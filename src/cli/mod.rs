@@ -2,8 +2,10 @@
 
 pub mod check;
 mod evaluate;
+mod export;
 pub mod graph;
 pub mod pretrain;
+mod query;
 mod report;
 mod run;
 mod sample;
@@ -43,6 +45,10 @@ pub enum Command {
     Evaluate(EvaluateArgs),
     /// Write the report of a run again from the store
     Report(ReportArgs),
+    /// Ask the store: SQL over all tables, nearest neighbours
+    Query(query::QueryArgs),
+    /// Write chosen proxies as images with captions, or as one picture
+    Export(export::ExportArgs),
     /// Train the nano checkpoints from drawn scenes
     Pretrain(pretrain::PretrainArgs),
 }
@@ -279,6 +285,8 @@ pub fn dispatch(cli: Cli) -> Result<Ended> {
         Command::Sample(args) => sample::sample(&args, &mut out),
         Command::Evaluate(args) => evaluate::evaluate(&args, &mut out),
         Command::Report(args) => report::report(&args, &mut out),
+        Command::Query(args) => query::query(&args),
+        Command::Export(args) => export::export(&args, &mut out).map(|()| Ended::Well),
         Command::Pretrain(args) => pretrain::pretrain(&args).map(|()| Ended::Well),
     }
 }

@@ -19,6 +19,7 @@ use std::path::Path;
 
 pub use models::{Family, Kind, locate};
 pub use prompts::PromptList;
+pub(crate) use reader::did_you_mean;
 pub use resolve::{Document, training_defaults};
 pub use resolved::*;
 

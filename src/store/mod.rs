@@ -25,7 +25,10 @@ use tokio::sync::Mutex;
 
 mod columns;
 mod dataset;
+pub mod export;
 mod failure;
+mod layout;
+pub mod query;
 mod rows;
 mod table;
 mod writer;
