@@ -49,6 +49,45 @@ pub(crate) fn into_place(aside: &Path, path: &Path) -> Result<()> {
     sync_parent(path)
 }
 
+/// A file that is written aside, bit by bit, and takes its name when it is whole. Dropped before, it vanishes.
+pub struct Aside {
+    file: File,
+    temporary: PathBuf,
+    path: PathBuf,
+}
+
+impl Aside {
+    /// A new file that is to become `path`, in a folder that exists.
+    pub fn create(path: &Path) -> Result<Self> {
+        let temporary = aside(path);
+        let file = File::create(&temporary).map_err(Error::io(path))?;
+        Ok(Self {
+            file,
+            temporary,
+            path: path.to_path_buf(),
+        })
+    }
+
+    /// What to write to.
+    pub fn file(&mut self) -> &mut File {
+        &mut self.file
+    }
+
+    /// Syncs what was written and gives it its name; a file of that name is replaced.
+    pub fn finish(self) -> Result<()> {
+        self.file.sync_all().map_err(Error::io(&self.path))?;
+        std::fs::rename(&self.temporary, &self.path).map_err(Error::io(&self.path))?;
+        sync_parent(&self.path)
+    }
+}
+
+impl Drop for Aside {
+    fn drop(&mut self) {
+        // After `finish` there is none any more.
+        let _ = std::fs::remove_file(&self.temporary);
+    }
+}
+
 /// Replaces the folder `dir` by what `fill` puts into an empty one.
 pub fn write_dir(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let temporary = aside(dir);

@@ -9,8 +9,8 @@ use futures::{StreamExt, stream};
 use lance::dataset::{InsertBuilder, WriteMode, WriteParams};
 use proxytune::Error;
 use proxytune::store::{
-    Columns, EvaluationRow, Limits, MetricRow, ProxyRow, Row, RunRow, Store, SubjectRow, Table,
-    TokenRow, Writer,
+    Columns, EvaluationRow, Limits, MetricRow, ProxyRow, Row, RunRow, SCHEMA_VERSION, Store,
+    SubjectRow, Table, TokenRow, Writer,
 };
 use rand::seq::SliceRandom;
 use rand::{RngCore, SeedableRng};
@@ -132,6 +132,7 @@ async fn every_kind_of_row_comes_back_as_it_went_in() {
         dino_embedding: Some(vec![0.25; 8]),
         image: Some(vec![1, 2, 3]),
         created_us: 2,
+        adapter: Some("d".repeat(64)),
     };
     let unscored = EvaluationRow {
         key: "b".into(),
@@ -141,6 +142,7 @@ async fn every_kind_of_row_comes_back_as_it_went_in() {
         clip_embedding: None,
         dino_embedding: None,
         image: None,
+        adapter: None,
         ..scored.clone()
     };
     let evaluations = store.evaluations(DIGEST, 16, 8).await.unwrap();
@@ -520,10 +522,15 @@ async fn a_directory_without_a_committed_version_counts_as_absent() {
 }
 
 #[tokio::test]
-async fn another_schema_version_is_refused() {
+async fn a_newer_schema_version_and_none_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("proxies.lance");
-    for (version, found) in [(Some("2"), "schema version 2"), (None, "no schema version")] {
+    let newer = (SCHEMA_VERSION + 1).to_string();
+    let named = format!("schema version {newer}");
+    for (version, found) in [
+        (Some(newer.as_str()), named.as_str()),
+        (None, "no schema version"),
+    ] {
         let ours = ProxyRow::schema();
         let keys = ours.metadata().keys().cloned();
         let metadata = keys
@@ -540,7 +547,8 @@ async fn another_schema_version_is_refused() {
         let opened = Store::open(dir.path()).await.unwrap().proxies().await;
         let error = opened.map(|_| ()).unwrap_err();
         assert!(error.to_string().contains(found), "{error}");
-        assert!(error.to_string().contains("reads version 1"), "{error}");
+        let ours = format!("reads versions up to {SCHEMA_VERSION}");
+        assert!(error.to_string().contains(&ours), "{error}");
         assert!(error.hint().unwrap().contains("--store"));
         std::fs::remove_dir_all(&path).unwrap();
     }

@@ -3,11 +3,13 @@
 pub mod check;
 mod evaluate;
 mod generate;
+mod export;
 pub mod graph;
 mod merge;
 mod models;
 pub mod pretrain;
 mod remove;
+mod query;
 mod report;
 mod run;
 mod sample;
@@ -58,6 +60,10 @@ pub enum Command {
     Watch(watch::WatchArgs),
     /// Delete a subject, its photos and everything made of them, in all versions
     Remove(remove::RemoveArgs),
+    /// Ask the store: SQL over all tables, nearest neighbours
+    Query(query::QueryArgs),
+    /// Write chosen proxies as images with captions, or as one picture
+    Export(export::ExportArgs),
     /// Train the nano checkpoints from drawn scenes
     Pretrain(pretrain::PretrainArgs),
 }
@@ -356,6 +362,8 @@ pub fn dispatch(cli: Cli) -> Result<Ended> {
         Command::Models(args) => models::models(&args, &mut out).map(|()| Ended::Well),
         Command::Watch(args) => watch::watch(&args, &mut out),
         Command::Remove(args) => remove::remove(&args, &mut out),
+        Command::Query(args) => query::query(&args),
+        Command::Export(args) => export::export(&args, &mut out).map(|()| Ended::Well),
         Command::Pretrain(args) => pretrain::pretrain(&args).map(|()| Ended::Well),
     }
 }

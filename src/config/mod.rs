@@ -21,6 +21,7 @@ use std::path::Path;
 pub use locate::locate;
 pub use models::{Family, Kind, family};
 pub use prompts::PromptList;
+pub(crate) use reader::did_you_mean;
 pub use resolve::{Document, training_defaults};
 pub use resolved::*;
 

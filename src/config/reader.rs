@@ -390,7 +390,7 @@ fn in_words(range: &impl RangeBounds<f64>) -> String {
 }
 
 /// "did you mean …?" for the nearest candidate, or all candidates after `otherwise` when none is near.
-pub(super) fn did_you_mean<'a>(
+pub(crate) fn did_you_mean<'a>(
     typed: &str,
     candidates: impl Iterator<Item = &'a str>,
     otherwise: &str,

@@ -10,7 +10,9 @@ use crate::evaluation::embedders::{ClipEmbedder, DinoEmbedder};
 use crate::files::read_json;
 use crate::models::llamagen::{Files, ImageTokenizer};
 use crate::models::{Opening, Tuning, clip, vit};
-use crate::plan::{Digest, Plan, checkpoint_digest, derive_seed, photos_digest, supervisor_key};
+use crate::plan::{
+    Digest, Plan, checkpoint_digest, derive_seed, evaluators_key, photos_digest, supervisor_key,
+};
 use crate::stages::tokenize::OpenTokenizer;
 use crate::stages::{
     Context, Lazy, LazyEvaluator, Subject, TokenizerIdentity, Warnings, references,
@@ -246,10 +248,7 @@ fn evaluator(resolved: &Resolved) -> Result<LazyEvaluator> {
     let (clip_dir, dino_dir) = (locate(&evaluation.clip)?, locate(&evaluation.dino)?);
     let clip_config: clip::Config = read_json(&clip_dir.join("config.json"))?;
     let dino_config: vit::Config = read_json(&dino_dir.join("config.json"))?;
-    let digest = Digest::new("evaluators 1")
-        .field("clip", checkpoint_digest(&clip_dir)?)
-        .field("dino", checkpoint_digest(&dino_dir)?)
-        .finish();
+    let digest = evaluators_key(&clip_dir, &dino_dir)?;
     let on = device(evaluation.device)?;
     let build = move || {
         Ok(Evaluator {

@@ -208,6 +208,17 @@ pub fn proxy_keys(
         .collect())
 }
 
+/// Key of a pair of evaluators, from the folders of their checkpoints: scores and embeddings of one key can be compared.
+///
+/// # Errors
+/// Those of [`checkpoint_digest`].
+pub fn evaluators_key(clip: &Path, dino: &Path) -> Result<String> {
+    Ok(Digest::new("evaluators 1")
+        .field("clip", checkpoint_digest(clip)?)
+        .field("dino", checkpoint_digest(dino)?)
+        .finish())
+}
+
 /// Key of a proxy's tokens, from the proxy's key and the digest of the tokenizer's checkpoint.
 pub fn token_key(proxy: &str, tokenizer: &str) -> String {
     Digest::new("tokens 1")

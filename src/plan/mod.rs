@@ -8,7 +8,9 @@ mod schedule;
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-pub use key::{Digest, checkpoint_digest, photos_digest, proxy_keys, supervisor_key, token_key};
+pub use key::{
+    Digest, checkpoint_digest, evaluators_key, photos_digest, proxy_keys, supervisor_key, token_key,
+};
 pub use schedule::Schedule;
 
 use crate::config::{Resolved, Source, Subject, prompts};

@@ -75,6 +75,7 @@ pub fn evaluate(
                         dino_embedding: Some(embeddings.dino[i].clone()),
                         image: Some(encode_png(&drawn[i])?),
                         created_us: now_us(),
+                        adapter: Some(adapter.clone()),
                     });
                 }
                 meter.busy(table.append(&rows)).await?;

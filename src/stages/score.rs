@@ -74,6 +74,7 @@ pub(super) async fn references(
             dino_embedding: Some(dino.clone()),
             image: None,
             created_us: now_us(),
+            adapter: None,
         })
         .collect();
     table.append(&rows).await?;
@@ -150,6 +151,7 @@ pub fn score_proxies(
                     dino_embedding: Some(dino),
                     image: None,
                     created_us: now_us(),
+                    adapter: None,
                 })
                 .collect();
             meter.busy(table.append(&rows)).await?;

@@ -16,6 +16,8 @@ use crate::{Error, Result};
 pub const DESCRIPTION: &str = "description";
 /// The metadata key of a table under which the number of its layout stands.
 pub const SCHEMA_VERSION: &str = "proxytune.schema_version";
+/// The metadata key of a column under which the first layout that has it stands; a column without it is in all.
+pub const SINCE: &str = "proxytune.since";
 
 /// A column that always has a value. `description` says what it holds, with its unit.
 pub(in crate::store) fn required(name: &str, kind: DataType, description: &str) -> Field {
@@ -26,6 +28,13 @@ pub(in crate::store) fn required(name: &str, kind: DataType, description: &str) 
 /// A column that may be null.
 pub(in crate::store) fn nullable(name: &str, kind: DataType, description: &str) -> Field {
     required(name, kind, description).with_nullable(true)
+}
+
+/// `field` as a column that older tables than those of layout `version` lack; there it reads as null.
+pub(in crate::store) fn since(version: u32, field: Field) -> Field {
+    let mut metadata = field.metadata().clone();
+    metadata.insert(SINCE.to_string(), version.to_string());
+    field.with_metadata(metadata).with_nullable(true)
 }
 
 /// `width` numbers per row, stored side by side: what nearest-neighbour search wants.
@@ -52,6 +61,12 @@ pub(in crate::store) fn batch(schema: &SchemaRef, columns: Vec<ArrayRef>) -> Res
 
 pub(in crate::store) fn strings<'a>(values: impl Iterator<Item = &'a str>) -> ArrayRef {
     Arc::new(StringArray::from_iter_values(values))
+}
+
+pub(in crate::store) fn maybe_strings<'a>(
+    values: impl Iterator<Item = Option<&'a str>>,
+) -> ArrayRef {
+    Arc::new(StringArray::from_iter(values))
 }
 
 pub(in crate::store) fn u32s(values: impl Iterator<Item = u32>) -> ArrayRef {
@@ -146,6 +161,15 @@ pub(in crate::store) fn text<'a>(
 ) -> Result<impl Fn(usize) -> String + 'a> {
     let values: &StringArray = column(batch, name)?;
     Ok(|i| values.value(i).to_string())
+}
+
+/// The text of column `name`, row by row; none where it is null.
+pub(in crate::store) fn maybe_text<'a>(
+    batch: &'a RecordBatch,
+    name: &str,
+) -> Result<impl Fn(usize) -> Option<String> + 'a> {
+    let values: &StringArray = column(batch, name)?;
+    Ok(|i| values.is_valid(i).then(|| values.value(i).to_string()))
 }
 
 /// The encoded picture of column `name`, row by row; none where it is null, or was left out when reading.

@@ -14,7 +14,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
 use arrow::array::{Array, Int64Array, StringArray, UInt32Array, UInt64Array};
-use arrow::datatypes::{DataType, Schema, SchemaRef};
+use arrow::datatypes::{Schema, SchemaRef};
 use arrow::record_batch::RecordBatch;
 use futures::TryStreamExt;
 use lance::Dataset;
@@ -29,7 +29,8 @@ use lance::session::Session;
 use lance::table::format::Fragment;
 
 use super::columns::{self, broken};
-use super::failure::{failed, refused};
+use super::failure::failed;
+use super::layout;
 use super::locks::{Claim, Locks};
 use crate::{Error, Result};
 
@@ -250,7 +251,14 @@ impl RawTable {
         let latest = match self.dataset() {
             None => match self.load().await? {
                 None => return Ok(()),
-                Some(found) => found,
+                Some(found) if layout::lacks(&self.path, &self.schema, &found)?.is_none() => found,
+                Some(_) => {
+                    let _turn = self.locks.turn(&self.lock_name("upgrade")).await?;
+                    match self.load_upgraded().await? {
+                        None => return Ok(()),
+                        Some(upgraded) => upgraded,
+                    }
+                }
             },
             Some(seen) => {
                 let mut latest = Dataset::clone(&seen);
@@ -269,13 +277,21 @@ impl RawTable {
     async fn load(&self) -> Result<Option<Dataset>> {
         let loading = DatasetBuilder::from_uri(self.uri()?).with_session(self.session.clone());
         match Box::pin(loading.load()).await {
-            Ok(dataset) => {
-                self.check_layout(&dataset)?;
-                Ok(Some(dataset))
-            }
+            Ok(dataset) => Ok(Some(dataset)),
             Err(lance::Error::DatasetNotFound { .. } | lance::Error::NotFound { .. }) => Ok(None),
             Err(e) => Err(failed("open", &self.path, e)),
         }
+    }
+
+    /// The dataset in the present layout. The caller holds the lock to upgrade.
+    async fn load_upgraded(&self) -> Result<Option<Dataset>> {
+        let Some(mut dataset) = self.load().await? else {
+            return Ok(None);
+        };
+        if let Some(lacking) = layout::lacks(&self.path, &self.schema, &dataset)? {
+            layout::upgrade(&self.path, &mut dataset, lacking).await?;
+        }
+        Ok(Some(dataset))
     }
 
     fn uri(&self) -> Result<&str> {
@@ -285,35 +301,6 @@ impl RawTable {
                 "the store's path is not UTF-8",
                 "choose another directory with --store",
             )
-        })
-    }
-
-    fn check_layout(&self, dataset: &Dataset) -> Result<()> {
-        let ours = self.schema.metadata().get(columns::SCHEMA_VERSION);
-        let found = dataset.schema().metadata.get(columns::SCHEMA_VERSION);
-        if found != ours {
-            return Err(refused(&self.path, found, ours));
-        }
-        let columns = |schema: &Schema| -> BTreeMap<String, DataType> {
-            let fields = schema.fields().iter();
-            fields
-                .map(|f| (f.name().clone(), f.data_type().clone()))
-                .collect()
-        };
-        let (theirs, ours) = (columns(&dataset.schema().into()), columns(&self.schema));
-        let differing = |name: &&String| theirs.get(*name) != ours.get(*name);
-        let Some(name) = ours.keys().chain(theirs.keys()).find(differing) else {
-            return Ok(());
-        };
-        let kind = |kind: Option<&DataType>| kind.map_or("absent".to_string(), DataType::to_string);
-        Err(Error::Store {
-            what: format!(
-                "{}: column {name} is {}, but {} is asked for",
-                self.path.display(),
-                kind(theirs.get(name)),
-                kind(ours.get(name)),
-            ),
-            hint: Some("the table was made for another model or by another program: choose another --store".into()),
         })
     }
 

@@ -20,15 +20,25 @@ pub(super) fn failed(act: &str, path: &Path, cause: lance::Error) -> Error {
     }
 }
 
-/// A table of another layout.
-pub(super) fn refused(path: &Path, found: Option<&String>, ours: Option<&String>) -> Error {
-    let found = found.map_or("no schema version".into(), |v| {
-        format!("schema version {v}")
-    });
-    let ours = ours.map_or("", |v| v);
+/// A table of a layout that this program cannot read; `found` is its number, if it has one.
+pub(super) fn refused(path: &Path, found: Option<u32>, ours: u32) -> Error {
+    let hint = "choose another directory with --store";
+    let (found, hint) = match found {
+        None => (
+            "no schema version: proxytune did not make it".to_string(),
+            hint.to_string(),
+        ),
+        Some(version) => (
+            format!("schema version {version}"),
+            format!("use the newer version of proxytune that made this store, or {hint}"),
+        ),
+    };
     Error::Store {
-        what: format!("{} has {found}; this program reads version {ours}", path.display()),
-        hint: Some("use the version of proxytune that made this store, or choose another directory with --store".into()),
+        what: format!(
+            "{} has {found}; this program reads versions up to {ours}",
+            path.display()
+        ),
+        hint: Some(hint),
     }
 }
 

@@ -28,9 +28,12 @@ use tokio::sync::Mutex;
 
 mod columns;
 mod dataset;
+pub mod export;
 mod failure;
 mod locks;
 mod removal;
+mod layout;
+pub mod query;
 mod rows;
 mod table;
 mod writer;

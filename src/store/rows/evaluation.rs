@@ -8,8 +8,8 @@ use arrow::record_batch::RecordBatch;
 use super::{Row, SCHEMA_VERSION};
 use crate::Result;
 use crate::store::columns::{
-    self, column, i64s, maybe_bytes, maybe_f32s, nullable, picture, required, strings, text, u64s,
-    vector, vector_at, vectors,
+    self, column, i64s, maybe_bytes, maybe_f32s, maybe_strings, maybe_text, nullable, picture,
+    required, since, strings, text, u64s, vector, vector_at, vectors,
 };
 
 /// The scores and embeddings that one pair of evaluators gives an image.
@@ -40,6 +40,9 @@ pub struct EvaluationRow {
     /// PNG, for samples; proxies and references have theirs elsewhere.
     pub image: Option<Vec<u8>>,
     pub created_us: i64,
+    /// Digest of the trained values that drew a sample; none for proxies and references, and for samples drawn
+    /// before layout 2.
+    pub adapter: Option<String>,
 }
 
 impl EvaluationRow {
@@ -87,6 +90,14 @@ impl EvaluationRow {
                 ),
                 nullable("image", LargeBinary, "the picture, PNG; samples only"),
                 required("created_us", Int64, "microseconds since 1970, UTC"),
+                since(
+                    2,
+                    nullable(
+                        "adapter",
+                        Utf8,
+                        "digest of the trained values that drew it, hex; samples only",
+                    ),
+                ),
             ],
         )
     }
@@ -122,6 +133,7 @@ impl Row for EvaluationRow {
                 vectors::<Float32Type>(schema, "dino_embedding", dino)?,
                 maybe_bytes(rows.iter().map(|r| r.image.as_deref())),
                 i64s(rows.iter().map(|r| r.created_us)),
+                maybe_strings(rows.iter().map(|r| r.adapter.as_deref())),
             ],
         )
     }
@@ -148,6 +160,7 @@ impl Row for EvaluationRow {
         let dino_embedding = vector_at::<Float32Type>(batch, "dino_embedding")?;
         let image = picture(batch, "image")?;
         let created: &Int64Array = column(batch, "created_us")?;
+        let adapter = maybe_text(batch, "adapter")?;
         let row = |i| Self {
             key: key(i),
             kind: kind(i),
@@ -164,6 +177,7 @@ impl Row for EvaluationRow {
             dino_embedding: dino_embedding(i),
             image: image(i),
             created_us: created.value(i),
+            adapter: adapter(i),
         };
         Ok((0..batch.num_rows()).map(row).collect())
     }

@@ -20,9 +20,15 @@ pub use run::RunRow;
 pub use subject::SubjectRow;
 pub use token::TokenRow;
 
-/// The layout that this program writes and reads. It grows by one with every change of a table's columns or of
-/// their meaning.
-pub const SCHEMA_VERSION: u32 = 1;
+/// The layout that this program writes. It grows by one with every change of a table's columns or of their meaning.
+///
+/// | layout | what changed |
+/// |---|---|
+/// | 1 | the first |
+/// | 2 | evaluations say which adapter drew a sample |
+///
+/// Tables of older layouts are brought up to this one when they are opened; those of newer ones are refused.
+pub const SCHEMA_VERSION: u32 = 2;
 
 /// Microseconds since 1970 (UTC), for `created_us` and `event_us`.
 pub fn now_us() -> i64 {

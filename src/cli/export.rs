@@ -1,0 +1,172 @@
+//! `proxytune export`: chosen proxies as images with captions, or as one picture.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::query::{Clock, LikeArgs, neighbours};
+use super::{StoreArgs, at_least_one, output_failed, runtime};
+use crate::evaluation::contact::{Cell, contact_sheet};
+use crate::images::{decode_png, encode_png};
+use crate::store::export::{
+    Choice, Chosen, Layout, choose, export as write_folder, refuse_existing,
+};
+use crate::store::query::{Search, Snapshot};
+use crate::{Error, Result, files};
+
+/// Pictures that a sheet has at most.
+const SHEET: usize = 1000;
+
+/// `proxytune export`
+#[derive(Debug, Clone, Args)]
+#[command(
+    after_help = "Examples:\n  proxytune export --subject dog1 --to train --layout kohya --repeats 10\n  \
+    proxytune export --where \"dino > 0.6\" --order \"dino DESC\" --limit 50 --to best --layout imagefolder\n  \
+    proxytune export --like \"a dog in the snow\" --limit 24 --sheet snow.png"
+)]
+pub struct ExportArgs {
+    #[command(flatten)]
+    pub store: StoreArgs,
+    /// Only proxies of this subject; may be given several times
+    #[arg(long = "subject", value_name = "NAME")]
+    pub subjects: Vec<String>,
+    #[command(flatten)]
+    pub like: LikeArgs,
+    /// In this order, such as \"dino DESC\"; if not said by likeness with --like, else by subject and number
+    #[arg(long, value_name = "SQL")]
+    pub order: Option<String>,
+    /// Write images and captions to this new folder
+    #[arg(long, value_name = "DIR", required_unless_present = "sheet")]
+    pub to: Option<PathBuf>,
+    /// For which trainer
+    #[arg(long, value_enum, default_value = "imagefolder")]
+    pub layout: Layout,
+    /// How often an epoch takes each picture, in the names of kohya's folders
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one)]
+    pub repeats: usize,
+    /// Write them as one picture to this new file
+    #[arg(long, value_name = "FILE.png")]
+    pub sheet: Option<PathBuf>,
+    /// Pictures in a row of the sheet
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = at_least_one)]
+    pub columns: usize,
+}
+
+pub(super) fn export(args: &ExportArgs, out: &mut impl Write) -> Result<()> {
+    for path in [&args.to, &args.sheet].into_iter().flatten() {
+        refuse_existing(path)?;
+    }
+    runtime()?.block_on(async {
+        let snapshot = Snapshot::open(&args.store.store, args.like.evaluators.as_deref()).await?;
+        let chosen = chosen(&snapshot, args).await?;
+        if chosen.is_empty() {
+            return Err(Error::invalid(
+                "no proxy is chosen",
+                "proxytune query \"SELECT subject, count(*) FROM proxies GROUP BY subject\" says which there are",
+            ));
+        }
+        if let Some(dir) = &args.to {
+            write_folder(&snapshot, &chosen, args.layout, args.repeats, dir).await?;
+            writeln!(out, "{} proxies in {}", chosen.len(), dir.display()).map_err(output_failed)?;
+        }
+        if let Some(path) = &args.sheet {
+            let sheet = sheet(&snapshot, &chosen, args).await?;
+            refuse_existing(path)?;
+            files::write(path, &sheet)?;
+            writeln!(out, "{} proxies on {}", chosen.len(), path.display()).map_err(output_failed)?;
+        }
+        Ok(())
+    })
+}
+
+async fn chosen(snapshot: &Snapshot, args: &ExportArgs) -> Result<Vec<Chosen>> {
+    let choice = Choice {
+        subjects: args.subjects.clone(),
+        filter: args.like.filter.clone(),
+        order: args.order.clone(),
+        limit: args.like.limit,
+    };
+    let near = match &args.like.like {
+        None => None,
+        Some(wanted) => {
+            let limit = args.like.limit.ok_or_else(|| {
+                Error::invalid(
+                    "--like without a number",
+                    "say how many of the nearest with --limit N",
+                )
+            })?;
+            let (condition, mut clock) = (choice.condition(), Clock::new(false));
+            let near = neighbours(
+                snapshot,
+                wanted,
+                &args.like,
+                condition.as_deref(),
+                limit,
+                Search::Fast,
+                &mut clock,
+            )
+            .await?;
+            Some(near)
+        }
+    };
+    choose(snapshot, &choice, near.as_deref()).await
+}
+
+async fn sheet(snapshot: &Snapshot, chosen: &[Chosen], args: &ExportArgs) -> Result<Vec<u8>> {
+    if chosen.len() > SHEET {
+        return Err(Error::invalid(
+            format!("{} proxies are too many for one picture", chosen.len()),
+            format!("choose at most {SHEET} with --limit or --where"),
+        ));
+    }
+    let mut cells = Vec::with_capacity(chosen.len());
+    snapshot
+        .pictures(chosen, |i, picture| {
+            let one = &chosen[i];
+            let score =
+                |name: &str, score: Option<f32>| score.map(|score| format!("{name} {score:.2}"));
+            let notes = [
+                score("like", one.similarity),
+                score("DINO", one.dino),
+                score("CLIP-T", one.clip_t),
+            ];
+            cells.push(Cell {
+                image: decode_png(picture, &format!("proxy {}", one.key))?,
+                caption: one.prompt.clone(),
+                note: notes
+                    .into_iter()
+                    .flatten()
+                    .take(2)
+                    .collect::<Vec<_>>()
+                    .join(" "),
+            });
+            Ok(())
+        })
+        .await?;
+    encode_png(&contact_sheet(
+        &title(chosen, args),
+        &cells,
+        args.columns as u32,
+    ))
+}
+
+fn title(chosen: &[Chosen], args: &ExportArgs) -> String {
+    let mut subjects: Vec<&str> = chosen.iter().map(|one| one.subject.as_str()).collect();
+    subjects.sort_unstable();
+    subjects.dedup();
+    let mut title = match subjects.as_slice() {
+        few if few.len() <= 4 => format!("{} proxies of {}", chosen.len(), few.join(", ")),
+        many => format!("{} proxies of {} subjects", chosen.len(), many.len()),
+    };
+    for (name, value) in [
+        ("like", &args.like.like),
+        ("where", &args.like.filter),
+        ("by", &args.order),
+    ] {
+        if let Some(value) = value {
+            title += &format!("; {name} {value}");
+        }
+    }
+    title
+}

@@ -1,0 +1,290 @@
+//! `proxytune query`: SQL over the store, nearest proxies, and what there is to ask.
+
+use std::io::{BufWriter, IsTerminal, Read, Write};
+use std::path::PathBuf;
+use std::time::Instant;
+
+use clap::Args;
+
+use super::{Ended, StoreArgs, at_least_one, output_failed, runtime};
+use crate::evaluation::likeness::Like;
+use crate::files::Aside;
+use crate::store::export::refuse_existing;
+use crate::store::query::{
+    Answer, Format, IndexReport, Recall, Search, Snapshot, Space, tables_text, write,
+};
+use crate::{Error, Result};
+
+/// From so many embeddings on, a search without an index says that there could be one.
+const MANY: usize = 50_000;
+
+/// `proxytune query`
+#[derive(Debug, Clone, Args)]
+#[command(after_help = "Examples:\n  proxytune query --tables\n  \
+    proxytune query \"SELECT subject, avg(dino), avg(clip_t), count(*) FROM scored GROUP BY subject\"\n  \
+    proxytune query \"SELECT * FROM metrics WHERE name = 'loss'\" --format csv --out losses.csv\n  \
+    proxytune query --like photo.jpg --where \"clip_t > 0.3\" --limit 20\n  \
+    proxytune query --like \"a dog in the snow\"")]
+pub struct QueryArgs {
+    /// One query, in quotes; - reads it from standard input. With --like it may use the table near(key, similarity)
+    pub sql: Option<String>,
+    #[command(flatten)]
+    pub store: StoreArgs,
+    /// Explain tables and columns, with their rows and sizes
+    #[arg(long, conflicts_with_all = ["sql", "like", "index", "recall"])]
+    pub tables: bool,
+    #[command(flatten)]
+    pub like: LikeArgs,
+    /// Compare all embeddings, even where there is an index
+    #[arg(long, requires = "like")]
+    pub exact: bool,
+    /// Build the index for --like anew, and measure its recall
+    #[arg(long, conflicts_with_all = ["sql", "like"])]
+    pub index: bool,
+    /// Measure the recall of the index as it is now
+    #[arg(long, conflicts_with_all = ["sql", "like"])]
+    pub recall: bool,
+    /// How the answer is written
+    #[arg(long, value_enum, default_value_t)]
+    pub format: Format,
+    /// Write the answer to this new file
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+    /// Say how long opening, searching and answering took
+    #[arg(long)]
+    pub timing: bool,
+}
+
+/// What proxies are to be like.
+#[derive(Debug, Clone, Args)]
+pub struct LikeArgs {
+    /// The nearest proxies: to a picture's file, to the proxy whose key begins so (8 digits or more), or to a text
+    #[arg(long, value_name = "IMAGE|KEY|TEXT")]
+    pub like: Option<String>,
+    /// Which embedding is compared; pictures by DINO and texts by CLIP if not said
+    #[arg(long, value_enum)]
+    pub by: Option<Space>,
+    /// Only proxies that satisfy this condition on the columns of the view scored
+    #[arg(long = "where", value_name = "SQL")]
+    pub filter: Option<String>,
+    /// How many
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    pub limit: Option<usize>,
+    /// Digits of the evaluators whose scores and embeddings are meant; if not said, those of the latest run
+    #[arg(long, value_name = "DIGITS")]
+    pub evaluators: Option<String>,
+}
+
+/// Neighbours where no number is given.
+const NEIGHBOURS: usize = 10;
+
+pub(super) fn query(args: &QueryArgs) -> Result<Ended> {
+    match runtime()?.block_on(answer(args)) {
+        // Whoever reads has seen enough: `proxytune query … | head`.
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => {
+            Ok(Ended::Well)
+        }
+        answered => answered,
+    }
+}
+
+async fn answer(args: &QueryArgs) -> Result<Ended> {
+    let mut clock = Clock::new(args.timing);
+    let like = &args.like;
+    if like.like.is_none() && (like.filter.is_some() || like.limit.is_some()) {
+        return Err(Error::invalid(
+            "--where and --limit go with --like",
+            "in a query they are SQL: SELECT … WHERE … LIMIT …",
+        ));
+    }
+    let snapshot = Snapshot::open(&args.store.store, like.evaluators.as_deref()).await?;
+    clock.lap("opened");
+    if args.tables {
+        let tables = snapshot.tables().await?;
+        let mut out = std::io::stdout();
+        write!(out, "{}", tables_text(&tables)).map_err(output_failed)?;
+        clock.lap("described");
+        return Ok(Ended::Well);
+    }
+    if args.index || args.recall {
+        for space in like
+            .by
+            .map_or(vec![Space::Clip, Space::Dino], |space| vec![space])
+        {
+            let line = match args.index {
+                true => built(&snapshot.build_index(space).await?),
+                false => measured(space, snapshot.recall(space).await?),
+            };
+            writeln!(std::io::stdout(), "{line}").map_err(output_failed)?;
+        }
+        return Ok(Ended::Well);
+    }
+    let typed = match args.sql.as_deref() {
+        Some("-") => {
+            let mut text = String::new();
+            let read = std::io::stdin().read_to_string(&mut text);
+            read.map_err(Error::io("standard input"))?;
+            Some(text)
+        }
+        other => other.map(str::to_string),
+    };
+    let sql = match (&like.like, typed) {
+        (None, None) => {
+            return Err(Error::invalid(
+                "there is nothing to ask",
+                "give a query in quotes, --like IMAGE|TEXT, or --tables to see what there is",
+            ));
+        }
+        (None, Some(sql)) => sql,
+        (Some(wanted), typed) => {
+            let search = if args.exact {
+                Search::Exact
+            } else {
+                Search::Fast
+            };
+            let limit = like.limit.unwrap_or(NEIGHBOURS);
+            let near = neighbours(
+                &snapshot,
+                wanted,
+                like,
+                like.filter.as_deref(),
+                limit,
+                search,
+                &mut clock,
+            )
+            .await?;
+            snapshot.add_neighbours(&near)?;
+            typed.unwrap_or_else(|| {
+                let keys: Vec<String> = near.iter().map(|near| format!("'{}'", near.key)).collect();
+                let keys = if keys.is_empty() { "NULL".into() } else { keys.join(", ") };
+                format!(
+                    "SELECT similarity, subject, number, prompt, clip_i, clip_t, dino, near.key FROM near \
+                     JOIN scored ON scored.key = near.key WHERE scored.key IN ({keys}) ORDER BY similarity DESC, near.key"
+                )
+            })
+        }
+    };
+    let answer = snapshot.sql(&sql).await?;
+    clock.lap("planned");
+    deliver(answer, args.format, args.out.as_deref()).await?;
+    clock.lap("answered");
+    Ok(Ended::Well)
+}
+
+/// The proxies nearest to what was typed.
+pub(super) async fn neighbours(
+    snapshot: &Snapshot,
+    wanted: &str,
+    args: &LikeArgs,
+    filter: Option<&str>,
+    limit: usize,
+    search: Search,
+    clock: &mut Clock,
+) -> Result<Vec<crate::store::query::Neighbour>> {
+    let wanted = Like::parse(wanted)?;
+    let space = args.by.unwrap_or(wanted.usual_space());
+    let vector = wanted.embedding(snapshot, space).await?;
+    clock.lap("embedded");
+    let near = snapshot
+        .nearest(space, &vector, limit, filter, search)
+        .await?;
+    clock.lap("searched");
+    let (indexed, rows) = snapshot.indexed(space).await?;
+    if !indexed && rows >= MANY && filter.is_none() {
+        eprintln!(
+            "hint: {rows} embeddings were compared one by one; proxytune query --index makes this quicker"
+        );
+    }
+    Ok(near)
+}
+
+/// Writes the answer where it is wanted.
+async fn deliver(answer: Answer, format: Format, out: Option<&std::path::Path>) -> Result<()> {
+    match out {
+        Some(path) => {
+            refuse_existing(path)?;
+            let mut aside = Aside::create(path)?;
+            let mut buffer = BufWriter::new(aside.file());
+            write(answer, format, &mut buffer).await?;
+            buffer.flush().map_err(Error::io(path))?;
+            drop(buffer);
+            refuse_existing(path)?;
+            aside.finish()
+        }
+        None if format == Format::Parquet && std::io::stdout().is_terminal() => Err(
+            Error::invalid("Parquet is nothing for a terminal", "give --out FILE"),
+        ),
+        None => {
+            let mut buffer = BufWriter::new(std::io::stdout());
+            write(answer, format, &mut buffer).await?;
+            buffer.flush().map_err(output_failed)
+        }
+    }
+}
+
+fn built(report: &IndexReport) -> String {
+    let (table, space, rows) = (&report.table, name(report.space), report.rows);
+    match (report.groups, report.recall) {
+        (Some((groups, probed)), Some(recall)) => format!(
+            "{table}: index of {rows} {space} embeddings built in {:.1} s: {groups} groups, {probed} of them compared; {}",
+            report.built_in.as_secs_f64(),
+            quality(&recall)
+        ),
+        _ => format!(
+            "{table}: {rows} {space} embeddings are too few for an index; all are compared, exactly"
+        ),
+    }
+}
+
+fn measured(space: Space, recall: Option<Recall>) -> String {
+    match recall {
+        Some(recall) => format!("{}: {}", name(space), quality(&recall)),
+        None => format!(
+            "{}: no index; every search is exact (--index builds one)",
+            name(space)
+        ),
+    }
+}
+
+fn quality(recall: &Recall) -> String {
+    format!(
+        "recall {:.3} of the {} nearest against the exact search, over {} proxies; {:.1} ms a search, exact {:.1} ms",
+        recall.recall,
+        recall.neighbours,
+        recall.sample,
+        recall.fast.as_secs_f64() * 1e3,
+        recall.exact.as_secs_f64() * 1e3
+    )
+}
+
+fn name(space: Space) -> &'static str {
+    match space {
+        Space::Clip => "CLIP",
+        Space::Dino => "DINO",
+    }
+}
+
+/// Times of the parts of a command, told on standard error if wanted.
+pub(super) struct Clock {
+    wanted: bool,
+    last: Instant,
+}
+
+impl Clock {
+    pub(super) fn new(wanted: bool) -> Self {
+        Self {
+            wanted,
+            last: Instant::now(),
+        }
+    }
+
+    pub(super) fn lap(&mut self, part: &str) {
+        if self.wanted {
+            eprintln!(
+                "{part} in {:.1} ms",
+                self.last.elapsed().as_secs_f64() * 1e3
+            );
+        }
+        self.last = Instant::now();
+    }
+}

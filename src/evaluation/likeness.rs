@@ -1,0 +1,134 @@
+//! What proxies are to be like, as an embedding: of a picture, of a text, or of a proxy that has one already. Pictures
+//! and texts are embedded by the very models that made the store's embeddings.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::Device;
+
+use super::embed::{ImageEmbedder, TextEmbedder};
+use super::embedders::{ClipEmbedder, DinoEmbedder};
+use crate::config::locate;
+use crate::images;
+use crate::plan::evaluators_key;
+use crate::store::query::{Snapshot, Space};
+use crate::{Error, Result};
+
+/// The fewest digits of a key that are taken for one.
+const KEY_DIGITS: usize = 8;
+/// Evaluators that are tried where no run says which there were.
+const USUAL: [(&str, &str); 2] = [
+    ("nano-clip", "nano-dino"),
+    ("clip-vit-base-patch32", "dino-vits16"),
+];
+
+/// What proxies are to be like.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Like {
+    Image(PathBuf),
+    /// The beginning of a proxy's key.
+    Key(String),
+    Text(String),
+}
+
+impl Like {
+    /// What `typed` means: a file that exists, a name of a picture (an error if there is none), at least eight digits of
+    /// a key, or else a text.
+    ///
+    /// Errors: there is no such picture; an empty text.
+    pub fn parse(typed: &str) -> Result<Self> {
+        let path = Path::new(typed);
+        if path.is_file() {
+            return Ok(Like::Image(path.to_path_buf()));
+        }
+        if images::is_photo_name(path) {
+            return Err(Error::invalid(
+                format!("there is no picture {typed}"),
+                "give a file, the digits of a proxy's key, or a text in quotes",
+            ));
+        }
+        if typed.len() >= KEY_DIGITS && typed.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+            return Ok(Like::Key(typed.to_ascii_lowercase()));
+        }
+        if typed.trim().is_empty() {
+            return Err(Error::invalid(
+                "--like is empty",
+                "give a picture, the digits of a key, or a text",
+            ));
+        }
+        Ok(Like::Text(typed.to_string()))
+    }
+
+    /// The embedding that is asked where nothing else is said: texts have one by CLIP alone.
+    pub fn usual_space(&self) -> Space {
+        match self {
+            Like::Text(_) => Space::Clip,
+            Like::Image(_) | Like::Key(_) => Space::Dino,
+        }
+    }
+
+    /// The embedding in `space`.
+    ///
+    /// Errors: a text by DINO; an unknown key; a picture that cannot be read; models that are not here any more.
+    pub async fn embedding(&self, snapshot: &Snapshot, space: Space) -> Result<Vec<f32>> {
+        match (self, space) {
+            (Like::Key(key), _) => snapshot.embedding(space, key).await?.ok_or_else(|| {
+                Error::invalid(
+                    format!("no embedding of a key that begins with {key}"),
+                    "the column key of the tables proxies and evaluations has them",
+                )
+            }),
+            (Like::Text(_), Space::Dino) => Err(Error::invalid(
+                "DINO has no embeddings of texts",
+                "leave --by out, or give --by clip",
+            )),
+            (Like::Text(text), Space::Clip) => {
+                let clip = ClipEmbedder::load(&models(snapshot).await?.0, &Device::Cpu)?;
+                first(clip.texts(std::slice::from_ref(text))?)
+            }
+            (Like::Image(path), space) => {
+                let image = images::load(path)?;
+                let (clip, dino) = models(snapshot).await?;
+                let embedder: Box<dyn ImageEmbedder> = match space {
+                    Space::Clip => Box::new(ClipEmbedder::load(&clip, &Device::Cpu)?),
+                    Space::Dino => Box::new(DinoEmbedder::load(&dino, &Device::Cpu)?),
+                };
+                first(embedder.images(&[image])?)
+            }
+        }
+    }
+}
+
+fn first(embeddings: Vec<Vec<f32>>) -> Result<Vec<f32>> {
+    embeddings.into_iter().next().ok_or_else(|| Error::Invalid {
+        what: "an embedder gave no embedding".into(),
+        hint: None,
+    })
+}
+
+/// The folders of CLIP and DINO that made the embeddings of `snapshot`: their digests are those of the table.
+async fn models(snapshot: &Snapshot) -> Result<(PathBuf, PathBuf)> {
+    let table = snapshot.evaluations().await?.unwrap_or_default();
+    let digits = table.trim_start_matches("evaluations_");
+    let mut named = snapshot.evaluator_names(digits).await?;
+    named.extend(USUAL.map(|(clip, dino)| (clip.to_string(), dino.to_string())));
+    named.dedup();
+    for (clip, dino) in &named {
+        let (Ok(clip), Ok(dino)) = (locate(clip), locate(dino)) else {
+            continue;
+        };
+        if evaluators_key(&clip, &dino)?.starts_with(digits) {
+            return Ok((clip, dino));
+        }
+    }
+    let named: Vec<String> = named
+        .iter()
+        .map(|(clip, dino)| format!("{clip} and {dino}"))
+        .collect();
+    Err(Error::invalid(
+        format!("the models that made the embeddings of {table} are not here"),
+        format!(
+            "tried: {}; start where the store's runs were started, or give the digits of a proxy's key",
+            named.join("; ")
+        ),
+    ))
+}

@@ -1,0 +1,112 @@
+//! What DataFusion reports, as this crate's errors: with the names that exist, and the nearest of them.
+
+use datafusion::common::SchemaError;
+use datafusion::error::DataFusionError;
+
+use super::Snapshot;
+use crate::Error;
+use crate::config::did_you_mean;
+
+/// `cause` in one line. With the `snapshot`, unknown names are answered with known ones.
+pub(super) fn explained(cause: DataFusionError, snapshot: Option<&Snapshot>) -> Error {
+    let root = cause.find_root();
+    if let DataFusionError::SchemaError(error, _) = root {
+        return schema_error(error);
+    }
+    let text = first_line(&root.strip_backtrace());
+    let missing = text
+        .split_once("table '")
+        .and_then(|(_, rest)| rest.split_once("' not found"))
+        .map(|(name, _)| name.rsplit('.').next().unwrap_or(name));
+    if let (Some(name), Some(snapshot)) = (missing, snapshot) {
+        return unknown_table(snapshot, name);
+    }
+    let hint = match root {
+        DataFusionError::SQL(..) => {
+            Some("one SELECT is wanted, in quotes: proxytune query \"SELECT subject, count(*) FROM proxies GROUP BY subject\"".into())
+        }
+        DataFusionError::ResourcesExhausted(_) => Some("ask for fewer rows, or leave the image column out".into()),
+        _ => None,
+    };
+    Error::Invalid {
+        what: format!("query: {text}"),
+        hint,
+    }
+}
+
+fn schema_error(error: &SchemaError) -> Error {
+    match error {
+        SchemaError::FieldNotFound {
+            field,
+            valid_fields,
+        } => {
+            let known = valid_fields.iter().map(|column| column.name.as_str());
+            let hint = match valid_fields.is_empty() {
+                true => "proxytune query --tables names all columns".to_string(),
+                false => did_you_mean(&field.name, known, "columns here:"),
+            };
+            let mut hint = hint;
+            if valid_fields.iter().any(|column| column.name == field.name) {
+                hint = "the table in front of the dot has no such column; another one in this query has".to_string();
+            }
+            Error::invalid(
+                format!("query: there is no column {}", field.flat_name()),
+                hint,
+            )
+        }
+        SchemaError::AmbiguousReference { field } => Error::invalid(
+            format!(
+                "query: column {} is in more than one of the tables",
+                field.name
+            ),
+            format!("put the table's name in front: proxies.{}", field.name),
+        ),
+        other => Error::invalid(
+            format!("query: {other}"),
+            "give each column of the answer a name of its own with AS",
+        ),
+    }
+}
+
+/// A table that neither exists nor could.
+pub(super) fn unknown_table(snapshot: &Snapshot, name: &str) -> Error {
+    let names = snapshot.all_names();
+    Error::invalid(
+        format!(
+            "query: there is no table {name} in {}",
+            snapshot.path().display()
+        ),
+        did_you_mean(name, names.iter().map(String::as_str), "tables:"),
+    )
+}
+
+/// A statement that would change something.
+pub(super) fn not_a_query() -> Error {
+    Error::invalid(
+        "query: only queries are answered; this statement would change something",
+        "SELECT, WITH, EXPLAIN and DESCRIBE can be asked; to write an answer to a file use --out FILE",
+    )
+}
+
+/// Without the label that DataFusion puts first, and without what follows the first line.
+fn first_line(text: &str) -> String {
+    let line = text.lines().next().unwrap_or_default();
+    let labels = [
+        "Error during planning: ",
+        "SQL error: ",
+        "Arrow error: ",
+        "Execution error: ",
+        "External error: ",
+        "This feature is not implemented: ",
+        "Schema error: ",
+    ];
+    let mut line = line;
+    while let Some(rest) = labels.iter().find_map(|label| line.strip_prefix(label)) {
+        line = rest;
+    }
+    let end = [", /", ", rust/", ", location: "]
+        .iter()
+        .filter_map(|mark| line.find(mark))
+        .min();
+    line[..end.unwrap_or(line.len())].to_string()
+}

@@ -1,0 +1,125 @@
+//! Views: what the tables say, put together as people ask for it.
+
+use super::Snapshot;
+use crate::{Error, Result};
+
+/// A name that SQL may use beside the tables'.
+pub(super) struct View {
+    pub name: &'static str,
+    /// What a row is.
+    pub row: &'static str,
+    /// Columns that no table has, and what they hold.
+    pub columns: &'static [(&'static str, &'static str)],
+}
+
+/// The one view that is no SQL: it is read out of the resolved files.
+pub(super) const SETTINGS: &str = "settings";
+
+pub(super) const VIEWS: &[View] = &[
+    View {
+        name: "evaluations",
+        row: "the evaluations table of the evaluators that are asked (--evaluators)",
+        columns: &[],
+    },
+    View {
+        name: "latest_runs",
+        row: "a run with its latest status",
+        columns: &[(
+            "started_us",
+            "when it was first started, microseconds since 1970, UTC",
+        )],
+    },
+    View {
+        name: "scored",
+        row: "a proxy with the scores that the asked evaluators give it",
+        columns: &[],
+    },
+    View {
+        name: "scores",
+        row: "the scores of an image by any evaluators, without embeddings and pictures",
+        columns: &[("evaluators", "the end of the name of the table it is in")],
+    },
+    View {
+        name: SETTINGS,
+        row: "one setting of a run, every default included",
+        columns: &[
+            ("run", "the run"),
+            (
+                "setting",
+                "its path in the pipeline file, such as student.steps",
+            ),
+            ("value", "its value, as text"),
+        ],
+    },
+    View {
+        name: "tokens",
+        row: "the only tokens table",
+        columns: &[],
+    },
+];
+
+pub(super) fn names() -> impl Iterator<Item = &'static str> {
+    VIEWS.iter().map(|view| view.name)
+}
+
+/// The query behind the view `name`; none when it is no such view.
+///
+/// Errors: it has nothing to show in this store.
+pub(super) async fn sql(snapshot: &Snapshot, name: &str) -> Result<Option<String>> {
+    Ok(Some(match name {
+        "evaluations" => {
+            let table = snapshot.evaluations().await?.ok_or_else(nothing_evaluated)?;
+            format!("SELECT * FROM {table}")
+        }
+        "tokens" => {
+            let known: Vec<&str> = snapshot
+                .names
+                .iter()
+                .map(String::as_str)
+                .filter(|name| name.starts_with("tokens_"))
+                .collect();
+            match known.as_slice() {
+                [only] => format!("SELECT * FROM {only}"),
+                [] => return Err(Error::invalid("nothing is tokenized in this store", "run a pipeline first")),
+                several => {
+                    let several = several.join(", ");
+                    return Err(Error::invalid(
+                        "query: there are tokens of more than one tokenizer",
+                        format!("name one of: {several}"),
+                    ));
+                }
+            }
+        }
+        "scores" => {
+            let columns = "key, kind, run, method, step, subject, prompt, seed, clip_i, clip_t, dino, adapter, created_us";
+            let of = |digits: &str| {
+                format!("SELECT '{digits}' AS evaluators, {columns} FROM evaluations_{digits}")
+            };
+            let parts: Vec<String> = snapshot.all_evaluators().map(of).collect();
+            if parts.is_empty() {
+                return Err(nothing_evaluated());
+            }
+            parts.join(" UNION ALL ")
+        }
+        "scored" => match snapshot.evaluations().await? {
+            Some(table) => format!(
+                "SELECT proxies.*, e.clip_i, e.clip_t, e.dino FROM proxies LEFT JOIN {table} e ON proxies.key = e.key"
+            ),
+            None => "SELECT proxies.*, CAST(NULL AS REAL) AS clip_i, CAST(NULL AS REAL) AS clip_t, \
+                     CAST(NULL AS REAL) AS dino FROM proxies"
+                .to_string(),
+        },
+        "latest_runs" => "SELECT run, status, started_us, event_us, pipeline, resolved, plan_digest, versions FROM \
+             (SELECT *, min(event_us) OVER (PARTITION BY run) AS started_us, \
+             row_number() OVER (PARTITION BY run ORDER BY event_us DESC) AS place FROM runs) WHERE place = 1"
+            .to_string(),
+        _ => return Ok(None),
+    }))
+}
+
+pub(super) fn nothing_evaluated() -> Error {
+    Error::invalid(
+        "query: nothing is evaluated in this store yet",
+        "proxies are scored while a pipeline runs; a store of proxies alone has none",
+    )
+}
