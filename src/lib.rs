@@ -12,7 +12,7 @@
 //! | [`nano`] | the drawn world and the training of the nano checkpoints |
 //! | [`pipeline`] | the graph: builds the stages, spawns, drains, joins |
 //! | [`stages`] | one file per box of the dataflow |
-//! | [`training`], [`evaluation`] | trainer, optimizers, adapter files; metrics, protocol, report |
+//! | [`training`], [`evaluation`], [`verify`] | trainer, optimizers, adapter files; metrics, protocol, report; components against their references |
 //! | [`models`] | one file or folder per architecture; the traits and the registry |
 //! | [`nn`], [`diffusion`] | differentiable layers; noise schedules and samplers |
 //! | [`store`], [`plan`], [`config`], [`hub`], [`stream`], [`images`], [`files`] | Lance; what happens in which order; TOML to types; checkpoints by name; channels and workers; pictures; atomic files |
@@ -37,5 +37,6 @@ pub mod stages;
 pub mod store;
 pub mod stream;
 pub mod training;
+pub mod verify;
 
 pub use error::{Error, Result};

@@ -6,6 +6,7 @@ pub mod checkpoint_files;
 pub mod clip;
 pub mod encoder;
 pub mod llamagen;
+pub mod lora_file;
 pub mod pickle;
 pub mod sd3;
 pub mod t5;
