@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use candle_core::Tensor;
 use serde_json::json;
 
-pub use super::lora_file::{DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS};
 use super::lora_file::LoraFile;
+pub use super::lora_file::{DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS};
 use crate::files;
 use crate::nn::{Factors, LoraConfig};
 use crate::{Error, Result};
@@ -59,7 +59,11 @@ impl AdapterFile {
         Ok(Self {
             tensors,
             rank,
-            alpha: if alike { scale * rank as f64 } else { rank as f64 },
+            alpha: if alike {
+                scale * rank as f64
+            } else {
+                rank as f64
+            },
             modules,
         })
     }

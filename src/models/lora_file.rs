@@ -304,7 +304,10 @@ mod tests {
     fn what_cannot_be_carried_is_named() {
         let config = json!({"lora_alpha": 3, "use_dora": true, "bias": "all", "peft_type": "LORA"});
         let error = scales(&["w"], config).unwrap_err().to_string();
-        assert!(error.contains("DoRA") && error.contains("bias is all"), "{error}");
+        assert!(
+            error.contains("DoRA") && error.contains("bias is all"),
+            "{error}"
+        );
         let config = json!({"lora_alpha": 3, "peft_type": "LOHA"});
         let error = scales(&["w"], config).unwrap_err().to_string();
         assert!(error.contains("LOHA"), "{error}");

@@ -116,9 +116,7 @@ impl FeedForward {
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match self {
-            Self::Plain { wi, wo, activation } => {
-                wo.forward(&activation.forward(&wi.forward(x)?)?)
-            }
+            Self::Plain { wi, wo, activation } => wo.forward(&activation.forward(&wi.forward(x)?)?),
             Self::Gated {
                 wi_0,
                 wi_1,

@@ -220,12 +220,7 @@ impl Weights {
     }
 
     /// The adapter's factors for a convolution at this place, if a trained adapter has some.
-    pub fn lora_conv(
-        &self,
-        inputs: usize,
-        outputs: usize,
-        kernel: usize,
-    ) -> Result<Option<Lora>> {
+    pub fn lora_conv(&self, inputs: usize, outputs: usize, kernel: usize) -> Result<Option<Lora>> {
         match &self.adapter {
             Some(adapter) => {
                 let shape = [outputs, inputs, kernel];

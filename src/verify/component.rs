@@ -172,11 +172,19 @@ mod tests {
     fn all_names_of_a_vit_layer_come_to_one() {
         let old = "vit.encoder.layer.3.attention.attention.key";
         assert_eq!(vit_layer(old), "layers.3.attention.k_proj");
-        let names = ["attention.output.dense", "output.dense", "intermediate.dense"];
+        let names = [
+            "attention.output.dense",
+            "output.dense",
+            "intermediate.dense",
+        ];
         let new = names.map(|name| vit_layer(&format!("encoder.layer.0.{name}")));
         assert_eq!(
             new,
-            ["layers.0.attention.o_proj", "layers.0.mlp.fc2", "layers.0.mlp.fc1"]
+            [
+                "layers.0.attention.o_proj",
+                "layers.0.mlp.fc2",
+                "layers.0.mlp.fc1"
+            ]
         );
         assert_eq!(vit_layer("layers.0.mlp.fc2"), "layers.0.mlp.fc2");
     }

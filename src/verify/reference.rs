@@ -113,8 +113,7 @@ fn tensor(view: &TensorView<'_>) -> candle_core::Result<Tensor> {
         Dtype::I16 => whole(view, |b| i64::from(i16::from_le_bytes(b))),
         Dtype::U32 => whole(view, |b| i64::from(u32::from_le_bytes(b))),
         Dtype::I32 => whole(view, |b| i64::from(i32::from_le_bytes(b))),
-        Dtype::U64 => whole(view, |b| i64::from_le_bytes(b)),
-        Dtype::I64 => whole(view, i64::from_le_bytes),
+        Dtype::U64 | Dtype::I64 => whole(view, i64::from_le_bytes),
         _ => view.load(&Device::Cpu)?.to_dtype(DType::F64),
     }
 }
@@ -191,7 +190,10 @@ impl Inputs<'_> {
             return Err(misshapen(name, tensor, &format!("({b}, {n})")));
         }
         let values = tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?;
-        let mask: Vec<u8> = values.into_iter().map(|v: f64| u8::from(v != 0.0)).collect();
+        let mask: Vec<u8> = values
+            .into_iter()
+            .map(|v: f64| u8::from(v != 0.0))
+            .collect();
         Ok(Tensor::from_vec(mask, (b, n), &self.device)?)
     }
 

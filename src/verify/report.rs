@@ -98,7 +98,12 @@ impl Report {
 
     /// For people: every output, the worst gradients and every one that fails, what is worth knowing, the verdict.
     pub fn text(&self) -> String {
-        let mut text = format!("{} · {} · {}", self.component, self.folder.display(), self.precision);
+        let mut text = format!(
+            "{} · {} · {}",
+            self.component,
+            self.folder.display(),
+            self.precision
+        );
         if let Some(adapter) = &self.adapter {
             let _ = write!(text, " · adapter {}", adapter.display());
         }
@@ -251,7 +256,9 @@ fn state_word(state: GradientState) -> &'static str {
 }
 
 fn gradient_line(gradient: &GradientResult) -> String {
-    let GradientResult { name, error, norm, .. } = gradient;
+    let GradientResult {
+        name, error, norm, ..
+    } = gradient;
     match gradient.state {
         GradientState::Equal => format!("{error:.1e}  {name}"),
         GradientState::Different => format!("{error:.1e}  {name}, different"),

@@ -61,7 +61,11 @@ impl ImageTokenizer {
         let side = self.resolution;
         if let Some(other) = images.iter().find(|i| i.dimensions() != (side, side)) {
             return Err(Error::invalid(
-                format!("an image of {}×{} for the tokenizer", other.width(), other.height()),
+                format!(
+                    "an image of {}×{} for the tokenizer",
+                    other.width(),
+                    other.height()
+                ),
                 format!("resize it to {side}×{side} pixels"),
             ));
         }
@@ -178,7 +182,7 @@ impl LlamaGen {
                 "leave resolution out, or name the checkpoint for another size",
             ));
         }
-        finish_all(&[&weights, &t5_weights])?;
+        finish_all(dir, [&weights, &t5_weights])?;
         let captions = Captions {
             tokenizer: TextTokenizer::from_file(&t5.join("tokenizer.json"))?,
             encoder,
