@@ -32,6 +32,9 @@ pub enum Error {
     /// What was asked for cannot be done; `hint` says what can.
     #[error("{what}")]
     Invalid { what: String, hint: Option<String> },
+    /// What was given to compare cannot be compared, for the reason inside.
+    #[error(transparent)]
+    Unusable(Box<Error>),
     /// A stage failed; its name goes in front of the cause.
     #[error("stage {stage}: {source}")]
     Stage { stage: String, source: Box<Error> },
@@ -74,6 +77,7 @@ impl Error {
         match self {
             Error::Store { hint, .. } | Error::Invalid { hint, .. } => hint.clone(),
             Error::Stage { source, .. } => source.hint(),
+            Error::Unusable(source) => source.hint(),
             Error::Io { source, path } => match source.kind() {
                 std::io::ErrorKind::StorageFull => {
                     Some("free some space and run the same command again: it continues where it stopped".into())

@@ -13,7 +13,7 @@
 //! | [`watch`] | the watched folder: a chain of runs |
 //! | [`pipeline`] | the graph: builds the stages, spawns, drains, joins |
 //! | [`stages`] | one file per box of the dataflow |
-//! | [`training`], [`evaluation`] | trainer, optimizers, adapter files; metrics, protocol, report |
+//! | [`training`], [`evaluation`], [`verify`] | trainer, optimizers, adapter files; metrics, protocol, report; components against their references |
 //! | [`models`] | one file or folder per architecture; the traits and the registry |
 //! | [`nn`], [`diffusion`] | differentiable layers; noise schedules and samplers |
 //! | [`store`], [`plan`], [`config`], [`hub`], [`stream`], [`images`], [`files`] | Lance; what happens in which order; TOML to types; checkpoints by name; channels and workers; pictures; atomic files |
@@ -39,5 +39,6 @@ pub mod store;
 pub mod stream;
 pub mod training;
 pub mod watch;
+pub mod verify;
 
 pub use error::{Error, Result};

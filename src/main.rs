@@ -23,7 +23,7 @@ fn main() -> ExitCode {
             }
             match error {
                 Error::Interrupted => ExitCode::from(130),
-                Error::Config(_) => ExitCode::from(2),
+                Error::Config(_) | Error::Unusable(_) => ExitCode::from(2),
                 _ => ExitCode::FAILURE,
             }
         }

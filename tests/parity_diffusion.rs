@@ -166,26 +166,6 @@ impl Case {
 }
 
 #[test]
-fn the_denoiser_and_the_gradients_of_its_adapter_equal_diffusers() -> Result<()> {
-    for name in ["sd3", "sd35"] {
-        let case = open(name, false)?;
-        let output = case.forward()?;
-        assert_close(&output, &case.inputs["output"], 1e-4, name);
-        let grads = (output * &case.inputs["cotangent"])?
-            .sum_all()?
-            .backward()?;
-        let variables: BTreeMap<String, Var> = case.adapter.variables().into_iter().collect();
-        let compared = assert_gradients(&case.inputs, &grads, &variables);
-        assert_eq!(
-            compared,
-            variables.len(),
-            "{name}: every factor has a reference"
-        );
-    }
-    Ok(())
-}
-
-#[test]
 fn the_gradients_of_the_denoisers_own_weights_equal_diffusers() -> Result<()> {
     for name in ["sd3", "sd35"] {
         let case = open(name, true)?;
@@ -313,7 +293,7 @@ fn the_autoencoder_and_all_its_gradients_equal_diffusers_both_ways() -> Result<(
         );
         assert!(
             model
-                .encode(&Tensor::zeros((1, 3, 7, 8), DType::F32, &Device::Cpu)?)
+                .encode(&Tensor::zeros((1, 3, 1, 8), DType::F32, &Device::Cpu)?)
                 .is_err()
         );
     }

@@ -14,6 +14,7 @@ mod report;
 mod run;
 mod sample;
 mod watch;
+pub mod verify;
 
 use std::path::PathBuf;
 
@@ -64,6 +65,8 @@ pub enum Command {
     Query(query::QueryArgs),
     /// Write chosen proxies as images with captions, or as one picture
     Export(export::ExportArgs),
+    /// Compare a component with what its reference implementation computed
+    Verify(verify::VerifyArgs),
     /// Train the nano checkpoints from drawn scenes
     Pretrain(pretrain::PretrainArgs),
 }
@@ -364,6 +367,7 @@ pub fn dispatch(cli: Cli) -> Result<Ended> {
         Command::Remove(args) => remove::remove(&args, &mut out),
         Command::Query(args) => query::query(&args),
         Command::Export(args) => export::export(&args, &mut out).map(|()| Ended::Well),
+        Command::Verify(args) => verify::run(&args, &mut out),
         Command::Pretrain(args) => pretrain::pretrain(&args).map(|()| Ended::Well),
     }
 }

@@ -4,22 +4,17 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use serde_json::json;
 
+use super::lora_file::LoraFile;
+pub use super::lora_file::{DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS};
 use crate::files;
-use crate::nn::LoraConfig;
+use crate::nn::{Factors, LoraConfig};
 use crate::{Error, Result};
 
-/// PEFT's file names.
-pub const PEFT_WEIGHTS: &str = "adapter_model.safetensors";
-/// PEFT's configuration beside the weights.
-pub const PEFT_CONFIG: &str = "adapter_config.json";
 /// A whole checkpoint's file name.
 pub const CHECKPOINT_WEIGHTS: &str = "model.safetensors";
-/// diffusers' file name.
-pub const DIFFUSERS_WEIGHTS: &str = "pytorch_lora_weights.safetensors";
-
 /// An adapter as read from disk: `PATH.lora_A.weight` and `PATH.lora_B.weight`, with the module paths of the model.
 #[derive(Debug, Clone)]
 pub struct AdapterFile {
@@ -38,95 +33,42 @@ impl AdapterFile {
         self.alpha / self.rank as f64
     }
 
-    /// Reads a folder (PEFT's or diffusers' layout) or a safetensors file.
+    /// Reads a folder (PEFT's or diffusers' layout) or a file; see [`LoraFile::read`]. All layers must be linear and
+    /// of one rank. Where they differ in alpha, B is scaled so that alpha = rank holds for all.
     pub fn read(path: &Path) -> Result<Self> {
-        let (file, config) = if path.is_dir() {
-            let candidates = [PEFT_WEIGHTS, DIFFUSERS_WEIGHTS].map(|name| path.join(name));
-            let file = candidates
-                .into_iter()
-                .find(|file| file.exists())
-                .ok_or_else(|| {
-                    Error::invalid(
-                        format!("{} holds no adapter", path.display()),
-                        format!("expected {PEFT_WEIGHTS} or {DIFFUSERS_WEIGHTS} there"),
-                    )
-                })?;
-            (
-                file,
-                Some(path.join(PEFT_CONFIG)).filter(|config| config.exists()),
-            )
-        } else {
-            let config = path.with_file_name(PEFT_CONFIG);
-            (
-                path.to_path_buf(),
-                (path.ends_with(PEFT_WEIGHTS) && config.exists()).then_some(config),
-            )
-        };
-        let (raw, metadata) = files::read_tensors(&file)?;
-        let mut tensors = BTreeMap::new();
-        let mut alphas = BTreeMap::new();
-        for (name, tensor) in raw {
-            let name = normalise(&name);
-            match name.strip_suffix(".alpha") {
-                Some(module) => {
-                    let alpha = tensor
-                        .to_dtype(DType::F64)?
-                        .flatten_all()?
-                        .to_vec1::<f64>()?;
-                    alphas.insert(module.to_string(), alpha.first().copied().unwrap_or(0.0));
-                }
-                None => {
-                    tensors.insert(name, tensor.to_dtype(DType::F32)?);
-                }
-            }
-        }
-        let fault = |what: String| Error::Checkpoint {
-            path: file.clone(),
-            faults: vec![what],
-        };
-        let modules: Vec<String> = tensors
-            .keys()
-            .filter_map(|name| name.strip_suffix(".lora_A.weight"))
-            .map(String::from)
+        let LoraFile { path, layers } = LoraFile::read(path)?;
+        let modules: Vec<String> = layers.keys().cloned().collect();
+        let first = layers.values().next().map(|f| (f.a.dims()[0], f.scale));
+        // A file of LoRA has at least one layer.
+        let (rank, scale) = first.unwrap_or((1, 1.0));
+        let faults: Vec<String> = layers
+            .iter()
+            .filter(|(_, f)| f.a.dims().len() != 2 || f.a.dims()[0] != rank)
+            .map(|(module, f)| {
+                format!(
+                    "{module} has a factor of shape {:?}: linear layers of one rank, here {rank}, can be trained on",
+                    f.a.dims()
+                )
+            })
             .collect();
-        let rank = match modules.first() {
-            Some(module) => tensors[&format!("{module}.lora_A.weight")].dim(0)?,
-            None => return Err(fault("no lora_A tensor in it".into())),
-        };
-        for module in &modules {
-            let own = tensors[&format!("{module}.lora_A.weight")].dim(0)?;
-            let up = tensors
-                .get(&format!("{module}.lora_B.weight"))
-                .ok_or_else(|| fault(format!("{module}.lora_B.weight is missing")))?;
-            if own != rank || up.dim(1)? != rank {
-                return Err(fault(format!(
-                    "{module} has rank {own}, others have {rank}"
-                )));
-            }
+        if !faults.is_empty() {
+            return Err(Error::Checkpoint { path, faults });
         }
-        let alpha = match (&config, metadata.get("lora_adapter_metadata")) {
-            (Some(config), _) => {
-                let text = std::fs::read_to_string(config).map_err(Error::io(config))?;
-                json_number(&text, &["lora_alpha"])
-                    .ok_or_else(|| fault("no lora_alpha in adapter_config.json".into()))?
-            }
-            (None, Some(text)) => json_number(
-                text,
-                &["transformer.lora_alpha", "unet.lora_alpha", "lora_alpha"],
-            )
-            .unwrap_or(rank as f64),
-            (None, None) => rank as f64,
-        };
-        // kohya's own alpha of each module: folded into B, so that one alpha holds for all.
-        for (module, own) in alphas {
-            if let Some(up) = tensors.get_mut(&format!("{module}.lora_B.weight")) {
-                *up = (&*up * (own / alpha))?;
-            }
+        let alike = layers.values().all(|f| f.scale == scale);
+        let mut tensors = BTreeMap::new();
+        for (module, Factors { a, b, scale }) in layers {
+            tensors.insert(format!("{module}.lora_A.weight"), a);
+            let b = if alike { b } else { (b * scale)? };
+            tensors.insert(format!("{module}.lora_B.weight"), b);
         }
         Ok(Self {
             tensors,
             rank,
-            alpha,
+            alpha: if alike {
+                scale * rank as f64
+            } else {
+                rank as f64
+            },
             modules,
         })
     }
@@ -139,30 +81,6 @@ impl AdapterFile {
             targets: self.modules.clone(),
         }
     }
-}
-
-/// `base_model.model.X.lora_A.default.weight`, `unet.X.lora.down.weight`, `transformer.X.lora_A.weight` … all become
-/// `X.lora_A.weight`.
-pub fn normalise(name: &str) -> String {
-    let mut rest = name;
-    for prefix in ["base_model.model.", "unet.", "transformer."] {
-        rest = rest.strip_prefix(prefix).unwrap_or(rest);
-    }
-    let mut name = rest.replace(".default", "");
-    for (from, to) in [
-        (".lora.down.", ".lora_A."),
-        (".lora.up.", ".lora_B."),
-        (".lora_down.", ".lora_A."),
-        (".lora_up.", ".lora_B."),
-    ] {
-        name = name.replace(from, to);
-    }
-    name
-}
-
-fn json_number(text: &str, keys: &[&str]) -> Option<f64> {
-    let value: serde_json::Value = serde_json::from_str(text).ok()?;
-    keys.iter().find_map(|key| value.get(key)?.as_f64())
 }
 
 /// Writes `tensors` (names as in [`crate::nn::Adapter::variables`]) in PEFT's layout into the folder `dir`.

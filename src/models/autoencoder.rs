@@ -36,6 +36,38 @@ pub struct Config {
     pub use_post_quant_conv: bool,
     /// Whether the coarsest level has self-attention.
     pub mid_block_add_attention: bool,
+    /// Kinds of the encoder's levels; only diffusers' default, `DownEncoderBlock2D`, is known here.
+    #[serde(skip_serializing)]
+    pub down_block_types: Vec<DownBlock>,
+    /// Kinds of the decoder's levels; only diffusers' default, `UpDecoderBlock2D`, is known here.
+    #[serde(skip_serializing)]
+    pub up_block_types: Vec<UpBlock>,
+    /// The activation; only diffusers' default, SiLU, is known here.
+    #[serde(skip_serializing)]
+    pub act_fn: ActFn,
+}
+
+/// A level of the encoder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+pub enum DownBlock {
+    /// Residual blocks.
+    DownEncoderBlock2D,
+}
+
+/// A level of the decoder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+pub enum UpBlock {
+    /// Residual blocks.
+    UpDecoderBlock2D,
+}
+
+/// The activation of the residual blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ActFn {
+    /// `x · sigmoid(x)`.
+    #[serde(alias = "swish")]
+    Silu,
 }
 
 impl Default for Config {
@@ -52,6 +84,9 @@ impl Default for Config {
             use_quant_conv: true,
             use_post_quant_conv: true,
             mid_block_add_attention: true,
+            down_block_types: vec![DownBlock::DownEncoderBlock2D],
+            up_block_types: vec![UpBlock::UpDecoderBlock2D],
+            act_fn: ActFn::Silu,
         }
     }
 }
@@ -132,12 +167,18 @@ struct AttentionBlock {
 impl AttentionBlock {
     fn new(channels: usize, groups: usize, weights: &Weights) -> Result<Self> {
         let linear = |name: &str| Linear::new(channels, channels, true, &weights.pp(name));
+        // What diffusers called them before version 0.15; files of Stable Diffusion still do.
+        let names = if weights.contains("proj_attn.weight") {
+            ["query", "key", "value", "proj_attn"]
+        } else {
+            ["to_q", "to_k", "to_v", "to_out.0"]
+        };
         Ok(Self {
             group_norm: GroupNorm::new(groups, channels, EPS, &weights.pp("group_norm"))?,
-            to_q: linear("to_q")?,
-            to_k: linear("to_k")?,
-            to_v: linear("to_v")?,
-            to_out: linear("to_out.0")?,
+            to_q: linear(names[0])?,
+            to_k: linear(names[1])?,
+            to_v: linear(names[2])?,
+            to_out: linear(names[3])?,
         })
     }
 
@@ -370,16 +411,16 @@ impl AutoencoderKl {
         &self.config
     }
 
-    /// The distribution of an image's latents. `image` (b, in_channels, h, w) in [−1, 1], h and w multiples of
-    /// [`Config::downscale`]; mean and log-variance are (b, latent_channels, h / f, w / f), not rescaled, the
+    /// The distribution of an image's latents. `image` (b, in_channels, h, w) in [−1, 1], h and w at least f =
+    /// [`Config::downscale`]; mean and log-variance are (b, latent_channels, ⌊h / f⌋, ⌊w / f⌋), not rescaled, the
     /// log-variance clamped to [−30, 20]. A sample is `mean + exp(logvar / 2) · noise`.
     pub fn encode(&self, image: &Tensor) -> Result<(Tensor, Tensor)> {
         let (_, _, h, w) = image.dims4()?;
         let f = self.config.downscale();
-        if h == 0 || w == 0 || h % f != 0 || w % f != 0 {
+        if h < f || w < f {
             return Err(Error::invalid(
                 format!("an image of {w}×{h} pixels for an autoencoder that divides by {f}"),
-                format!("use a width and a height that are multiples of {f}"),
+                format!("use a width and a height of at least {f}"),
             ));
         }
         let moments = in_slices(image, h * w, |image| {

@@ -13,13 +13,21 @@ pub enum Activation {
     /// `x · sigmoid(1.702·x)`.
     QuickGelu,
     /// With the error function.
+    #[serde(alias = "gelu_python")]
     Gelu,
     /// In the tanh approximation.
-    #[serde(alias = "gelu_pytorch_tanh")]
+    #[serde(
+        alias = "gelu_pytorch_tanh",
+        alias = "gelu_python_tanh",
+        alias = "gelu_fast",
+        alias = "gelu_accurate"
+    )]
     GeluNew,
     Relu,
     #[serde(alias = "swish")]
     Silu,
+    Tanh,
+    Sigmoid,
 }
 
 impl Activation {
@@ -31,6 +39,8 @@ impl Activation {
             Self::GeluNew => ops::gelu(x),
             Self::Relu => Ok(x.relu()?),
             Self::Silu => ops::silu(x),
+            Self::Tanh => Ok(x.tanh()?),
+            Self::Sigmoid => Ok(candle_nn::ops::sigmoid(x)?),
         }
     }
 }

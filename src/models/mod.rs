@@ -8,6 +8,7 @@ mod clip_tokenizer;
 pub mod encoder;
 pub mod llamagen;
 pub mod merge;
+pub mod lora_file;
 pub mod pickle;
 pub mod sd3;
 pub mod t5;
@@ -203,21 +204,27 @@ pub fn open(opening: &Opening) -> Result<Box<dyn Learner>> {
     }
 }
 
-/// Reports the faults of several components at once.
-fn finish_all(components: &[&Weights]) -> Result<()> {
+/// Reports the faults of several components of the checkpoint in `directory` at once.
+fn finish_all<'a>(
+    directory: &Path,
+    components: impl IntoIterator<Item = &'a Weights>,
+) -> Result<()> {
     let mut faults = Vec::new();
-    let mut first = None;
     for component in components {
-        if let Err(Error::Checkpoint { path, faults: own }) = component.finish() {
-            faults.extend(
-                own.into_iter()
-                    .map(|fault| format!("{}: {fault}", path.display())),
-            );
-            first.get_or_insert(path);
+        match component.finish() {
+            Err(Error::Checkpoint { path, faults: own }) => {
+                // The directory is named once, in front of all.
+                let file = path.strip_prefix(directory).unwrap_or(&path).display();
+                faults.extend(own.iter().map(|fault| format!("{file}: {fault}")));
+            }
+            other => other?,
         }
     }
-    match first {
-        Some(path) => Err(Error::Checkpoint { path, faults }),
-        None => Ok(()),
+    if faults.is_empty() {
+        return Ok(());
     }
+    Err(Error::Checkpoint {
+        path: directory.to_path_buf(),
+        faults,
+    })
 }

@@ -51,30 +51,47 @@ impl Default for Config {
             relative_attention_num_buckets: 32,
             relative_attention_max_distance: 128,
             layer_norm_epsilon: 1e-6,
-            feed_forward_proj: FeedForwardKind::Relu,
+            feed_forward_proj: FeedForwardKind::Plain(Activation::Relu),
         }
     }
 }
 
-/// The feed-forward's form.
+/// The feed-forward's form, in configs `ACTIVATION` or `gated-ACTIVATION`: `relu` in T5, `gated-gelu` in T5 v1.1 and
+/// flan-T5, where the GELU is the tanh approximation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[serde(try_from = "String")]
 pub enum FeedForwardKind {
-    /// T5: `wo(relu(wi·x))`.
-    Relu,
-    /// T5 v1.1 and flan-T5: `wo(gelu(wi_0·x) · wi_1·x)`, the tanh approximation.
-    GatedGelu,
+    /// `wo(activation(wi·x))`.
+    Plain(Activation),
+    /// `wo(activation(wi_0·x) · wi_1·x)`.
+    Gated(Activation),
+}
+
+impl TryFrom<String> for FeedForwardKind {
+    type Error = serde::de::value::Error;
+
+    fn try_from(text: String) -> std::result::Result<Self, Self::Error> {
+        let activation =
+            |name: &str| Activation::deserialize(serde::de::value::StrDeserializer::new(name));
+        match text.strip_prefix("gated-") {
+            Some("gelu") => Ok(Self::Gated(Activation::GeluNew)),
+            Some(name) => activation(name).map(Self::Gated),
+            None => activation(&text).map(Self::Plain),
+        }
+    }
 }
 
 enum FeedForward {
     Plain {
         wi: Linear,
         wo: Linear,
+        activation: Activation,
     },
     Gated {
         wi_0: Linear,
         wi_1: Linear,
         wo: Linear,
+        activation: Activation,
     },
 }
 
@@ -83,24 +100,29 @@ impl FeedForward {
         let inner = |name| Linear::new(c.d_model, c.d_ff, false, &weights.pp(name));
         let wo = Linear::new(c.d_ff, c.d_model, false, &weights.pp("wo"))?;
         Ok(match c.feed_forward_proj {
-            FeedForwardKind::Relu => Self::Plain {
+            FeedForwardKind::Plain(activation) => Self::Plain {
                 wi: inner("wi")?,
                 wo,
+                activation,
             },
-            FeedForwardKind::GatedGelu => Self::Gated {
+            FeedForwardKind::Gated(activation) => Self::Gated {
                 wi_0: inner("wi_0")?,
                 wi_1: inner("wi_1")?,
                 wo,
+                activation,
             },
         })
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match self {
-            Self::Plain { wi, wo } => wo.forward(&Activation::Relu.forward(&wi.forward(x)?)?),
-            Self::Gated { wi_0, wi_1, wo } => {
-                wo.forward(&(ops::gelu(&wi_0.forward(x)?)? * wi_1.forward(x)?)?)
-            }
+            Self::Plain { wi, wo, activation } => wo.forward(&activation.forward(&wi.forward(x)?)?),
+            Self::Gated {
+                wi_0,
+                wi_1,
+                wo,
+                activation,
+            } => wo.forward(&(activation.forward(&wi_0.forward(x)?)? * wi_1.forward(x)?)?),
         }
     }
 }

@@ -5,7 +5,7 @@
 //! (`blocks.0.attn.qkv`); the first two may have `vit.` in front. A pooler or a classifier is not used.
 
 use candle_core::Tensor;
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
 use super::encoder::{Activation, Layer, Names, Projections, Sizes, with_class_token};
 use crate::nn::ops::Padding;
@@ -29,8 +29,10 @@ pub struct Config {
     /// Added to the variance in norms. Default 1e-12.
     pub layer_norm_eps: f64,
     /// Side of the square images in pixels. Default 224.
+    #[serde(deserialize_with = "side")]
     pub image_size: usize,
     /// Side of a patch in pixels. Default 16.
+    #[serde(deserialize_with = "side")]
     pub patch_size: usize,
     /// Channels of an image. Default 3.
     pub num_channels: usize,
@@ -52,6 +54,23 @@ impl Default for Config {
             num_channels: 3,
             qkv_bias: true,
         }
+    }
+}
+
+/// The side of a square, which a config may give as a number or as two equal ones.
+fn side<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<usize, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Side {
+        One(usize),
+        Both([usize; 2]),
+    }
+    match Side::deserialize(deserializer)? {
+        Side::One(side) => Ok(side),
+        Side::Both([height, width]) if height == width => Ok(width),
+        Side::Both([height, width]) => Err(serde::de::Error::custom(format!(
+            "{height} by {width} is not square"
+        ))),
     }
 }
 

@@ -1,7 +1,7 @@
 //! LoRA adapters: low-rank additions `scale · B·A` to chosen linear layers (Hu et al. 2021, arXiv 2106.09685).
 
 use std::collections::BTreeMap;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use candle_core::{DType, Device, Tensor, Var};
 use rand::SeedableRng;
@@ -24,12 +24,32 @@ pub struct LoraConfig {
 /// The two factors of one adapted layer.
 #[derive(Debug, Clone)]
 pub struct Lora {
-    /// A, shape (rank, in), f32.
+    /// A, shape (rank, in), f32; of a convolution (rank, in, k, k).
     pub a: Var,
-    /// B, shape (out, rank), f32, zero at the start.
+    /// B, shape (out, rank), f32, zero at the start; of a convolution (out, rank, 1, 1).
     pub b: Var,
     /// `alpha / rank`.
     pub scale: f64,
+}
+
+/// The factors of one layer of an adapter that has been trained.
+#[derive(Debug, Clone)]
+pub struct Factors {
+    /// A, shape (rank, in); of a convolution (rank, in, k, k).
+    pub a: Tensor,
+    /// B, shape (out, rank); of a convolution (out, rank, 1, 1).
+    pub b: Tensor,
+    /// What B·A is multiplied with.
+    pub scale: f64,
+}
+
+/// Factors by layer, each with its own rank and scale, that wait for a model's layers to ask for them.
+#[derive(Debug)]
+struct Trained {
+    factors: BTreeMap<String, Factors>,
+    /// The name under which `factors` has the layer at a path of the checkpoint.
+    layer: fn(&str) -> String,
+    faults: Mutex<Vec<String>>,
 }
 
 /// The adapter of one backbone: one [`Lora`] for each layer that the model's construction found to be a target.
@@ -37,6 +57,7 @@ pub struct Lora {
 pub struct Adapter {
     config: LoraConfig,
     seed: u64,
+    trained: Option<Trained>,
     layers: Mutex<BTreeMap<String, Lora>>,
 }
 
@@ -47,13 +68,112 @@ impl Adapter {
         Self {
             config,
             seed,
+            trained: None,
             layers: Mutex::default(),
         }
+    }
+
+    /// An adapter that has been trained, convolutions included: ranks and scales may differ from layer to layer. A
+    /// layer at `path` of the checkpoint carries `factors[layer(path)]`, and its variables have that name. Call
+    /// [`Adapter::finish`] when the model is built. In [`Adapter::config`] rank and alpha are the first layer's.
+    pub fn from_factors(factors: BTreeMap<String, Factors>, layer: fn(&str) -> String) -> Self {
+        let first = factors.values().next();
+        let rank = first.map_or(0, |f| f.a.dims().first().copied().unwrap_or(0));
+        Self {
+            config: LoraConfig {
+                rank,
+                alpha: first.map_or(0.0, |f| f.scale * rank as f64),
+                targets: factors.keys().cloned().collect(),
+            },
+            seed: 0,
+            trained: Some(Trained {
+                factors,
+                layer,
+                faults: Mutex::default(),
+            }),
+            layers: Mutex::default(),
+        }
+    }
+
+    /// Fails with every layer of a trained adapter that the model lacks or has in another shape.
+    pub fn finish(&self) -> Result<()> {
+        let Some(trained) = &self.trained else {
+            return Ok(());
+        };
+        let mut faults = lock(&trained.faults).clone();
+        let layers = lock(&self.layers);
+        let misfit = |name: &String| {
+            let name = format!("{name}: ");
+            faults.iter().any(|fault| fault.starts_with(&name))
+        };
+        let missing: Vec<String> = trained
+            .factors
+            .keys()
+            .filter(|name| !layers.contains_key(*name) && !misfit(name))
+            .map(|name| format!("{name}: the model has no linear layer or convolution there"))
+            .collect();
+        faults.extend(missing);
+        if faults.is_empty() {
+            return Ok(());
+        }
+        Err(Error::invalid(
+            format!(
+                "the adapter does not fit the model:\n  {}",
+                faults.join("\n  ")
+            ),
+            "use the checkpoint that the adapter was trained with",
+        ))
     }
 
     /// Rank, alpha and targets.
     pub fn config(&self) -> &LoraConfig {
         &self.config
+    }
+
+    /// The factors for the convolution at `path` with weight (`outputs`, `inputs`, `kernel`, `kernel`), if this is a
+    /// trained adapter that has some.
+    pub fn attach_conv(
+        &self,
+        path: &str,
+        [outputs, inputs, kernel]: [usize; 3],
+        device: &Device,
+    ) -> Result<Option<Lora>> {
+        self.take(path, &[outputs, inputs, kernel, kernel], device)
+    }
+
+    /// The trained factors for the layer at `path`, whose weight has these `dims`.
+    fn take(&self, path: &str, dims: &[usize], device: &Device) -> Result<Option<Lora>> {
+        let Some(trained) = &self.trained else {
+            return Ok(None);
+        };
+        let name = (trained.layer)(path);
+        let Some(Factors { a, b, scale }) = trained.factors.get(&name) else {
+            return Ok(None);
+        };
+        let rank = a.dims().first().copied().unwrap_or(0);
+        let mut down = dims.to_vec();
+        down[0] = rank;
+        let mut up = vec![1; dims.len()];
+        (up[0], up[1]) = (dims[0], rank);
+        if rank == 0 || a.dims() != down || b.dims() != up {
+            lock(&trained.faults).push(format!(
+                "{name}: factors of shapes {:?} and {:?} for a weight of shape {dims:?}",
+                a.dims(),
+                b.dims()
+            ));
+            return Ok(None);
+        }
+        let variable = |t: &Tensor| -> Result<Var> {
+            let t = t.to_dtype(DType::F32)?.to_device(device)?;
+            Ok(Var::from_tensor(&t.contiguous()?)?)
+        };
+        let lora = Lora {
+            a: variable(a)?,
+            b: variable(b)?,
+            scale: *scale,
+        };
+        lock(&self.layers).insert(name, lora.clone());
+        Ok(Some(lora))
     }
 
     /// The factors for the layer at `path` with weight (`outputs`, `inputs`), or `None` if it is not a target.
@@ -64,6 +184,9 @@ impl Adapter {
         outputs: usize,
         device: &Device,
     ) -> Result<Option<Lora>> {
+        if self.trained.is_some() {
+            return self.take(path, &[outputs, inputs], device);
+        }
         let is_target = self.config.targets.iter().any(|target| {
             path == target
                 || path
@@ -167,11 +290,13 @@ impl Adapter {
             .collect()
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Lora>> {
-        self.layers
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Lora>> {
+        lock(&self.layers)
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A generator that depends on `seed` and `name` alone.

@@ -64,11 +64,13 @@ impl Linear {
     }
 }
 
-/// A two-dimensional convolution over (b, c, h, w).
+/// A two-dimensional convolution over (b, c, h, w), plus the adapter's `scale · B∗(A∗x)` where one is attached: A has
+/// the convolution's own kernel and stride, B a kernel of one pixel.
 #[derive(Clone)]
 pub struct Conv2d {
     weight: Tensor,
     bias: Option<Tensor>,
+    lora: Option<Lora>,
     stride: usize,
     padding: ops::Padding,
 }
@@ -89,6 +91,7 @@ impl Conv2d {
         Ok(Self {
             weight,
             bias,
+            lora: weights.lora_conv(inputs, outputs, kernel)?,
             stride,
             padding,
         })
@@ -108,6 +111,7 @@ impl Conv2d {
         Ok(Self {
             weight,
             bias: None,
+            lora: weights.lora_conv(inputs, outputs, kernel)?,
             stride,
             padding,
         })
@@ -115,13 +119,14 @@ impl Conv2d {
 
     /// `x` (b, inputs, h, w) to (b, outputs, h', w').
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        ops::conv2d(
-            x,
-            &self.weight,
-            self.bias.as_ref(),
-            self.stride,
-            self.padding,
-        )
+        let bias = self.bias.as_ref();
+        let y = ops::conv2d(x, &self.weight, bias, self.stride, self.padding)?;
+        let Some(lora) = &self.lora else {
+            return Ok(y);
+        };
+        let low = ops::conv2d(x, &lora.a, None, self.stride, self.padding)?;
+        let addition = ops::conv2d(&low, &lora.b, None, 1, ops::Padding::Same(0))?;
+        Ok((y + (addition * lora.scale)?)?)
     }
 }
 

@@ -15,7 +15,7 @@ mod vjp;
 mod weights;
 
 pub(crate) use adapter::seeded;
-pub use adapter::{Adapter, Lora, LoraConfig};
+pub use adapter::{Adapter, Factors, Lora, LoraConfig};
 pub use layers::{Conv2d, Embedding, GroupNorm, LayerNorm, Linear, RmsNorm};
 pub use ops::Mask;
 pub use weights::{Init, Weights};

@@ -230,6 +230,17 @@ impl Weights {
         lock(&self.inner.faults).extend(named);
     }
 
+    /// The adapter's factors for a convolution at this place, if a trained adapter has some.
+    pub fn lora_conv(&self, inputs: usize, outputs: usize, kernel: usize) -> Result<Option<Lora>> {
+        match &self.adapter {
+            Some(adapter) => {
+                let shape = [outputs, inputs, kernel];
+                adapter.attach_conv(&self.prefix, shape, &self.inner.device)
+            }
+            None => Ok(None),
+        }
+    }
+
     /// Fails with every missing name and every differing shape that was met since the weights were opened.
     pub fn finish(&self) -> Result<()> {
         let faults = lock(&self.inner.faults).clone();

@@ -336,6 +336,12 @@ impl Gpt {
     ) -> Result<Tensor> {
         let c = &self.config;
         let b = self.check_captions(caption_embeddings, caption_mask)?;
+        if dropout.is_some() && c.attn_dropout_p != 0.0 {
+            return Err(Error::invalid(
+                format!("training with attn_dropout_p {}", c.attn_dropout_p),
+                "set it to 0 in the checkpoint's config.json, as in all that are published",
+            ));
+        }
         let (rows, given) = tokens.dims2()?;
         if rows != b || given >= c.block_size {
             return Err(Error::invalid(

@@ -63,6 +63,17 @@ impl ImageTokenizer {
 
     /// The tokens of each image, row by row; images have the tokenizer's resolution.
     pub fn encode(&self, images: &[RgbImage]) -> Result<Vec<Vec<u32>>> {
+        let side = self.resolution;
+        if let Some(other) = images.iter().find(|i| i.dimensions() != (side, side)) {
+            return Err(Error::invalid(
+                format!(
+                    "an image of {}×{} for the tokenizer",
+                    other.width(),
+                    other.height()
+                ),
+                format!("resize it to {side}×{side} pixels"),
+            ));
+        }
         let pixels = images::to_tensor(images, self.model.device())?;
         Ok(no_grad(|| self.model.encode(&pixels))?.to_vec2::<u32>()?)
     }
@@ -172,7 +183,7 @@ impl LlamaGen {
                 "leave resolution out, or name the checkpoint for another size",
             ));
         }
-        finish_all(&[&weights, &t5_weights, &vq_weights])?;
+        finish_all(&opening.dir, [&weights, &t5_weights, &vq_weights])?;
         let captions = Captions {
             tokenizer: TextTokenizer::from_folder(t5)?,
             encoder,

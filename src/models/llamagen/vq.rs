@@ -409,14 +409,15 @@ impl VqModel {
     }
 
     /// The encoding before quantisation and normalisation, (b, codebook_embed_dim, h / f, w / f) for `image`
-    /// (b, 3, h, w) in [−1, 1] with h and w multiples of the downsampling f.
+    /// (b, 3, h, w) in [−1, 1] with h and w at least the downsampling f; where they are no multiples of it, the last
+    /// rows and columns have no code of their own, as in the reference.
     pub fn encode_continuous(&self, image: &Tensor) -> Result<Tensor> {
         let (_, c, h, w) = image.dims4()?;
         let f = self.config.downsampling();
-        if c != 3 || !h.is_multiple_of(f) || !w.is_multiple_of(f) || h == 0 || w == 0 {
+        if c != 3 || h < f || w < f {
             return Err(Error::invalid(
                 format!("an image of shape {:?} for the tokenizer", image.dims()),
-                format!("three channels and sides that are multiples of {f} are expected"),
+                format!("three channels and sides of at least {f} are expected"),
             ));
         }
         self.quant_conv.forward(

@@ -22,6 +22,7 @@ use rand_chacha::ChaCha8Rng;
 use self::text::TextEncoders;
 use super::autoencoder::{self, AutoencoderKl};
 use super::checkpoint_files::{self, WeightFiles};
+use super::finish_all;
 use crate::diffusion::{self, FlowMatchEuler, LossForm};
 use crate::nn::{self, Weights};
 use crate::{Error, Result};
@@ -109,22 +110,7 @@ impl Sd3 {
             device,
         };
         transformer.expect_no_others();
-        let mut faults = Vec::new();
-        for weights in &opened {
-            match weights.finish() {
-                Err(Error::Checkpoint { path, faults: own }) => {
-                    faults.extend(
-                        own.iter()
-                            .map(|fault| format!("{}: {fault}", path.display())),
-                    );
-                }
-                other => other?,
-            }
-        }
-        if !faults.is_empty() {
-            let path = directory.to_path_buf();
-            return Err(Error::Checkpoint { path, faults });
-        }
+        finish_all(directory, &opened)?;
         Ok(model)
     }
 

@@ -171,26 +171,18 @@ impl PatchEmbed {
         })
     }
 
-    /// (b, c, h, w) to (b, h / patch · w / patch, d).
+    /// (b, c, h, w) to (b, ⌊h / patch⌋ · ⌊w / patch⌋, d).
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (_, _, h, w) = x.dims4()?;
         let (rows, columns) = (h / self.patch, w / self.patch);
-        if rows == 0
-            || columns == 0
-            || h % self.patch != 0
-            || w % self.patch != 0
-            || rows.max(columns) > self.max
-        {
+        if rows == 0 || columns == 0 || rows.max(columns) > self.max {
             let largest = self.max * self.patch;
             return Err(Error::invalid(
                 format!(
                     "latents of {h}×{w} for patches of {} and positions up to {largest}",
                     self.patch
                 ),
-                format!(
-                    "use sides that are multiples of {}, at most {largest}",
-                    self.patch
-                ),
+                format!("use sides from {} to {largest}", self.patch),
             ));
         }
         let (top, left) = ((self.max - rows) / 2, (self.max - columns) / 2);
@@ -321,9 +313,10 @@ impl Sd3Transformer {
         &self.transformer_blocks
     }
 
-    /// The velocity at noisy latents. `hidden_states` (b, in_channels, h, w), h and w multiples of the patch size;
-    /// `timestep` (b), f32 in [0, 1000]; `encoder_hidden_states` (b, n, joint_attention_dim), `pooled_projections`
-    /// (b, pooled_projection_dim). Result (b, out_channels, h, w) in the weights' dtype.
+    /// The velocity at noisy latents. `hidden_states` (b, in_channels, h, w); `timestep` (b), f32 in [0, 1000];
+    /// `encoder_hidden_states` (b, n, joint_attention_dim), `pooled_projections` (b, pooled_projection_dim). Result
+    /// (b, out_channels, h, w) in the weights' dtype; where h and w are no multiples of the patch size, it is smaller
+    /// by what remains, as in the reference.
     pub fn forward(
         &self,
         hidden_states: &Tensor,
@@ -360,6 +353,6 @@ impl Sd3Transformer {
         Ok(x.reshape(&[b, rows, columns, p, p, c][..])?
             .permute([0, 5, 1, 3, 2, 4])?
             .contiguous()?
-            .reshape((b, c, h, w))?)
+            .reshape((b, c, rows * p, columns * p))?)
     }
 }

@@ -58,7 +58,7 @@ pub fn train(context: &Context) -> Result<()> {
         d_ff: settings.t5.d_ff,
         num_layers: settings.t5.layers,
         num_heads: settings.t5.heads,
-        feed_forward_proj: t5::FeedForwardKind::GatedGelu,
+        feed_forward_proj: t5::FeedForwardKind::Gated(crate::models::encoder::Activation::GeluNew),
         ..t5::Config::default()
     };
     write_configs(context, &config, &t5_config)?;

@@ -1,0 +1,315 @@
+//! LoRA adapters from disk, as peft, diffusers and kohya-like trainers write them, each layer with its own rank and
+//! scale.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::DType;
+use serde_json::{Map, Value};
+use tokenizers::utils::SysRegex;
+
+use super::pickle::Pickle;
+use crate::nn::Factors;
+use crate::{Error, Result, files};
+
+/// PEFT's file name.
+pub const PEFT_WEIGHTS: &str = "adapter_model.safetensors";
+/// PEFT's configuration beside the weights.
+pub const PEFT_CONFIG: &str = "adapter_config.json";
+/// diffusers' file name.
+pub const DIFFUSERS_WEIGHTS: &str = "pytorch_lora_weights.safetensors";
+/// PEFT's file name in torch's format.
+const PEFT_PICKLE: &str = "adapter_model.bin";
+/// The header's entry with the configuration in diffusers' files.
+const METADATA: &str = "lora_adapter_metadata";
+
+/// Settings of peft that change what an adapter computes beyond B·A, with what they are called.
+const UNSUPPORTED: [(&str, &str); 12] = [
+    ("use_dora", "DoRA"),
+    ("lora_bias", "biases of B"),
+    ("layer_replication", "replicated layers"),
+    ("modules_to_save", "whole modules beside the factors"),
+    ("trainable_token_indices", "trained tokens"),
+    ("target_parameters", "factors of bare parameters"),
+    ("use_qalora", "QALoRA"),
+    ("alora_invocation_tokens", "activated LoRA"),
+    ("arrow_config", "Arrow routing"),
+    ("use_bdlora", "block-diagonal factors"),
+    ("kasa_config", "KaSA"),
+    ("monteclora_config", "MonteCLoRA"),
+];
+
+/// An adapter's factors by the path of their layer, as the file names it.
+#[derive(Debug, Clone)]
+pub struct LoraFile {
+    /// The file that holds the factors.
+    pub path: PathBuf,
+    /// Never empty.
+    pub layers: BTreeMap<String, Factors>,
+}
+
+impl LoraFile {
+    /// Reads a folder (PEFT's or diffusers' layout) or a file. A layer's scale is alpha / rank, or alpha / √rank with
+    /// rsLoRA; alpha is that of the layer's own tensor, else of the configuration's `alpha_pattern`, else the
+    /// configuration's; the rank where nothing names one.
+    ///
+    /// # Errors
+    /// Names everything in it that cannot be carried, such as DoRA's magnitudes.
+    pub fn read(path: &Path) -> Result<Self> {
+        let file = weights_file(path)?;
+        let fault = |faults: Vec<String>| Error::Checkpoint {
+            path: file.clone(),
+            faults,
+        };
+        let (raw, metadata) = if file.extension().is_some_and(|end| end == "safetensors") {
+            files::read_tensors(&file)?
+        } else {
+            let tensors = Pickle::open(&file)?.read_all()?;
+            (tensors.into_iter().collect(), BTreeMap::new())
+        };
+        let settings = Settings::find(&file, &metadata)?;
+        let mut faults = settings.unsupported();
+        let (mut downs, mut ups) = (BTreeMap::new(), BTreeMap::new());
+        let mut alphas = BTreeMap::new();
+        for (original, tensor) in raw {
+            let name = normalise(&original);
+            if let Some(layer) = name.strip_suffix(".lora_A.weight") {
+                downs.insert(layer.to_string(), tensor.to_dtype(DType::F32)?);
+            } else if let Some(layer) = name.strip_suffix(".lora_B.weight") {
+                ups.insert(layer.to_string(), tensor.to_dtype(DType::F32)?);
+            } else if let Some(layer) = name.strip_suffix(".alpha") {
+                let alpha = tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?;
+                alphas.extend(alpha.first().map(|&alpha: &f64| (layer.to_string(), alpha)));
+            } else {
+                faults.push(format!("{original} is not a factor of LoRA"));
+            }
+        }
+        let mut layers = BTreeMap::new();
+        for (layer, a) in downs {
+            let Some(b) = ups.remove(&layer) else {
+                faults.push(format!("{layer}.lora_B.weight is missing"));
+                continue;
+            };
+            let rank = a.dims().first().copied().unwrap_or(0);
+            if rank == 0 || a.rank() < 2 || a.rank() != b.rank() || b.dims()[1] != rank {
+                let shapes = (a.dims(), b.dims());
+                faults.push(format!("{layer} has factors of shapes {shapes:?}"));
+                continue;
+            }
+            let alpha = match alphas.remove(&layer) {
+                Some(alpha) => alpha,
+                None => settings.alpha(&layer)?.unwrap_or(rank as f64),
+            };
+            let scale = settings.scale(alpha, rank);
+            layers.insert(layer, Factors { a, b, scale });
+        }
+        faults.extend(
+            ups.into_keys()
+                .map(|layer| format!("{layer}.lora_A.weight is missing")),
+        );
+        if faults.is_empty() && layers.is_empty() {
+            faults.push("no lora_A tensor in it".into());
+        }
+        if faults.is_empty() {
+            Ok(Self { path: file, layers })
+        } else {
+            Err(fault(faults))
+        }
+    }
+}
+
+fn weights_file(path: &Path) -> Result<PathBuf> {
+    if !path.is_dir() {
+        std::fs::metadata(path).map_err(Error::io(path))?;
+        return Ok(path.to_path_buf());
+    }
+    [PEFT_WEIGHTS, DIFFUSERS_WEIGHTS, PEFT_PICKLE]
+        .map(|name| path.join(name))
+        .into_iter()
+        .find(|file| file.is_file())
+        .ok_or_else(|| {
+            Error::invalid(
+                format!("{} holds no adapter", path.display()),
+                format!("expected {PEFT_WEIGHTS} or {DIFFUSERS_WEIGHTS} there"),
+            )
+        })
+}
+
+/// `base_model.model.X.lora_A.default.weight`, `unet.X.lora.down.weight`, `transformer.X.lora_A.weight` … all become
+/// `X.lora_A.weight`.
+pub fn normalise(name: &str) -> String {
+    let mut rest = name;
+    for prefix in ["base_model.model.", "unet.", "transformer."] {
+        rest = rest.strip_prefix(prefix).unwrap_or(rest);
+    }
+    let mut name = rest.replace(".default", "");
+    for (from, to) in [
+        (".lora.down.", ".lora_A."),
+        (".lora.up.", ".lora_B."),
+        (".lora_down.", ".lora_A."),
+        (".lora_up.", ".lora_B."),
+    ] {
+        name = name.replace(from, to);
+    }
+    name
+}
+
+/// peft's configuration, from `adapter_config.json` or from the header of a diffusers file; empty where there is none.
+struct Settings {
+    path: PathBuf,
+    entries: Map<String, Value>,
+}
+
+impl Settings {
+    fn find(file: &Path, metadata: &BTreeMap<String, String>) -> Result<Self> {
+        let path = file.with_file_name(PEFT_CONFIG);
+        if path.is_file() {
+            let entries = files::read_json(&path)?;
+            return Ok(Self { path, entries });
+        }
+        let path = file.to_path_buf();
+        let Some(text) = metadata.get(METADATA) else {
+            let entries = Map::new();
+            return Ok(Self { path, entries });
+        };
+        let entries: Map<String, Value> =
+            serde_json::from_str(text).map_err(|e| Error::Checkpoint {
+                path: path.clone(),
+                faults: vec![format!("{METADATA} in its header: {e}")],
+            })?;
+        // The entries stand under the component's name where a pipeline was saved.
+        let entries = entries
+            .into_iter()
+            .map(|(key, value)| {
+                let bare = ["transformer.", "unet."]
+                    .iter()
+                    .find_map(|prefix| key.strip_prefix(prefix));
+                (bare.map_or(key.clone(), String::from), value)
+            })
+            .collect();
+        Ok(Self { path, entries })
+    }
+
+    fn unsupported(&self) -> Vec<String> {
+        let is_set = |key: &str| match self.entries.get(key) {
+            None | Some(Value::Null | Value::Bool(false)) => false,
+            Some(Value::Array(items)) => !items.is_empty(),
+            Some(Value::Object(items)) => !items.is_empty(),
+            Some(_) => true,
+        };
+        let mut faults: Vec<String> = UNSUPPORTED
+            .iter()
+            .filter(|(key, _)| is_set(key))
+            .map(|(key, what)| format!("{key} is set: {what} cannot be carried"))
+            .collect();
+        let text = |key: &str| self.entries.get(key).and_then(Value::as_str);
+        if let Some(kind) = text("peft_type").filter(|kind| *kind != "LORA") {
+            faults.push(format!("peft_type is {kind}: only LORA can be carried"));
+        }
+        if let Some(bias) = text("bias").filter(|bias| *bias != "none") {
+            faults.push(format!("bias is {bias}: trained biases cannot be carried"));
+        }
+        // Other starts are random numbers alone; these take something away from the base weights.
+        let start = text("init_lora_weights").unwrap_or_default();
+        if ["pissa", "corda", "olora", "loftq", "lora_ga"]
+            .iter()
+            .any(|changing| start.starts_with(changing))
+        {
+            faults.push(format!(
+                "init_lora_weights is {start}, which changes the base weights"
+            ));
+        }
+        faults
+    }
+
+    /// Alpha of `layer`, as peft chooses it: the first pattern that is the end of the layer's path, or all of it.
+    fn alpha(&self, layer: &str) -> Result<Option<f64>> {
+        let patterns = self.entries.get("alpha_pattern").and_then(Value::as_object);
+        for (pattern, alpha) in patterns.into_iter().flatten() {
+            let whole = SysRegex::new(&format!(r"^(?:.*\.)?(?:{pattern})$"));
+            let whole = whole.map_err(|e| Error::Checkpoint {
+                path: self.path.clone(),
+                faults: vec![format!("alpha_pattern {pattern:?}: {e}")],
+            })?;
+            if whole.find_iter(layer).next().is_some() {
+                return Ok(alpha.as_f64());
+            }
+        }
+        Ok(self.entries.get("lora_alpha").and_then(Value::as_f64))
+    }
+
+    fn scale(&self, alpha: f64, rank: usize) -> f64 {
+        let stabilised = self.entries.get("use_rslora").and_then(Value::as_bool);
+        if stabilised.unwrap_or(false) {
+            alpha / (rank as f64).sqrt()
+        } else {
+            alpha / rank as f64
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{Device, Tensor};
+    use serde_json::json;
+
+    /// The scales by layer of an adapter with a layer of rank 4 at each of `layers`.
+    fn scales(layers: &[&str], config: Value) -> Result<Vec<(String, f64)>> {
+        let directory = tempfile::tempdir().unwrap();
+        let zeros = |shape: (usize, usize)| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+        let tensors = layers
+            .iter()
+            .flat_map(|layer| {
+                let name = |part| format!("base_model.model.{layer}.{part}.weight");
+                [
+                    (name("lora_A"), zeros((4, 3))),
+                    (name("lora_B"), zeros((5, 4))),
+                ]
+            })
+            .collect();
+        files::write_tensors(&directory.path().join(PEFT_WEIGHTS), &tensors, &[]).unwrap();
+        files::write(
+            &directory.path().join(PEFT_CONFIG),
+            config.to_string().as_bytes(),
+        )
+        .unwrap();
+        let file = LoraFile::read(directory.path())?;
+        Ok(file
+            .layers
+            .into_iter()
+            .map(|(layer, factors)| (layer, factors.scale))
+            .collect())
+    }
+
+    #[test]
+    fn alpha_patterns_match_the_end_of_a_path_or_all_of_it() {
+        let layers = ["layers.0.wo", "layers.0.two", "layers.1.wo", "layers.2.w1"];
+        let config = json!({
+            "peft_type": "LORA", "lora_alpha": 2,
+            "alpha_pattern": {"layers.1.wo": 12, "wo": 8, r"layers\.\d+\.w[13]": 20, "^layers.0.two": 6},
+        });
+        let found = scales(&layers, config).unwrap();
+        let found: Vec<f64> = found.into_iter().map(|(_, scale)| scale).collect();
+        assert_eq!(found, [1.5, 2.0, 3.0, 5.0]);
+    }
+
+    #[test]
+    fn rank_stabilised_adapters_divide_by_the_root_of_the_rank() {
+        let found = scales(&["w"], json!({"lora_alpha": 3, "use_rslora": true})).unwrap();
+        assert_eq!(found, [("w".to_string(), 1.5)]);
+    }
+
+    #[test]
+    fn what_cannot_be_carried_is_named() {
+        let config = json!({"lora_alpha": 3, "use_dora": true, "bias": "all", "peft_type": "LORA"});
+        let error = scales(&["w"], config).unwrap_err().to_string();
+        assert!(
+            error.contains("DoRA") && error.contains("bias is all"),
+            "{error}"
+        );
+        let config = json!({"lora_alpha": 3, "peft_type": "LOHA"});
+        let error = scales(&["w"], config).unwrap_err().to_string();
+        assert!(error.contains("LOHA"), "{error}");
+    }
+}

@@ -1,0 +1,340 @@
+//! Each component as a function from the inputs of a reference file to named outputs.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use candle_core::safetensors::MmapedSafetensors;
+use candle_core::{DType, Device, Tensor};
+use serde::de::DeserializeOwned;
+use serde_json::Value as Json;
+
+use super::Precision;
+use super::reference::Inputs;
+use crate::files::read_json;
+use crate::models::autoencoder::AutoencoderKl;
+use crate::models::checkpoint_files::WeightFiles;
+use crate::models::clip::{self, Clip, TextModel};
+use crate::models::llamagen::{Gpt, VqModel};
+use crate::models::pickle::Pickle;
+use crate::models::sd3::Sd3Transformer;
+use crate::models::t5::T5Encoder;
+use crate::models::vit::Vit;
+use crate::nn::{Adapter, Weights};
+use crate::{Error, Result};
+
+/// What a component gives.
+pub(super) struct Output {
+    /// What the reference file may call it; the empty name is that of `output` itself.
+    pub names: &'static [&'static str],
+    pub value: Value,
+}
+
+/// The values of an output.
+pub(super) enum Value {
+    Numbers {
+        tensor: Tensor,
+        /// Where the output means something, (b, n) of its first two dimensions; everywhere if absent.
+        valid: Option<Tensor>,
+    },
+    Tokens {
+        /// (b, n) of u32.
+        tokens: Tensor,
+        /// How much further away than the nearest code the second nearest is, in squared distance, for each token.
+        gaps: Vec<f32>,
+    },
+}
+
+impl Output {
+    fn numbers(names: &'static [&'static str], tensor: Tensor) -> Self {
+        let value = Value::Numbers {
+            tensor,
+            valid: None,
+        };
+        Self { names, value }
+    }
+}
+
+/// A component with its weights.
+pub(super) trait Runner {
+    /// What it gives for `inputs`, with a graph where an adapter is attached.
+    fn run(&self, inputs: &Inputs<'_>) -> Result<Vec<Output>>;
+}
+
+/// Where a component comes from and how it is opened.
+pub(super) struct Place {
+    pub folder: PathBuf,
+    pub adapter: Option<Arc<Adapter>>,
+    pub device: Device,
+    pub precision: Precision,
+}
+
+impl Place {
+    fn config<T: DeserializeOwned>(&self) -> Result<T> {
+        read_json(&self.folder.join("config.json"))
+    }
+
+    /// The weights called `stem`, with the adapter attached.
+    fn weights(&self, stem: &str) -> Result<Weights> {
+        let files = WeightFiles::find(&self.folder, stem)?;
+        let weights = match self.precision {
+            Precision::F32 => files.open(DType::F32, &self.device)?,
+            Precision::Bf16 => {
+                let tensors = read_all(&files)?
+                    .into_iter()
+                    .map(|(name, t)| Ok((name, t.to_dtype(DType::BF16)?.to_dtype(DType::F32)?)))
+                    .collect::<Result<_>>()?;
+                Weights::from_tensors(tensors, DType::F32, &self.device)
+            }
+        };
+        Ok(match &self.adapter {
+            Some(adapter) => weights.with_adapter(adapter.clone()),
+            None => weights,
+        })
+    }
+
+    /// `error` with this folder in place of one that weights in memory do not know.
+    pub fn name(&self, error: Error) -> Error {
+        match error {
+            Error::Checkpoint { path, faults } if !path.exists() => Error::Checkpoint {
+                path: self.folder.clone(),
+                faults,
+            },
+            other => other,
+        }
+    }
+}
+
+/// All tensors of `files` that hold numbers which can be rounded.
+fn read_all(files: &WeightFiles) -> Result<HashMap<String, Tensor>> {
+    let mut tensors = HashMap::new();
+    match files {
+        WeightFiles::Pickles(paths) => {
+            for path in paths {
+                tensors.extend(Pickle::open(path)?.read_all()?);
+            }
+        }
+        WeightFiles::Safetensors(paths) => {
+            for path in paths {
+                // SAFETY: the file is read once, here; see `Weights::from_files`.
+                let mapped =
+                    unsafe { MmapedSafetensors::new(path) }.map_err(|e| Error::Checkpoint {
+                        path: path.clone(),
+                        faults: vec![format!("not a safetensors file: {e}")],
+                    })?;
+                for (name, _) in mapped.tensors() {
+                    tensors.insert(name.clone(), mapped.load(&name, &Device::Cpu)?);
+                }
+            }
+        }
+    }
+    tensors.retain(|_, tensor| tensor.dtype().is_float());
+    Ok(tensors)
+}
+
+type Opened = Result<(Box<dyn Runner>, Weights)>;
+
+pub(super) fn llamagen_gpt(place: &Place) -> Opened {
+    let weights = place.weights("model")?;
+    let gpt = Gpt::new(&place.config()?, &weights)?;
+    Ok((Box::new(gpt), weights))
+}
+
+impl Runner for Gpt {
+    fn run(&self, inputs: &Inputs<'_>) -> Result<Vec<Output>> {
+        let captions = inputs.numbers("caption_embeddings")?;
+        let (b, n, _) = captions.dims3().map_err(|_| {
+            Error::invalid(
+                format!("input.caption_embeddings has shape {:?}", captions.dims()),
+                "(b, cls_token_num, caption_dim) is expected",
+            )
+        })?;
+        let mask = inputs.mask("caption_mask", (b, n))?;
+        let tokens = inputs.ids("tokens", self.config().vocab_size)?;
+        let logits = self.forward(&captions, &mask, &tokens, None)?;
+        Ok(vec![Output::numbers(&["", "logits"], logits)])
+    }
+}
+
+pub(super) fn llamagen_vq(place: &Place) -> Opened {
+    let weights = place.weights("model")?;
+    let vq = VqModel::new(&place.config()?, &weights)?;
+    Ok((Box::new(vq), weights))
+}
+
+impl Runner for VqModel {
+    fn run(&self, inputs: &Inputs<'_>) -> Result<Vec<Output>> {
+        let mut outputs = Vec::new();
+        if inputs.has("image") {
+            let codes = self.quantize(&self.encode_continuous(&inputs.numbers("image")?)?)?;
+            outputs.push(Output {
+                names: &["tokens"],
+                value: Value::Tokens {
+                    tokens: codes.tokens,
+                    gaps: codes.gaps,
+                },
+            });
+        }
+        if inputs.has("tokens") {
+            let tokens = inputs.ids("tokens", self.config().codebook_size)?;
+            outputs.push(Output::numbers(&["image"], self.decode(&tokens)?));
+        }
+        some_of(outputs, "image, or input.tokens")
+    }
+}
+
+/// `outputs`, of which there must be one.
+fn some_of(outputs: Vec<Output>, inputs: &str) -> Result<Vec<Output>> {
+    if outputs.is_empty() {
+        return Err(Error::invalid(
+            "the reference file has none of the inputs that this component takes",
+            format!("give input.{inputs}"),
+        ));
+    }
+    Ok(outputs)
+}
+
+struct ClipTowers {
+    model: Clip,
+    vocabulary: usize,
+}
+
+pub(super) fn clip(place: &Place) -> Opened {
+    let weights = place.weights("model")?;
+    let config: clip::Config = place.config()?;
+    let runner = ClipTowers {
+        model: Clip::new(&config, &weights)?,
+        vocabulary: config.text_config.vocab_size,
+    };
+    Ok((Box::new(runner), weights))
+}
+
+impl Runner for ClipTowers {
+    fn run(&self, inputs: &Inputs<'_>) -> Result<Vec<Output>> {
+        let mut outputs = Vec::new();
+        if inputs.has("pixel_values") {
+            let images = self.model.encode_image(&inputs.numbers("pixel_values")?)?;
+            outputs.push(Output::numbers(&["image_embeds"], images));
+        }
+        if inputs.has("input_ids") {
+            let ids = inputs.ids("input_ids", self.vocabulary)?;
+            let texts = self.model.encode_text(&ids)?;
+            outputs.push(Output::numbers(&["text_embeds"], texts));
+        }
+        some_of(outputs, "pixel_values, or input.input_ids")
+    }
+}
+
+struct ClipText {
+    model: TextModel,
+    vocabulary: usize,
+}
+
+pub(super) fn clip_text(place: &Place) -> Opened {
+    let weights = place.weights("model")?;
+    let config: Json = place.config()?;
+    // A whole CLIPModel has the text tower's part of the config inside its own.
+    let config = config.get("text_config").unwrap_or(&config).clone();
+    let config: clip::TextConfig =
+        serde_json::from_value(config).map_err(|e| Error::Checkpoint {
+            path: place.folder.join("config.json"),
+            faults: vec![e.to_string()],
+        })?;
+    let runner = ClipText {
+        model: TextModel::new(&config, &weights)?,
+        vocabulary: config.vocab_size,
+    };
+    Ok((Box::new(runner), weights))
+}
+
+impl Runner for ClipText {
+    fn run(&self, inputs: &Inputs<'_>) -> Result<Vec<Output>> {
+        let ids = inputs.ids("input_ids", self.vocabulary)?;
+        let output = self.model.forward(&ids)?;
+        Ok(vec![
+            Output::numbers(&["", "hidden_states"], output.penultimate),
+            Output::numbers(&["pooled", "text_embeds", "pooler_output"], output.pooled),
+        ])
+    }
+}
+
+pub(super) fn t5(place: &Place) -> Opened {
+    let weights = place.weights("model")?;
+    let encoder = T5Encoder::new(&place.config()?, &weights)?;
+    Ok((Box::new(encoder), weights))
+}
+
+impl Runner for T5Encoder {
+    fn run(&self, inputs: &Inputs<'_>) -> Result<Vec<Output>> {
+        let ids = inputs.ids("input_ids", self.config().vocab_size)?;
+        let mask = inputs.mask("attention_mask", ids.dims2()?)?;
+        let tensor = self.forward(&ids, &mask)?;
+        Ok(vec![Output {
+            names: &["", "last_hidden_state"],
+            value: Value::Numbers {
+                tensor,
+                valid: Some(mask),
+            },
+        }])
+    }
+}
+
+pub(super) fn dino(place: &Place) -> Opened {
+    let weights = place.weights("model")?;
+    let vit = Vit::new(&place.config()?, &weights)?;
+    Ok((Box::new(vit), weights))
+}
+
+impl Runner for Vit {
+    fn run(&self, inputs: &Inputs<'_>) -> Result<Vec<Output>> {
+        let class = self.forward(&inputs.numbers("pixel_values")?)?;
+        Ok(vec![Output::numbers(&["", "cls_token"], class)])
+    }
+}
+
+pub(super) fn sd3_transformer(place: &Place) -> Opened {
+    let weights = place.weights("diffusion_pytorch_model")?;
+    let transformer = Sd3Transformer::new(place.config()?, &weights)?;
+    Ok((Box::new(transformer), weights))
+}
+
+impl Runner for Sd3Transformer {
+    fn run(&self, inputs: &Inputs<'_>) -> Result<Vec<Output>> {
+        let latents = inputs.numbers("hidden_states")?;
+        let b = latents.dims().first().copied().unwrap_or(0);
+        // One timestep may stand for all.
+        let timestep = inputs.exact("timestep")?.flatten_all()?;
+        let timestep = match timestep.elem_count() {
+            1 => timestep.broadcast_as(b)?.contiguous()?,
+            _ => timestep,
+        };
+        let velocity = self.forward(
+            &latents,
+            &timestep,
+            &inputs.numbers("encoder_hidden_states")?,
+            &inputs.numbers("pooled_projections")?,
+        )?;
+        Ok(vec![Output::numbers(&["", "sample"], velocity)])
+    }
+}
+
+pub(super) fn vae(place: &Place) -> Opened {
+    let weights = place.weights("diffusion_pytorch_model")?;
+    let vae = AutoencoderKl::new(place.config()?, &weights)?;
+    Ok((Box::new(vae), weights))
+}
+
+impl Runner for AutoencoderKl {
+    fn run(&self, inputs: &Inputs<'_>) -> Result<Vec<Output>> {
+        let mut outputs = Vec::new();
+        if inputs.has("sample") {
+            let (mean, _) = self.encode(&inputs.numbers("sample")?)?;
+            outputs.push(Output::numbers(&["mean", "latents"], mean));
+        }
+        if inputs.has("latents") {
+            let image = self.decode(&inputs.numbers("latents")?)?;
+            outputs.push(Output::numbers(&["image", "sample"], image));
+        }
+        some_of(outputs, "sample, or input.latents")
+    }
+}
