@@ -12,7 +12,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::config::{Device, Document};
+use crate::config::{Device, Document, Dtype};
 use crate::{Error, Result};
 
 /// Proxy-Tuning: photos of a subject go in, an autoregressive image model that draws it comes out.
@@ -177,6 +177,9 @@ pub struct ComputeArgs {
     /// cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     pub device: Device,
+    /// How frozen weights are kept: auto (as the checkpoint has them), f32, bf16 or f16
+    #[arg(long, default_value = "auto")]
+    pub dtype: Dtype,
     /// Images drawn together
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = at_least_one)]
     pub batch_size: usize,

@@ -6,7 +6,7 @@ use super::{ComputeArgs, Ended, SampleArgs, SamplingArgs, output_failed, runtime
 use crate::config::models::Family;
 use crate::config::{Kind, sampling_defaults};
 use crate::images::encode_png;
-use crate::models::{Request, Sampling, open};
+use crate::models::{Opening, Request, Sampling, open};
 use crate::pipeline::{opening_for, use_threads};
 use crate::plan::derive_seed;
 use crate::stream::{Board, Worker};
@@ -75,7 +75,10 @@ pub(super) fn draw(
     if compute.threads > 0 {
         use_threads(compute.threads);
     }
-    let opening = opening_for(model, adapter, compute.device)?;
+    let opening = Opening {
+        dtype: compute.dtype,
+        ..opening_for(model, adapter, compute.device)?
+    };
     if opening.family.kind() == Kind::Evaluator {
         return Err(Error::invalid(
             format!("{model} does not draw"),

@@ -3,6 +3,9 @@
 //!
 //! - [`Weights`] hands named tensors to models: frozen from a checkpoint, or trainable, with an [`Adapter`] attached.
 //! - [`layers`] holds `Linear`, `Conv2d`, norms and `Embedding`; [`ops`] the functions that they are made of.
+//! - A frozen [`Weight`] may be a [`HalfMatrix`]: bf16 or f16 on the CPU, mapped from its file, with f32 arithmetic.
+//! - [`recompute`] runs a block again in the backward pass instead of keeping what it computed; [`backward`] gives the
+//!   gradients.
 //! - [`no_grad`] runs a closure without building a graph: sampling, encoding and evaluation use it.
 
 mod adapter;
@@ -11,6 +14,8 @@ mod cpu;
 pub mod layers;
 pub mod ops;
 pub mod plain;
+mod precision;
+mod recompute;
 mod vjp;
 mod weights;
 
@@ -18,6 +23,8 @@ pub(crate) use adapter::seeded;
 pub use adapter::{Adapter, Lora, LoraConfig};
 pub use layers::{Conv2d, Embedding, GroupNorm, LayerNorm, Linear, RmsNorm};
 pub use ops::Mask;
+pub use precision::{HalfKind, HalfMatrix, Precision, Weight};
+pub use recompute::{backward, is_recomputing, recompute, recomputing};
 pub use weights::{Init, Weights};
 
 use std::cell::Cell;
@@ -40,9 +47,14 @@ pub fn no_grad<T>(body: impl FnOnce() -> T) -> T {
     body()
 }
 
+/// Whether [`no_grad`] is running on this thread.
+fn is_no_grad() -> bool {
+    NO_GRAD.with(Cell::get)
+}
+
 /// A parameter as operations should see it: as it is, or detached inside [`no_grad`]. The storage is shared.
 pub fn parameter(tensor: &Tensor) -> Tensor {
-    if tensor.track_op() && NO_GRAD.with(Cell::get) {
+    if tensor.track_op() && is_no_grad() {
         tensor.detach()
     } else {
         tensor.clone()

@@ -18,7 +18,7 @@ use crate::models::tokenizer::TextTokenizer;
 use crate::models::{
     Example, Learner, Lesson, Opening, Request, Sampling, Tuning, adapters, finish_all, snapshot,
 };
-use crate::nn::{Adapter, Weights, no_grad, ops};
+use crate::nn::{Adapter, Weights, no_grad, ops, recomputing};
 use crate::{Error, Result, images};
 
 /// The VQ tokenizer alone: what the tokenizing stage runs on a thread of its own.
@@ -131,6 +131,7 @@ pub struct LlamaGen {
     config_text: String,
     base: String,
     condition_dropout: f64,
+    recomputes: bool,
     device: Device,
 }
 
@@ -146,12 +147,13 @@ impl LlamaGen {
             Tuning::Full => {
                 Weights::trainable(&[dir.join("model.safetensors")], opening.seed, device)?
             }
-            Tuning::Lora(_) | Tuning::Frozen => load_weights(dir, DType::F32, device)?,
+            Tuning::Lora(_) | Tuning::Frozen => load_weights(dir, opening.dtype, device)?,
         };
         let (weights, adapter) = opening.attach(weights);
         let gpt = Gpt::new(&config, &weights)?;
         let t5 = dir.join("t5");
-        let t5_weights = Weights::from_files(&[t5.join("model.safetensors")], DType::F32, device)?;
+        let t5_files = [t5.join("model.safetensors")];
+        let t5_weights = Weights::from_files(&t5_files, weights.precision(), device)?;
         let encoder = T5Encoder::new(&read_json(&t5.join("config.json"))?, &t5_weights)?;
         let tokenizer = ImageTokenizer::open(dir, device)?;
         if opening
@@ -181,11 +183,12 @@ impl LlamaGen {
             gpt,
             captions,
             tokenizer,
-            weights,
             adapter,
             config_text,
             base: opening.name.clone(),
             condition_dropout: opening.condition_dropout,
+            recomputes: opening.recomputes(&weights),
+            weights,
             device: device.clone(),
         })
     }
@@ -229,9 +232,9 @@ impl Learner for LlamaGen {
         let captions = self.gpt.drop_captions(&captions, &drop)?;
         let targets = Tensor::from_vec(tokens.concat(), (b, n), &self.device)?;
         let inputs = targets.narrow(1, 0, n - 1)?.contiguous()?;
-        let logits = self
-            .gpt
-            .forward(&captions, &mask, &inputs, Some(generator))?;
+        let logits = recomputing(self.recomputes, || {
+            self.gpt.forward(&captions, &mask, &inputs, Some(generator))
+        })?;
         let vocabulary = logits.dim(2)?;
         let losses = ops::cross_entropy(
             &logits.reshape((b * n, vocabulary))?,

@@ -16,17 +16,21 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::pickle::PthTensors;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 
-use crate::nn::Weights;
+use crate::nn::{Precision, Weights};
 use crate::{Error, Result};
 
 /// Frozen weights of a GPT or VQ checkpoint: `model.safetensors` in `directory` if it is there, else `model.pt` as
 /// LlamaGen's training saves it, a dictionary whose `model`, `module` or `state_dict` holds the tensors.
-pub fn load_weights(directory: &Path, dtype: DType, device: &Device) -> Result<Weights> {
+pub fn load_weights(
+    directory: &Path,
+    precision: impl Into<Precision>,
+    device: &Device,
+) -> Result<Weights> {
     let safetensors = directory.join("model.safetensors");
     if safetensors.is_file() {
-        return Weights::from_files(&[safetensors], dtype, device);
+        return Weights::from_files(&[safetensors], precision, device);
     }
     let pickle = directory.join("model.pt");
     if !pickle.is_file() {
@@ -36,7 +40,7 @@ pub fn load_weights(directory: &Path, dtype: DType, device: &Device) -> Result<W
         });
     }
     let tensors = read_pickle(&pickle)?;
-    Ok(Weights::from_tensors(tensors, dtype, device))
+    Ok(Weights::from_tensors(tensors, precision, device))
 }
 
 /// All tensors of a LlamaGen `.pt` file by name, on the CPU and in the file's types. Fails when it has none.

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 
-use candle_core::{DType, Tensor, Var};
+use candle_core::{Tensor, Var};
 use image::RgbImage;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
@@ -13,7 +13,7 @@ use super::{Conditioning, Sd3, transformer_files};
 use crate::models::{
     Example, Learner, Lesson, Opening, Request, Sampling, Tuning, adapters, snapshot,
 };
-use crate::nn::{Adapter, Weights};
+use crate::nn::{Adapter, Weights, recomputing};
 use crate::{Error, Result, images};
 
 /// The denoiser with what it needs to learn and to draw.
@@ -24,6 +24,7 @@ pub struct Sd3Learner {
     adapter: Option<Arc<Adapter>>,
     config_text: String,
     condition_dropout: f64,
+    recomputes: bool,
     side: usize,
 }
 
@@ -34,7 +35,7 @@ impl Sd3Learner {
         let weights = match opening.tuning {
             Tuning::Full => Weights::trainable(&files, opening.seed, &opening.device)?,
             Tuning::Lora(_) | Tuning::Frozen => {
-                Weights::from_files(&files, DType::F32, &opening.device)?
+                Weights::from_files(&files, opening.dtype, &opening.device)?
             }
         };
         let (weights, adapter) = opening.attach(weights);
@@ -47,6 +48,7 @@ impl Sd3Learner {
         Ok(Self {
             model,
             known: HashMap::new(),
+            recomputes: opening.recomputes(&weights),
             weights,
             adapter,
             config_text,
@@ -111,7 +113,9 @@ impl Learner for Sd3Learner {
             })
             .collect();
         let conditioning = self.condition(&prompts)?;
-        self.model.loss(&latents, &conditioning, generator)
+        recomputing(self.recomputes, || {
+            self.model.loss(&latents, &conditioning, generator)
+        })
     }
 
     fn generate(&mut self, requests: &[Request], sampling: &Sampling) -> Result<Vec<RgbImage>> {
