@@ -1,5 +1,6 @@
 //! The command line: what can be typed, one file per command.
 
+pub mod bench;
 pub mod check;
 mod evaluate;
 pub mod graph;
@@ -45,6 +46,8 @@ pub enum Command {
     Report(ReportArgs),
     /// Train the nano checkpoints from drawn scenes
     Pretrain(pretrain::PretrainArgs),
+    /// Measure times and memory on this machine
+    Bench(bench::BenchArgs),
 }
 
 /// Which pipeline, and what to change in it.
@@ -283,6 +286,7 @@ pub fn dispatch(cli: Cli) -> Result<Ended> {
         Command::Evaluate(args) => evaluate::evaluate(&args, &mut out),
         Command::Report(args) => report::report(&args, &mut out),
         Command::Pretrain(args) => pretrain::pretrain(&args).map(|()| Ended::Well),
+        Command::Bench(args) => bench::run(&args).map(|()| Ended::Well),
     }
 }
 
