@@ -15,4 +15,4 @@ pub(crate) use draw::fitted;
 pub use draw::{Canvas, grid};
 pub use load::{Folder, MAX_BYTES, MAX_PIXELS, Photo, decode, folder, is_photo_name, load};
 pub use resize::{Filter, center_crop, resize_exact, resize_short_side, square};
-pub use tensor::{from_tensor, normalized, to_tensor};
+pub use tensor::{check_side, from_tensor, normalized, to_tensor};

@@ -13,7 +13,10 @@ pub fn to_tensor(images: &[RgbImage], device: &Device) -> Result<Tensor> {
 
 /// Fails unless every picture is a square of `side` pixels, which `model` takes.
 pub fn check_side(images: &[RgbImage], side: u32, model: &str) -> Result<()> {
-    match images.iter().find(|image| image.dimensions() != (side, side)) {
+    match images
+        .iter()
+        .find(|image| image.dimensions() != (side, side))
+    {
         None => Ok(()),
         Some(image) => Err(Error::invalid(
             format!(
@@ -21,10 +24,7 @@ pub fn check_side(images: &[RgbImage], side: u32, model: &str) -> Result<()> {
                 image.width(),
                 image.height()
             ),
-            format!(
-                "it takes {side}×{side}: cut out a square and resize it, as images::center_square and \
-                 images::resize do"
-            ),
+            format!("it takes {side}×{side}: images::square cuts out the middle and resizes it"),
         )),
     }
 }

@@ -4,7 +4,7 @@
 use candle_core::Tensor;
 
 use super::adapter::Lora;
-use super::{Init, Weight, Weights, ops};
+use super::{Init, Weight, Weights, merged, ops};
 use crate::Result;
 
 /// `y = x·Wᵀ + bias`, plus the adapter's `scale · (x·Aᵀ)·Bᵀ` where one is attached.
@@ -49,9 +49,10 @@ impl Linear {
         match (&self.weight, &self.lora) {
             (Weight::Half(weight), lora) => ops::half_linear(x, weight, bias, lora.as_ref()),
             (Weight::Tensor(weight), None) => ops::linear(x, weight, bias),
-            (Weight::Tensor(weight), Some(lora)) => {
-                ops::linear_lora(x, weight, bias, &lora.a, &lora.b, lora.scale)
-            }
+            (Weight::Tensor(weight), Some(lora)) => match merged::weight(weight, lora)? {
+                Some(merged) => ops::linear(x, &merged, bias),
+                None => ops::linear_lora(x, weight, bias, &lora.a, &lora.b, lora.scale),
+            },
         }
     }
 

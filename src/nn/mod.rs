@@ -6,12 +6,14 @@
 //! - A frozen [`Weight`] may be a [`HalfMatrix`]: bf16 or f16 on the CPU, mapped from its file, with f32 arithmetic.
 //! - [`recompute`] runs a block again in the backward pass instead of keeping what it computed; [`backward`] gives the
 //!   gradients.
+//! - [`merged`] runs a closure in which small layers carry their adapters inside their weights: sampling uses it.
 //! - [`no_grad`] runs a closure without building a graph: sampling, encoding and evaluation use it.
 
 mod adapter;
 pub mod bench;
 mod cpu;
 pub mod layers;
+mod merged;
 pub mod ops;
 pub mod plain;
 mod precision;
@@ -22,6 +24,7 @@ mod weights;
 pub(crate) use adapter::seeded;
 pub use adapter::{Adapter, Lora, LoraConfig};
 pub use layers::{Conv2d, Embedding, GroupNorm, LayerNorm, Linear, RmsNorm};
+pub use merged::merged;
 pub use ops::Mask;
 pub use precision::{HalfKind, HalfMatrix, Precision, Weight};
 pub use recompute::{backward, is_recomputing, recompute, recomputing};

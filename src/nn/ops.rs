@@ -27,9 +27,12 @@ pub enum Mask {
     None,
     /// Query i of n sees key j of m when j ≤ i + (m − n).
     Causal,
-    /// Added to the scaled scores; shape (1 or b, 1 or h, n, m), −∞ hides a key. A row must not hide every key.
+    /// Added to the scaled scores; shape (1 or b, 1 or h, 1 or n, m), −∞ hides a key. A row must not hide every key.
     /// Receives a gradient where it is tracked.
     Additive(Tensor),
+    /// [`Mask::Causal`] with this added to the scores of each key, shape (1 or b, 1, 1, m), −∞ hides it; but every
+    /// query sees its own key, that of j = i + (m − n), as it is, so that padding at the start leaves no row empty.
+    CausalKeys(Tensor),
 }
 
 /// `x` (…, inputs) · `weight` (outputs, inputs)ᵀ + `bias` (outputs).

@@ -375,7 +375,7 @@ impl Gpt {
         let mut h = drop_out(h, c.token_dropout_p, &mut dropout)?;
         let n = c.cls_token_num + given;
         let rotary = self.rotary.narrow(0, n)?;
-        let mask = Mask::Additive(self.causal_mask(caption_mask, n)?);
+        let mask = Mask::CausalKeys(self.hidden_keys(caption_mask, n)?);
         for layer in &self.layers {
             let (layer, rotary, mask) = (layer.clone(), rotary.clone(), mask.clone());
             h = recompute(&[&h], dropout.as_deref_mut(), move |h, dropout| {
@@ -416,19 +416,17 @@ impl Gpt {
         cache: &mut Cache,
     ) -> Result<Tensor> {
         let n = self.config.cls_token_num;
-        let b = self.check_captions(caption_embeddings, caption_mask)?;
+        self.check_captions(caption_embeddings, caption_mask)?;
         no_grad(|| {
             let mut h = self
                 .cls_embedding
                 .forward(&caption_embeddings.to_dtype(self.dtype)?)?;
             let rotary = self.rotary.narrow(0, n)?;
-            let mask = Mask::Additive(self.causal_mask(caption_mask, n)?);
+            let mask = Mask::CausalKeys(self.hidden_keys(caption_mask, n)?);
             for (layer, cache) in self.layers.iter().zip(&cache.layers) {
                 h = layer.forward(&h, &rotary, &mask, Some((cache, 0)), None)?;
             }
-            let images = Tensor::ones((b, cache.capacity - n), DType::U8, &self.device)?;
-            let valid = Tensor::cat(&[self.valid(caption_mask)?, images], 1)?;
-            cache.hidden = Some(self.additive(&valid)?.unsqueeze(1)?.unsqueeze(1)?);
+            cache.hidden = Some(self.hidden_keys(caption_mask, cache.capacity)?);
             cache.length = n;
             Ok(self
                 .logits(&h.narrow(1, n - 1, 1)?.contiguous()?)?
@@ -504,8 +502,8 @@ impl Gpt {
         Ok(allowed.where_cond(&zeros, &hidden)?)
     }
 
-    /// (b, 1, n, n): causal, caption padding hidden, and the diagonal open whatever it is, so that no row is empty.
-    fn causal_mask(&self, caption_mask: &Tensor, n: usize) -> Result<Tensor> {
+    /// (b, 1, 1, n), added to the scores of keys: caption padding is hidden.
+    fn hidden_keys(&self, caption_mask: &Tensor, n: usize) -> Result<Tensor> {
         let (b, captions) = caption_mask.dims2()?;
         let valid = self.valid(caption_mask)?;
         let valid = if n > captions {
@@ -514,12 +512,7 @@ impl Gpt {
         } else {
             valid
         };
-        let causal = Tensor::tril2(n, DType::U8, &self.device)?.unsqueeze(0)?;
-        let diagonal = Tensor::eye(n, DType::U8, &self.device)?.unsqueeze(0)?;
-        let allowed = causal
-            .broadcast_mul(&valid.unsqueeze(1)?)?
-            .broadcast_maximum(&diagonal)?;
-        self.additive(&allowed)?.unsqueeze(1).map_err(Into::into)
+        Ok(self.additive(&valid)?.unsqueeze(1)?.unsqueeze(1)?)
     }
 }
 

@@ -18,7 +18,7 @@ use crate::models::tokenizer::TextTokenizer;
 use crate::models::{
     Example, Learner, Lesson, Opening, Request, Sampling, Tuning, adapters, finish_all, snapshot,
 };
-use crate::nn::{Adapter, Weights, no_grad, ops, recomputing};
+use crate::nn::{Adapter, Weights, merged, no_grad, ops, recomputing};
 use crate::{Error, Result, images};
 
 /// The VQ tokenizer alone: what the tokenizing stage runs on a thread of its own.
@@ -57,6 +57,7 @@ impl ImageTokenizer {
 
     /// The tokens of each image, row by row; images have the tokenizer's resolution.
     pub fn encode(&self, images: &[RgbImage]) -> Result<Vec<Vec<u32>>> {
+        images::check_side(images, self.resolution, "LlamaGen's image tokenizer")?;
         let pixels = images::to_tensor(images, self.model.device())?;
         Ok(no_grad(|| self.model.encode(&pixels))?.to_vec2::<u32>()?)
     }
@@ -256,9 +257,11 @@ impl Learner for LlamaGen {
             top_p: sampling.top_p,
         };
         let count = self.gpt.config().block_size;
-        let tokens = no_grad(|| {
-            self.gpt
-                .generate(&captions, &mask, count, &settings, &seeds)
+        let tokens = merged(|| {
+            no_grad(|| {
+                self.gpt
+                    .generate(&captions, &mask, count, &settings, &seeds)
+            })
         })?;
         self.tokenizer.decode(&tokens)
     }

@@ -13,7 +13,7 @@ use super::{Conditioning, Sd3, transformer_files};
 use crate::models::{
     Example, Learner, Lesson, Opening, Request, Sampling, Tuning, adapters, snapshot,
 };
-use crate::nn::{Adapter, Weights, recomputing};
+use crate::nn::{Adapter, Weights, merged, recomputing};
 use crate::{Error, Result, images};
 
 /// The denoiser with what it needs to learn and to draw.
@@ -75,6 +75,7 @@ impl Learner for Sd3Learner {
     }
 
     fn encode(&mut self, images: &[RgbImage]) -> Result<Vec<Example>> {
+        images::check_side(images, self.side as u32, "SD3")?;
         let pixels = images::to_tensor(images, self.model.device())?;
         let (mean, logvar) = self.model.encode_images(&pixels)?;
         (0..images.len())
@@ -127,13 +128,15 @@ impl Learner for Sd3Learner {
         let negative = self.condition(&[sampling.negative_prompt.as_str()])?;
         let seeds: Vec<u64> = requests.iter().map(|request| request.seed).collect();
         let noise = self.model.noise(&seeds, self.side, self.side)?;
-        images::from_tensor(&self.model.generate_from(
-            &noise,
-            &conditioning,
-            &negative,
-            sampling.num_inference_steps,
-            sampling.guidance_scale,
-        )?)
+        images::from_tensor(&merged(|| {
+            self.model.generate_from(
+                &noise,
+                &conditioning,
+                &negative,
+                sampling.num_inference_steps,
+                sampling.guidance_scale,
+            )
+        })?)
     }
 
     fn variables(&self) -> Vec<(String, Var)> {
