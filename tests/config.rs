@@ -90,6 +90,12 @@ fn the_resolved_file_reads_back_as_itself() {
         vec![prior, second[0], second[1], "seed=9223372036854775807"],
         vec!["student.source=augmented", "student.tuning=full"],
         vec![
+            "student.dtype=bf16",
+            "supervisor.dtype=f16",
+            "student.memory=fit",
+            "direct.memory=fast",
+        ],
+        vec![
             "student.model=sdxl",
             "student.negative_prompt=blurry",
             "student.rank=4",
@@ -363,6 +369,18 @@ fn what_cannot_work_is_a_fault() {
             "channels.proxies = 0 is out of range",
         ),
         (vec!["student.dropout=1.0"], "out of range"),
+        (
+            vec!["student.dtype=f64"],
+            "student.dtype = \"f64\" is not a choice",
+        ),
+        (
+            vec!["student.memory=small"],
+            "student.memory = \"small\" is not a choice",
+        ),
+        (
+            vec!["supervisor.dtype=bf16", "supervisor.tuning=full"],
+            "supervisor.dtype has no effect with tuning = \"full\"",
+        ),
         (vec!["student.learning_rate=nan"], "out of range"),
         (vec!["seed=9223372036854775808"], "out of range"),
         (

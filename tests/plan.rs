@@ -80,6 +80,8 @@ fn the_digest_changes_with_every_setting_that_affects_the_result_and_with_no_oth
         "student.overlap=0.25",
         "student.dropout=0.2",
         "student.device=cuda",
+        "student.dtype=bf16",
+        "supervisor.dtype=f32",
         "direct.steps=3",
         "direct.enabled=false",
         "evaluation.images_per_prompt=1",
@@ -87,7 +89,13 @@ fn the_digest_changes_with_every_setting_that_affects_the_result_and_with_no_oth
     ] {
         assert_ne!(plan_with(&[affecting]).digest(), digest, "{affecting}");
     }
-    for harmless in ["channels.proxies=1", "student.checkpoint_every=3"] {
+    for harmless in [
+        "channels.proxies=1",
+        "student.checkpoint_every=3",
+        "student.memory=fit",
+        "direct.memory=fast",
+        "student.dtype=auto",
+    ] {
         assert_eq!(plan_with(&[harmless]).digest(), digest, "{harmless}");
     }
     let resolved = with(&[]);
@@ -189,6 +197,8 @@ fn proxies_are_new_when_how_they_are_made_changes_and_only_then() {
         "student.rank=2",
         "evaluation.every=1",
         "supervisor.checkpoint_every=7",
+        "supervisor.memory=fit",
+        "student.dtype=bf16",
     ] {
         assert_eq!(key(&[same]), (supervisor.clone(), proxy.clone()), "{same}");
     }
@@ -210,6 +220,7 @@ fn proxies_are_new_when_how_they_are_made_changes_and_only_then() {
         "supervisor.prior_preservation={}",
         "supervisor.resolution=64",
         "supervisor.device=cuda",
+        "supervisor.dtype=bf16",
         "supervisor.targets=[\"attn.to_q\"]",
         "subject.dog.token=vok",
         "subject.dog.class=puppy",

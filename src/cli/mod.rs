@@ -1,5 +1,6 @@
 //! The command line: what can be typed, one file per command.
 
+pub mod bench;
 pub mod check;
 mod evaluate;
 mod generate;
@@ -20,7 +21,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::config::{Device, Document};
+use crate::config::{Device, Document, Dtype};
 use crate::{Error, Result};
 
 /// Proxy-Tuning: photos of a subject go in, an autoregressive image model that draws it comes out.
@@ -69,6 +70,8 @@ pub enum Command {
     Verify(verify::VerifyArgs),
     /// Train the nano checkpoints from drawn scenes
     Pretrain(pretrain::PretrainArgs),
+    /// Measure times and memory on this machine
+    Bench(bench::BenchArgs),
 }
 
 /// Which pipeline, and what to change in it.
@@ -204,6 +207,9 @@ pub struct ComputeArgs {
     /// cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]
     pub device: Device,
+    /// How frozen weights are kept: auto (as the checkpoint has them), f32, bf16 or f16
+    #[arg(long, default_value = "auto")]
+    pub dtype: Dtype,
     /// Images drawn together
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = at_least_one)]
     pub batch_size: usize,
@@ -369,6 +375,7 @@ pub fn dispatch(cli: Cli) -> Result<Ended> {
         Command::Export(args) => export::export(&args, &mut out).map(|()| Ended::Well),
         Command::Verify(args) => verify::run(&args, &mut out),
         Command::Pretrain(args) => pretrain::pretrain(&args).map(|()| Ended::Well),
+        Command::Bench(args) => bench::run(&args).map(|()| Ended::Well),
     }
 }
 

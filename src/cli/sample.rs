@@ -7,7 +7,7 @@ use super::{ComputeArgs, Ended, SampleArgs, SamplingArgs, output_failed, runtime
 use crate::config::models::Family;
 use crate::config::{Kind, sampling_defaults};
 use crate::images::encode_png;
-use crate::models::{Request, Sampling, open};
+use crate::models::{Opening, Request, Sampling, open};
 use crate::pipeline::{opening_for, use_threads};
 use crate::plan::derive_seed;
 use crate::stream::{Board, Worker};
@@ -78,7 +78,10 @@ pub(super) fn draw(
         use_threads(compute.threads);
     }
     make_ready([model])?;
-    let opening = opening_for(model, adapter, compute.device)?;
+    let opening = Opening {
+        dtype: compute.dtype,
+        ..opening_for(model, adapter, compute.device)?
+    };
     if opening.family.kind() == Kind::Evaluator {
         return Err(Error::invalid(
             format!("{model} does not draw"),

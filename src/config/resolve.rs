@@ -301,10 +301,12 @@ fn resolve_supervisor(typed: &typed::Supervisor, faults: &Faults) -> Option<Supe
         templates::check(prompt, Token::Required, faults);
     }
     let default = family_training(&typed.training, family, &model.place, faults);
+    check_dtype(&typed.dtype, &typed.training, "supervisor", faults);
     Some(Supervisor {
         model: model.value.clone(),
         family,
         device: or(&typed.device, Device::Cpu),
+        dtype: or(&typed.dtype, Dtype::Auto),
         resolution: resolution(&typed.resolution, &model.value, faults),
         prompt: or(&typed.prompt, "a {token} {class}".to_string()),
         training: training(&typed.training, &default, faults),
@@ -351,6 +353,21 @@ pub fn training_defaults(family: Family) -> Training {
         alpha: defaults::RANK as f64,
         targets: defaults::targets(family),
         checkpoint_every: defaults::CHECKPOINT_EVERY,
+        memory: Memory::Auto,
+    }
+}
+
+/// Weights that are all trained are f32.
+fn check_dtype(dtype: &Typed<Dtype>, training: &typed::Training, role: &str, faults: &Faults) {
+    if let Some(at) = dtype
+        && matches!(at.value, Dtype::Bf16 | Dtype::F16)
+        && or(&training.tuning, Tuning::Lora) == Tuning::Full
+    {
+        faults.push(
+            &at.place,
+            format!("{role}.dtype has no effect with tuning = \"full\": trained weights are f32"),
+            "remove the line, or use tuning = \"lora\"",
+        );
     }
 }
 
@@ -383,6 +400,7 @@ fn training(typed: &typed::Training, default: &Training, faults: &Faults) -> Tra
         alpha: or(&typed.alpha, alpha),
         targets: targets.unwrap_or_else(|| default.targets.clone()),
         checkpoint_every: or(&typed.checkpoint_every, default.checkpoint_every),
+        memory: or(&typed.memory, default.memory),
     };
     if let Some(warmup) = &typed.warmup_steps {
         if warmup.value > training.steps {
@@ -493,10 +511,12 @@ fn resolve_student(typed: &typed::Student, faults: &Faults) -> Option<Student> {
         })
     };
     let default = family_training(&typed.training, family, &model.place, faults);
+    check_dtype(&typed.dtype, &typed.training, "student", faults);
     Some(Student {
         model: model.value.clone(),
         family,
         device: or(&typed.device, Device::Cpu),
+        dtype: or(&typed.dtype, Dtype::Auto),
         resolution: resolution(&typed.resolution, &model.value, faults),
         source: or(&typed.source, Source::Proxies),
         init: typed.init.as_ref().map(|at| at.value.clone().into()),

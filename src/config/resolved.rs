@@ -61,6 +61,8 @@ pub struct Supervisor {
     pub family: Family,
     /// Where it computes. Default "cpu".
     pub device: Device,
+    /// How its frozen weights are kept. Default "auto".
+    pub dtype: Dtype,
     /// Side of the square training images and of the proxies in pixels. Default: known by the model's name, else
     /// (`None`) the checkpoint's own.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -121,6 +123,8 @@ pub struct Training {
     pub targets: Vec<String>,
     /// Steps between checkpoints from which a stopped run resumes, at least 1. Does not affect the result. Default 100.
     pub checkpoint_every: usize,
+    /// What is kept for the backward pass. Does not affect the result. Default "auto".
+    pub memory: Memory,
 }
 
 /// `[proxies]`: the images the supervisors make.
@@ -181,6 +185,8 @@ pub struct Student {
     pub family: Family,
     /// Where it computes. Default "cpu".
     pub device: Device,
+    /// How its frozen weights are kept. Default "auto".
+    pub dtype: Dtype,
     /// Side of its square images in pixels. Default: known by the model's name, else (`None`) the checkpoint's own.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub resolution: Option<usize>,
@@ -271,6 +277,32 @@ pub enum Device {
     Cpu,
     /// The card's number, from 0.
     Cuda(usize),
+}
+
+/// How frozen weights are kept. On the CPU arithmetic is in f32 whatever they are; on a card it is in their own type.
+/// Adapters, what the optimizer remembers, and weights that are all trained are always f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Dtype {
+    /// As the checkpoint has them, so that nothing is rounded; on a card bf16 for every checkpoint in half precision.
+    #[default]
+    Auto,
+    F32,
+    Bf16,
+    F16,
+}
+
+/// What a training step keeps of its forward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Memory {
+    /// `Fit` for a backbone of 100 million weights and more, else `Fast`.
+    #[default]
+    Auto,
+    /// The inputs of its blocks; each block runs again in the backward pass, with equal results.
+    Fit,
+    /// Everything.
+    Fast,
 }
 
 /// What is learned: a low-rank adapter, or all weights.
@@ -380,6 +412,20 @@ impl std::str::FromStr for Device {
 impl Serialize for Device {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(self)
+    }
+}
+
+impl std::str::FromStr for Dtype {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "auto" => Ok(Dtype::Auto),
+            "f32" => Ok(Dtype::F32),
+            "bf16" => Ok(Dtype::Bf16),
+            "f16" => Ok(Dtype::F16),
+            _ => Err("the choices are \"auto\", \"f32\", \"bf16\" and \"f16\"".to_string()),
+        }
     }
 }
 

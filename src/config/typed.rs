@@ -3,7 +3,7 @@
 use std::ops::Bound::{Excluded, Included, Unbounded};
 
 use super::reader::{At, Choice, Faults, Section};
-use super::resolved::{Device, LrScheduler, Optimizer, Source, Tuning};
+use super::resolved::{Device, Dtype, LrScheduler, Memory, Optimizer, Source, Tuning};
 use super::tree::{Place, Table};
 
 type Bounds = (std::ops::Bound<f64>, std::ops::Bound<f64>);
@@ -42,6 +42,7 @@ pub(super) struct Subject {
 pub(super) struct Supervisor {
     pub model: Typed<String>,
     pub device: Typed<Device>,
+    pub dtype: Typed<Dtype>,
     pub resolution: Typed<usize>,
     pub prompt: Typed<String>,
     pub training: Training,
@@ -72,6 +73,7 @@ pub(super) struct Training {
     pub alpha: Typed<f64>,
     pub targets: Typed<Vec<At<String>>>,
     pub checkpoint_every: Typed<usize>,
+    pub memory: Typed<Memory>,
 }
 
 /// The fields of both ways of sampling; the model's family decides which may be typed.
@@ -98,6 +100,7 @@ pub(super) struct Proxies {
 pub(super) struct Student {
     pub model: Typed<String>,
     pub device: Typed<Device>,
+    pub dtype: Typed<Dtype>,
     pub resolution: Typed<usize>,
     pub source: Typed<Source>,
     pub init: Typed<String>,
@@ -151,6 +154,23 @@ pub(super) struct Channels {
 impl Choice for Tuning {
     const SPELLINGS: &'static [(&'static str, Self)] =
         &[("lora", Tuning::Lora), ("full", Tuning::Full)];
+}
+
+impl Choice for Dtype {
+    const SPELLINGS: &'static [(&'static str, Self)] = &[
+        ("auto", Dtype::Auto),
+        ("f32", Dtype::F32),
+        ("bf16", Dtype::Bf16),
+        ("f16", Dtype::F16),
+    ];
+}
+
+impl Choice for Memory {
+    const SPELLINGS: &'static [(&'static str, Self)] = &[
+        ("auto", Memory::Auto),
+        ("fit", Memory::Fit),
+        ("fast", Memory::Fast),
+    ];
 }
 
 impl Choice for Optimizer {
@@ -233,6 +253,7 @@ impl Supervisor {
         let supervisor = Supervisor {
             model: section.required_text("model", "\"nano-sd3\""),
             device: device(&section),
+            dtype: section.choice("dtype"),
             resolution: section.count("resolution", 8),
             prompt: section.text("prompt"),
             training: Training::read(&section),
@@ -276,6 +297,7 @@ impl Training {
             alpha: section.number("alpha", ABOVE_ZERO),
             targets: section.texts("targets"),
             checkpoint_every: section.count("checkpoint_every", 1),
+            memory: section.choice("memory"),
         }
     }
 }
@@ -319,6 +341,7 @@ impl Student {
         let student = Student {
             model: section.required_text("model", "\"nano-llamagen\""),
             device: device(&section),
+            dtype: section.choice("dtype"),
             resolution: section.count("resolution", 8),
             source: section.choice("source"),
             init: section.text("init"),

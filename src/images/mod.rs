@@ -18,4 +18,4 @@ pub use load::{
     read,
 };
 pub use resize::{Filter, center_crop, resize_exact, resize_short_side, square};
-pub use tensor::{from_tensor, normalized, to_tensor};
+pub use tensor::{check_side, from_tensor, normalized, to_tensor};

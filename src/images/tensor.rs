@@ -11,6 +11,24 @@ pub fn to_tensor(images: &[RgbImage], device: &Device) -> Result<Tensor> {
     planes(images, device, |value, _| f32::from(value) / 127.5 - 1.0)
 }
 
+/// Fails unless every picture is a square of `side` pixels, which `model` takes.
+pub fn check_side(images: &[RgbImage], side: u32, model: &str) -> Result<()> {
+    match images
+        .iter()
+        .find(|image| image.dimensions() != (side, side))
+    {
+        None => Ok(()),
+        Some(image) => Err(Error::invalid(
+            format!(
+                "{model} was given a picture of {}×{} pixels",
+                image.width(),
+                image.height()
+            ),
+            format!("it takes {side}×{side}: images::square cuts out the middle and resizes it"),
+        )),
+    }
+}
+
 /// Pictures of one size as (b, 3, h, w) f32 on `device`, values (x/255 - mean) / std for each channel. Fails when
 /// `images` is empty or the sizes differ.
 pub fn normalized(

@@ -6,13 +6,13 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
-use candle_core::{DType, Device};
+use candle_core::Device;
 use serde_json::{Value, json};
 
 use super::pickle::Pickle;
 use crate::files::{self, read_json};
 use crate::hub::Settings;
-use crate::nn::Weights;
+use crate::nn::{Precision, Weights};
 use crate::{Error, Result};
 
 /// Torch's files up to this many bytes are read as they are; converting them would save nothing.
@@ -83,28 +83,33 @@ impl WeightFiles {
     }
 
     /// Frozen weights of these files. Small files of torch are read, large ones converted.
-    pub fn open(self, dtype: DType, device: &Device) -> Result<Weights> {
+    pub fn open(self, precision: impl Into<Precision>, device: &Device) -> Result<Weights> {
         let Self::Pickles(files) = &self else {
-            return Weights::from_files(&self.into_safetensors()?, dtype, device);
+            return Weights::from_files(&self.into_safetensors()?, precision, device);
         };
         let mut bytes = 0;
         for file in files {
             bytes += std::fs::metadata(file).map_err(Error::io(file))?.len();
         }
         if bytes > READ_AT_ONCE {
-            return Weights::from_files(&self.into_safetensors()?, dtype, device);
+            return Weights::from_files(&self.into_safetensors()?, precision, device);
         }
         let mut tensors = std::collections::HashMap::new();
         for file in files {
             tensors.extend(Pickle::open(file)?.read_all()?);
         }
-        Ok(Weights::from_tensors(tensors, dtype, device))
+        Ok(Weights::from_tensors(tensors, precision, device))
     }
 }
 
 /// Frozen weights called `stem` in `folder`; see [`WeightFiles::find`].
-pub fn open(folder: &Path, stem: &str, dtype: DType, device: &Device) -> Result<Weights> {
-    WeightFiles::find(folder, stem)?.open(dtype, device)
+pub fn open(
+    folder: &Path,
+    stem: &str,
+    precision: impl Into<Precision>,
+    device: &Device,
+) -> Result<Weights> {
+    WeightFiles::find(folder, stem)?.open(precision, device)
 }
 
 /// The files that an index of shards names, all of them there.

@@ -24,7 +24,7 @@ use candle_core::{Device, Tensor, Var};
 use image::RgbImage;
 use rand_chacha::ChaCha8Rng;
 
-use crate::config::{self, Family};
+use crate::config::{self, Dtype, Family, Memory};
 use crate::nn::{Adapter, LoraConfig, Weights};
 use crate::{Error, Result};
 
@@ -171,6 +171,10 @@ pub struct Opening {
     /// Draws what starts at random.
     pub seed: u64,
     pub device: Device,
+    /// How frozen weights are kept.
+    pub dtype: Dtype,
+    /// What is kept for backward passes.
+    pub memory: Memory,
     /// Dropout inside the backbone while it learns, in [0, 1).
     pub dropout: f64,
     /// Share of examples that are learnt without their caption, in [0, 1].
@@ -178,6 +182,17 @@ pub struct Opening {
 }
 
 impl Opening {
+    /// Whether the backbone that was built from `weights` runs its blocks again in backward passes.
+    fn recomputes(&self, weights: &Weights) -> bool {
+        /// From here on activations are worth a third more time: LlamaGen-B has 100 million weights, nano models two.
+        const LARGE: usize = 100_000_000;
+        match self.memory {
+            Memory::Fit => true,
+            Memory::Fast => false,
+            Memory::Auto => weights.elements() >= LARGE,
+        }
+    }
+
     /// `weights` with the adapter that `tuning` asks for.
     fn attach(&self, weights: Weights) -> (Weights, Option<Arc<Adapter>>) {
         match &self.tuning {

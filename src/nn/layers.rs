@@ -4,13 +4,13 @@
 use candle_core::Tensor;
 
 use super::adapter::Lora;
-use super::{Init, Weights, ops};
+use super::{Init, Weight, Weights, merged, ops};
 use crate::Result;
 
 /// `y = x·Wᵀ + bias`, plus the adapter's `scale · (x·Aᵀ)·Bᵀ` where one is attached.
 #[derive(Clone)]
 pub struct Linear {
-    weight: Tensor,
+    weight: Weight,
     bias: Option<Tensor>,
     lora: Option<Lora>,
 }
@@ -30,7 +30,7 @@ impl Linear {
         init: Init,
         weights: &Weights,
     ) -> Result<Self> {
-        let weight = weights.get((outputs, inputs), "weight", init)?;
+        let weight = weights.matrix((outputs, inputs), "weight", init)?;
         let bias = if bias {
             Some(weights.get(outputs, "bias", Init::Zeros)?)
         } else {
@@ -45,21 +45,19 @@ impl Linear {
 
     /// `x` (…, inputs) to (…, outputs).
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        match &self.lora {
-            None => ops::linear(x, &self.weight, self.bias.as_ref()),
-            Some(lora) => ops::linear_lora(
-                x,
-                &self.weight,
-                self.bias.as_ref(),
-                &lora.a,
-                &lora.b,
-                lora.scale,
-            ),
+        let bias = self.bias.as_ref();
+        match (&self.weight, &self.lora) {
+            (Weight::Half(weight), lora) => ops::half_linear(x, weight, bias, lora.as_ref()),
+            (Weight::Tensor(weight), None) => ops::linear(x, weight, bias),
+            (Weight::Tensor(weight), Some(lora)) => match merged::weight(weight, lora)? {
+                Some(merged) => ops::linear(x, &merged, bias),
+                None => ops::linear_lora(x, weight, bias, &lora.a, &lora.b, lora.scale),
+            },
         }
     }
 
     /// W, shape (outputs, inputs), without the adapter.
-    pub fn weight(&self) -> &Tensor {
+    pub fn weight(&self) -> &Weight {
         &self.weight
     }
 }
@@ -219,24 +217,27 @@ impl GroupNorm {
 /// A table of vectors.
 #[derive(Clone)]
 pub struct Embedding {
-    weight: Tensor,
+    weight: Weight,
 }
 
 impl Embedding {
     /// Takes `weight` (`count`, `width`).
     pub fn new(count: usize, width: usize, weights: &Weights) -> Result<Self> {
         Ok(Self {
-            weight: weights.get((count, width), "weight", Init::Normal(0.02))?,
+            weight: weights.matrix((count, width), "weight", Init::Normal(0.02))?,
         })
     }
 
     /// The table, (count, width).
-    pub fn weight(&self) -> &Tensor {
+    pub fn weight(&self) -> &Weight {
         &self.weight
     }
 
     /// `ids` (…) of u32 to (…, width).
     pub fn forward(&self, ids: &Tensor) -> Result<Tensor> {
-        ops::embedding(&self.weight, ids)
+        match &self.weight {
+            Weight::Tensor(weight) => ops::embedding(weight, ids),
+            Weight::Half(weight) => ops::half_embedding(weight, ids),
+        }
     }
 }

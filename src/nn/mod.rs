@@ -3,21 +3,31 @@
 //!
 //! - [`Weights`] hands named tensors to models: frozen from a checkpoint, or trainable, with an [`Adapter`] attached.
 //! - [`layers`] holds `Linear`, `Conv2d`, norms and `Embedding`; [`ops`] the functions that they are made of.
+//! - A frozen [`Weight`] may be a [`HalfMatrix`]: bf16 or f16 on the CPU, mapped from its file, with f32 arithmetic.
+//! - [`recompute`] runs a block again in the backward pass instead of keeping what it computed; [`backward`] gives the
+//!   gradients.
+//! - [`merged`] runs a closure in which small layers carry their adapters inside their weights: sampling uses it.
 //! - [`no_grad`] runs a closure without building a graph: sampling, encoding and evaluation use it.
 
 mod adapter;
 pub mod bench;
 mod cpu;
 pub mod layers;
+mod merged;
 pub mod ops;
 pub mod plain;
+mod precision;
+mod recompute;
 mod vjp;
 mod weights;
 
 pub(crate) use adapter::seeded;
 pub use adapter::{Adapter, Factors, Lora, LoraConfig};
 pub use layers::{Conv2d, Embedding, GroupNorm, LayerNorm, Linear, RmsNorm};
+pub use merged::merged;
 pub use ops::Mask;
+pub use precision::{HalfKind, HalfMatrix, Precision, Weight};
+pub use recompute::{backward, is_recomputing, recompute, recomputing};
 pub use weights::{Init, Weights};
 
 use std::cell::Cell;
@@ -40,9 +50,14 @@ pub fn no_grad<T>(body: impl FnOnce() -> T) -> T {
     body()
 }
 
+/// Whether [`no_grad`] is running on this thread.
+fn is_no_grad() -> bool {
+    NO_GRAD.with(Cell::get)
+}
+
 /// A parameter as operations should see it: as it is, or detached inside [`no_grad`]. The storage is shared.
 pub fn parameter(tensor: &Tensor) -> Tensor {
-    if tensor.track_op() && NO_GRAD.with(Cell::get) {
+    if tensor.track_op() && is_no_grad() {
         tensor.detach()
     } else {
         tensor.clone()

@@ -9,7 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use super::cpu::activation::{Gelu, GeluErf, QuickGelu, Silu, activation, gated};
 use super::cpu::rope::{Pairing, rope};
 use super::cpu::takes;
-use super::{cpu, parameter, plain, vjp};
+use super::{HalfMatrix, Lora, Weight, cpu, parameter, plain, vjp};
 use crate::{Error, Result};
 
 /// Zeros around the two spatial dimensions of a convolution's input.
@@ -27,9 +27,12 @@ pub enum Mask {
     None,
     /// Query i of n sees key j of m when j ≤ i + (m − n).
     Causal,
-    /// Added to the scaled scores; shape (1 or b, 1 or h, n, m), −∞ hides a key. A row must not hide every key.
+    /// Added to the scaled scores; shape (1 or b, 1 or h, 1 or n, m), −∞ hides a key. A row must not hide every key.
     /// Receives a gradient where it is tracked.
     Additive(Tensor),
+    /// [`Mask::Causal`] with this added to the scores of each key, shape (1 or b, 1, 1, m), −∞ hides it; but every
+    /// query sees its own key, that of j = i + (m − n), as it is, so that padding at the start leaves no row empty.
+    CausalKeys(Tensor),
 }
 
 /// `x` (…, inputs) · `weight` (outputs, inputs)ᵀ + `bias` (outputs).
@@ -37,9 +40,35 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     let (weight, bias) = (parameter(weight), bias.map(parameter));
     let bias = bias.as_ref();
     if takes([x, &weight].into_iter().chain(bias)) {
-        return Ok(cpu::linear::linear(x, &weight, bias)?);
+        return Ok(cpu::linear::linear(x, &Weight::Tensor(weight), bias)?);
     }
     plain::linear(x, &weight, bias)
+}
+
+/// [`linear`] and, where there is one, the adapter's addition, with a frozen weight in half precision, (outputs,
+/// inputs). The arithmetic is in `x`'s type; the result is that of the widened weight.
+pub fn half_linear(
+    x: &Tensor,
+    weight: &HalfMatrix,
+    bias: Option<&Tensor>,
+    lora: Option<&Lora>,
+) -> Result<Tensor> {
+    if !takes([x].into_iter().chain(bias)) {
+        let weight = weight.to_tensor()?.to_dtype(x.dtype())?;
+        return match lora {
+            None => linear(x, &weight, bias),
+            Some(lora) => linear_lora(x, &weight, bias, &lora.a, &lora.b, lora.scale),
+        };
+    }
+    let (weight, bias) = (Weight::Half(weight.clone()), bias.map(parameter));
+    let bias = bias.as_ref();
+    Ok(match lora {
+        None => cpu::linear::linear(x, &weight, bias)?,
+        Some(lora) => {
+            let (a, b) = (parameter(&lora.a), parameter(&lora.b));
+            cpu::linear::linear_lora(x, &weight, bias, &a, &b, lora.scale)?
+        }
+    })
 }
 
 /// [`linear`] plus `scale · (x·aᵀ)·bᵀ` with `a` (rank, inputs) and `b` (outputs, rank).
@@ -61,6 +90,7 @@ pub fn linear_lora(
     let all: Vec<&Tensor> = [x, &weight, &a, &b].into_iter().chain(bias).collect();
     let tracked = all.iter().filter(|t| t.track_op()).count();
     if takes(all) && tracked <= vjp::MOST_TRACKED {
+        let weight = Weight::Tensor(weight);
         return Ok(cpu::linear::linear_lora(x, &weight, bias, &a, &b, scale)?);
     }
     plain::linear_lora(x, &weight, bias, &a, &b, scale)
@@ -244,6 +274,11 @@ pub fn embedding(weight: &Tensor, ids: &Tensor) -> Result<Tensor> {
         return Ok(cpu::embedding::embedding(&weight, ids)?);
     }
     plain::embedding(&weight, ids)
+}
+
+/// [`embedding`] in a frozen table of half precision, (count, width); the result is in f32.
+pub fn half_embedding(weight: &HalfMatrix, ids: &Tensor) -> Result<Tensor> {
+    Ok(cpu::embedding::half_embedding(weight, ids)?)
 }
 
 /// `x · (1 + scale) + shift` with `x` (b, n, c), `shift` and `scale` (b, c).

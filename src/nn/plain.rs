@@ -73,28 +73,37 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
     let scores = (q.contiguous()?.matmul(&k.t()?.contiguous()?)? * scale)?;
     let scores = match mask {
         Mask::None => scores,
-        Mask::Causal => {
+        Mask::Causal => scores.broadcast_add(&causal(q, k)?)?,
+        Mask::CausalKeys(keys) => {
             let (n, m) = (q.dim(2)?, k.dim(2)?);
-            let offset = m - n;
-            let values: Vec<f32> = (0..n)
-                .flat_map(|i| {
-                    (0..m).map(move |j| {
-                        if j <= i + offset {
-                            0.0
-                        } else {
-                            f32::NEG_INFINITY
-                        }
-                    })
-                })
+            let own: Vec<u8> = (0..n)
+                .flat_map(|i| (0..m).map(move |j| u8::from(j == i + m - n)))
                 .collect();
-            scores.broadcast_add(
-                &Tensor::from_vec(values, (1, 1, n, m), q.device())?.to_dtype(q.dtype())?,
-            )?
+            let own = Tensor::from_vec(own, (1, 1, n, m), q.device())?;
+            let keys = keys.to_dtype(q.dtype())?;
+            let keys = keys.broadcast_as((keys.dim(0)?, 1, n, m))?.contiguous()?;
+            let own = own.broadcast_as(keys.shape())?.contiguous()?;
+            let keys = own.where_cond(&keys.zeros_like()?, &keys)?;
+            scores.broadcast_add(&keys)?.broadcast_add(&causal(q, k)?)?
         }
         Mask::Additive(bias) => scores.broadcast_add(&bias.to_dtype(q.dtype())?)?,
     };
     let probabilities = candle_nn::ops::softmax(&scores, D::Minus1)?;
     Ok(probabilities.matmul(&v.contiguous()?)?)
+}
+
+/// 0 for the keys that a query sees, −∞ for those after it: (1, 1, n, m).
+fn causal(q: &Tensor, k: &Tensor) -> Result<Tensor> {
+    let (n, m) = (q.dim(2)?, k.dim(2)?);
+    let offset = m - n;
+    let value = |i: usize, j: usize| match j <= i + offset {
+        true => 0.0,
+        false => f32::NEG_INFINITY,
+    };
+    let values: Vec<f32> = (0..n)
+        .flat_map(|i| (0..m).map(move |j| value(i, j)))
+        .collect();
+    Ok(Tensor::from_vec(values, (1, 1, n, m), q.device())?.to_dtype(q.dtype())?)
 }
 
 /// See [`super::ops::layer_norm`].

@@ -1,10 +1,12 @@
 //! Operations that bring their own backward pass: a result computed elsewhere joins candle's graph together with a
 //! closure that maps the result's gradient to those of the tracked inputs.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, CustomOp3, Device, Layout, Result, Shape, Tensor,
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape,
+    Tensor,
 };
 
 /// Gives one gradient per tracked input, in the order in which they were passed to [`record`].
@@ -104,7 +106,10 @@ impl CustomOp3 for Recorded {
 }
 
 /// The most inputs of one operation that can be tracked.
-pub(super) const MOST_TRACKED: usize = 3;
+pub(super) const MOST_TRACKED: usize = GROUP * GROUP;
+
+/// The most inputs of candle's custom operations.
+const GROUP: usize = 3;
 
 /// The tensor of `shape` with these values, recorded as a function of those `inputs` that are tracked, at most
 /// [`MOST_TRACKED`] of them. `backward(result, gradient)` returns their gradients (contiguous or not, of the inputs'
@@ -121,15 +126,310 @@ pub(super) fn record(
     if tracked.is_empty() {
         return Tensor::from_vec(value, shape, &Device::Cpu);
     }
-    let recorded = Recorded {
+    let recorded = |backward| Recorded {
         value: Mutex::new(Some(value)),
         shape,
-        backward: Box::new(backward),
+        backward,
     };
     match tracked.as_slice() {
-        [one] => one.apply_op1(recorded),
-        [one, two] => one.apply_op2(two, recorded),
-        [one, two, three] => one.apply_op3(two, three, recorded),
-        more => candle_core::bail!("{} tracked inputs in one fused operation", more.len()),
+        [one] => one.apply_op1(recorded(Box::new(backward))),
+        [one, two] => one.apply_op2(two, recorded(Box::new(backward))),
+        [one, two, three] => one.apply_op3(two, three, recorded(Box::new(backward))),
+        more => {
+            let (joints, stash) = join_all(more)?;
+            let signals = joints.len();
+            let backward: Backward = Box::new(move |result, gradient| {
+                stash.fill(backward(result, gradient)?);
+                (0..signals).map(|_| signal(&Device::Cpu)).collect()
+            });
+            let recorded = recorded(backward);
+            match joints.as_slice() {
+                [one, two] => one.apply_op2(two, recorded),
+                [one, two, three] => one.apply_op3(two, three, recorded),
+                _ => candle_core::bail!("{} tracked inputs in one operation", more.len()),
+            }
+        }
     }
+}
+
+/// `value`, which is not tracked, as a function of the tracked `inputs`, at least one of them: on any device and in any
+/// type. `backward` as in [`record`].
+pub(super) fn attach(
+    value: &Tensor,
+    inputs: &[&Tensor],
+    backward: impl Fn(&Tensor) -> Result<Vec<Tensor>> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    let (joints, stash) = join_all(inputs)?;
+    let device = value.device().clone();
+    let attached = Attached {
+        backward: Box::new(move |_, gradient| {
+            stash.fill(backward(gradient)?);
+            Ok(Vec::new())
+        }),
+        device,
+    };
+    match joints.as_slice() {
+        [one] => value.apply_op2(one, attached),
+        [one, two] => value.apply_op3(one, two, attached),
+        _ => candle_core::bail!("{} tracked inputs in one operation", inputs.len()),
+    }
+}
+
+/// A scalar whose backward pass gives `output` this gradient.
+pub(super) fn pull(output: &Tensor, gradient: Tensor) -> Result<Tensor> {
+    let stash = Arc::new(Stash(Mutex::new(vec![Some(gradient)])));
+    join(&[output], stash, 0)
+}
+
+/// Gradients on their way from an operation with many inputs to these.
+struct Stash(Mutex<Vec<Option<Tensor>>>);
+
+impl Stash {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Option<Tensor>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn fill(&self, gradients: Vec<Tensor>) {
+        *self.lock() = gradients.into_iter().map(Some).collect();
+    }
+}
+
+/// A scalar that depends on up to three tensors: what it passes back to them lies in the stash, from `first` on, and
+/// its own gradient is only a signal. So an operation can have more inputs than candle's custom operations.
+struct Joint {
+    stash: Arc<Stash>,
+    first: usize,
+}
+
+fn join(tensors: &[&Tensor], stash: Arc<Stash>, first: usize) -> Result<Tensor> {
+    let joint = Joint { stash, first };
+    match tensors {
+        [one] => one.apply_op1(joint),
+        [one, two] => one.apply_op2(two, joint),
+        [one, two, three] => one.apply_op3(two, three, joint),
+        _ => candle_core::bail!("{} tensors in one joint", tensors.len()),
+    }
+}
+
+fn join_all(tensors: &[&Tensor]) -> Result<(Vec<Tensor>, Arc<Stash>)> {
+    let stash = Arc::new(Stash(Mutex::default()));
+    let joints = tensors
+        .chunks(GROUP)
+        .enumerate()
+        .map(|(i, group)| join(group, stash.clone(), i * GROUP))
+        .collect::<Result<_>>()?;
+    Ok((joints, stash))
+}
+
+fn signal(device: &Device) -> Result<Tensor> {
+    Tensor::zeros((), DType::F32, device)
+}
+
+impl Joint {
+    fn take(&self) -> [Option<Tensor>; GROUP] {
+        let mut stash = self.stash.lock();
+        let mut take = |i: usize| stash.get_mut(self.first + i).and_then(Option::take);
+        [take(0), take(1), take(2)]
+    }
+
+    fn on_cpu() -> Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
+    }
+
+    fn on_cuda(like: &CudaStorage) -> Result<(CudaStorage, Shape)> {
+        let shape = Shape::from(());
+        Ok((like.device().zeros_impl(&shape, DType::F32)?, shape))
+    }
+}
+
+impl CustomOp1 for Joint {
+    fn name(&self) -> &'static str {
+        "joint"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        Self::on_cpu()
+    }
+
+    fn cuda_fwd(&self, storage: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        Self::on_cuda(storage)
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+        let [one, _, _] = self.take();
+        Ok(one)
+    }
+}
+
+impl CustomOp2 for Joint {
+    fn name(&self) -> &'static str {
+        "joint"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        Self::on_cpu()
+    }
+
+    fn cuda_fwd(
+        &self,
+        storage: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        Self::on_cuda(storage)
+    }
+
+    fn bwd(
+        &self,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let [one, two, _] = self.take();
+        Ok((one, two))
+    }
+}
+
+impl CustomOp3 for Joint {
+    fn name(&self) -> &'static str {
+        "joint"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        Self::on_cpu()
+    }
+
+    fn cuda_fwd(
+        &self,
+        storage: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        Self::on_cuda(storage)
+    }
+
+    fn bwd(
+        &self,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let [one, two, three] = self.take();
+        Ok((one, two, three))
+    }
+}
+
+/// The first argument's values; its gradient goes to the joints that are the other arguments.
+struct Attached {
+    backward: Backward,
+    device: Device,
+}
+
+impl CustomOp2 for Attached {
+    fn name(&self) -> &'static str {
+        "attached"
+    }
+
+    fn cpu_fwd(
+        &self,
+        value: &CpuStorage,
+        layout: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        Ok((whole(value, layout)?, layout.shape().clone()))
+    }
+
+    fn cuda_fwd(
+        &self,
+        value: &CudaStorage,
+        layout: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        Ok((whole(value, layout)?, layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        _: &Tensor,
+        _: &Tensor,
+        result: &Tensor,
+        gradient: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        (self.backward)(result, gradient)?;
+        Ok((None, Some(signal(&self.device)?)))
+    }
+}
+
+impl CustomOp3 for Attached {
+    fn name(&self) -> &'static str {
+        "attached"
+    }
+
+    fn cpu_fwd(
+        &self,
+        value: &CpuStorage,
+        layout: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        Ok((whole(value, layout)?, layout.shape().clone()))
+    }
+
+    fn cuda_fwd(
+        &self,
+        value: &CudaStorage,
+        layout: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        Ok((whole(value, layout)?, layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        result: &Tensor,
+        gradient: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        (self.backward)(result, gradient)?;
+        let signal = signal(&self.device)?;
+        Ok((None, Some(signal.clone()), Some(signal)))
+    }
+}
+
+/// A copy of a storage that holds one contiguous tensor and nothing else.
+fn whole<S: BackendStorage>(storage: &S, layout: &Layout) -> Result<S> {
+    if !layout.is_contiguous() || layout.start_offset() != 0 {
+        candle_core::bail!("the value of a recomputed block is part of another tensor");
+    }
+    storage.try_clone(layout)
 }

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::safetensors::MmapedSafetensors;
@@ -9,6 +10,7 @@ use candle_core::{DType, Device, Shape, Tensor, Var};
 use rand_distr::{Distribution, Normal, Uniform};
 
 use super::adapter::{Adapter, Lora, seeded};
+use super::precision::{HalfKind, HalfMatrix, Precision, Weight};
 use crate::{Error, Result};
 
 /// How a trainable weight starts when no checkpoint gives it.
@@ -25,20 +27,43 @@ pub enum Init {
 }
 
 enum Source {
-    Files(MmapedSafetensors),
-    Memory(HashMap<String, Tensor>),
+    Files(Arc<MmapedSafetensors>),
+    Memory(Mutex<HashMap<String, Held>>),
     Nothing,
+}
+
+/// A tensor in memory, as it is kept.
+enum Held {
+    Tensor(Tensor),
+    /// Rounded when it was asked for as a matrix.
+    Half(HalfMatrix),
+}
+
+impl Held {
+    fn dims(&self) -> Vec<usize> {
+        match self {
+            Held::Tensor(tensor) => tensor.dims().to_vec(),
+            Held::Half(half) => {
+                let (rows, columns) = half.dims2();
+                vec![rows, columns]
+            }
+        }
+    }
 }
 
 struct Inner {
     source: Source,
     path: PathBuf,
+    precision: Precision,
+    /// What the model computes in.
     dtype: DType,
     device: Device,
-    /// Present when every weight is trained; its seed draws what the source lacks.
-    trainable: Option<u64>,
+    trainable: bool,
+    /// Draws what the source lacks; without it, that is a fault.
+    seed: Option<u64>,
     variables: Mutex<BTreeMap<String, Var>>,
     used: Mutex<BTreeSet<String>>,
+    elements: AtomicUsize,
     faults: Mutex<Vec<String>>,
 }
 
@@ -59,18 +84,21 @@ impl Weights {
     fn new(
         source: Source,
         path: &Path,
-        dtype: DType,
+        precision: Precision,
         device: &Device,
-        trainable: Option<u64>,
+        (trainable, seed): (bool, Option<u64>),
     ) -> Self {
         let inner = Inner {
+            dtype: precision.computes_in(stored_dtype(&source), device),
             source,
             path: path.to_path_buf(),
-            dtype,
+            precision,
             device: device.clone(),
             trainable,
+            seed,
             variables: Mutex::default(),
             used: Mutex::default(),
+            elements: AtomicUsize::new(0),
             faults: Mutex::default(),
         };
         Self {
@@ -80,20 +108,47 @@ impl Weights {
         }
     }
 
-    /// Frozen weights, memory-mapped from safetensors `files` (all shards of one checkpoint) and converted to `dtype`.
-    pub fn from_files(files: &[PathBuf], dtype: DType, device: &Device) -> Result<Self> {
+    /// Frozen weights, memory-mapped from safetensors `files` (all shards of one checkpoint). `precision` is a type or
+    /// [`Precision::AsStored`]; on the CPU matrices in half precision are not copied where the files have them so.
+    pub fn from_files(
+        files: &[PathBuf],
+        precision: impl Into<Precision>,
+        device: &Device,
+    ) -> Result<Self> {
         let (source, path) = open(files)?;
-        Ok(Self::new(source, &path, dtype, device, None))
+        Ok(Self::new(
+            source,
+            &path,
+            precision.into(),
+            device,
+            (false, None),
+        ))
     }
 
-    /// Frozen weights from memory.
-    pub fn from_tensors(tensors: HashMap<String, Tensor>, dtype: DType, device: &Device) -> Self {
+    /// Frozen weights from memory. Matrices that are kept in half precision replace their tensors one after another.
+    pub fn from_tensors(
+        tensors: HashMap<String, Tensor>,
+        precision: impl Into<Precision>,
+        device: &Device,
+    ) -> Self {
+        let held = tensors
+            .into_iter()
+            .map(|(name, tensor)| (name, Held::Tensor(tensor)));
+        let source = Source::Memory(Mutex::new(held.collect()));
+        let path = Path::new("(memory)");
+        Self::new(source, path, precision.into(), device, (false, None))
+    }
+
+    /// Frozen weights without a checkpoint, each drawn by a generator seeded with `seed` and its name: a model of full
+    /// size to measure with.
+    pub fn drawn(seed: u64, precision: impl Into<Precision>, device: &Device) -> Self {
+        let path = Path::new("(drawn)");
         Self::new(
-            Source::Memory(tensors),
-            Path::new("(memory)"),
-            dtype,
+            Source::Nothing,
+            path,
+            precision.into(),
             device,
-            None,
+            (false, Some(seed)),
         )
     }
 
@@ -105,7 +160,14 @@ impl Weights {
         } else {
             open(files)?
         };
-        Ok(Self::new(source, &path, DType::F32, device, Some(seed)))
+        let precision = Precision::In(DType::F32);
+        Ok(Self::new(
+            source,
+            &path,
+            precision,
+            device,
+            (true, Some(seed)),
+        ))
     }
 
     /// The same weights with `adapter` attached: linear layers that are its targets will carry it.
@@ -131,8 +193,18 @@ impl Weights {
         &self.inner.device
     }
 
+    /// The type of activations: that of the weights, but f32 on the CPU where these are kept in half precision.
     pub fn dtype(&self) -> DType {
         self.inner.dtype
+    }
+
+    /// How other components are to be kept so that they compute in the same type as this one.
+    pub fn precision(&self) -> Precision {
+        if self.inner.device.is_cpu() {
+            self.inner.precision
+        } else {
+            Precision::In(self.inner.dtype)
+        }
     }
 
     fn name(&self, name: &str) -> String {
@@ -156,15 +228,15 @@ impl Weights {
     fn shape(&self, full: &str) -> Option<Vec<usize>> {
         match &self.inner.source {
             Source::Files(files) => files.get(full).ok().map(|view| view.shape().to_vec()),
-            Source::Memory(tensors) => tensors.get(full).map(|t| t.dims().to_vec()),
+            Source::Memory(tensors) => lock(tensors).get(full).map(Held::dims),
             Source::Nothing => None,
         }
     }
 
-    /// The tensor `name` with `shape`: frozen and in the weights' dtype, or a tracked f32 variable when trainable.
+    /// The tensor `name` with `shape`: frozen and in [`Weights::dtype`], or a tracked f32 variable when trainable.
     /// What is missing or has another shape is noted for [`Weights::finish`], and zeros stand in for it.
     pub fn get(&self, shape: impl Into<Shape>, name: &str, init: Init) -> Result<Tensor> {
-        self.fetch(shape.into(), name, init, self.inner.trainable.is_some())
+        self.fetch(shape.into(), name, init, self.inner.trainable)
     }
 
     /// Like [`Weights::get`] for a tensor that is never trained (a buffer, such as LlamaGen's `uncond_embedding`).
@@ -172,21 +244,65 @@ impl Weights {
         self.fetch(shape.into(), name, init, false)
     }
 
+    /// Like [`Weights::get`] for the matrix (rows, columns) of a linear layer or a table, which may be kept in half
+    /// precision.
+    pub fn matrix(&self, shape: (usize, usize), name: &str, init: Init) -> Result<Weight> {
+        match self.half(shape, name, init)? {
+            Some(half) => Ok(Weight::Half(half)),
+            None => Ok(Weight::Tensor(self.get(shape, name, init)?)),
+        }
+    }
+
+    /// The matrix `name`, if it is there (or drawn) with `shape` and kept in half precision.
+    fn half(&self, shape: (usize, usize), name: &str, init: Init) -> Result<Option<HalfMatrix>> {
+        let (full, inner) = (self.name(name), &self.inner);
+        let kept = |stored: DType| inner.precision.half(stored, &inner.device);
+        if inner.trainable {
+            return Ok(None);
+        }
+        let half = match (self.shape(&full), &inner.source) {
+            (Some(dims), _) if dims != [shape.0, shape.1] => None,
+            (Some(_), Source::Memory(tensors)) => half_in(&mut lock(tensors), &full, kept)?,
+            (Some(_), Source::Files(files)) => {
+                let stored = DType::try_from(files.get(&full)?.dtype())?;
+                match kept(stored) {
+                    Some(kind) => Some(read_half(files, &full, stored, kind)?),
+                    None => None,
+                }
+            }
+            (None, _) => match (inner.seed, kept(DType::F32)) {
+                (Some(seed), Some(kind)) => {
+                    let drawn = draw(&shape.into(), init, seed, &full, &inner.device)?;
+                    Some(HalfMatrix::new(&drawn, kind)?)
+                }
+                _ => None,
+            },
+            (Some(_), Source::Nothing) => None,
+        };
+        if half.is_some() {
+            self.note(full, shape.0 * shape.1);
+        }
+        Ok(half)
+    }
+
     fn fetch(&self, shape: Shape, name: &str, init: Init, tracked: bool) -> Result<Tensor> {
         let full = self.name(name);
         let inner = &self.inner;
-        lock(&inner.used).insert(full.clone());
+        self.note(full.clone(), shape.elem_count());
         if let Some(variable) = lock(&inner.variables).get(&full) {
             let tensor = variable.as_tensor().clone();
             return Ok(if tracked { tensor } else { tensor.detach() });
         }
         let found = self.shape(&full);
-        let tensor = match (&found, inner.trainable) {
+        let tensor = match (&found, inner.seed) {
             (Some(dims), _) if dims.as_slice() == shape.dims() => match &inner.source {
                 Source::Files(files) => files.load(&full, &inner.device)?.to_dtype(inner.dtype)?,
-                Source::Memory(tensors) => tensors[&full]
-                    .to_device(&inner.device)?
-                    .to_dtype(inner.dtype)?,
+                Source::Memory(tensors) => match &lock(tensors)[&full] {
+                    Held::Tensor(tensor) => {
+                        tensor.to_device(&inner.device)?.to_dtype(inner.dtype)?
+                    }
+                    Held::Half(half) => half.to_tensor()?,
+                },
                 Source::Nothing => Tensor::zeros(&shape, inner.dtype, &inner.device)?,
             },
             (Some(dims), _) => {
@@ -196,13 +312,15 @@ impl Weights {
                 ));
                 Tensor::zeros(&shape, inner.dtype, &inner.device)?
             }
-            (None, Some(seed)) => draw(&shape, init, seed, &full, &inner.device)?,
+            (None, Some(seed)) => {
+                draw(&shape, init, seed, &full, &inner.device)?.to_dtype(inner.dtype)?
+            }
             (None, None) => {
                 lock(&inner.faults).push(format!("{full} {:?} is missing", shape.dims()));
                 Tensor::zeros(&shape, inner.dtype, &inner.device)?
             }
         };
-        if inner.trainable.is_none() {
+        if !inner.trainable {
             return Ok(tensor);
         }
         let variable = Var::from_tensor(&tensor)?;
@@ -241,6 +359,18 @@ impl Weights {
         }
     }
 
+    /// Notes that a model has asked for `full`.
+    fn note(&self, full: String, elements: usize) {
+        if lock(&self.inner.used).insert(full) {
+            self.inner.elements.fetch_add(elements, Relaxed);
+        }
+    }
+
+    /// How many numbers models have asked for so far, each tensor once.
+    pub fn elements(&self) -> usize {
+        self.inner.elements.load(Relaxed)
+    }
+
     /// Fails with every missing name and every differing shape that was met since the weights were opened.
     pub fn finish(&self) -> Result<()> {
         let faults = lock(&self.inner.faults).clone();
@@ -258,7 +388,7 @@ impl Weights {
         let used = lock(&self.inner.used);
         let names: Vec<String> = match &self.inner.source {
             Source::Files(files) => files.tensors().into_iter().map(|(name, _)| name).collect(),
-            Source::Memory(tensors) => tensors.keys().cloned().collect(),
+            Source::Memory(tensors) => lock(tensors).keys().cloned().collect(),
             Source::Nothing => Vec::new(),
         };
         names
@@ -287,7 +417,64 @@ fn open(files: &[PathBuf]) -> Result<(Source, PathBuf)> {
         path: path.clone(),
         faults: vec![format!("not a safetensors file: {e}")],
     })?;
-    Ok((Source::Files(mapped), path))
+    Ok((Source::Files(Arc::new(mapped)), path))
+}
+
+/// A matrix of `files` in half precision: in place where it has that type already, else a rounded copy.
+fn read_half(
+    files: &Arc<MmapedSafetensors>,
+    name: &str,
+    stored: DType,
+    kind: HalfKind,
+) -> Result<HalfMatrix> {
+    if HalfKind::of(stored) == Some(kind)
+        && let Some(mapped) = HalfMatrix::mapped(files, name, kind)?
+    {
+        return Ok(mapped);
+    }
+    HalfMatrix::new(&files.load(name, &Device::Cpu)?, kind)
+}
+
+/// The matrix `name` of tensors in memory, if it is to be kept in half precision: rounded at the first call.
+fn half_in(
+    tensors: &mut HashMap<String, Held>,
+    name: &str,
+    kept: impl Fn(DType) -> Option<HalfKind>,
+) -> Result<Option<HalfMatrix>> {
+    let rounded = match tensors.get(name) {
+        Some(Held::Half(half)) => return Ok(Some(half.clone())),
+        Some(Held::Tensor(tensor)) => match kept(tensor.dtype()) {
+            Some(kind) => HalfMatrix::new(tensor, kind)?,
+            None => return Ok(None),
+        },
+        None => return Ok(None),
+    };
+    tensors.insert(name.to_string(), Held::Half(rounded.clone()));
+    Ok(Some(rounded))
+}
+
+/// The type of the first matrix by name: what the checkpoint is stored in.
+fn stored_dtype(source: &Source) -> Option<DType> {
+    match source {
+        Source::Files(files) => {
+            let mut matrices: Vec<_> = files.tensors();
+            matrices.retain(|(_, view)| view.shape().len() == 2);
+            matrices.sort_by(|(one, _), (two, _)| one.cmp(two));
+            let (_, first) = matrices.first()?;
+            DType::try_from(first.dtype()).ok()
+        }
+        Source::Memory(tensors) => {
+            let tensors = lock(tensors);
+            let matrices = tensors.iter().filter_map(|(name, held)| match held {
+                Held::Tensor(tensor) if tensor.rank() == 2 => Some((name, tensor.dtype())),
+                Held::Tensor(_) | Held::Half(_) => None,
+            });
+            matrices
+                .min_by_key(|(name, _)| *name)
+                .map(|(_, dtype)| dtype)
+        }
+        Source::Nothing => None,
+    }
 }
 
 fn draw(shape: &Shape, init: Init, seed: u64, name: &str, device: &Device) -> Result<Tensor> {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::{Options, RunDir};
-use crate::config::{Device, Family, Kind, Resolved, Student, Supervisor, locate};
+use crate::config::{Device, Dtype, Family, Kind, Memory, Resolved, Student, Supervisor, locate};
 use crate::evaluation::embed::{Evaluator, ImageEmbedder};
 use crate::evaluation::embedders::{ClipEmbedder, DinoEmbedder};
 use crate::files::read_json;
@@ -187,6 +187,8 @@ fn student_opening(resolved: &Resolved, student: &Student, dir: PathBuf) -> Resu
         tuning: tuning(&student.training),
         seed: derive_seed(resolved.seed, "student adapter", 0),
         device: device(student.device)?,
+        dtype: student.dtype,
+        memory: student.training.memory,
         dropout: student.dropout,
         condition_dropout: student.condition_dropout,
     })
@@ -201,6 +203,8 @@ fn supervisor_opening(resolved: &Resolved, supervisor: &Supervisor) -> Result<Op
         tuning: tuning(&supervisor.training),
         seed: derive_seed(resolved.seed, "supervisor adapter", 0),
         device: device(supervisor.device)?,
+        dtype: supervisor.dtype,
+        memory: supervisor.training.memory,
         dropout: 0.0,
         condition_dropout: 0.0,
     })
@@ -349,6 +353,8 @@ pub fn opening_for(model: &str, adapter: Option<&std::path::Path>, on: Device) -
         tuning,
         seed: 0,
         device: device(on)?,
+        dtype: Dtype::Auto,
+        memory: Memory::Auto,
         dropout: 0.0,
         condition_dropout: 0.0,
     })

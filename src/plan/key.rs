@@ -268,13 +268,18 @@ pub(super) fn plan_digest(
     Ok(digest.finish())
 }
 
-/// Removes, at any depth, how often checkpoints are written; of a device its kind stays, as the number of a card
+/// Removes, at any depth, how often checkpoints are written, what is kept for backward passes, and a `dtype` that is
+/// the checkpoint's own (whose digest goes into the same keys); of a device its kind stays, as the number of a card
 /// does not matter.
 fn forget_what_has_no_effect(settings: &mut Value) {
     let Value::Object(fields) = settings else {
         return;
     };
     fields.shift_remove("checkpoint_every");
+    fields.shift_remove("memory");
+    if fields.get("dtype").is_some_and(|dtype| dtype == "auto") {
+        fields.shift_remove("dtype");
+    }
     if let Some(Value::String(device)) = fields.get_mut("device") {
         let kind = device.split(':').next().unwrap_or_default().to_string();
         *device = kind;

@@ -48,6 +48,7 @@ impl Course {
         meter.say("opens the model");
         let opening = Opening {
             tuning: tuning(settings),
+            memory: settings.memory,
             ..opening
         };
         let worker = spawn_trainee(name, opening, settings.clone()).await?;

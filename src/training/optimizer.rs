@@ -2,11 +2,13 @@
 //! learning-rate schedules.
 
 use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
 
 use crate::config::LrScheduler;
 use crate::{Error, Result};
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Device, Storage, Tensor, Var};
+use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Storage, Tensor, Var};
+use multiversion::multiversion;
 use rayon::prelude::*;
 
 /// The constants of [`AdamW`]; the learning rate is given to each step.
@@ -110,7 +112,7 @@ impl AdamW {
                 }),
             })
             .collect::<Result<Vec<Tensor>>>()?;
-        // Partial sums per tensor, added in the order of the names: the same on any number of threads.
+        // Partial sums of pieces, added in their order: the same on any number of threads.
         let squares = gradients
             .par_iter()
             .map(sum_of_squares)
@@ -225,36 +227,14 @@ impl Update {
     fn apply(&self, slot: &mut Slot, gradient: &Tensor) -> Result<()> {
         match &mut slot.moments {
             Moments::Cpu { first, second } => {
-                let (b1, b2) = (self.config.beta1 as f32, self.config.beta2 as f32);
-                let (clip, decay, epsilon) = (
-                    self.clip as f32,
-                    self.decay as f32,
-                    self.config.epsilon as f32,
-                );
-                let (step_size, correction) =
-                    (self.step_size as f32, self.second_correction as f32);
-                let weights = with_slice(slot.variable.as_tensor(), |weights| {
-                    with_slice(gradient, |gradient| {
-                        let moments = first.iter_mut().zip(second.iter_mut());
-                        weights
-                            .iter()
-                            .zip(gradient)
-                            .zip(moments)
-                            .map(|((weight, gradient), (first, second))| {
-                                let g = gradient * clip;
-                                *first = b1 * *first + (1.0 - b1) * g;
-                                *second = b2 * *second + (1.0 - b2) * g * g;
-                                weight * decay
-                                    - step_size * *first / (second.sqrt() / correction + epsilon)
-                            })
-                            .collect::<Vec<f32>>()
-                    })
+                with_slice(gradient, |gradient| {
+                    let step = Step {
+                        update: self,
+                        gradient,
+                        moments: Mutex::new((first, second)),
+                    };
+                    slot.variable.inplace_op1(&step)
                 })??;
-                slot.variable.set(&Tensor::from_vec(
-                    weights,
-                    slot.variable.shape(),
-                    &Device::Cpu,
-                )?)?;
             }
             Moments::Device { first, second } => {
                 let config = &self.config;
@@ -269,6 +249,65 @@ impl Update {
             }
         }
         Ok(())
+    }
+}
+
+/// Elements of one piece of work. Sums are taken piece by piece, so this number is part of the result.
+const PIECE: usize = 1 << 14;
+
+/// Clipping, moments, decay and the step of one tensor on the CPU, in one pass and in place.
+struct Step<'a> {
+    update: &'a Update,
+    gradient: &'a [f32],
+    moments: Mutex<(&'a mut Vec<f32>, &'a mut Vec<f32>)>,
+}
+
+impl InplaceOp1 for Step<'_> {
+    fn name(&self) -> &'static str {
+        "adamw"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        let (CpuStorage::F32(all), Some((start, end))) = (storage, layout.contiguous_offsets())
+        else {
+            candle_core::bail!("a trained tensor is not contiguous f32");
+        };
+        let mut moments = self.moments.lock().unwrap_or_else(PoisonError::into_inner);
+        let (first, second) = &mut *moments;
+        all[start..end]
+            .par_chunks_mut(PIECE)
+            .zip(self.gradient.par_chunks(PIECE))
+            .zip(first.par_chunks_mut(PIECE))
+            .zip(second.par_chunks_mut(PIECE))
+            .for_each(|(((weights, gradient), first), second)| {
+                adamw(self.update, weights, gradient, first, second);
+            });
+        Ok(())
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
+fn adamw(
+    update: &Update,
+    weights: &mut [f32],
+    gradient: &[f32],
+    first: &mut [f32],
+    second: &mut [f32],
+) {
+    let config = &update.config;
+    let (b1, b2) = (config.beta1 as f32, config.beta2 as f32);
+    let (clip, decay, epsilon) = (
+        update.clip as f32,
+        update.decay as f32,
+        config.epsilon as f32,
+    );
+    let (step_size, correction) = (update.step_size as f32, update.second_correction as f32);
+    let moments = first.iter_mut().zip(second);
+    for ((weight, gradient), (first, second)) in weights.iter_mut().zip(gradient).zip(moments) {
+        let g = gradient * clip;
+        *first = b1 * *first + (1.0 - b1) * g;
+        *second = b2 * *second + (1.0 - b2) * g * g;
+        *weight = *weight * decay - step_size * *first / (second.sqrt() / correction + epsilon);
     }
 }
 
@@ -291,14 +330,23 @@ fn with_slice<T>(tensor: &Tensor, body: impl FnOnce(&[f32]) -> T) -> Result<T> {
 fn sum_of_squares(tensor: &Tensor) -> Result<f64> {
     if tensor.device().is_cpu() {
         with_slice(tensor, |values| {
-            values
-                .chunks(4096)
-                .map(|chunk| f64::from(chunk.iter().map(|v| v * v).sum::<f32>()))
-                .sum()
+            let pieces: Vec<f64> = values.par_chunks(PIECE).map(squares).collect();
+            pieces.iter().sum()
         })
     } else {
         Ok(f64::from(tensor.sqr()?.sum_all()?.to_scalar::<f32>()?))
     }
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
+fn squares(values: &[f32]) -> f64 {
+    let mut lanes = [0f64; 8];
+    for values in values.chunks(lanes.len()) {
+        for (lane, v) in lanes.iter_mut().zip(values) {
+            *lane += f64::from(*v) * f64::from(*v);
+        }
+    }
+    lanes.iter().sum()
 }
 
 /// The factor on the learning rate at `step` (0-based) of `steps`, in [0, 1], as the trainers of diffusers and

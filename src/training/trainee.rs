@@ -11,7 +11,7 @@ use super::checkpoints::Checkpoints;
 use super::optimizer::{AdamW, AdamWConfig, learning_rate_factor};
 use crate::config::{Training, Tuning};
 use crate::models::{Learner, Lesson, snapshot};
-use crate::nn::LoraConfig;
+use crate::nn::{LoraConfig, backward};
 use crate::{Error, Result, files, models};
 
 /// What one step did.
@@ -89,7 +89,7 @@ impl Trainee {
                 step,
             });
         }
-        let gradients = loss.backward()?;
+        let gradients = backward(&loss)?;
         let settings = &self.settings;
         let factor = learning_rate_factor(
             settings.lr_scheduler,

@@ -8,7 +8,7 @@ use candle_core::{DType, Device};
 use super::{gpt, vq};
 use crate::files::read_json;
 use crate::models::checkpoint_files::WeightFiles;
-use crate::nn::Weights;
+use crate::nn::{Precision, Weights};
 use crate::{Error, Result};
 
 /// Pixels on a side of what one token stands for, in all published tokenizers for text to image.
@@ -120,17 +120,17 @@ impl Files {
         &self.t5
     }
 
-    /// The GPT's weights, frozen in `dtype`, or f32 and trainable where a `seed` is given; and its config.
+    /// The GPT's weights, frozen in `precision`, or f32 and trainable where a `seed` is given; and its config.
     pub fn open_gpt(
         &self,
-        dtype: DType,
+        precision: impl Into<Precision>,
         seed: Option<u64>,
         device: &Device,
     ) -> Result<(gpt::Config, Weights)> {
         let files = self.gpt.files()?;
         let weights = match seed {
             Some(seed) => Weights::trainable(&files.into_safetensors()?, seed, device)?,
-            None => files.open(dtype, device)?,
+            None => files.open(precision, device)?,
         };
         let config = match &self.gpt.config {
             Some(config) => read_json(config)?,

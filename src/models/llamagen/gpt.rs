@@ -4,12 +4,13 @@
 //! published weights are kept as they are: the caption positions have rotary rows of zeros, which makes their queries
 //! and keys zero, and a caption's padding stands on the left.
 
+use std::sync::Arc;
+
 use candle_core::{D, DType, Device, Tensor};
-use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
 pub use super::config::Config;
-use crate::nn::{Embedding, Init, Linear, Mask, RmsNorm, Weights, no_grad, ops};
+use crate::nn::{Embedding, Init, Linear, Mask, RmsNorm, Weights, no_grad, ops, recompute};
 use crate::{Error, Result};
 
 struct CaptionEmbedder {
@@ -48,6 +49,7 @@ impl CaptionEmbedder {
 }
 
 /// Rotary tables of some positions: cosines and sines, each (n, head_dim / 2), f32.
+#[derive(Clone)]
 struct Rotary {
     cos: Tensor,
     sin: Tensor,
@@ -190,6 +192,8 @@ struct Block {
     feed_forward: FeedForward,
     attention_norm: RmsNorm,
     ffn_norm: RmsNorm,
+    resid_dropout_p: f64,
+    ffn_dropout_p: f64,
 }
 
 impl Block {
@@ -199,7 +203,24 @@ impl Block {
             feed_forward: FeedForward::new(c, &weights.pp("feed_forward"))?,
             attention_norm: RmsNorm::new(c.dim, c.norm_eps, &weights.pp("attention_norm"))?,
             ffn_norm: RmsNorm::new(c.dim, c.norm_eps, &weights.pp("ffn_norm"))?,
+            resid_dropout_p: c.resid_dropout_p,
+            ffn_dropout_p: c.ffn_dropout_p,
         })
+    }
+
+    fn forward(
+        &self,
+        x: &Tensor,
+        rotary: &Rotary,
+        mask: &Mask,
+        cache: Option<(&LayerCache, usize)>,
+        mut dropout: Option<&mut ChaCha8Rng>,
+    ) -> Result<Tensor> {
+        let normed = self.attention_norm.forward(x)?;
+        let attended = self.attention.forward(&normed, rotary, mask, cache)?;
+        let h = (x + drop_out(attended, self.resid_dropout_p, &mut dropout)?)?;
+        let fed = self.feed_forward.forward(&self.ffn_norm.forward(&h)?)?;
+        Ok((h + drop_out(fed, self.ffn_dropout_p, &mut dropout)?)?)
     }
 }
 
@@ -247,7 +268,7 @@ pub struct Gpt {
     config: Config,
     cls_embedding: CaptionEmbedder,
     tok_embeddings: Embedding,
-    layers: Vec<Block>,
+    layers: Vec<Arc<Block>>,
     norm: RmsNorm,
     output: Linear,
     rotary: Rotary,
@@ -265,7 +286,7 @@ impl Gpt {
             cls_embedding: CaptionEmbedder::new(c, &weights.pp("cls_embedding"))?,
             tok_embeddings: Embedding::new(c.vocab_size, c.dim, &weights.pp("tok_embeddings"))?,
             layers: (0..c.n_layer)
-                .map(|i| Block::new(c, &weights.pp("layers").pp(i)))
+                .map(|i| Ok(Arc::new(Block::new(c, &weights.pp("layers").pp(i))?)))
                 .collect::<Result<_>>()?,
             norm: RmsNorm::new(c.dim, c.norm_eps, &weights.pp("norm"))?,
             output: Linear::with_init(
@@ -360,9 +381,12 @@ impl Gpt {
         let mut h = drop_out(h, c.token_dropout_p, &mut dropout)?;
         let n = c.cls_token_num + given;
         let rotary = self.rotary.narrow(0, n)?;
-        let mask = Mask::Additive(self.causal_mask(caption_mask, n)?);
+        let mask = Mask::CausalKeys(self.hidden_keys(caption_mask, n)?);
         for layer in &self.layers {
-            h = self.block(layer, h, &rotary, &mask, None, &mut dropout)?;
+            let (layer, rotary, mask) = (layer.clone(), rotary.clone(), mask.clone());
+            h = recompute(&[&h], dropout.as_deref_mut(), move |h, dropout| {
+                layer.forward(&h[0], &rotary, &mask, None, dropout)
+            })?;
         }
         let images = h.narrow(1, c.cls_token_num - 1, given + 1)?.contiguous()?;
         self.logits(&images)
@@ -398,19 +422,17 @@ impl Gpt {
         cache: &mut Cache,
     ) -> Result<Tensor> {
         let n = self.config.cls_token_num;
-        let b = self.check_captions(caption_embeddings, caption_mask)?;
+        self.check_captions(caption_embeddings, caption_mask)?;
         no_grad(|| {
             let mut h = self
                 .cls_embedding
                 .forward(&caption_embeddings.to_dtype(self.dtype)?)?;
             let rotary = self.rotary.narrow(0, n)?;
-            let mask = Mask::Additive(self.causal_mask(caption_mask, n)?);
+            let mask = Mask::CausalKeys(self.hidden_keys(caption_mask, n)?);
             for (layer, cache) in self.layers.iter().zip(&cache.layers) {
-                h = self.block(layer, h, &rotary, &mask, Some((cache, 0)), &mut None)?;
+                h = layer.forward(&h, &rotary, &mask, Some((cache, 0)), None)?;
             }
-            let images = Tensor::ones((b, cache.capacity - n), DType::U8, &self.device)?;
-            let valid = Tensor::cat(&[self.valid(caption_mask)?, images], 1)?;
-            cache.hidden = Some(self.additive(&valid)?.unsqueeze(1)?.unsqueeze(1)?);
+            cache.hidden = Some(self.hidden_keys(caption_mask, cache.capacity)?);
             cache.length = n;
             Ok(self
                 .logits(&h.narrow(1, n - 1, 1)?.contiguous()?)?
@@ -439,27 +461,11 @@ impl Gpt {
             let rotary = self.rotary.narrow(position, 1)?;
             let mask = Mask::Additive(hidden.narrow(3, 0, position + 1)?.contiguous()?);
             for (layer, cache) in self.layers.iter().zip(&cache.layers) {
-                h = self.block(layer, h, &rotary, &mask, Some((cache, position)), &mut None)?;
+                h = layer.forward(&h, &rotary, &mask, Some((cache, position)), None)?;
             }
             cache.length += 1;
             Ok(self.logits(&h)?.squeeze(1)?)
         })
-    }
-
-    fn block(
-        &self,
-        layer: &Block,
-        x: Tensor,
-        rotary: &Rotary,
-        mask: &Mask,
-        cache: Option<(&LayerCache, usize)>,
-        dropout: &mut Option<&mut ChaCha8Rng>,
-    ) -> Result<Tensor> {
-        let normed = layer.attention_norm.forward(&x)?;
-        let attended = layer.attention.forward(&normed, rotary, mask, cache)?;
-        let h = (x + drop_out(attended, self.config.resid_dropout_p, dropout)?)?;
-        let fed = layer.feed_forward.forward(&layer.ffn_norm.forward(&h)?)?;
-        Ok((h + drop_out(fed, self.config.ffn_dropout_p, dropout)?)?)
     }
 
     fn logits(&self, h: &Tensor) -> Result<Tensor> {
@@ -502,8 +508,8 @@ impl Gpt {
         Ok(allowed.where_cond(&zeros, &hidden)?)
     }
 
-    /// (b, 1, n, n): causal, caption padding hidden, and the diagonal open whatever it is, so that no row is empty.
-    fn causal_mask(&self, caption_mask: &Tensor, n: usize) -> Result<Tensor> {
+    /// (b, 1, 1, n), added to the scores of keys: caption padding is hidden.
+    fn hidden_keys(&self, caption_mask: &Tensor, n: usize) -> Result<Tensor> {
         let (b, captions) = caption_mask.dims2()?;
         let valid = self.valid(caption_mask)?;
         let valid = if n > captions {
@@ -512,33 +518,14 @@ impl Gpt {
         } else {
             valid
         };
-        let causal = Tensor::tril2(n, DType::U8, &self.device)?.unsqueeze(0)?;
-        let diagonal = Tensor::eye(n, DType::U8, &self.device)?.unsqueeze(0)?;
-        let allowed = causal
-            .broadcast_mul(&valid.unsqueeze(1)?)?
-            .broadcast_maximum(&diagonal)?;
-        self.additive(&allowed)?.unsqueeze(1).map_err(Into::into)
+        Ok(self.additive(&valid)?.unsqueeze(1)?.unsqueeze(1)?)
     }
 }
 
-/// Zeroes each element with probability `p` and scales the others by 1/(1 − p).
+/// Dropout where a generator is given, that is, in training.
 fn drop_out(x: Tensor, p: f64, generator: &mut Option<&mut ChaCha8Rng>) -> Result<Tensor> {
-    let Some(generator) = generator else {
-        return Ok(x);
-    };
-    if p <= 0.0 {
-        return Ok(x);
+    match generator {
+        Some(generator) => ops::dropout(&x, p, generator),
+        None => Ok(x),
     }
-    let kept = (1.0 / (1.0 - p)) as f32;
-    let values: Vec<f32> = (0..x.elem_count())
-        .map(|_| {
-            if generator.random::<f32>() < p as f32 {
-                0.0
-            } else {
-                kept
-            }
-        })
-        .collect();
-    let mask = Tensor::from_vec(values, x.shape(), x.device())?.to_dtype(x.dtype())?;
-    Ok((x * mask)?)
 }

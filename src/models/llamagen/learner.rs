@@ -19,7 +19,7 @@ use crate::models::tokenizer::TextTokenizer;
 use crate::models::{
     Example, Learner, Lesson, Opening, Request, Sampling, Tuning, adapters, finish_all, snapshot,
 };
-use crate::nn::{Adapter, Weights, no_grad, ops};
+use crate::nn::{Adapter, Weights, merged, no_grad, ops, recomputing};
 use crate::{Error, Result, images};
 
 /// The VQ tokenizer alone: what the tokenizing stage runs on a thread of its own.
@@ -63,17 +63,7 @@ impl ImageTokenizer {
 
     /// The tokens of each image, row by row; images have the tokenizer's resolution.
     pub fn encode(&self, images: &[RgbImage]) -> Result<Vec<Vec<u32>>> {
-        let side = self.resolution;
-        if let Some(other) = images.iter().find(|i| i.dimensions() != (side, side)) {
-            return Err(Error::invalid(
-                format!(
-                    "an image of {}×{} for the tokenizer",
-                    other.width(),
-                    other.height()
-                ),
-                format!("resize it to {side}×{side} pixels"),
-            ));
-        }
+        images::check_side(images, self.resolution, "LlamaGen's image tokenizer")?;
         let pixels = images::to_tensor(images, self.model.device())?;
         Ok(no_grad(|| self.model.encode(&pixels))?.to_vec2::<u32>()?)
     }
@@ -143,6 +133,7 @@ pub struct LlamaGen {
     config_text: String,
     base: String,
     condition_dropout: f64,
+    recomputes: bool,
     device: Device,
 }
 
@@ -156,7 +147,7 @@ impl LlamaGen {
             Tuning::Full => Some(opening.seed),
             Tuning::Lora(_) | Tuning::Frozen => None,
         };
-        let (published, weights) = files.open_gpt(DType::F32, seed, device)?;
+        let (published, weights) = files.open_gpt(opening.dtype, seed, device)?;
         let config = Config {
             token_dropout_p: opening.dropout,
             resid_dropout_p: opening.dropout,
@@ -167,7 +158,7 @@ impl LlamaGen {
         let gpt = Gpt::new(&config, &weights)?;
         weights.expect_no_others();
         let t5 = files.t5();
-        let t5_weights = checkpoint_files::open(t5, "model", DType::F32, device)?;
+        let t5_weights = checkpoint_files::open(t5, "model", weights.precision(), device)?;
         let encoder = T5Encoder::new(&read_json(&t5.join("config.json"))?, &t5_weights)?;
         let (tokenizer, vq_weights) = ImageTokenizer::build(&files, device)?;
         if opening
@@ -199,11 +190,12 @@ impl LlamaGen {
             gpt,
             captions,
             tokenizer,
-            weights,
             adapter,
             config_text: config_text + "\n",
             base: opening.name.clone(),
             condition_dropout: opening.condition_dropout,
+            recomputes: opening.recomputes(&weights),
+            weights,
             device: device.clone(),
         })
     }
@@ -247,9 +239,9 @@ impl Learner for LlamaGen {
         let captions = self.gpt.drop_captions(&captions, &drop)?;
         let targets = Tensor::from_vec(tokens.concat(), (b, n), &self.device)?;
         let inputs = targets.narrow(1, 0, n - 1)?.contiguous()?;
-        let logits = self
-            .gpt
-            .forward(&captions, &mask, &inputs, Some(generator))?;
+        let logits = recomputing(self.recomputes, || {
+            self.gpt.forward(&captions, &mask, &inputs, Some(generator))
+        })?;
         let vocabulary = logits.dim(2)?;
         let losses = ops::cross_entropy(
             &logits.reshape((b * n, vocabulary))?,
@@ -271,9 +263,11 @@ impl Learner for LlamaGen {
             top_p: sampling.top_p,
         };
         let count = self.gpt.config().block_size;
-        let tokens = no_grad(|| {
-            self.gpt
-                .generate(&captions, &mask, count, &settings, &seeds)
+        let tokens = merged(|| {
+            no_grad(|| {
+                self.gpt
+                    .generate(&captions, &mask, count, &settings, &seeds)
+            })
         })?;
         self.tokenizer.decode(&tokens)
     }

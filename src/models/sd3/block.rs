@@ -1,11 +1,13 @@
 //! One block of MMDiT: image and text with weights of their own, attending to each other (arXiv 2403.03206, figure
 //! 2b); diffusers' `JointTransformerBlock`, with SD3.5 Medium's second attention over the image.
 
+use std::sync::Arc;
+
 use candle_core::{D, Tensor};
 
 use super::transformer::Config;
 use crate::Result;
-use crate::nn::{Init, LayerNorm, Linear, Mask, RmsNorm, Weights, ops};
+use crate::nn::{Init, LayerNorm, Linear, Mask, RmsNorm, Weights, is_recomputing, ops, recompute};
 
 /// Epsilon of every norm of the transformer.
 pub(super) const EPS: f64 = 1e-6;
@@ -168,6 +170,32 @@ impl JointTransformerBlock {
             ff: FeedForward::new(d, &weights.pp("ff"))?,
             context_tail,
         })
+    }
+
+    /// [`JointTransformerBlock::forward`] that goes through [`recompute`]: both streams as one, since a recomputed
+    /// block has one result.
+    pub fn forward_recomputed(
+        self: &Arc<Self>,
+        x: &Tensor,
+        context: &Tensor,
+        temb: &Tensor,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        if !is_recomputing() {
+            return self.forward(x, context, temb);
+        }
+        let block = self.clone();
+        let both = recompute(&[x, context, temb], None, move |inputs, _| {
+            match block.forward(&inputs[0], &inputs[1], &inputs[2])? {
+                (x, Some(context)) => Ok(Tensor::cat(&[x, context], 1)?),
+                (x, None) => Ok(x),
+            }
+        })?;
+        if self.context_tail.is_none() {
+            return Ok((both, None));
+        }
+        let (n, m) = (x.dim(1)?, context.dim(1)?);
+        let context = both.narrow(1, n, m)?.contiguous()?;
+        Ok((both.narrow(1, 0, n)?.contiguous()?, Some(context)))
     }
 
     /// `x` (b, n, d) the image's patches, `context` (b, m, d) the text, `temb` (b, d) the condition. Gives both

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 
-use candle_core::{DType, Tensor, Var};
+use candle_core::{Tensor, Var};
 use image::RgbImage;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
@@ -13,7 +13,7 @@ use super::{Conditioning, Sd3, transformer_files};
 use crate::models::{
     Example, Learner, Lesson, Opening, Request, Sampling, Tuning, adapters, snapshot,
 };
-use crate::nn::{Adapter, Weights};
+use crate::nn::{Adapter, Weights, merged, recomputing};
 use crate::{Error, Result, images};
 
 /// The denoiser with what it needs to learn and to draw.
@@ -24,6 +24,7 @@ pub struct Sd3Learner {
     adapter: Option<Arc<Adapter>>,
     config_text: String,
     condition_dropout: f64,
+    recomputes: bool,
     side: usize,
 }
 
@@ -34,7 +35,7 @@ impl Sd3Learner {
         let weights = match opening.tuning {
             Tuning::Full => Weights::trainable(&files, opening.seed, &opening.device)?,
             Tuning::Lora(_) | Tuning::Frozen => {
-                Weights::from_files(&files, DType::F32, &opening.device)?
+                Weights::from_files(&files, opening.dtype, &opening.device)?
             }
         };
         let (weights, adapter) = opening.attach(weights);
@@ -47,6 +48,7 @@ impl Sd3Learner {
         Ok(Self {
             model,
             known: HashMap::new(),
+            recomputes: opening.recomputes(&weights),
             weights,
             adapter,
             config_text,
@@ -73,6 +75,7 @@ impl Learner for Sd3Learner {
     }
 
     fn encode(&mut self, images: &[RgbImage]) -> Result<Vec<Example>> {
+        images::check_side(images, self.side as u32, "SD3")?;
         let pixels = images::to_tensor(images, self.model.device())?;
         let (mean, logvar) = self.model.encode_images(&pixels)?;
         (0..images.len())
@@ -111,7 +114,9 @@ impl Learner for Sd3Learner {
             })
             .collect();
         let conditioning = self.condition(&prompts)?;
-        self.model.loss(&latents, &conditioning, generator)
+        recomputing(self.recomputes, || {
+            self.model.loss(&latents, &conditioning, generator)
+        })
     }
 
     fn generate(&mut self, requests: &[Request], sampling: &Sampling) -> Result<Vec<RgbImage>> {
@@ -123,13 +128,15 @@ impl Learner for Sd3Learner {
         let negative = self.condition(&[sampling.negative_prompt.as_str()])?;
         let seeds: Vec<u64> = requests.iter().map(|request| request.seed).collect();
         let noise = self.model.noise(&seeds, self.side, self.side)?;
-        images::from_tensor(&self.model.generate_from(
-            &noise,
-            &conditioning,
-            &negative,
-            sampling.num_inference_steps,
-            sampling.guidance_scale,
-        )?)
+        images::from_tensor(&merged(|| {
+            self.model.generate_from(
+                &noise,
+                &conditioning,
+                &negative,
+                sampling.num_inference_steps,
+                sampling.guidance_scale,
+            )
+        })?)
     }
 
     fn variables(&self) -> Vec<(String, Var)> {

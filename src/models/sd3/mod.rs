@@ -86,8 +86,8 @@ pub fn transformer_files(directory: &Path) -> Result<Vec<PathBuf>> {
 
 impl Sd3 {
     /// Opens `directory`. `transformer` holds the weights of [`transformer_files`], frozen, with an adapter, or
-    /// trainable; its dtype and device are those of the text encoders too, while the autoencoder computes in f32, in
-    /// which half precision would overflow. Everything that is missing or misshapen in any component is reported at
+    /// trainable; its precision and device are those of the text encoders too, while the autoencoder computes in f32,
+    /// in which half precision would overflow. Everything that is missing or misshapen in any component is reported at
     /// once.
     pub fn open(directory: &Path, transformer: &Weights) -> Result<Self> {
         let (dtype, device) = (transformer.dtype(), transformer.device().clone());
@@ -99,7 +99,7 @@ impl Sd3 {
         let vae_weights =
             checkpoint_files::open(&vae, "diffusion_pytorch_model", DType::F32, &device)?;
         let mut opened = vec![transformer.clone(), vae_weights.clone()];
-        let text = TextEncoders::open(directory, &config, dtype, &device, &mut opened)?;
+        let text = TextEncoders::open(directory, &config, transformer, &mut opened)?;
         let model = Self {
             text,
             transformer: Sd3Transformer::new(config, transformer)?,

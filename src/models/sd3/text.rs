@@ -88,21 +88,21 @@ impl TextEncoders {
     }
 
     /// Opens `text_encoder`, `text_encoder_2` and `text_encoder_3` of `directory`, as far as `model_index.json` names
-    /// them. The weights that were opened are added to `opened`, for their faults to be reported together.
+    /// them, in the precision of the transformer. The weights that were opened are added to `opened`, for their faults to be reported together.
     pub(super) fn open(
         directory: &Path,
         config: &super::Config,
-        dtype: DType,
-        device: &Device,
+        transformer: &Weights,
         opened: &mut Vec<Weights>,
     ) -> Result<Self> {
+        let (precision, device) = (transformer.precision(), transformer.device());
         let mut clips = Vec::new();
         for suffix in ["", "_2"] {
             let name = format!("text_encoder{suffix}");
             if has_component(directory, &name)? {
                 let folder = directory.join(name);
                 let text: clip::TextConfig = read_json(&folder.join("config.json"))?;
-                let weights = checkpoint_files::open(&folder, "model", dtype, device)?;
+                let weights = checkpoint_files::open(&folder, "model", precision, device)?;
                 let model = clip::TextModel::new(&text, &weights)?;
                 opened.push(weights);
                 let folder = directory.join(format!("tokenizer{suffix}"));
@@ -114,7 +114,7 @@ impl TextEncoders {
         let t5 = if has_component(directory, "text_encoder_3")? {
             let folder = directory.join("text_encoder_3");
             let text: t5::Config = read_json(&folder.join("config.json"))?;
-            let weights = checkpoint_files::open(&folder, "model", dtype, device)?;
+            let weights = checkpoint_files::open(&folder, "model", precision, device)?;
             let model = t5::T5Encoder::new(&text, &weights)?;
             opened.push(weights);
             let tokenizer = Padded::open(&directory.join("tokenizer_3"), T5_TOKENS, "<pad>")?;
@@ -133,7 +133,7 @@ impl TextEncoders {
             t5,
             joint_attention_dim: config.joint_attention_dim,
             pooled_projection_dim: config.pooled_projection_dim,
-            dtype,
+            dtype: transformer.dtype(),
             device: device.clone(),
         })
     }

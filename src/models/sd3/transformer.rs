@@ -1,6 +1,8 @@
 //! The denoiser of Stable Diffusion 3 and 3.5: MMDiT (Esser et al. 2024, arXiv 2403.03206), as diffusers'
 //! `SD3Transformer2DModel` computes it and names its weights.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
@@ -262,7 +264,7 @@ pub struct Sd3Transformer {
     timestep_embedder: Embedder,
     text_embedder: Embedder,
     context_embedder: Linear,
-    transformer_blocks: Vec<JointTransformerBlock>,
+    transformer_blocks: Vec<Arc<JointTransformerBlock>>,
     norm_out: Modulation,
     norm: LayerNorm,
     proj_out: Linear,
@@ -277,7 +279,10 @@ impl Sd3Transformer {
         let d = config.inner_dim();
         let blocks = weights.pp("transformer_blocks");
         let transformer_blocks = (0..config.num_layers)
-            .map(|i| JointTransformerBlock::new(&config, i, &blocks.pp(i)))
+            .map(|i| {
+                let block = JointTransformerBlock::new(&config, i, &blocks.pp(i))?;
+                Ok(Arc::new(block))
+            })
             .collect::<Result<_>>()?;
         let embed = weights.pp("time_text_embed");
         let outputs = config.patch_size * config.patch_size * config.outputs();
@@ -309,7 +314,7 @@ impl Sd3Transformer {
     }
 
     /// The joint blocks, in order.
-    pub fn blocks(&self) -> &[JointTransformerBlock] {
+    pub fn blocks(&self) -> &[Arc<JointTransformerBlock>] {
         &self.transformer_blocks
     }
 
@@ -330,7 +335,7 @@ impl Sd3Transformer {
         let mut context = Some(self.context_embedder.forward(encoder_hidden_states)?);
         for block in &self.transformer_blocks {
             if let Some(text) = &context {
-                (x, context) = block.forward(&x, text, &temb)?;
+                (x, context) = block.forward_recomputed(&x, text, &temb)?;
             }
         }
         let chunks = self.norm_out.forward(&temb)?;

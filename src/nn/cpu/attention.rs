@@ -15,14 +15,18 @@ use crate::nn::vjp::record;
 /// Queries of one block.
 const BLOCK: usize = 64;
 
-/// Whether [`attention`] can take this mask: none of its gradients are wanted and it has a row for every query.
+/// Whether [`attention`] can take this mask: one row of keys for every query, or one for all.
 pub fn takes_mask(mask: &Mask, n: usize, m: usize) -> bool {
     match mask {
         Mask::None | Mask::Causal => true,
         Mask::Additive(bias) => {
             super::takes([bias])
+                && matches!(bias.dims(), [_, _, rows, keys] if [1, n].contains(rows) && *keys == m)
+        }
+        Mask::CausalKeys(bias) => {
+            super::takes([bias])
                 && !bias.track_op()
-                && matches!(bias.dims(), [_, _, rows, keys] if (*rows, *keys) == (n, m))
+                && matches!(bias.dims(), [_, 1, 1, keys] if *keys == m)
         }
     }
 }
@@ -91,7 +95,13 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
         }
     }
     let wanted = [q.track_op(), k.track_op(), v.track_op()];
-    record(&[q, k, v], y, (b, h, n, d), move |result, gradient| {
+    let bias = match mask {
+        Mask::Additive(bias) => Some(bias).filter(|bias| bias.track_op()),
+        Mask::None | Mask::Causal | Mask::CausalKeys(_) => None,
+    };
+    let bias_dims = bias.map(|bias| bias.dims().to_vec());
+    let inputs: Vec<&Tensor> = [q, k, v].into_iter().chain(bias).collect();
+    record(&inputs, y, (b, h, n, d), move |result, gradient| {
         let result = detached(result)?;
         let (y, g) = (values(&result)?, values(gradient)?);
         let [q, k, v] = call.heads(&kept)?;
@@ -110,29 +120,14 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
                         let queries = first..(first + BLOCK).min(n);
                         let keys = call.keys(queries.end);
                         let rows = head * n + queries.start..head * n + queries.end;
-                        let (y, g) = (
-                            &y[rows.start * d..rows.end * d],
-                            &g[rows.start * d..rows.end * d],
-                        );
-                        let g_rows = Matrix::new(g, queries.len(), d);
-                        call.scores(&q, &k, head, queries.clone(), scores);
-                        slopes.resize(scores.len(), 0.0);
-                        multiply(
-                            1.0,
-                            g_rows,
-                            v.matrix(head, 0..keys).t(),
-                            slopes,
-                            keys,
-                            false,
-                            Threads::One,
-                        );
-                        differentiate_rows(
+                        let g_rows = &g[rows.start * d..rows.end * d];
+                        let g_rows = Matrix::new(g_rows, queries.len(), d);
+                        call.slopes(
+                            [&q, &k, &v],
+                            mask.as_deref(),
+                            (&log_sums, &y, &g),
+                            (head, queries.clone()),
                             (scores, slopes),
-                            keys,
-                            call.visible(first),
-                            call.mask_rows(mask.as_deref(), head, first),
-                            &log_sums[rows],
-                            (y, g),
                         );
                         let probabilities = Matrix::new(scores, queries.len(), keys);
                         let slopes = Matrix::new(slopes, queries.len(), keys);
@@ -166,6 +161,11 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
                 gradients.push(tensor(gradient, (b, h, length, d))?);
             }
         }
+        if let Some(dims) = &bias_dims {
+            let saved = (log_sums.as_slice(), &*y, &*g);
+            let gradient = call.mask_gradient([&q, &k, &v], mask.as_deref(), saved, dims);
+            gradients.push(tensor(gradient, dims.as_slice())?);
+        }
         Ok(gradients)
     })
 }
@@ -178,16 +178,23 @@ struct Call {
     m: usize,
     d: usize,
     scale: f32,
-    /// Whether later keys are hidden.
+    /// Whether later keys are hidden; the mask, if there is one too, then leaves every query its own key.
     causal: bool,
     bias: Option<Tensor>,
+}
+
+/// What is added to the scores of some queries: rows of keys `stride` elements apart, 0 for one row that all share.
+#[derive(Clone, Copy)]
+struct MaskRows<'a> {
+    values: &'a [f32],
+    stride: usize,
 }
 
 impl Call {
     fn new(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) -> Result<Self> {
         let (b, h, n, d) = q.dims4()?;
         let m = k.dim(2)?;
-        let causal = matches!(mask, Mask::Causal);
+        let causal = matches!(mask, Mask::Causal | Mask::CausalKeys(_));
         if k.dims() != [b, h, m, d] || v.dims() != [b, h, m, d] || (causal && m < n) {
             candle_core::bail!(
                 "attention of queries {:?}, keys {:?} and values {:?}",
@@ -198,7 +205,7 @@ impl Call {
         }
         let bias = match mask {
             Mask::None | Mask::Causal => None,
-            Mask::Additive(bias) => {
+            Mask::Additive(bias) | Mask::CausalKeys(bias) => {
                 let (images, heads, _, _) = bias.dims4()?;
                 if ![1, b].contains(&images) || ![1, h].contains(&heads) {
                     candle_core::bail!(
@@ -254,11 +261,88 @@ impl Call {
         all: Option<&'a [f32]>,
         head: usize,
         first: usize,
-    ) -> Option<&'a [f32]> {
+    ) -> Option<MaskRows<'a>> {
         let dims = self.bias.as_ref()?.dims();
         let (image, head) = (head / self.h % dims[0], head % self.h % dims[1]);
-        let start = ((image * dims[1] + head) * self.n + first) * self.m;
-        all.map(|all| &all[start..])
+        let start = ((image * dims[1] + head) * dims[2] + first % dims[2]) * self.m;
+        all.map(|all| MaskRows {
+            values: &all[start..],
+            stride: if dims[2] == 1 { 0 } else { self.m },
+        })
+    }
+
+    /// The probabilities of some queries of one head, and the gradients of their scores.
+    fn slopes(
+        &self,
+        [q, k, v]: [&Heads; 3],
+        mask: Option<&[f32]>,
+        (log_sums, y, g): (&[f32], &[f32], &[f32]),
+        (head, queries): (usize, Range<usize>),
+        (probabilities, slopes): (&mut Vec<f32>, &mut Vec<f32>),
+    ) {
+        let (n, d, keys) = (self.n, self.d, self.keys(queries.end));
+        let rows = head * n + queries.start..head * n + queries.end;
+        let (y, g) = (
+            &y[rows.start * d..rows.end * d],
+            &g[rows.start * d..rows.end * d],
+        );
+        self.scores(q, k, head, queries.clone(), probabilities);
+        slopes.resize(probabilities.len(), 0.0);
+        multiply(
+            1.0,
+            Matrix::new(g, queries.len(), d),
+            v.matrix(head, 0..keys).t(),
+            slopes,
+            keys,
+            false,
+            Threads::One,
+        );
+        differentiate_rows(
+            (probabilities, slopes),
+            keys,
+            self.visible(queries.start),
+            self.mask_rows(mask, head, queries.start),
+            &log_sums[rows],
+            (y, g),
+        );
+    }
+
+    /// The gradient of an additive mask of shape `dims`, (1 or b, 1 or h, 1 or n, m): the scores' gradients, summed over
+    /// what shares a row of it.
+    fn mask_gradient(
+        &self,
+        heads: [&Heads; 3],
+        mask: Option<&[f32]>,
+        saved: (&[f32], &[f32], &[f32]),
+        dims: &[usize],
+    ) -> Vec<f32> {
+        let (n, m) = (self.n, self.m);
+        let mut sums = vec![0.0; dims.iter().product()];
+        sums.par_chunks_mut((dims[2] * m).max(1))
+            .enumerate()
+            .for_each_init(
+                || (Vec::new(), Vec::new()),
+                |(probabilities, slopes), (part, sums)| {
+                    let (image, own) = (part / dims[1], part % dims[1]);
+                    // In the order of their numbers: every head whose scores this part of the mask is added to.
+                    let shares = |head: &usize| {
+                        head / self.h % dims[0] == image && head % self.h % dims[1] == own
+                    };
+                    for head in (0..self.b * self.h).filter(shares) {
+                        for first in (0..n).step_by(BLOCK) {
+                            let queries = first..(first + BLOCK).min(n);
+                            let place = (head, queries);
+                            self.slopes(heads, mask, saved, place, (probabilities, slopes));
+                            for (i, slopes) in slopes.chunks_exact(m).enumerate() {
+                                let row = (first + i) % dims[2];
+                                let sums = &mut sums[row * m..(row + 1) * m];
+                                sums.iter_mut().zip(slopes).for_each(|(sum, s)| *sum += s);
+                            }
+                        }
+                    }
+                },
+            );
+        sums
     }
 
     /// scale · q·kᵀ for the queries and all the keys that one of them sees.
@@ -321,21 +405,26 @@ impl<'a> Heads<'a> {
     }
 }
 
-/// The mask's rows are as long as all keys, the scores' only as long as those that can be seen.
+/// The scores of row `row` that can be seen, with the mask added to them. The mask's rows are as long as all keys, the
+/// scores' only as long as those that one of their block sees.
 #[inline(always)]
 fn masked<'a>(
     row: usize,
     scores: &'a mut [f32],
     visible: Option<usize>,
-    mask: Option<&[f32]>,
+    mask: Option<MaskRows>,
 ) -> &'a mut [f32] {
     let keys = scores.len();
-    let seen = visible.map_or(keys, |first| (first + row).min(keys));
-    let (seen, hidden) = scores.split_at_mut(seen);
+    let count = visible.map_or(keys, |first| (first + row).min(keys));
+    let (seen, hidden) = scores.split_at_mut(count);
     hidden.fill(0.0);
     if let Some(mask) = mask {
-        for (s, m) in seen.iter_mut().zip(&mask[row * keys..]) {
+        let own = seen[count - 1];
+        for (s, m) in seen.iter_mut().zip(&mask.values[row * mask.stride..]) {
             *s += m;
+        }
+        if visible.is_some() {
+            seen[count - 1] = own;
         }
     }
     seen
@@ -346,7 +435,7 @@ fn softmax_rows(
     scores: &mut [f32],
     keys: usize,
     visible: Option<usize>,
-    mask: Option<&[f32]>,
+    mask: Option<MaskRows>,
     log_sums: &mut [f32],
 ) {
     for (i, (row, log_sum)) in scores.chunks_exact_mut(keys).zip(log_sums).enumerate() {
@@ -371,7 +460,7 @@ fn differentiate_rows(
     (scores, slopes): (&mut [f32], &mut [f32]),
     keys: usize,
     visible: Option<usize>,
-    mask: Option<&[f32]>,
+    mask: Option<MaskRows>,
     log_sums: &[f32],
     (y, g): (&[f32], &[f32]),
 ) {

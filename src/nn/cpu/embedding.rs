@@ -2,18 +2,15 @@
 
 use candle_core::{DType, Result, Tensor};
 
+use super::half::widen_piece;
 use super::{detached, each_piece, tensor, values};
+use crate::nn::HalfMatrix;
 use crate::nn::vjp::record;
 
 /// See [`crate::nn::ops::embedding`].
 pub fn embedding(weight: &Tensor, ids: &Tensor) -> Result<Tensor> {
     let (count, width) = weight.dims2()?;
-    let mut shape = ids.dims().to_vec();
-    shape.push(width);
-    let ids = ids.flatten_all()?.to_dtype(DType::U32)?.to_vec1::<u32>()?;
-    if let Some(id) = ids.iter().find(|id| **id as usize >= count) {
-        candle_core::bail!("row {id} of a table of {count}");
-    }
+    let (ids, shape) = rows(ids, count, width)?;
     let mut y = vec![0.0; ids.len() * width];
     {
         let weight = detached(weight)?;
@@ -32,4 +29,28 @@ pub fn embedding(weight: &Tensor, ids: &Tensor) -> Result<Tensor> {
         }
         Ok(vec![tensor(dw, (count, width))?])
     })
+}
+
+/// [`embedding`] in a table of half precision.
+pub fn half_embedding(weight: &HalfMatrix, ids: &Tensor) -> Result<Tensor> {
+    let (count, width) = weight.dims2();
+    let (ids, shape) = rows(ids, count, width)?;
+    let bits = weight.bits()?;
+    let mut y = vec![0.0; ids.len() * width];
+    each_piece(&mut y, width, |i, y| {
+        let row = &bits[ids[i] as usize * width..][..width];
+        widen_piece(row, weight.kind(), y);
+    });
+    tensor(y, shape)
+}
+
+/// The numbers of the rows, all below `count`, and the shape of the result.
+fn rows(ids: &Tensor, count: usize, width: usize) -> Result<(Vec<u32>, Vec<usize>)> {
+    let mut shape = ids.dims().to_vec();
+    shape.push(width);
+    let ids = ids.flatten_all()?.to_dtype(DType::U32)?.to_vec1::<u32>()?;
+    if let Some(id) = ids.iter().find(|id| **id as usize >= count) {
+        candle_core::bail!("row {id} of a table of {count}");
+    }
+    Ok((ids, shape))
 }

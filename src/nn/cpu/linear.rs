@@ -7,30 +7,31 @@ use multiversion::multiversion;
 use rayon::prelude::*;
 
 use super::gemm::{Matrix, Threads, multiply};
-use super::{detached, simd, tensor, values};
+use super::{Values, detached, half, simd, tensor, values};
 use crate::nn::vjp::record;
+use crate::nn::{HalfKind, Weight};
 
 /// Up to this many rows each weight is read once, straight from memory: packing it would take longer.
 const THIN: usize = 8;
 
 /// See [`crate::nn::ops::linear`].
-pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    let shape = Shapes::of(x, weight)?;
-    let (x_kept, weight_kept) = (detached(x)?, detached(weight)?);
+pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tensor> {
+    let shape = Shapes::of(x, weight.dims2()?)?;
+    let (x_kept, weight_kept) = (detached(x)?, kept(weight)?);
     let y = forward(&x_kept, &weight_kept, bias, &shape)?;
     let wanted = (
         x.track_op(),
-        weight.track_op(),
+        trained(weight).is_some(),
         bias.is_some_and(Tensor::track_op),
     );
-    let inputs: Vec<&Tensor> = [x, weight].into_iter().chain(bias).collect();
+    let inputs: Vec<&Tensor> = [x].into_iter().chain(trained(weight)).chain(bias).collect();
     let (x_dims, y_dims) = (x.dims().to_vec(), shape.result(x));
     record(&inputs, y, y_dims, move |_, gradient| {
         let g = values(gradient)?;
         let mut gradients = Vec::new();
         if wanted.0 {
-            let w = values(&weight_kept)?;
-            gradients.push(tensor(input_gradient(&g, &w, &shape), x_dims.clone())?);
+            let dx = input_gradient(&g, &weight_kept, &shape)?;
+            gradients.push(tensor(dx, x_dims.clone())?);
         }
         if wanted.1 {
             let dw = weight_gradient(&g, &values(&x_kept)?, &shape);
@@ -46,16 +47,16 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
 /// See [`crate::nn::ops::linear_lora`]. At most three of the five tensors may be tracked.
 pub fn linear_lora(
     x: &Tensor,
-    weight: &Tensor,
+    weight: &Weight,
     bias: Option<&Tensor>,
     a: &Tensor,
     b: &Tensor,
     scale: f64,
 ) -> Result<Tensor> {
-    let shape = Shapes::of(x, weight)?;
-    let down = Shapes::of(x, a)?;
+    let shape = Shapes::of(x, weight.dims2()?)?;
+    let down = Shapes::of(x, a.dims2()?)?;
     let scale = scale as f32;
-    let (x_kept, weight_kept) = (detached(x)?, detached(weight)?);
+    let (x_kept, weight_kept) = (detached(x)?, kept(weight)?);
     let (a_kept, b_kept) = (detached(a)?, detached(b)?);
     if b_kept.dims2()? != (shape.outputs, down.outputs) {
         candle_core::bail!(
@@ -64,17 +65,22 @@ pub fn linear_lora(
             b.dims()
         );
     }
-    let low = forward(&x_kept, &a_kept, None, &down)?;
+    let low = forward(&x_kept, &Weight::Tensor(a_kept.clone()), None, &down)?;
     let mut y = forward(&x_kept, &weight_kept, bias, &shape)?;
     add_product(&mut y, &low, &values(&b_kept)?, scale, &shape, down.outputs);
     let wanted = [
         x.track_op(),
-        weight.track_op(),
+        trained(weight).is_some(),
         bias.is_some_and(Tensor::track_op),
         a.track_op(),
         b.track_op(),
     ];
-    let inputs: Vec<&Tensor> = [x, weight].into_iter().chain(bias).chain([a, b]).collect();
+    let inputs: Vec<&Tensor> = [x]
+        .into_iter()
+        .chain(trained(weight))
+        .chain(bias)
+        .chain([a, b])
+        .collect();
     let (x_dims, y_dims) = (x.dims().to_vec(), shape.result(x));
     let low = Arc::new(low);
     record(&inputs, y, y_dims, move |_, gradient| {
@@ -95,7 +101,7 @@ pub fn linear_lora(
         }
         let mut gradients = Vec::new();
         if wanted[0] {
-            let mut dx = input_gradient(&g, &values(&weight_kept)?, &shape);
+            let mut dx = input_gradient(&g, &weight_kept, &shape)?;
             multiply(
                 1.0,
                 Matrix::new(&low_gradient, rows, rank),
@@ -135,6 +141,22 @@ pub fn linear_lora(
     })
 }
 
+/// What a backward pass keeps of a weight.
+fn kept(weight: &Weight) -> Result<Weight> {
+    match weight {
+        Weight::Tensor(tensor) => Ok(Weight::Tensor(detached(tensor)?)),
+        Weight::Half(half) => Ok(Weight::Half(half.clone())),
+    }
+}
+
+/// The weight, if it is trained.
+fn trained(weight: &Weight) -> Option<&Tensor> {
+    match weight {
+        Weight::Tensor(tensor) => Some(tensor).filter(|tensor| tensor.track_op()),
+        Weight::Half(_) => None,
+    }
+}
+
 #[derive(Clone, Copy)]
 struct Shapes {
     rows: usize,
@@ -143,8 +165,7 @@ struct Shapes {
 }
 
 impl Shapes {
-    fn of(x: &Tensor, weight: &Tensor) -> Result<Self> {
-        let (outputs, inputs) = weight.dims2()?;
+    fn of(x: &Tensor, (outputs, inputs): (usize, usize)) -> Result<Self> {
         if x.dims().last() != Some(&inputs) {
             candle_core::bail!(
                 "a linear layer of {inputs} inputs was given a tensor of shape {:?}",
@@ -167,8 +188,9 @@ impl Shapes {
     }
 }
 
-fn forward(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, shape: &Shapes) -> Result<Vec<f32>> {
-    let (x, w) = (values(x)?, values(weight)?);
+fn forward(x: &Tensor, weight: &Weight, bias: Option<&Tensor>, shape: &Shapes) -> Result<Vec<f32>> {
+    let x = values(x)?;
+    let w = Readable::of(weight)?;
     let Shapes {
         rows,
         inputs,
@@ -192,7 +214,11 @@ fn forward(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, shape: &Shapes) -
         let body = |i: usize, out: &mut [f32]| {
             let from = i * piece;
             let until = from + out.len() / rows.max(1);
-            thin(&x, &w[from * inputs..until * inputs], inputs, out);
+            let range = from * inputs..until * inputs;
+            match &w {
+                Readable::Full(w) => thin(&x, &w[range], inputs, out),
+                Readable::Half(bits, kind) => half::thin(&x, &bits[range], *kind, inputs, out),
+            }
         };
         if rows * outputs * inputs > super::ALONE_PRODUCTS {
             columns
@@ -207,8 +233,10 @@ fn forward(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, shape: &Shapes) -
                 *v += columns[j * rows + i];
             }
         }
-    } else {
-        multiply(
+        return Ok(y);
+    }
+    match w {
+        Readable::Full(w) => multiply(
             1.0,
             Matrix::new(&x, rows, inputs),
             Matrix::new(&w, outputs, inputs).t(),
@@ -216,9 +244,28 @@ fn forward(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, shape: &Shapes) -
             outputs,
             bias.is_some(),
             Threads::All,
-        );
+        ),
+        Readable::Half(bits, kind) => {
+            let sizes = (rows, inputs, outputs);
+            half::times_transposed(&x, bits, kind, sizes, &mut y, bias.is_some());
+        }
     }
     Ok(y)
+}
+
+/// A weight's values, for reading.
+enum Readable<'a> {
+    Full(Values<'a>),
+    Half(&'a [u16], HalfKind),
+}
+
+impl<'a> Readable<'a> {
+    fn of(weight: &'a Weight) -> Result<Self> {
+        match weight {
+            Weight::Tensor(tensor) => Ok(Readable::Full(values(tensor)?)),
+            Weight::Half(half) => Ok(Readable::Half(half.bits()?, half.kind())),
+        }
+    }
 }
 
 /// `y += scale · low·bᵀ`.
@@ -234,18 +281,25 @@ fn add_product(y: &mut [f32], low: &[f32], b: &[f32], scale: f32, shape: &Shapes
     );
 }
 
-fn input_gradient(g: &[f32], w: &[f32], shape: &Shapes) -> Vec<f32> {
+fn input_gradient(g: &[f32], weight: &Weight, shape: &Shapes) -> Result<Vec<f32>> {
+    let w = match Readable::of(weight)? {
+        Readable::Full(w) => w,
+        Readable::Half(bits, kind) => {
+            let sizes = (shape.rows, shape.inputs, shape.outputs);
+            return Ok(half::times(g, bits, kind, sizes));
+        }
+    };
     let mut dx = vec![0.0; shape.rows * shape.inputs];
     multiply(
         1.0,
         Matrix::new(g, shape.rows, shape.outputs),
-        Matrix::new(w, shape.outputs, shape.inputs),
+        Matrix::new(&w, shape.outputs, shape.inputs),
         &mut dx,
         shape.inputs,
         false,
         Threads::All,
     );
-    dx
+    Ok(dx)
 }
 
 fn weight_gradient(g: &[f32], x: &[f32], shape: &Shapes) -> Vec<f32> {

@@ -8,6 +8,7 @@ pub mod conv;
 pub mod embedding;
 pub mod gemm;
 pub mod group_norm;
+pub mod half;
 pub mod linear;
 pub mod norm;
 pub mod rope;

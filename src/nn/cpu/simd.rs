@@ -108,6 +108,43 @@ pub fn sum_pairs(x: &[f32], y: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
     fold(lanes)
 }
 
+/// Σ x · value(w) over two slices of one length, to the bit as [`sum_pairs`] of the widened values.
+#[inline(always)]
+pub fn sum_widened(x: &[f32], w: &[u16], value: impl Fn(u16) -> f32) -> f32 {
+    let mut lanes = [0.0; LANES];
+    let (x_blocks, x_rest) = x.as_chunks::<LANES>();
+    let (w_blocks, w_rest) = w.as_chunks::<LANES>();
+    for (x, w) in x_blocks.iter().zip(w_blocks) {
+        for ((lane, x), w) in lanes.iter_mut().zip(x).zip(w) {
+            *lane += *x * value(*w);
+        }
+    }
+    for ((lane, x), w) in lanes.iter_mut().zip(x_rest).zip(w_rest) {
+        *lane += *x * value(*w);
+    }
+    fold(lanes)
+}
+
+/// The bf16 with these bits.
+#[inline(always)]
+pub fn from_bf16(bits: u16) -> f32 {
+    f32::from_bits(u32::from(bits) << 16)
+}
+
+/// The f16 with these bits.
+#[inline(always)]
+pub fn from_f16(bits: u16) -> f32 {
+    let magnitude = u32::from(bits & 0x7fff) << 13;
+    // The exponents' biases differ by 112; as a product this is right for subnormal numbers too.
+    let scaled = f32::from_bits(magnitude) * f32::from_bits((127 + 112) << 23);
+    let special = if bits & 0x7c00 == 0x7c00 {
+        0x7f80_0000
+    } else {
+        0
+    };
+    f32::from_bits(scaled.to_bits() | special | (u32::from(bits & 0x8000) << 16))
+}
+
 /// The largest value; −∞ of nothing. NaN is passed over.
 #[inline(always)]
 pub fn max(x: &[f32]) -> f32 {
@@ -156,6 +193,23 @@ mod tests {
             (0.0, 0.5),
         ] {
             assert!(relative(normal_cdf(x), wanted) < 2e-6, "{x}");
+        }
+    }
+
+    #[test]
+    fn every_half_is_widened_exactly() {
+        for bits in 0..=u16::MAX {
+            let same = |found: f32, wanted: f32| {
+                found.to_bits() == wanted.to_bits() || (found.is_nan() && wanted.is_nan())
+            };
+            assert!(
+                same(from_f16(bits), half::f16::from_bits(bits).to_f32()),
+                "{bits:x}"
+            );
+            assert!(
+                same(from_bf16(bits), half::bf16::from_bits(bits).to_f32()),
+                "{bits:x}"
+            );
         }
     }
 

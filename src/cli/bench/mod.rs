@@ -1,0 +1,31 @@
+//! `proxytune bench`: times on this machine, in the terms of the reference implementations.
+
+mod step;
+
+use clap::{Args, Subcommand};
+
+use crate::Result;
+
+/// `proxytune bench`
+#[derive(Debug, Clone, Args)]
+#[command(
+    after_help = "Example:\n  proxytune bench step --model llamagen-xl --memory fit --dtype bf16"
+)]
+pub struct BenchArgs {
+    #[command(subcommand)]
+    pub what: Bench,
+}
+
+/// What is measured.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Bench {
+    /// Time the training step of a model at full size with random weights, and its peak memory
+    Step(step::StepArgs),
+}
+
+/// Measures and prints.
+pub(super) fn run(args: &BenchArgs) -> Result<()> {
+    match &args.what {
+        Bench::Step(args) => step::run(args),
+    }
+}

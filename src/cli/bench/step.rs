@@ -1,0 +1,336 @@
+//! `proxytune bench step`: LoRA steps of a LlamaGen at full size with random weights, beside the same steps of
+//! LlamaGen's own source with peft where a Python with torch is given.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::PathBuf;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::Arc;
+use std::time::Instant;
+
+use candle_core::{DType, Device, Tensor, Var};
+use clap::{Args, ValueEnum};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::config::{Dtype, Family, training_defaults};
+use crate::models::llamagen::gpt::{Config, Gpt};
+use crate::nn::{Adapter, Init, LoraConfig, Weights, backward, ops, recomputing};
+use crate::pipeline::use_threads;
+use crate::training::optimizer::{AdamW, AdamWConfig};
+use crate::{Error, Result};
+
+/// `proxytune bench step`
+#[derive(Debug, Clone, Args)]
+#[command(
+    after_help = "Example:\n  proxytune bench step --model llamagen-xl --memory fit --dtype bf16\n  \
+                        proxytune bench step --model llamagen-xl --memory fast --torch python3 --source LlamaGen"
+)]
+pub struct StepArgs {
+    /// Which size
+    #[arg(long, default_value = "llamagen-xl")]
+    pub model: Model,
+    /// fit: blocks run again in the backward pass; fast: their activations are kept
+    #[arg(long, default_value = "fit")]
+    pub memory: Kept,
+    /// How the frozen weights are kept: f32, bf16 or f16
+    #[arg(long, default_value = "f32")]
+    pub dtype: Dtype,
+    /// Side of the images in pixels, a multiple of 16
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub size: usize,
+    /// Examples of a step
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = super::super::at_least_one)]
+    pub batch_size: usize,
+    /// Steps that are timed, after one that is not
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = super::super::at_least_one)]
+    pub steps: usize,
+    /// Threads, on both sides; 0 is all cores
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub threads: usize,
+    /// A Python with torch and peft: its steps alternate with ours
+    #[arg(long, value_name = "PYTHON", requires = "source")]
+    pub torch: Option<PathBuf>,
+    /// The program that makes torch's side
+    #[arg(
+        long,
+        value_name = "FILE",
+        default_value = "tests/golden/step_torch.py"
+    )]
+    pub program: PathBuf,
+    /// LlamaGen's source (github.com/FoundationVision/LlamaGen), for torch's side
+    #[arg(long, value_name = "DIR")]
+    pub source: Option<PathBuf>,
+}
+
+/// LlamaGen's text-to-image models by size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Model {
+    /// 111 million weights
+    LlamagenB,
+    /// 343 million
+    LlamagenL,
+    /// 775 million
+    LlamagenXl,
+    /// 1.4 billion
+    LlamagenXxl,
+}
+
+/// What a step keeps of its forward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Kept {
+    Fit,
+    Fast,
+}
+
+impl Model {
+    /// Layers, heads and width, as the reference's `GPT_B` and so on have them.
+    fn sizes(self) -> [usize; 3] {
+        match self {
+            Model::LlamagenB => [12, 12, 768],
+            Model::LlamagenL => [24, 16, 1024],
+            Model::LlamagenXl => [36, 20, 1280],
+            Model::LlamagenXxl => [48, 24, 1536],
+        }
+    }
+}
+
+/// Measures and prints.
+///
+/// # Errors
+/// When the size is none that LlamaGen has, or torch's side cannot be run.
+pub(super) fn run(args: &StepArgs) -> Result<()> {
+    if args.size == 0 || !args.size.is_multiple_of(16) {
+        return Err(Error::invalid(
+            format!("images of {} pixels", args.size),
+            "LlamaGen's tokens stand for 16 × 16 pixels: use a multiple of 16, such as 256",
+        ));
+    }
+    let threads = match args.threads {
+        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        threads => threads,
+    };
+    use_threads(threads);
+    let mut bench = Bench::new(args)?;
+    let mut torch = match (&args.torch, &args.source) {
+        (Some(python), Some(source)) => Some(Torch::start(args, python, source, threads)?),
+        _ => None,
+    };
+    bench.step()?;
+    if let Some(torch) = &mut torch {
+        torch.step()?;
+    }
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    for _ in 0..args.steps {
+        let start = Instant::now();
+        bench.step()?;
+        ours.push(start.elapsed().as_secs_f64());
+        if let Some(torch) = &mut torch {
+            theirs.push(torch.step()?);
+        }
+    }
+    println!(
+        "{} threads, medians of {} steps, batch of {}, {} px",
+        threads, args.steps, args.batch_size, args.size
+    );
+    let peak = peak_memory();
+    println!(
+        "ours   {:>8.2} s  {:>6.2} GiB",
+        median(&ours),
+        gibibytes(peak)
+    );
+    if let Some(torch) = &mut torch {
+        let theirs_peak = torch.peak()?;
+        let each: Vec<f64> = ours.iter().zip(&theirs).map(|(a, b)| a / b).collect();
+        println!(
+            "torch  {:>8.2} s  {:>6.2} GiB",
+            median(&theirs),
+            gibibytes(theirs_peak)
+        );
+        println!(
+            "ratio  {:>8.2}    {:>6.2}",
+            median(&each),
+            peak as f64 / theirs_peak as f64
+        );
+    }
+    Ok(())
+}
+
+fn gibibytes(bytes: u64) -> f64 {
+    bytes as f64 / (1u64 << 30) as f64
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let (low, high) = (sorted[(sorted.len() - 1) / 2], sorted[sorted.len() / 2]);
+    (low + high) / 2.0
+}
+
+/// The most memory that this process has held so far, in bytes; 0 where the system does not say.
+fn peak_memory() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kilobytes = line.and_then(|line| line.trim().strip_suffix(" kB")?.trim().parse().ok());
+    kilobytes.unwrap_or(0u64) * 1024
+}
+
+/// A model with its adapter, optimizer and one batch of random examples.
+struct Bench {
+    gpt: Gpt,
+    optimizer: AdamW,
+    learning_rate: f64,
+    captions: Tensor,
+    mask: Tensor,
+    tokens: Tensor,
+    generator: ChaCha8Rng,
+    recomputes: bool,
+}
+
+impl Bench {
+    fn new(args: &StepArgs) -> Result<Self> {
+        let [n_layer, n_head, dim] = args.model.sizes();
+        let side = args.size / 16;
+        let config = Config {
+            dim,
+            n_layer,
+            n_head,
+            block_size: side * side,
+            ..Config::default()
+        };
+        let settings = training_defaults(Family::LlamaGen);
+        let lora = LoraConfig {
+            rank: settings.rank,
+            alpha: settings.alpha,
+            targets: settings.targets,
+        };
+        let adapter = Arc::new(Adapter::new(lora, 0));
+        let weights = Weights::drawn(0, args.dtype, &Device::Cpu).with_adapter(adapter.clone());
+        let gpt = Gpt::new(&config, &weights)?;
+        let b = args.batch_size;
+        let shape = (b, config.cls_token_num, config.caption_dim);
+        let captions = weights.buffer(shape, "bench.captions", Init::Normal(1.0))?;
+        let mut generator = ChaCha8Rng::seed_from_u64(0);
+        let tokens: Vec<u32> = (0..b * config.block_size)
+            .map(|_| generator.random_range(0..config.vocab_size as u32))
+            .collect();
+        let variables: Vec<(String, Var)> = adapter.variables();
+        let optimizer = AdamW::new(
+            variables,
+            AdamWConfig {
+                beta1: settings.adam_beta1,
+                beta2: settings.adam_beta2,
+                epsilon: settings.adam_epsilon,
+                weight_decay: settings.weight_decay,
+                decay_vectors: false,
+                max_grad_norm: Some(settings.max_grad_norm),
+            },
+        )?;
+        Ok(Self {
+            gpt,
+            optimizer,
+            learning_rate: settings.learning_rate,
+            captions,
+            mask: Tensor::ones((b, config.cls_token_num), DType::U8, &Device::Cpu)?,
+            tokens: Tensor::from_vec(tokens, (b, config.block_size), &Device::Cpu)?,
+            generator,
+            recomputes: args.memory == Kept::Fit,
+        })
+    }
+
+    fn step(&mut self) -> Result<()> {
+        let (b, n) = self.tokens.dims2()?;
+        let given = self.tokens.narrow(1, 0, n - 1)?.contiguous()?;
+        let (gpt, generator) = (&self.gpt, &mut self.generator);
+        let logits = recomputing(self.recomputes, || {
+            gpt.forward(&self.captions, &self.mask, &given, Some(generator))
+        })?;
+        let logits = logits.reshape((b * n, logits.dim(2)?))?;
+        let loss = ops::cross_entropy(&logits, &self.tokens.flatten_all()?)?.mean_all()?;
+        drop(logits);
+        let gradients = backward(&loss)?;
+        self.optimizer.step(&gradients, self.learning_rate)?;
+        Ok(())
+    }
+}
+
+/// torch's side: a process that takes a step for each line it is sent.
+struct Torch {
+    process: Child,
+    to: ChildStdin,
+    from: BufReader<ChildStdout>,
+    program: PathBuf,
+}
+
+impl Torch {
+    fn start(args: &StepArgs, python: &PathBuf, source: &PathBuf, threads: usize) -> Result<Self> {
+        let [layers, heads, dim] = args.model.sizes();
+        let dtype = match args.dtype {
+            Dtype::Auto | Dtype::F32 => "float32",
+            Dtype::Bf16 => "bfloat16",
+            Dtype::F16 => "float16",
+        };
+        let mut process = Command::new(python)
+            .arg(&args.program)
+            .args(["--source".as_ref(), source.as_os_str()])
+            .args([
+                "--memory",
+                if args.memory == Kept::Fit {
+                    "fit"
+                } else {
+                    "fast"
+                },
+            ])
+            .args(["--dtype", dtype])
+            .args(["--sizes", &format!("{layers},{heads},{dim}")])
+            .args(["--size", &args.size.to_string()])
+            .args(["--batch-size", &args.batch_size.to_string()])
+            .args(["--threads", &threads.to_string()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .map_err(Error::io(python))?;
+        match (process.stdin.take(), process.stdout.take()) {
+            (Some(to), Some(from)) => Ok(Self {
+                process,
+                to,
+                from: BufReader::new(from),
+                program: args.program.clone(),
+            }),
+            _ => Err(ended(&args.program)),
+        }
+    }
+
+    fn ask(&mut self, what: &str) -> Result<f64> {
+        writeln!(self.to, "{what}").map_err(Error::io(&self.program))?;
+        let mut line = String::new();
+        self.from
+            .read_line(&mut line)
+            .map_err(Error::io(&self.program))?;
+        line.trim().parse().map_err(|_| ended(&self.program))
+    }
+
+    /// Takes a step and says how many seconds it took.
+    fn step(&mut self) -> Result<f64> {
+        self.ask("step")
+    }
+
+    /// The most memory that the process has held, in bytes.
+    fn peak(&mut self) -> Result<u64> {
+        Ok(self.ask("peak")? as u64)
+    }
+}
+
+impl Drop for Torch {
+    fn drop(&mut self) {
+        // It may have ended already; then there is nothing to end.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+fn ended(program: &std::path::Path) -> Error {
+    Error::invalid(
+        format!("{} did not answer", program.display()),
+        "what it says stands above; it needs torch, peft and LlamaGen's source",
+    )
+}

@@ -1,0 +1,157 @@
+//! Products with matrices in half precision, which are widened to f32 in pieces that stay in a core's cache. The sums
+//! run as they do for matrices in f32.
+
+use multiversion::multiversion;
+use rayon::prelude::*;
+
+use super::gemm::{Matrix, Shared, Threads, multiply_into};
+use super::{ALONE, PIECE, simd};
+use crate::nn::HalfKind;
+
+/// Elements of one widened panel: 1 MiB in f32.
+const PANEL: usize = 1 << 18;
+
+/// What the rows or columns of a panel are multiples of: whole tiles of the matrix kernels.
+const STEP: usize = 64;
+
+/// About as many panels as this are there to be shared by threads, if they do not get narrower than [`STEP`].
+const PANELS: usize = 16;
+
+/// `out = values of bits`, on all threads if there are many.
+pub fn widen(bits: &[u16], kind: HalfKind, out: &mut [f32]) {
+    if out.len() <= ALONE {
+        widen_piece(bits, kind, out);
+    } else {
+        out.par_chunks_mut(PIECE)
+            .zip(bits.par_chunks(PIECE))
+            .for_each(|(out, bits)| widen_piece(bits, kind, out));
+    }
+}
+
+/// `out = values of bits`.
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
+pub fn widen_piece(bits: &[u16], kind: HalfKind, out: &mut [f32]) {
+    match kind {
+        HalfKind::Bf16 => bits
+            .iter()
+            .zip(out)
+            .for_each(|(b, o)| *o = simd::from_bf16(*b)),
+        HalfKind::F16 => bits
+            .iter()
+            .zip(out)
+            .for_each(|(b, o)| *o = simd::from_f16(*b)),
+    }
+}
+
+/// `out` (weights' rows, x's rows): the inner product of each row of `w` with each row of `x`.
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
+pub fn thin(x: &[f32], w: &[u16], kind: HalfKind, inputs: usize, out: &mut [f32]) {
+    match kind {
+        HalfKind::Bf16 => thin_rows(x, w, inputs, out, simd::from_bf16),
+        HalfKind::F16 => thin_rows(x, w, inputs, out, simd::from_f16),
+    }
+}
+
+#[inline(always)]
+fn thin_rows(
+    x: &[f32],
+    w: &[u16],
+    inputs: usize,
+    out: &mut [f32],
+    value: impl Fn(u16) -> f32 + Copy,
+) {
+    let inputs = inputs.max(1);
+    let rows = x.len() / inputs;
+    if rows == 1 {
+        for (w, out) in w.chunks_exact(inputs).zip(out) {
+            *out = simd::sum_widened(x, w, value);
+        }
+        return;
+    }
+    let mut row = vec![0.0; inputs];
+    for (w, out) in w
+        .chunks_exact(inputs)
+        .zip(out.chunks_exact_mut(rows.max(1)))
+    {
+        row.iter_mut().zip(w).for_each(|(r, w)| *r = value(*w));
+        for (x, out) in x.chunks_exact(inputs).zip(out) {
+            *out = simd::sum_pairs(x, &row, |a, b| a * b);
+        }
+    }
+}
+
+/// `out = x·wᵀ` with `x` (rows, inputs), `w` (outputs, inputs) and `out` (rows, outputs); `out += x·wᵀ` if
+/// `accumulate`.
+pub fn times_transposed(
+    x: &[f32],
+    w: &[u16],
+    kind: HalfKind,
+    (rows, inputs, outputs): (usize, usize, usize),
+    out: &mut [f32],
+    accumulate: bool,
+) {
+    let width = panel(outputs, inputs);
+    let shared = Shared(out.as_mut_ptr());
+    let shared = &shared;
+    let x = Matrix::new(x, rows, inputs);
+    assert!(out.len() >= rows * outputs && w.len() == outputs * inputs);
+    (0..outputs.div_ceil(width))
+        .into_par_iter()
+        .for_each_init(Vec::new, |scratch, i| {
+            let (from, until) = (i * width, ((i + 1) * width).min(outputs));
+            let w = &w[from * inputs..until * inputs];
+            scratch.resize(w.len(), 0.0);
+            widen_piece(w, kind, scratch);
+            let panel = Matrix::new(scratch, until - from, inputs).t();
+            // SAFETY: columns `from..until` of all rows lie within `out`, and no other task writes them.
+            unsafe {
+                let out = shared.0.add(from);
+                multiply_into(1.0, x, panel, out, outputs, accumulate, Threads::One);
+            }
+        });
+}
+
+/// `g·w` (rows, inputs) with `g` (rows, outputs) and `w` (outputs, inputs).
+pub fn times(
+    g: &[f32],
+    w: &[u16],
+    kind: HalfKind,
+    (rows, inputs, outputs): (usize, usize, usize),
+) -> Vec<f32> {
+    let mut dx = vec![0.0; rows * inputs];
+    assert!(g.len() == rows * outputs && w.len() == outputs * inputs);
+    // Panels of some columns and, of a long matrix, of some of its rows at a time.
+    let width = panel(inputs, outputs.min(PANEL / STEP));
+    let height = (PANEL / width).max(1);
+    let shared = Shared(dx.as_mut_ptr());
+    let shared = &shared;
+    (0..inputs.div_ceil(width))
+        .into_par_iter()
+        .for_each_init(Vec::new, |scratch, i| {
+            let (from, until) = (i * width, ((i + 1) * width).min(inputs));
+            let columns = until - from;
+            for first in (0..outputs).step_by(height) {
+                let last = (first + height).min(outputs);
+                scratch.resize((last - first) * columns, 0.0);
+                let lines = scratch.chunks_exact_mut(columns);
+                for (line, row) in lines.zip(first..last) {
+                    let start = row * inputs;
+                    widen_piece(&w[start + from..start + until], kind, line);
+                }
+                let g = Matrix::with_stride(&g[first..], rows, last - first, outputs);
+                let panel = Matrix::new(scratch, last - first, columns);
+                // SAFETY: columns `from..until` of all rows lie within `dx`, and no other task writes them.
+                unsafe {
+                    let out = shared.0.add(from);
+                    multiply_into(1.0, g, panel, out, inputs, first > 0, Threads::One);
+                }
+            }
+        });
+    dx
+}
+
+/// How many of `count` lines of `length` elements make up a panel.
+fn panel(count: usize, length: usize) -> usize {
+    let fits = (PANEL / length.max(1)).min(count.div_ceil(PANELS));
+    fits.next_multiple_of(STEP).max(STEP)
+}
