@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 
 use crate::config::Device;
-use crate::nano::pretrain::{Budget, Context, Model, Settings, measure};
+use crate::nano::pretrain::{Budget, Context, Curves, Model, Settings, measure};
 use crate::pipeline::device;
 use crate::{Error, Result};
 
@@ -37,6 +37,8 @@ pub struct PretrainArgs {
     /// Where the checkpoints are and go; by default what the settings say
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
+    #[command(flatten)]
+    pub store: super::StoreArgs,
     /// Threads for computing; 0 is all cores, or what RAYON_NUM_THREADS says
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub threads: usize,
@@ -87,7 +89,15 @@ pub fn pretrain(args: &PretrainArgs) -> Result<()> {
         settings,
         device,
         budget,
+        curves: match args.measure {
+            true => None,
+            false => Some(Curves::open(&args.store.store)?),
+        },
     };
+    if let Some(curves) = &context.curves {
+        let store = args.store.store.display();
+        println!("curves: run {} in {store}", curves.run());
+    }
     let measured = args.measure;
     let work = move || {
         if measured {

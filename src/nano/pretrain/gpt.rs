@@ -17,7 +17,7 @@ use crate::models::t5::{self, T5Encoder};
 use crate::models::tokenizer::TextTokenizer;
 use crate::nano::captions::caption;
 use crate::nano::vocabulary::t5_tokenizer;
-use crate::nn::{Weights, no_grad, ops};
+use crate::nn::{no_grad, ops};
 use crate::{Result, images};
 
 /// Guidance for the samples that are measured.
@@ -63,13 +63,11 @@ pub fn train(context: &Context) -> Result<()> {
     };
     write_configs(context, &config, &t5_config)?;
     let file = folder.join("model.safetensors");
-    let weights = Weights::trainable(&files::existing(&file), context.seed("gpt"), device)?;
-    let gpt = Gpt::new(&config, &weights)?;
-    weights.finish()?;
+    let opened = context.open("gpt", &file, |weights| Gpt::new(&config, weights))?;
+    let (weights, gpt) = (opened.weights, opened.model);
     let t5_file = folder.join("t5/model.safetensors");
-    let t5_weights = Weights::trainable(&files::existing(&t5_file), context.seed("t5"), device)?;
-    let encoder = T5Encoder::new(&t5_config, &t5_weights)?;
-    t5_weights.finish()?;
+    let opened = context.open("t5", &t5_file, |weights| T5Encoder::new(&t5_config, weights))?;
+    let (t5_weights, encoder) = (opened.weights, opened.model);
 
     let trained = weights
         .variables()

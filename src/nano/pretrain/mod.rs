@@ -4,15 +4,19 @@
 //! nothing else is kept. [`clip`], [`dino`], [`vq`] and [`vae`] need nothing; [`gpt`] needs the VQ tokenizer, [`sd3`]
 //! the autoencoder and CLIP's text tower.
 
+mod average;
 pub mod clip;
 pub mod context;
 mod contrast;
 pub mod course;
+mod curves;
 pub mod dino;
 mod files;
 mod frozen;
 pub mod gpt;
 pub mod measure;
+mod muon;
+mod optimizers;
 mod pool;
 mod scenes;
 pub mod sd3;
@@ -22,6 +26,7 @@ pub mod vq;
 
 pub use context::Context;
 pub use course::Budget;
+pub use curves::Curves;
 pub use settings::Settings;
 
 use crate::Result;

@@ -59,9 +59,10 @@ pub fn train(context: &Context) -> Result<()> {
     write_configs(context, &config, &schedule_config)?;
     let schedule = FlowMatchEuler::new(schedule_config)?;
     let file = folder.join("transformer/diffusion_pytorch_model.safetensors");
-    let weights = Weights::trainable(&files::existing(&file), context.seed("sd3"), device)?;
-    let model = Sd3Transformer::new(config, &weights)?;
-    weights.finish()?;
+    let opened = context.open("sd3", &file, |weights| {
+        Sd3Transformer::new(config.clone(), weights)
+    })?;
+    let (weights, model) = (opened.weights, opened.model);
 
     // The positions are a table, and nothing reads what the last block's text would ask for.
     let idle = format!(
