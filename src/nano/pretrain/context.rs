@@ -9,6 +9,7 @@ use super::course::{Budget, Course};
 use super::curves::Curves;
 use super::scenes::Scenes;
 use super::settings::{Settings, Training};
+use crate::config;
 use crate::nano::identity::Split;
 use crate::nn::Weights;
 use crate::{Error, Result};
@@ -19,6 +20,8 @@ pub struct Context {
     /// The folder of the checkpoints.
     pub out: PathBuf,
     pub device: Device,
+    /// The same device by its name.
+    pub named_device: config::Device,
     /// Instead of each model's own number of images.
     pub budget: Option<Budget>,
     /// Processor, threads and device, for the notes.

@@ -14,7 +14,6 @@ pub mod dino;
 mod files;
 mod frozen;
 pub mod gpt;
-pub mod measure;
 mod muon;
 mod optimizers;
 mod pool;
@@ -25,6 +24,7 @@ pub mod vae;
 pub mod vq;
 
 pub use context::Context;
+pub use contrast::area_under_curve;
 pub use course::Budget;
 pub use curves::Curves;
 pub use settings::Settings;
@@ -79,6 +79,6 @@ impl Model {
 }
 
 /// The peak signal-to-noise ratio in dB of values in [−1, 1] with mean squared error `error`.
-fn psnr(error: f64) -> f64 {
+pub fn psnr(error: f64) -> f64 {
     10.0 * (4.0 / error.max(1e-12)).log10()
 }

@@ -154,7 +154,11 @@ mod tests {
         let x = Tensor::from_vec(values, (4, 6), &Device::Cpu).unwrap();
         for x in [x.clone(), x.t().unwrap()] {
             let y = orthogonal(&x).unwrap();
-            let y = if y.dims() == [4, 6] { y } else { y.t().unwrap() };
+            let y = if y.dims() == [4, 6] {
+                y
+            } else {
+                y.t().unwrap()
+            };
             let gram = y.matmul(&y.t().unwrap()).unwrap();
             for (i, row) in gram.to_vec2::<f32>().unwrap().iter().enumerate() {
                 for (j, &value) in row.iter().enumerate() {
