@@ -18,6 +18,12 @@ use crate::stream::{Board, Worker};
 use crate::{Error, Result};
 
 pub(super) fn evaluate(args: &EvaluateArgs, out: &mut impl Write) -> Result<Ended> {
+    let (Some(references), Some(class)) = (&args.references, args.class.as_deref()) else {
+        return Err(Error::invalid(
+            "nothing to compare with",
+            "give --references and --class, or --nano",
+        ));
+    };
     let mut ended = Ended::Well;
     let mut photos = |dir: &std::path::Path| -> Result<Vec<(String, image::RgbImage)>> {
         let folder = folder(dir)?;
@@ -37,7 +43,7 @@ pub(super) fn evaluate(args: &EvaluateArgs, out: &mut impl Write) -> Result<Ende
             .map(|photo| (name(&photo.path), photo.image))
             .collect())
     };
-    let references: Vec<_> = photos(&args.references)?
+    let references: Vec<_> = photos(references)?
         .into_iter()
         .map(|(_, image)| image)
         .collect();
@@ -45,7 +51,7 @@ pub(super) fn evaluate(args: &EvaluateArgs, out: &mut impl Write) -> Result<Ende
     let (name, prompts, images) = match (&args.images, &args.model) {
         (Some(dir), _) => {
             let named = photos(dir)?;
-            let prompt = prompts::fill_without_token("a {token} {class}", &args.class);
+            let prompt = prompts::fill_without_token("a {token} {class}", class);
             let prompts: Vec<(String, String)> = named
                 .iter()
                 .map(|_| (prompt.clone(), prompt.clone()))
@@ -60,16 +66,13 @@ pub(super) fn evaluate(args: &EvaluateArgs, out: &mut impl Write) -> Result<Ende
             )
         }
         (None, Some(model)) => {
-            let templates = templates(&args.prompts, &args.class)?;
+            let templates = templates(&args.prompts, class)?;
             let mut requests = Vec::new();
             let mut texts = Vec::new();
             for template in &templates {
                 for index in 0..args.images_per_prompt {
-                    let prompt = prompts::fill(template, &args.token, &args.class);
-                    texts.push((
-                        prompt.clone(),
-                        prompts::fill_without_token(template, &args.class),
-                    ));
+                    let prompt = prompts::fill(template, &args.token, class);
+                    texts.push((prompt.clone(), prompts::fill_without_token(template, class)));
                     let seed = derive_seed(args.seed, &format!("evaluate/{template}"), index);
                     requests.push(Request { prompt, seed });
                 }
@@ -121,7 +124,7 @@ pub(super) fn evaluate(args: &EvaluateArgs, out: &mut impl Write) -> Result<Ende
         .into_iter()
         .zip(&prompts)
         .map(|(scores, (prompt, _))| ScoredImage {
-            subject: args.class.clone(),
+            subject: class.to_string(),
             prompt: prompt.clone(),
             run_seed: args.seed,
             scores,

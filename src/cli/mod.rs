@@ -5,6 +5,7 @@ pub mod check;
 mod evaluate;
 mod generate;
 mod export;
+mod evaluate_nano;
 pub mod graph;
 mod merge;
 mod models;
@@ -51,7 +52,7 @@ pub enum Command {
     /// Draw images with a model and, if given, an adapter
     Sample(SampleArgs),
     /// Score images, or a model with an adapter, against reference photos
-    Evaluate(EvaluateArgs),
+    Evaluate(Box<EvaluateArgs>),
     /// Write the report of a run again from the store
     Report(ReportArgs),
     /// Write a checkpoint with an adapter worked into its weights
@@ -223,20 +224,21 @@ pub struct ComputeArgs {
 #[command(
     after_help = "Examples:\n  proxytune evaluate --references photos/rex --class dog --images beach\n  \
                         proxytune evaluate --references photos/rex --class dog --model nano-llamagen \
-                        --adapter datasets/runs/nano/student --prompts nano-10"
+                        --adapter datasets/runs/nano/student --prompts nano-10\n  \
+                        proxytune evaluate --nano --only clip,vq"
 )]
 pub struct EvaluateArgs {
     /// Folder with the subject's photos
-    #[arg(long, value_name = "DIR")]
-    pub references: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present = "nano")]
+    pub references: Option<PathBuf>,
     /// What kind of thing the subject is
-    #[arg(long, value_name = "WORD")]
-    pub class: String,
+    #[arg(long, value_name = "WORD", required_unless_present = "nano")]
+    pub class: Option<String>,
     /// The subject's token
     #[arg(long, value_name = "WORD", default_value = "sks")]
     pub token: String,
     /// Folder with images to score; without it, the model draws them
-    #[arg(long, value_name = "DIR", required_unless_present = "model")]
+    #[arg(long, value_name = "DIR", required_unless_present_any = ["model", "nano"])]
     pub images: Option<PathBuf>,
     /// A known model, a checkpoint directory, or a repository of the hub (owner/name)
     #[arg(long, value_name = "NAME|DIR|OWNER/NAME", conflicts_with = "images")]
@@ -259,6 +261,8 @@ pub struct EvaluateArgs {
     /// DINO checkpoint: a known name, a directory or a repository
     #[arg(long, value_name = "NAME|DIR|OWNER/NAME", default_value = "nano-dino")]
     pub dino: String,
+    #[command(flatten)]
+    pub nano: evaluate_nano::NanoArgs,
     #[command(flatten)]
     pub compute: ComputeArgs,
     #[command(flatten)]
@@ -365,6 +369,9 @@ pub fn dispatch(cli: Cli) -> Result<Ended> {
         Command::Check(args) => check::check(&args, &mut out, &mut notes).map(|()| Ended::Well),
         Command::Graph(args) => graph::graph(&args, &mut out).map(|()| Ended::Well),
         Command::Sample(args) => sample::sample(&args, &mut out),
+        Command::Evaluate(args) if args.nano.nano => {
+            evaluate_nano::evaluate_nano(&args.nano, &args.compute, &mut out)
+        }
         Command::Evaluate(args) => evaluate::evaluate(&args, &mut out),
         Command::Report(args) => report::report(&args, &mut out),
         Command::Merge(args) => merge::merge(&args, &mut out).map(|()| Ended::Well),

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 
 use crate::config::Device;
-use crate::nano::pretrain::{Budget, Context, Model, Settings, measure};
+use crate::nano::pretrain::{Budget, Context, Curves, Model, Settings};
 use crate::pipeline::device;
 use crate::{Error, Result};
 
@@ -16,8 +16,7 @@ const STACK: usize = 256 << 20;
 #[derive(Debug, Clone, Args)]
 #[command(
     after_help = "Examples:\n  proxytune pretrain pipelines/nano-pretrain.toml\n  \
-                        proxytune pretrain pipelines/nano-pretrain.toml --only gpt,sd3 --minutes 30\n  \
-                        proxytune pretrain pipelines/nano-pretrain.toml --measure"
+                        proxytune pretrain pipelines/nano-pretrain.toml --only gpt,sd3 --minutes 30"
 )]
 pub struct PretrainArgs {
     /// The settings
@@ -37,12 +36,11 @@ pub struct PretrainArgs {
     /// Where the checkpoints are and go; by default what the settings say
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
+    #[command(flatten)]
+    pub store: super::StoreArgs,
     /// Threads for computing; 0 is all cores, or what RAYON_NUM_THREADS says
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub threads: usize,
-    /// Train nothing: print how good the checkpoints are, and draw a sheet of samples beside them
-    #[arg(long, conflicts_with_all = ["minutes", "images"])]
-    pub measure: bool,
 }
 
 impl ValueEnum for Model {
@@ -55,7 +53,7 @@ impl ValueEnum for Model {
     }
 }
 
-/// Trains, or measures, what was asked for.
+/// Trains what was asked for.
 ///
 /// # Errors
 /// When the settings have a fault, a model lacks what it stands on, or a file cannot be read or written.
@@ -71,28 +69,25 @@ pub fn pretrain(args: &PretrainArgs) -> Result<()> {
             threads
         }
     };
-    let device = device(args.device)?;
     let budget = match (args.minutes, args.images) {
         (Some(minutes), _) => Some(Budget::Minutes(minutes)),
         (_, Some(images)) => Some(Budget::Images(images)),
         _ => None,
     };
-    let models: Vec<Model> = Model::ALL
-        .into_iter()
-        .filter(|model| args.only.is_empty() || args.only.contains(model))
-        .collect();
+    let models = chosen(&args.only);
+    let curves = Curves::open(&args.store.store)?;
+    let store = args.store.store.display();
+    println!("curves: run {} in {store}", curves.run());
     let context = Context {
         out: args.out.clone().unwrap_or_else(|| settings.out.clone()),
         machine: format!("{}, {threads} threads, {}", processor(), args.device),
         settings,
-        device,
+        device: device(args.device)?,
+        named_device: args.device,
         budget,
+        curves: Some(curves),
     };
-    let measured = args.measure;
     let work = move || {
-        if measured {
-            return measure::all(&context, &models);
-        }
         models
             .into_iter()
             .try_for_each(|model| model.train(&context))
@@ -106,6 +101,14 @@ pub fn pretrain(args: &PretrainArgs) -> Result<()> {
         Ok(result) => result,
         Err(panic) => std::panic::resume_unwind(panic),
     }
+}
+
+/// Those of `only` in the order of their needs; all if it is empty.
+pub(super) fn chosen(only: &[Model]) -> Vec<Model> {
+    Model::ALL
+        .into_iter()
+        .filter(|model| only.is_empty() || only.contains(model))
+        .collect()
 }
 
 /// The processor's name as Linux tells it.

@@ -12,12 +12,14 @@
 //! | [`captions`] | scenes to words |
 //! | [`vocabulary`] | all words of captions and prompts, as tokenizers in the layout of CLIP's and T5's |
 //! | [`subjects`] | the nine subjects that ship, and their reference images |
-//! | [`pretrain`] | the training of the nano checkpoints, and how good they are |
+//! | [`pretrain`] | the training of the nano checkpoints |
+//! | [`measure`] | how good they are |
 //! | `draw` | how each class, setting and accessory looks |
 
 pub mod captions;
 mod draw;
 pub mod identity;
+pub mod measure;
 pub mod pretrain;
 pub mod subjects;
 pub mod vocabulary;

@@ -13,8 +13,6 @@ use crate::{Error, Result};
 
 /// Residual blocks at each resolution of the encoder; the decoder has one more.
 const RES_BLOCKS: usize = 2;
-/// Groups of every group norm.
-const GROUPS: usize = 32;
 /// Images are decoded in slices of about this many pixels, which bounds the memory of the widest layer.
 const PIXELS_AT_ONCE: usize = 4 * 256 * 256;
 
@@ -36,8 +34,10 @@ pub struct Config {
     pub decoder_ch_mult: Vec<usize>,
     /// Channels between the encoder and the codebook.
     pub z_channels: usize,
-    /// Channels at full resolution, a multiple of 32.
+    /// Channels at full resolution, a multiple of `norm_num_groups`.
     pub ch: usize,
+    /// Groups of every group norm; the reference always has 32.
+    pub norm_num_groups: usize,
 }
 
 impl Default for Config {
@@ -51,6 +51,7 @@ impl Default for Config {
             decoder_ch_mult: vec![1, 1, 2, 2, 4],
             z_channels: 256,
             ch: 128,
+            norm_num_groups: 32,
         }
     }
 }
@@ -62,8 +63,9 @@ impl Config {
     }
 
     fn validate(&self) -> Result<()> {
-        if self.ch.is_multiple_of(GROUPS)
-            && self.ch > 0
+        if self.ch > 0
+            && self.norm_num_groups > 0
+            && self.ch.is_multiple_of(self.norm_num_groups)
             && self.codebook_size > 1
             && !self.encoder_ch_mult.is_empty()
             && !self.decoder_ch_mult.is_empty()
@@ -72,9 +74,7 @@ impl Config {
         }
         Err(Error::invalid(
             format!("config of a LlamaGen VQ tokenizer: {self:?}"),
-            format!(
-                "ch must be a multiple of {GROUPS}, no ch_mult empty, and there must be two codes"
-            ),
+            "ch must be a multiple of norm_num_groups, no ch_mult empty, and there must be two codes",
         ))
     }
 }
@@ -90,8 +90,8 @@ fn conv(inputs: usize, outputs: usize, kernel: usize, weights: &Weights) -> Resu
     )
 }
 
-fn norm(channels: usize, weights: &Weights) -> Result<GroupNorm> {
-    GroupNorm::new(GROUPS, channels, 1e-6, weights)
+fn norm(groups: usize, channels: usize, weights: &Weights) -> Result<GroupNorm> {
+    GroupNorm::new(groups, channels, 1e-6, weights)
 }
 
 struct ResnetBlock {
@@ -103,11 +103,11 @@ struct ResnetBlock {
 }
 
 impl ResnetBlock {
-    fn new(inputs: usize, outputs: usize, weights: &Weights) -> Result<Self> {
+    fn new(inputs: usize, outputs: usize, groups: usize, weights: &Weights) -> Result<Self> {
         Ok(Self {
-            norm1: norm(inputs, &weights.pp("norm1"))?,
+            norm1: norm(groups, inputs, &weights.pp("norm1"))?,
             conv1: conv(inputs, outputs, 3, &weights.pp("conv1"))?,
-            norm2: norm(outputs, &weights.pp("norm2"))?,
+            norm2: norm(groups, outputs, &weights.pp("norm2"))?,
             conv2: conv(outputs, outputs, 3, &weights.pp("conv2"))?,
             nin_shortcut: if inputs == outputs {
                 None
@@ -136,10 +136,10 @@ struct AttnBlock {
 }
 
 impl AttnBlock {
-    fn new(channels: usize, weights: &Weights) -> Result<Self> {
+    fn new(channels: usize, groups: usize, weights: &Weights) -> Result<Self> {
         let point = |name| conv(channels, channels, 1, &weights.pp(name));
         Ok(Self {
-            norm: norm(channels, &weights.pp("norm"))?,
+            norm: norm(groups, channels, &weights.pp("norm"))?,
             q: point("q")?,
             k: point("k")?,
             v: point("v")?,
@@ -173,21 +173,21 @@ struct Level {
 
 impl Level {
     fn new(
-        inputs: usize,
-        outputs: usize,
+        (inputs, outputs): (usize, usize),
         blocks: usize,
         lowest: bool,
         resample: Option<Conv2d>,
+        groups: usize,
         weights: &Weights,
     ) -> Result<Self> {
         let res = (0..blocks)
             .map(|i| {
                 let inputs = if i == 0 { inputs } else { outputs };
-                ResnetBlock::new(inputs, outputs, &weights.pp("res").pp(i))
+                ResnetBlock::new(inputs, outputs, groups, &weights.pp("res").pp(i))
             })
             .collect::<Result<_>>()?;
         let attn = (0..if lowest { blocks } else { 0 })
-            .map(|i| AttnBlock::new(outputs, &weights.pp("attn").pp(i)))
+            .map(|i| AttnBlock::new(outputs, groups, &weights.pp("attn").pp(i)))
             .collect::<Result<_>>()?;
         Ok(Self {
             res,
@@ -215,11 +215,11 @@ struct Middle {
 }
 
 impl Middle {
-    fn new(channels: usize, weights: &Weights) -> Result<Self> {
+    fn new(channels: usize, groups: usize, weights: &Weights) -> Result<Self> {
         Ok(Self {
-            first: ResnetBlock::new(channels, channels, &weights.pp(0))?,
-            attn: AttnBlock::new(channels, &weights.pp(1))?,
-            last: ResnetBlock::new(channels, channels, &weights.pp(2))?,
+            first: ResnetBlock::new(channels, channels, groups, &weights.pp(0))?,
+            attn: AttnBlock::new(channels, groups, &weights.pp(1))?,
+            last: ResnetBlock::new(channels, channels, groups, &weights.pp(2))?,
         })
     }
 
@@ -239,7 +239,7 @@ struct Encoder {
 
 impl Encoder {
     fn new(c: &Config, weights: &Weights) -> Result<Self> {
-        let levels = c.encoder_ch_mult.len();
+        let (levels, groups) = (c.encoder_ch_mult.len(), c.norm_num_groups);
         let mut inputs = c.ch;
         let mut conv_blocks = Vec::new();
         for (i, factor) in c.encoder_ch_mult.iter().enumerate() {
@@ -259,15 +259,20 @@ impl Encoder {
                 )?)
             };
             conv_blocks.push(Level::new(
-                inputs, outputs, RES_BLOCKS, lowest, down, &here,
+                (inputs, outputs),
+                RES_BLOCKS,
+                lowest,
+                down,
+                groups,
+                &here,
             )?);
             inputs = outputs;
         }
         Ok(Self {
             conv_in: conv(3, c.ch, 3, &weights.pp("conv_in"))?,
             conv_blocks,
-            mid: Middle::new(inputs, &weights.pp("mid"))?,
-            norm_out: norm(inputs, &weights.pp("norm_out"))?,
+            mid: Middle::new(inputs, groups, &weights.pp("mid"))?,
+            norm_out: norm(groups, inputs, &weights.pp("norm_out"))?,
             conv_out: conv(inputs, c.z_channels, 3, &weights.pp("conv_out"))?,
         })
     }
@@ -295,7 +300,7 @@ struct Decoder {
 
 impl Decoder {
     fn new(c: &Config, weights: &Weights) -> Result<Self> {
-        let levels = c.decoder_ch_mult.len();
+        let (levels, groups) = (c.decoder_ch_mult.len(), c.norm_num_groups);
         let lowest = c.ch * c.decoder_ch_mult[levels - 1];
         let mut inputs = lowest;
         let mut conv_blocks = Vec::new();
@@ -309,20 +314,20 @@ impl Decoder {
                 Some(conv(outputs, outputs, 3, &place)?)
             };
             conv_blocks.push(Level::new(
-                inputs,
-                outputs,
+                (inputs, outputs),
                 RES_BLOCKS + 1,
                 i == 0,
                 up,
+                groups,
                 &here,
             )?);
             inputs = outputs;
         }
         Ok(Self {
             conv_in: conv(c.z_channels, lowest, 3, &weights.pp("conv_in"))?,
-            mid: Middle::new(lowest, &weights.pp("mid"))?,
+            mid: Middle::new(lowest, groups, &weights.pp("mid"))?,
             conv_blocks,
-            norm_out: norm(inputs, &weights.pp("norm_out"))?,
+            norm_out: norm(groups, inputs, &weights.pp("norm_out"))?,
             conv_out: conv(inputs, 3, 3, &weights.pp("conv_out"))?,
         })
     }

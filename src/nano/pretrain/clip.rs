@@ -1,28 +1,20 @@
 //! CLIP on scenes and their captions.
 
+use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 
 use super::context::Context;
 use super::course::Step;
-use super::scenes::meaning;
+use super::scenes::{Scenes, meaning};
 use super::{contrast, files};
 use crate::Result;
 use crate::evaluation::preprocess::Preprocessing;
 use crate::models::clip::{Clip, Config, TextConfig, VisionConfig};
 use crate::models::tokenizer::TextTokenizer;
 use crate::nano::captions::Wording;
+use crate::nano::identity::Class;
 use crate::nano::vocabulary::clip_tokenizer;
-use crate::nn::Weights;
-
-/// What the captions of a batch say, in turn. All captions of a batch say equally much, since the short caption of one
-/// scene may be true of another whose caption says more. Places are easier to see than things: half of the batches
-/// are about the things alone.
-const BATCHES: [(Wording, About); 4] = [
-    (SHORT, About::Subject),
-    (SHORT, About::Scene),
-    (LONG, About::Subject),
-    (LONG, About::Scene),
-];
+use crate::nano::world::Scene;
 
 /// What the prompts say.
 const SHORT: Wording = Wording {
@@ -38,12 +30,49 @@ const LONG: Wording = Wording {
     token: 0.1,
 };
 
-/// Whether captions name the place.
-#[derive(Clone, Copy, PartialEq)]
-enum About {
-    Scene,
-    Subject,
+/// One way to caption all images of a batch. All captions of a round say equally much, since the short caption of one
+/// scene may be true of another whose caption says more.
+struct Round {
+    /// For the progress line.
+    name: &'static str,
+    wording: Wording,
+    /// Whether captions name the place. Places are easier to see than things, so there are rounds about things alone.
+    placed: bool,
+    /// Weight of its loss.
+    weight: f64,
 }
+
+/// What every batch is asked: which thing it is, and which thing where.
+const ALWAYS: [Round; 2] = [
+    Round {
+        name: "thing",
+        wording: SHORT,
+        placed: false,
+        weight: 1.0,
+    },
+    Round {
+        name: "scene",
+        wording: SHORT,
+        placed: true,
+        weight: 1.0,
+    },
+];
+
+/// What batches are asked in turn: the same, told by colours and pattern.
+const IN_TURN: [Round; 2] = [
+    Round {
+        name: "thing+",
+        wording: LONG,
+        placed: false,
+        weight: 0.5,
+    },
+    Round {
+        name: "scene+",
+        wording: LONG,
+        placed: true,
+        weight: 0.5,
+    },
+];
 
 /// The scale of CLIP's logits stays below this.
 const LARGEST_LOGIT_SCALE: f64 = 100.0;
@@ -83,61 +112,81 @@ pub fn train(context: &Context) -> Result<()> {
     };
     write_configs(context, &config)?;
     let file = folder.join("model.safetensors");
-    let weights = Weights::trainable(
-        &files::existing(&file),
-        context.seed("clip"),
-        &context.device,
-    )?;
-    let model = Clip::new(&config, &weights)?;
-    weights.finish()?;
+    let opened = context.open("clip", &file, |weights| Clip::new(&config, weights))?;
+    let (weights, model) = (opened.weights, opened.model);
     let preprocessing = Preprocessing::clip(context.settings.image_size as u32);
     let scenes = context.scenes("clip");
     let course = context.course("clip", &settings.training, &folder, weights.variables());
+    let count = settings.training.batch_size;
+    let pairs = settings.pairs.min(count / 2);
     let step = |seen: usize, _spent: f64| {
-        let batch = scenes.batch(seen, settings.training.batch_size);
-        let generator = &mut scenes.generator("wording", seen);
-        let (wording, about) = BATCHES[seen / settings.training.batch_size % BATCHES.len()];
-        let captions: Vec<String> = batch
-            .iter()
-            .map(|scene| {
-                let mut said = scene.clone();
-                if about == About::Subject {
-                    said.setting = None;
-                }
-                wording.caption(&said, generator)
-            })
-            .collect();
-        let meanings: Vec<String> = captions.iter().map(|caption| meaning(caption)).collect();
-        let targets = contrast::targets(&meanings, true, &context.device)?;
+        let (batch, individuals) = batch(&scenes, seen, count, pairs);
         let pixels = preprocessing.apply(&scenes.draw(&batch), &context.device)?;
-        let longest = captions
-            .iter()
-            .map(|c| c.split_whitespace().count() + 2)
-            .max()
-            .unwrap_or(2);
-        let length = longest.min(settings.max_positions);
-        let (ids, _) = tokenizer.encode_batch(&captions, length, end, &context.device)?;
+        let images = model.encode_image(&pixels)?;
         let scale = model.logit_scale().clamp(0.0, LARGEST_LOGIT_SCALE.ln())?;
-        let loss = contrast::clip(
-            &model.encode_image(&pixels)?,
-            &model.encode_text(&ids)?,
-            &scale,
-            &targets,
-        )?;
-        let scale = f64::from(scale.exp()?.to_scalar::<f32>()?);
-        let name = match (about, wording == LONG) {
-            (About::Subject, false) => "thing",
-            (About::Scene, false) => "scene",
-            (About::Subject, true) => "thing+",
-            (About::Scene, true) => "scene+",
-        };
-        let value = f64::from(loss.to_scalar::<f32>()?);
-        Ok(Step {
-            loss,
-            figures: vec![(name, value), ("scale", scale)],
-        })
+        let same = contrast::targets(&individuals, &context.device)?;
+        let same = contrast::views(&images, &same, settings.pair_temperature)?;
+        let mut figures = vec![("pairs", f64::from(same.to_scalar::<f32>()?))];
+        let mut loss = (same * settings.pair_weight)?;
+        let turn = &IN_TURN[seen / count % IN_TURN.len()];
+        for round in ALWAYS.iter().chain([turn]) {
+            let (captions, of) = captions(round, &batch, &individuals, |individual| {
+                scenes.generator(round.name, seen + individual)
+            });
+            let longest = captions.iter().map(|c| c.split_whitespace().count() + 2);
+            let length = longest.max().unwrap_or(2).min(settings.max_positions);
+            let (ids, _) = tokenizer.encode_batch(&captions, length, end, &context.device)?;
+            let texts = model.encode_text(&ids)?;
+            let contrast = contrast::clip(&images, &texts, &scale, &of)?;
+            figures.push((round.name, f64::from(contrast.to_scalar::<f32>()?)));
+            loss = (loss + (contrast * round.weight)?)?;
+        }
+        figures.push(("scale", f64::from(scale.exp()?.to_scalar::<f32>()?)));
+        Ok(Step { loss, figures })
     };
     course.run(step, || files::write_weights(&file, &weights.variables()))
+}
+
+/// `count` scenes, and which individual each shows, as numbers below `count`: first `pairs` individuals in two scenes
+/// each, then one for each scene.
+fn batch(scenes: &Scenes, seen: usize, count: usize, pairs: usize) -> (Vec<Scene>, Vec<usize>) {
+    let mut batch = Vec::with_capacity(count);
+    let mut individuals = Vec::with_capacity(count);
+    for pair in 0..pairs {
+        let number = seen + pair;
+        let class = Class::ALL[number % Class::ALL.len()];
+        batch.extend(scenes.pair(number, class));
+        individuals.extend([pair; 2]);
+    }
+    for other in 2 * pairs..count {
+        batch.push(scenes.scene(seen + other));
+        individuals.push(other);
+    }
+    (batch, individuals)
+}
+
+/// The distinct captions of `batch` in the manner of `round`, and which of them belongs to each scene. Pictures of one
+/// individual are worded alike: what is said of one is true of the other.
+fn captions(
+    round: &Round,
+    batch: &[Scene],
+    individuals: &[usize],
+    generator: impl Fn(usize) -> ChaCha8Rng,
+) -> (Vec<String>, Vec<usize>) {
+    let (mut captions, mut meanings, mut of) = (Vec::new(), Vec::new(), Vec::new());
+    for (scene, &individual) in batch.iter().zip(individuals) {
+        let mut said = scene.clone();
+        said.setting = said.setting.filter(|_| round.placed);
+        let caption = round.wording.caption(&said, &mut generator(individual));
+        let meaning = meaning(&caption);
+        let known = meanings.iter().position(|m| *m == meaning);
+        of.push(known.unwrap_or(meanings.len()));
+        if known.is_none() {
+            captions.push(caption);
+            meanings.push(meaning);
+        }
+    }
+    (captions, of)
 }
 
 fn write_configs(context: &Context, config: &Config) -> Result<()> {
@@ -203,4 +252,37 @@ pub fn text_json(text: &TextConfig) -> serde_json::Value {
         "eos_token_id": text.eos_token_id,
         "pad_token_id": text.eos_token_id,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nano::world::Split;
+    use crate::nn::seeded;
+
+    #[test]
+    fn pictures_of_one_individual_are_worded_alike_and_equal_captions_are_one_text() {
+        let scenes = Scenes::new(1, Split::Train, 32);
+        let (batch, individuals) = batch(&scenes, 0, 64, 16);
+        assert_eq!((batch.len(), &individuals[..4]), (64, &[0, 0, 1, 1][..]));
+        assert_eq!(individuals[32..34], [32, 33]);
+        for round in ALWAYS.iter().chain(&IN_TURN) {
+            let generator = |individual| seeded(1, &format!("{} {individual}", round.name));
+            let (captions, of) = captions(round, &batch, &individuals, generator);
+            let distinct: std::collections::BTreeSet<String> =
+                captions.iter().map(|caption| meaning(caption)).collect();
+            assert_eq!(distinct.len(), captions.len());
+            for (scene, &text) in batch.iter().zip(&of) {
+                assert!(captions[text].contains(scene.identity.class.word()));
+            }
+            for pair in batch[..32].chunks(2).zip(of.chunks(2)) {
+                let ([a, b], [one, other]) = pair else {
+                    unreachable!()
+                };
+                if !round.placed && a.accessory == b.accessory {
+                    assert_eq!(one, other, "{:?} {:?}", captions[*one], captions[*other]);
+                }
+            }
+        }
+    }
 }

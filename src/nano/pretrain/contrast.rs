@@ -10,16 +10,16 @@ pub fn unit(x: &Tensor) -> Result<Tensor> {
     Ok(x.broadcast_div(&norm)?)
 }
 
-/// For labels l: a row i whose mass lies evenly on the columns j with l(j) = l(i), i itself included if `own`;
-/// (n, n). Equal captions in a batch are thus no wrong answers to one another.
-pub fn targets<T: PartialEq>(labels: &[T], own: bool, device: &Device) -> Result<Tensor> {
+/// For labels l: a row i whose mass lies evenly on the columns j other than i with l(j) = l(i); (n, n). The row of a
+/// label that stands alone is empty.
+pub fn targets<T: PartialEq>(labels: &[T], device: &Device) -> Result<Tensor> {
     let n = labels.len();
     let mut values = Vec::with_capacity(n * n);
     for (i, label) in labels.iter().enumerate() {
         let right: Vec<bool> = labels
             .iter()
             .enumerate()
-            .map(|(j, other)| label == other && (own || i != j))
+            .map(|(j, other)| label == other && i != j)
             .collect();
         let count = right.iter().filter(|r| **r).count().max(1);
         values.extend(
@@ -40,18 +40,25 @@ fn soft_cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
         .neg()?)
 }
 
-/// CLIP's loss (Radford et al. 2021, arXiv 2103.00020): `images` and `texts` (n, d) of length 1, the logarithm of the
-/// scale, and who belongs to whom.
-pub fn clip(
-    images: &Tensor,
-    texts: &Tensor,
-    logit_scale: &Tensor,
-    targets: &Tensor,
-) -> Result<Tensor> {
+/// CLIP's loss (Radford et al. 2021, arXiv 2103.00020) of `images` (n, d) against distinct `texts` (m, d), all of
+/// length 1, with the logarithm of the scale; `texts[of[i]]` belongs to image i. Images with one caption share it,
+/// and none of them is a wrong answer to it.
+pub fn clip(images: &Tensor, texts: &Tensor, logit_scale: &Tensor, of: &[usize]) -> Result<Tensor> {
+    let (n, m) = (of.len(), texts.dim(0)?);
+    let mut by_image = vec![0f32; n * m];
+    let mut by_text = vec![0f32; m * n];
+    for (i, &text) in of.iter().enumerate() {
+        let sharing = of.iter().filter(|&&other| other == text).count();
+        by_image[i * m + text] = 1.0;
+        by_text[text * n + i] = 1.0 / sharing as f32;
+    }
+    let device = images.device();
+    let by_image = Tensor::from_vec(by_image, (n, m), device)?;
+    let by_text = Tensor::from_vec(by_text, (m, n), device)?;
     let logits = images.matmul(&texts.t()?.contiguous()?)?;
     let logits = logits.broadcast_mul(&logit_scale.exp()?)?;
-    let by_image = soft_cross_entropy(&logits, targets)?;
-    let by_text = soft_cross_entropy(&logits.t()?.contiguous()?, targets)?;
+    let by_image = soft_cross_entropy(&logits, &by_image)?;
+    let by_text = soft_cross_entropy(&logits.t()?.contiguous()?, &by_text)?;
     Ok(((by_image + by_text)? * 0.5)?)
 }
 
@@ -85,10 +92,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn equal_captions_share_the_target() {
-        let targets = targets(&["a", "b", "a"], true, &Device::Cpu).unwrap();
-        let expected = [[0.5, 0.0, 0.5], [0.0, 1.0, 0.0], [0.5, 0.0, 0.5]];
+    fn a_view_is_compared_with_the_others_of_its_label() {
+        let targets = targets(&["a", "b", "a", "a"], &Device::Cpu).unwrap();
+        let expected = [
+            [0.0, 0.0, 0.5, 0.5],
+            [0.0; 4],
+            [0.5, 0.0, 0.0, 0.5],
+            [0.5, 0.0, 0.5, 0.0],
+        ];
         assert_eq!(targets.to_vec2::<f32>().unwrap(), expected);
+    }
+
+    #[test]
+    fn images_that_share_a_caption_do_not_compete_for_it() {
+        let device = &Device::Cpu;
+        let images = Tensor::new(&[[1f32, 0.0], [0.0, 1.0], [1.0, 0.0]], device).unwrap();
+        let texts = Tensor::new(&[[1f32, 0.0], [0.0, 1.0]], device).unwrap();
+        let scale = Tensor::new(&[50f32.ln()], device).unwrap();
+        let loss = |of: &[usize]| clip(&images, &texts, &scale, of).unwrap();
+        let right = loss(&[0, 1, 0]).to_scalar::<f32>().unwrap();
+        // Only the choice between two equal images is left: half of ln 2, over two texts.
+        let expected = 0.5 * 0.5 * 2f32.ln();
+        assert!((right - expected).abs() < 1e-4, "{right}");
+        assert!(loss(&[1, 0, 1]).to_scalar::<f32>().unwrap() > 10.0);
     }
 
     #[test]
@@ -101,7 +127,7 @@ mod tests {
     #[test]
     fn views_of_one_label_that_agree_have_a_lower_loss() {
         let device = Device::Cpu;
-        let targets = targets(&[0, 0, 1, 1], false, &device).unwrap();
+        let targets = targets(&[0, 0, 1, 1], &device).unwrap();
         let loss = |rows: [[f32; 2]; 4]| {
             let rows = Tensor::new(&rows, &device).unwrap();
             views(&rows, &targets, 0.1)

@@ -6,9 +6,11 @@ use std::time::{Duration, Instant};
 use candle_core::{Tensor, Var};
 use serde::{Deserialize, Serialize};
 
+use super::average::Average;
+use super::curves::Curves;
 use super::files;
-use super::settings::Training;
-use crate::training::optimizer::{AdamW, AdamWConfig};
+use super::optimizers::Optimizers;
+use super::settings::{Optimizer, Training};
 use crate::{Error, Result};
 
 /// How long a course lasts.
@@ -50,6 +52,8 @@ pub struct Session {
     pub machine: String,
     pub batch_size: usize,
     pub learning_rate: f64,
+    #[serde(default)]
+    pub optimizer: Optimizer,
     /// Points of the curve: images seen in this session, then the mean of each figure since the last point.
     pub figures: Vec<String>,
     pub curve: Vec<Vec<f64>>,
@@ -64,6 +68,8 @@ pub struct Course<'a> {
     pub machine: &'a str,
     /// Where the notes lie.
     pub notes: PathBuf,
+    /// Where the curve is logged too.
+    pub curves: Option<&'a Curves>,
     /// What the optimizer moves.
     pub trained: Vec<(String, Var)>,
 }
@@ -82,7 +88,8 @@ impl Course<'_> {
     }
 
     /// Trains until the budget is spent. `step` is given the number of images seen before it, over all sessions, and
-    /// the share of the budget that is spent; `save` writes the checkpoint.
+    /// the share of the budget that is spent; `save` writes the checkpoint, and finds the average of the weights over
+    /// the last part of the session in their place.
     pub fn run(
         &self,
         mut step: impl FnMut(usize, f64) -> Result<Step>,
@@ -90,14 +97,8 @@ impl Course<'_> {
     ) -> Result<()> {
         let earlier = self.notes()?;
         let training = self.training;
-        let config = AdamWConfig {
-            beta2: training.beta2,
-            weight_decay: training.weight_decay,
-            decay_vectors: false,
-            max_grad_norm: Some(training.max_grad_norm),
-            ..AdamWConfig::default()
-        };
-        let mut optimizer = AdamW::new(self.trained.clone(), config)?;
+        let mut optimizers = Optimizers::new(self.trained.clone(), training)?;
+        let mut average = Average::new(&self.trained)?;
         let weights: usize = self.trained.iter().map(|(_, v)| v.elem_count()).sum();
         println!(
             "{}: {weights} weights, {} images seen before",
@@ -107,11 +108,13 @@ impl Course<'_> {
             machine: self.machine.to_string(),
             batch_size: training.batch_size,
             learning_rate: training.learning_rate,
+            optimizer: training.optimizer,
             ..Session::default()
         };
         let start = Instant::now();
         let (mut printed, mut saved) = (start, start);
         let mut means = Means::default();
+        let mut logged = 0;
         loop {
             let spent = match self.budget {
                 Budget::Minutes(minutes) => start.elapsed().as_secs_f64() / (60.0 * minutes),
@@ -135,12 +138,17 @@ impl Course<'_> {
             }
             if session.images > 0 && (last || saved.elapsed() > SAVE_EVERY) {
                 session.seconds = start.elapsed().as_secs_f64();
-                save()?;
+                average.lend(&mut save)?;
                 let mut notes = earlier.clone();
                 notes.images += session.images;
                 notes.seconds += session.seconds;
                 notes.sessions.push(session.clone());
                 files::write_json(&self.notes, &notes)?;
+                if let Some(curves) = self.curves {
+                    let points = &session.curve[logged..];
+                    curves.log(self.name, &session.figures, points)?;
+                    logged = session.curve.len();
+                }
                 saved = Instant::now();
             }
             if last {
@@ -156,7 +164,8 @@ impl Course<'_> {
             }
             let gradients = result.loss.backward()?;
             let rate = training.rate(session.images, spent);
-            let norm = optimizer.step(&gradients, rate)?;
+            let norm = optimizers.step(&gradients, rate)?;
+            average.follow()?;
             session.images += training.batch_size;
             means.add("loss", loss);
             for (name, value) in result.figures {
@@ -230,6 +239,7 @@ mod tests {
             beta2: 0.99,
             weight_decay: 0.0,
             max_grad_norm: 1.0,
+            optimizer: Optimizer::AdamW,
         };
         let variable = Var::new(&[2f32], &Device::Cpu).unwrap();
         let course = Course {
@@ -238,6 +248,7 @@ mod tests {
             budget: Budget::Images(40),
             machine: "a machine",
             notes: folder.path().join("training.json"),
+            curves: None,
             trained: vec![("x".into(), variable.clone())],
         };
         let mut seen = Vec::new();

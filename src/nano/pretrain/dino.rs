@@ -10,7 +10,6 @@ use super::{contrast, files};
 use crate::evaluation::preprocess::Preprocessing;
 use crate::models::vit::{Config, Vit};
 use crate::nano::identity::Class;
-use crate::nn::Weights;
 use crate::{Error, Result};
 
 /// Trains, or goes on training, `dino`.
@@ -46,13 +45,8 @@ pub fn train(context: &Context) -> Result<()> {
     };
     write_configs(context, &config)?;
     let file = folder.join("model.safetensors");
-    let weights = Weights::trainable(
-        &files::existing(&file),
-        context.seed("dino"),
-        &context.device,
-    )?;
-    let model = Vit::new(&config, &weights)?;
-    weights.finish()?;
+    let opened = context.open("dino", &file, |weights| Vit::new(&config, weights))?;
+    let (weights, model) = (opened.weights, opened.model);
     let preprocessing = preprocessing(context.settings.image_size);
     let scenes = context.scenes("dino");
     let course = context.course("dino", &settings.training, &folder, weights.variables());
@@ -63,7 +57,7 @@ pub fn train(context: &Context) -> Result<()> {
             .flat_map(|i| scenes.pair(seen + i, classes[i / per_class]))
             .collect();
         let labels: Vec<usize> = (0..2 * pairs).map(|i| i / 2).collect();
-        let targets = contrast::targets(&labels, false, &context.device)?;
+        let targets = contrast::targets(&labels, &context.device)?;
         let pixels = preprocessing.apply(&scenes.draw(&batch), &context.device)?;
         let views = contrast::unit(&model.forward(&pixels)?)?;
         let loss = contrast::views(&views, &targets, settings.temperature)?;

@@ -1,7 +1,7 @@
 //! Checkpoints and their notes on disk.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use candle_core::{DType, Var};
 use serde::Serialize;
@@ -31,13 +31,4 @@ pub fn write_weights(path: &Path, variables: &[(String, Var)]) -> Result<()> {
         })
         .collect::<Result<BTreeMap<_, _>>>()?;
     files::write_tensors(path, &tensors, &[])
-}
-
-/// The file at `path` as a list of one, or of none if there is no such file: what trainable weights start from.
-pub fn existing(path: &Path) -> Vec<PathBuf> {
-    if path.is_file() {
-        vec![path.to_path_buf()]
-    } else {
-        Vec::new()
-    }
 }

@@ -7,9 +7,7 @@ use serde::de::DeserializeOwned;
 
 use crate::models::autoencoder::{self, AutoencoderKl};
 use crate::models::clip::{self, Clip, TextModel};
-use crate::models::llamagen::gpt::{self, Gpt};
 use crate::models::llamagen::vq::{self, VqModel};
-use crate::models::t5::{self, T5Encoder};
 use crate::nn::Weights;
 use crate::{Error, Result};
 
@@ -66,22 +64,4 @@ pub fn clip_text(folder: &Path, device: &Device) -> Result<(TextModel, clip::Tex
     let model = TextModel::new(&config, &weights)?;
     weights.finish()?;
     Ok((model, config))
-}
-
-/// LlamaGen's GPT in `folder`.
-pub fn gpt(folder: &Path, device: &Device) -> Result<Gpt> {
-    let config: gpt::Config = config(folder)?;
-    let weights = weights(folder, "model.safetensors", device)?;
-    let model = Gpt::new(&config, &weights)?;
-    weights.finish()?;
-    Ok(model)
-}
-
-/// The T5 encoder in `folder`.
-pub fn t5(folder: &Path, device: &Device) -> Result<T5Encoder> {
-    let config: t5::Config = config(folder)?;
-    let weights = weights(folder, "model.safetensors", device)?;
-    let model = T5Encoder::new(&config, &weights)?;
-    weights.finish()?;
-    Ok(model)
 }

@@ -3,7 +3,6 @@
 use std::cell::RefCell;
 
 use candle_core::Tensor;
-use image::RgbImage;
 use rand::Rng;
 use serde_json::json;
 
@@ -11,17 +10,13 @@ use super::context::Context;
 use super::course::Step;
 use super::pool::Pool;
 use super::{files, frozen};
-use crate::models::llamagen::Sampling;
+use crate::Result;
 use crate::models::llamagen::gpt::{Config, Gpt};
 use crate::models::t5::{self, T5Encoder};
 use crate::models::tokenizer::TextTokenizer;
 use crate::nano::captions::caption;
 use crate::nano::vocabulary::t5_tokenizer;
-use crate::nn::{Weights, no_grad, ops};
-use crate::{Result, images};
-
-/// Guidance for the samples that are measured.
-const GUIDANCE_SCALE: f64 = 3.0;
+use crate::nn::{no_grad, ops};
 
 /// T5's padding.
 const PADDING: u32 = 0;
@@ -63,13 +58,13 @@ pub fn train(context: &Context) -> Result<()> {
     };
     write_configs(context, &config, &t5_config)?;
     let file = folder.join("model.safetensors");
-    let weights = Weights::trainable(&files::existing(&file), context.seed("gpt"), device)?;
-    let gpt = Gpt::new(&config, &weights)?;
-    weights.finish()?;
+    let opened = context.open("gpt", &file, |weights| Gpt::new(&config, weights))?;
+    let (weights, gpt) = (opened.weights, opened.model);
     let t5_file = folder.join("t5/model.safetensors");
-    let t5_weights = Weights::trainable(&files::existing(&t5_file), context.seed("t5"), device)?;
-    let encoder = T5Encoder::new(&t5_config, &t5_weights)?;
-    t5_weights.finish()?;
+    let opened = context.open("t5", &t5_file, |weights| {
+        T5Encoder::new(&t5_config, weights)
+    })?;
+    let (t5_weights, encoder) = (opened.weights, opened.model);
 
     let trained = weights
         .variables()
@@ -124,31 +119,6 @@ pub fn train(context: &Context) -> Result<()> {
         files::write_weights(&t5_file, &t5_weights.variables())
     };
     course.run(step, save)
-}
-
-/// One image for each prompt by the checkpoint, as [`super::measure`] wants them.
-pub fn draw(context: &Context, prompts: &[String], seeds: &[u64]) -> Result<Vec<RgbImage>> {
-    let folder = context.out.join("llamagen");
-    let device = &context.device;
-    let vq = frozen::vq(&folder.join("vq"), device)?;
-    let gpt = frozen::gpt(&folder, device)?;
-    let encoder = frozen::t5(&folder.join("t5"), device)?;
-    let tokenizer = TextTokenizer::from_file(&folder.join("t5/tokenizer.json"))?;
-    let (positions, count) = (gpt.config().cls_token_num, gpt.config().block_size);
-    let sampling = Sampling {
-        guidance_scale: GUIDANCE_SCALE,
-        top_k: 0,
-        ..Sampling::default()
-    };
-    let mut pictures = Vec::new();
-    for (prompts, seeds) in prompts.chunks(25).zip(seeds.chunks(25)) {
-        let (ids, mask) = tokenizer.encode_batch(prompts, positions, PADDING, device)?;
-        let (features, mask) = right_aligned(&encoder.forward(&ids, &mask)?, &mask)?;
-        let tokens = gpt.generate(&features, &mask, count, &sampling, seeds)?;
-        let tokens = Tensor::from_vec(tokens.concat(), (prompts.len(), count), device)?;
-        pictures.extend(images::from_tensor(&vq.decode(&tokens)?)?);
-    }
-    Ok(pictures)
 }
 
 /// Caption features (b, n, d), valid ones first, as LlamaGen takes them: the valid ones in order at the right end,

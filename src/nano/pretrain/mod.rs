@@ -4,15 +4,18 @@
 //! nothing else is kept. [`clip`], [`dino`], [`vq`] and [`vae`] need nothing; [`gpt`] needs the VQ tokenizer, [`sd3`]
 //! the autoencoder and CLIP's text tower.
 
+mod average;
 pub mod clip;
 pub mod context;
 mod contrast;
 pub mod course;
+mod curves;
 pub mod dino;
 mod files;
 mod frozen;
 pub mod gpt;
-pub mod measure;
+mod muon;
+mod optimizers;
 mod pool;
 mod scenes;
 pub mod sd3;
@@ -21,7 +24,9 @@ pub mod vae;
 pub mod vq;
 
 pub use context::Context;
+pub use contrast::area_under_curve;
 pub use course::Budget;
+pub use curves::Curves;
 pub use settings::Settings;
 
 use crate::Result;
@@ -74,6 +79,6 @@ impl Model {
 }
 
 /// The peak signal-to-noise ratio in dB of values in [−1, 1] with mean squared error `error`.
-fn psnr(error: f64) -> f64 {
+pub fn psnr(error: f64) -> f64 {
     10.0 * (4.0 / error.max(1e-12)).log10()
 }

@@ -2,8 +2,7 @@
 
 use std::cell::RefCell;
 
-use candle_core::{DType, Tensor};
-use image::RgbImage;
+use candle_core::Tensor;
 use rand::Rng;
 use serde_json::json;
 
@@ -14,16 +13,12 @@ use super::scenes::normal;
 use super::{files, frozen};
 use crate::diffusion::{FlowMatchEuler, LossForm, SchedulerConfig};
 use crate::models::clip::TextConfig;
-use crate::models::sd3::{Config, SampleSettings, Sd3, Sd3Transformer, transformer_files};
+use crate::models::sd3::{Config, Sd3Transformer};
 use crate::models::tokenizer::TextTokenizer;
 use crate::nano::captions::caption;
 use crate::nano::vocabulary::clip_tokenizer;
-use crate::nn::{Weights, no_grad};
-use crate::{Error, Result, images};
-
-/// Steps and guidance for the samples that are measured.
-const STEPS: usize = 20;
-const GUIDANCE_SCALE: f64 = 3.0;
+use crate::nn::no_grad;
+use crate::{Error, Result};
 
 /// Trains, or goes on training, `sd3/transformer`. Needs `clip` and `sd3/vae`.
 pub fn train(context: &Context) -> Result<()> {
@@ -59,9 +54,10 @@ pub fn train(context: &Context) -> Result<()> {
     write_configs(context, &config, &schedule_config)?;
     let schedule = FlowMatchEuler::new(schedule_config)?;
     let file = folder.join("transformer/diffusion_pytorch_model.safetensors");
-    let weights = Weights::trainable(&files::existing(&file), context.seed("sd3"), device)?;
-    let model = Sd3Transformer::new(config, &weights)?;
-    weights.finish()?;
+    let opened = context.open("sd3", &file, |weights| {
+        Sd3Transformer::new(config.clone(), weights)
+    })?;
+    let (weights, model) = (opened.weights, opened.model);
 
     // The positions are a table, and nothing reads what the last block's text would ask for.
     let idle = format!(
@@ -124,28 +120,6 @@ pub fn train(context: &Context) -> Result<()> {
         })
     };
     course.run(step, || files::write_weights(&file, &weights.variables()))
-}
-
-/// One image for each prompt by the checkpoint, as [`super::measure`] wants them.
-pub fn draw(context: &Context, prompts: &[String], seeds: &[u64]) -> Result<Vec<RgbImage>> {
-    let folder = context.out.join("sd3");
-    let weights = Weights::from_files(&transformer_files(&folder)?, DType::F32, &context.device)?;
-    let model = Sd3::open(&folder, &weights)?;
-    let side = model.resolution();
-    let settings = SampleSettings {
-        num_inference_steps: STEPS,
-        guidance_scale: GUIDANCE_SCALE,
-        height: side,
-        width: side,
-        negative_prompt: String::new(),
-    };
-    let mut pictures = Vec::new();
-    for (prompts, seeds) in prompts.chunks(25).zip(seeds.chunks(25)) {
-        pictures.extend(images::from_tensor(
-            &model.generate(prompts, seeds, &settings)?,
-        )?);
-    }
-    Ok(pictures)
 }
 
 /// Puts CLIP's text tower where a diffusion model has its own, as a `CLIPTextModelWithProjection`.

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
 
@@ -32,7 +32,10 @@ pub struct Training {
     pub images: usize,
     /// Images per step.
     pub batch_size: usize,
-    /// AdamW's learning rate after the warm-up; it falls along half a cosine to a fiftieth at the end of the budget.
+    /// What moves the weights. Default AdamW.
+    #[serde(default)]
+    pub optimizer: Optimizer,
+    /// The learning rate after the warm-up; it falls along half a cosine to a fiftieth at the end of the budget.
     pub learning_rate: f64,
     /// Images over which the learning rate rises from zero, in each session.
     #[serde(default = "warmup_images")]
@@ -46,6 +49,16 @@ pub struct Training {
     /// Largest global norm of the gradient.
     #[serde(default = "max_grad_norm")]
     pub max_grad_norm: f64,
+}
+
+/// What moves the weights.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Optimizer {
+    #[default]
+    AdamW,
+    /// Muon for the matrices inside, AdamW for everything else, both with the same learning rate.
+    Muon,
 }
 
 fn warmup_images() -> usize {
@@ -95,6 +108,11 @@ pub struct Clip {
     pub max_positions: usize,
     /// Width of the space that images and captions share.
     pub projection: usize,
+    /// How many individuals of a batch are shown twice, so that images alone tell who they show.
+    pub pairs: usize,
+    /// Temperature and weight of the loss that compares the images of a batch with one another.
+    pub pair_temperature: f64,
+    pub pair_weight: f64,
     pub training: Training,
 }
 
@@ -116,12 +134,14 @@ pub struct Dino {
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Vq {
-    /// Channels of the first level; a multiple of 32.
+    /// Channels of the first level.
     pub channels: usize,
     /// Channels of each level over `channels`, finest first; one level fewer than this are halvings.
     pub encoder_multipliers: Vec<usize>,
     /// The same for the decoder, also finest first.
     pub decoder_multipliers: Vec<usize>,
+    /// Groups of the norms; they divide `channels`. With as many groups as channels an image's own contrast is lost.
+    pub norm_groups: usize,
     /// Channels before the code projection.
     pub z_channels: usize,
     /// Entries of the codebook, and the width of each.
@@ -140,8 +160,11 @@ pub struct Vq {
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Vae {
-    /// Channels of each level; multiples of 32.
+    /// Channels of each level.
     pub channels: Vec<usize>,
+    /// Groups of the norms; they divide every level's channels. With as many groups as channels an image's own
+    /// contrast is lost.
+    pub norm_groups: usize,
     /// Residual blocks per level of the encoder; the decoder has one more.
     pub layers_per_block: usize,
     pub latent_channels: usize,

@@ -8,7 +8,7 @@ use super::course::Step;
 use super::scenes::normal;
 use super::{files, psnr};
 use crate::models::autoencoder::{AutoencoderKl, Config};
-use crate::nn::{Weights, no_grad};
+use crate::nn::no_grad;
 use crate::{Error, Result};
 
 /// Scenes from which the scale and the shift of the latents are measured.
@@ -23,17 +23,15 @@ pub fn train(context: &Context) -> Result<()> {
         block_out_channels: settings.channels.clone(),
         layers_per_block: settings.layers_per_block,
         latent_channels: settings.latent_channels,
+        norm_num_groups: settings.norm_groups,
         use_quant_conv: false,
         use_post_quant_conv: false,
         ..Config::default()
     };
-    let weights = Weights::trainable(
-        &files::existing(&file),
-        context.seed("vae"),
-        &context.device,
-    )?;
-    let model = AutoencoderKl::new(config.clone(), &weights)?;
-    weights.finish()?;
+    let opened = context.open("vae", &file, |weights| {
+        AutoencoderKl::new(config.clone(), weights)
+    })?;
+    let (weights, model) = (opened.weights, opened.model);
     let scenes = context.scenes("vae");
     let course = context.course("vae", &settings.training, &folder, weights.variables());
     let step = |seen: usize, _spent: f64| {

@@ -12,7 +12,7 @@ use super::context::Context;
 use super::course::Step;
 use super::{files, psnr};
 use crate::models::llamagen::vq::{Config, VqModel};
-use crate::nn::{Weights, no_grad};
+use crate::nn::no_grad;
 use crate::{Error, Result};
 
 const CODEBOOK: &str = "quantize.embedding.weight";
@@ -29,6 +29,7 @@ pub fn train(context: &Context) -> Result<()> {
         decoder_ch_mult: settings.decoder_multipliers.clone(),
         z_channels: settings.z_channels,
         ch: settings.channels,
+        norm_num_groups: settings.norm_groups,
         ..Config::default()
     };
     files::write_json(
@@ -44,18 +45,17 @@ pub fn train(context: &Context) -> Result<()> {
             "decoder_ch_mult": config.decoder_ch_mult,
             "z_channels": config.z_channels,
             "ch": config.ch,
+            "norm_num_groups": config.norm_num_groups,
             "dropout_p": 0.0,
         }),
     )?;
     let file = folder.join("model.safetensors");
-    let fresh = files::existing(&file).is_empty();
-    let weights = Weights::trainable(&files::existing(&file), context.seed("vq"), &context.device)?;
-    let model = VqModel::new(&config, &weights)?;
-    weights.finish()?;
+    let opened = context.open("vq", &file, |weights| VqModel::new(&config, weights))?;
+    let (weights, model) = (opened.weights, opened.model);
     let scenes = context.scenes("vq");
     let variables = weights.variables();
     let codebook = Codebook::new(&variables, settings.codebook_size)?;
-    if fresh {
+    if opened.afresh.contains(CODEBOOK) {
         // Codes that start where encodings are need no reviving.
         let batch = scenes.batch(0, settings.codebook_size.div_ceil(16));
         let pixels = scenes.pixels(&batch, &context.device)?;

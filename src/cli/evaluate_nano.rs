@@ -1,0 +1,118 @@
+//! `proxytune evaluate --nano`: how good the nano checkpoints are, row by row of the table in their README.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::pretrain::chosen;
+use super::{ComputeArgs, Ended, output_failed, runtime};
+use crate::nano::measure::{Row, adaptation, models, table};
+use crate::nano::pretrain::{Context, Model, Settings};
+use crate::pipeline::{device, use_threads};
+use crate::{Error, Result};
+
+/// What belongs to `--nano` alone.
+#[derive(Debug, Clone, Args)]
+pub struct NanoArgs {
+    /// Measure the nano checkpoints on scenes that no training saw, beside what they aim at
+    #[arg(long, conflicts_with_all = ["references", "class", "images", "model", "adapter"])]
+    pub nano: bool,
+    /// Only these checkpoints
+    #[arg(long, value_name = "LIST", value_delimiter = ',', requires = "nano")]
+    pub only: Vec<Model>,
+    /// How often the nano job is run for the rows about adaptation: four subjects, then another seed. 0 leaves
+    /// these rows out; by default 12 without --only
+    #[arg(long, value_name = "N", requires = "nano")]
+    pub runs: Option<usize>,
+    /// Where the checkpoints are; by default what the settings say
+    #[arg(long, value_name = "DIR", requires = "nano")]
+    pub checkpoints: Option<PathBuf>,
+    /// Draw sheets of reconstructions and samples into this folder
+    #[arg(long, value_name = "DIR", requires = "nano")]
+    pub sheets: Option<PathBuf>,
+    /// The settings that the checkpoints were trained with
+    #[arg(
+        long,
+        value_name = "FILE",
+        requires = "nano",
+        default_value = "pipelines/nano-pretrain.toml"
+    )]
+    pub settings: PathBuf,
+    /// The nano job
+    #[arg(
+        long,
+        value_name = "FILE",
+        requires = "nano",
+        default_value = "pipelines/nano.toml"
+    )]
+    pub job: PathBuf,
+    /// Print JSON instead of a table
+    #[arg(long, requires = "nano")]
+    pub json: bool,
+}
+
+pub(super) fn evaluate_nano(
+    args: &NanoArgs,
+    compute: &ComputeArgs,
+    out: &mut impl Write,
+) -> Result<Ended> {
+    if compute.threads > 0 {
+        use_threads(compute.threads);
+    }
+    let settings = Settings::read(&args.settings)?;
+    let context = Context {
+        out: args
+            .checkpoints
+            .clone()
+            .unwrap_or_else(|| settings.out.clone()),
+        settings,
+        device: device(compute.device)?,
+        named_device: compute.device,
+        budget: None,
+        machine: String::new(),
+        curves: None,
+    };
+    let runs = match (args.runs, args.only.is_empty()) {
+        (Some(runs), _) => runs,
+        (None, true) => adaptation::RUNS,
+        (None, false) => 0,
+    };
+    if runs == 1 {
+        return Err(Error::invalid(
+            "--runs 1 gives no standard error",
+            "run the job at least twice, or 0 times",
+        ));
+    }
+    let mut rows: Vec<Row> = Vec::new();
+    for model in chosen(&args.only) {
+        rows.extend(models::rows(&context, model, args.sheets.as_deref())?);
+    }
+    if runs > 0 {
+        rows.extend(runtime()?.block_on(adaptation::rows(&context, &args.job, runs))?);
+    }
+    let text = match args.json {
+        false => table(&rows),
+        true => json(&rows)?,
+    };
+    write!(out, "{text}").map_err(output_failed)?;
+    Ok(Ended::Well)
+}
+
+/// The rows, each with `met`.
+fn json(rows: &[Row]) -> Result<String> {
+    let failed = |e: serde_json::Error| Error::Invalid {
+        what: format!("the table as JSON: {e}"),
+        hint: None,
+    };
+    let mut values = Vec::with_capacity(rows.len());
+    for row in rows {
+        let mut value = serde_json::to_value(row).map_err(failed)?;
+        value["met"] = row.met().into();
+        values.push(value);
+    }
+    Ok(format!(
+        "{}\n",
+        serde_json::to_string_pretty(&values).map_err(failed)?
+    ))
+}

@@ -1,0 +1,190 @@
+//! Muon (Jordan et al. 2024, <https://kellerjordan.github.io/posts/muon/>) for the matrices inside a network: a step of
+//! momentum, made orthogonal, so that every direction of a matrix learns at one rate. The step is scaled as Liu et al.
+//! do (2025, arXiv 2502.16982, equation 4), which lets it share AdamW's learning rate and decay.
+
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Tensor, Var};
+
+use crate::{Error, Result};
+
+/// Decay of the momentum.
+const MOMENTUM: f64 = 0.95;
+/// The root mean square of a step's entries, about that of AdamW's.
+const STEP_SIZE: f64 = 0.2;
+/// Newton-Schulz steps, and the coefficients of their quintic.
+const ITERATIONS: usize = 5;
+const QUINTIC: (f64, f64, f64) = (3.4445, -4.7750, 2.0315);
+/// Thinner matrices are left to AdamW.
+const LEAST_SIDE: usize = 8;
+/// What names of tables, of layers that read pixels or captions, and of layers that give pixels have in them. Their
+/// rows are met with different frequency, which AdamW sees and Muon does not.
+const OUTER: [&str; 3] = ["embed", "conv_in", "conv_out"];
+/// Layers that give logits, and latents.
+const LAST: [&str; 2] = ["output.weight", "proj_out.weight"];
+
+/// Whether Muon is for this tensor: a matrix, or a convolution's kernel, inside the network.
+pub fn is_inner(name: &str, variable: &Var) -> bool {
+    let (rows, columns) = sides(variable);
+    rows.min(columns) >= LEAST_SIDE
+        && !LAST.contains(&name)
+        && !OUTER.iter().any(|part| name.contains(part))
+}
+
+/// Rows and columns: a kernel (outputs, inputs, h, w) has a row for each output.
+fn sides(variable: &Var) -> (usize, usize) {
+    match variable.dims() {
+        [] | [_] => (0, 0),
+        [rows, rest @ ..] => (*rows, rest.iter().product()),
+    }
+}
+
+/// One matrix with its momentum.
+struct Slot {
+    name: String,
+    variable: Var,
+    momentum: Tensor,
+    /// How many matrices lie in it, below one another: three for queries, keys and values.
+    parts: usize,
+}
+
+/// Muon over named f32 variables.
+pub struct Muon {
+    slots: Vec<Slot>,
+    weight_decay: f64,
+}
+
+impl Muon {
+    /// An optimizer at rest. `weight_decay` is decoupled: each step multiplies a weight by
+    /// `1 − learning_rate · weight_decay`.
+    pub fn new(variables: Vec<(String, Var)>, weight_decay: f64) -> Result<Self> {
+        let slots = variables
+            .into_iter()
+            .map(|(name, variable)| {
+                Ok(Slot {
+                    parts: if name.contains("qkv") { 3 } else { 1 },
+                    momentum: variable.zeros_like()?.reshape(sides(&variable))?,
+                    name,
+                    variable,
+                })
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            slots,
+            weight_decay,
+        })
+    }
+
+    /// One step. Returns the gradients' global L2 norm. A tensor without a gradient is an error: it means that some
+    /// operation dropped it. So is a norm that is not finite, and then nothing is changed.
+    pub fn step(&mut self, gradients: &GradStore, learning_rate: f64) -> Result<f64> {
+        let mut squares = 0.0;
+        let mut found = Vec::with_capacity(self.slots.len());
+        for slot in &self.slots {
+            let gradient = gradients
+                .get(slot.variable.as_tensor())
+                .ok_or_else(|| Error::Invalid {
+                    what: format!("no gradient reached {}", slot.name),
+                    hint: None,
+                })?
+                .detach()
+                .to_dtype(DType::F32)?
+                .reshape(sides(&slot.variable))?;
+            squares += f64::from(gradient.sqr()?.sum_all()?.to_scalar::<f32>()?);
+            found.push(gradient);
+        }
+        if !squares.is_finite() {
+            return Err(Error::NotFinite {
+                what: "the gradient".into(),
+                step: 0,
+            });
+        }
+        for (slot, gradient) in self.slots.iter_mut().zip(found) {
+            slot.momentum = ((&slot.momentum * MOMENTUM)? + &gradient)?;
+            let ahead = (gradient + (&slot.momentum * MOMENTUM)?)?;
+            let steps = ahead
+                .chunk(slot.parts, 0)?
+                .iter()
+                .map(orthogonal)
+                .collect::<Result<Vec<_>>>()?;
+            let (rows, columns) = sides(&slot.variable);
+            let longer = (rows / slot.parts).max(columns) as f64;
+            let step = (Tensor::cat(&steps, 0)? * (learning_rate * STEP_SIZE * longer.sqrt()))?;
+            let kept = 1.0 - learning_rate * self.weight_decay;
+            let weight = (slot.variable.as_tensor().detach() * kept)?;
+            let weight = (weight - step.reshape(slot.variable.shape())?)?;
+            slot.variable.set(&weight)?;
+        }
+        Ok(squares.sqrt())
+    }
+}
+
+/// About the nearest matrix to `x` (r, c) whose singular values are all one: they end between 0.7 and 1.2.
+fn orthogonal(x: &Tensor) -> Result<Tensor> {
+    let (rows, columns) = x.dims2()?;
+    let wide = rows <= columns;
+    let mut x = if wide {
+        x.contiguous()?
+    } else {
+        x.t()?.contiguous()?
+    };
+    let norm = f64::from(x.sqr()?.sum_all()?.to_scalar::<f32>()?).sqrt();
+    x = (x / (norm + 1e-7))?;
+    let (a, b, c) = QUINTIC;
+    for _ in 0..ITERATIONS {
+        let square = x.matmul(&x.t()?)?;
+        let polynomial = ((&square * b)? + (square.matmul(&square)? * c)?)?;
+        x = ((&x * a)? + polynomial.matmul(&x)?)?;
+    }
+    Ok(if wide { x } else { x.t()?.contiguous()? })
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn a_step_of_a_badly_scaled_matrix_becomes_nearly_orthogonal() {
+        let mut values = vec![0f32; 4 * 6];
+        for (i, scale) in [100.0, 10.0, 1.0, 0.5].into_iter().enumerate() {
+            values[i * 6 + i] = scale;
+            values[i * 6 + i + 1] = 0.1 * scale;
+        }
+        let x = Tensor::from_vec(values, (4, 6), &Device::Cpu).unwrap();
+        for x in [x.clone(), x.t().unwrap()] {
+            let y = orthogonal(&x).unwrap();
+            let y = if y.dims() == [4, 6] {
+                y
+            } else {
+                y.t().unwrap()
+            };
+            let gram = y.matmul(&y.t().unwrap()).unwrap();
+            for (i, row) in gram.to_vec2::<f32>().unwrap().iter().enumerate() {
+                for (j, &value) in row.iter().enumerate() {
+                    let range = if i == j { 0.3..1.5 } else { -0.35..0.35 };
+                    assert!(range.contains(&value), "{i} {j}: {value}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn it_descends_and_leaves_tables_and_vectors_alone() {
+        let device = &Device::Cpu;
+        let table = Var::ones((64, 16), DType::F32, device).unwrap();
+        let vector = Var::ones(16, DType::F32, device).unwrap();
+        let matrix = Var::from_tensor(&Tensor::eye(16, DType::F32, device).unwrap()).unwrap();
+        assert!(!is_inner("tok_embeddings.weight", &table));
+        assert!(!is_inner("layers.0.norm.weight", &vector));
+        assert!(is_inner("layers.0.attention.wqkv.weight", &matrix));
+        let mut muon = Muon::new(vec![("m".into(), matrix.clone())], 0.0).unwrap();
+        let loss = || matrix.as_tensor().sqr().unwrap().sum_all().unwrap();
+        let before = loss().to_scalar::<f32>().unwrap();
+        for _ in 0..20 {
+            muon.step(&loss().backward().unwrap(), 0.02).unwrap();
+        }
+        let after = loss().to_scalar::<f32>().unwrap();
+        assert!(after < 0.5 * before, "{before} {after}");
+    }
+}

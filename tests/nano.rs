@@ -1,0 +1,132 @@
+//! The nano checkpoints that ship: their size, what measures them, and that they can be trained further.
+
+mod support;
+
+use std::path::Path;
+use std::process::Command;
+
+use proxytune::store::{Columns, Store};
+use serde_json::Value;
+use support::{Said, program, say};
+
+const CHECKPOINTS: &str = "datasets/nano/checkpoints";
+const SETTINGS: &str = "pipelines/nano-pretrain.toml";
+
+fn evaluate(arguments: &[&str]) -> Said {
+    let mut command = program();
+    command.args(["evaluate", "--nano"]).args(arguments);
+    say(command)
+}
+
+fn rows(said: &Said) -> Vec<Value> {
+    said.says(0, &[]);
+    serde_json::from_str(&said.out).unwrap()
+}
+
+fn size(folder: &Path) -> u64 {
+    std::fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap())
+        .map(|entry| match entry.path().is_dir() {
+            true => size(&entry.path()),
+            false => entry.metadata().unwrap().len(),
+        })
+        .sum()
+}
+
+#[test]
+fn all_checkpoints_together_take_at_most_20_mib() {
+    let bytes = size(Path::new(CHECKPOINTS));
+    assert!(bytes <= 20 << 20, "{bytes} bytes");
+}
+
+#[test]
+fn measures_come_with_their_aims_and_dino_reaches_its_own() {
+    let rows = rows(&evaluate(&["--only", "dino,vae", "--json"]));
+    let models: Vec<&str> = rows.iter().map(|r| r["model"].as_str().unwrap()).collect();
+    assert_eq!(models, ["dino", "vae"]);
+    for row in &rows {
+        let (value, aim) = (row["value"].as_f64().unwrap(), row["aim"].as_f64().unwrap());
+        assert_eq!(row["met"], value >= aim, "{row}");
+    }
+    assert_eq!(rows[0]["met"], true, "{}", rows[0]);
+    assert!(rows[1]["value"].as_f64().unwrap() > 20.0, "{}", rows[1]);
+}
+
+#[test]
+fn the_table_is_markdown_and_names_what_is_missed() {
+    let said = evaluate(&["--only", "dino"]);
+    said.says(0, &[]);
+    let lines: Vec<&str> = said.out.lines().collect();
+    assert_eq!(lines[0], "| model | measure | value | aim | |", "{said:?}");
+    assert!(
+        lines[2].starts_with("| dino | tells individuals"),
+        "{said:?}"
+    );
+    assert_eq!(lines.last(), Some(&"1 of 1 aims are met."), "{said:?}");
+}
+
+#[test]
+fn adaptation_is_measured_by_running_the_job_for_one_subject_after_another() {
+    let job = "pipelines/nano-smoke.toml";
+    let said = evaluate(&["--only", "dino", "--runs", "2", "--job", job, "--json"]);
+    let rows = rows(&said);
+    assert!(said.err.contains("adaptation 2 of 2"), "{}", said.err);
+    let of = |words: &str| {
+        rows.iter()
+            .filter(|row| row["measure"].as_str().unwrap().starts_with(words))
+            .collect::<Vec<_>>()
+    };
+    for (words, aimed) in [
+        ("supervisor, 2 runs", true),
+        ("proxy-tuned, 2 runs", true),
+        ("directly tuned, 2 runs", false),
+    ] {
+        let found = of(words);
+        assert_eq!(found.len(), 3, "{words}: {rows:?}");
+        for row in found {
+            assert!(row["value"].as_f64().unwrap().abs() < 1.0, "{row}");
+            assert!(row["standard_error"].as_f64().unwrap() > 0.0, "{row}");
+            assert_eq!(row["aim"].is_number(), aimed, "{row}");
+        }
+    }
+}
+
+#[test]
+fn one_run_has_no_standard_error_and_photos_do_not_go_with_nano() {
+    evaluate(&["--only", "dino", "--runs", "1"]).says(1, &["--runs 1", "hint:"]);
+    evaluate(&["--class", "dog"]).says(2, &["--nano", "--class"]);
+}
+
+#[tokio::test]
+async fn pretraining_goes_on_from_the_weights_alone_and_logs_its_curve() {
+    let dir = tempfile::tempdir().unwrap();
+    let (out, store) = (dir.path().join("out"), dir.path().join("store"));
+    std::fs::create_dir_all(out.join("dino")).unwrap();
+    // Nothing but the weights: no configuration, no notes.
+    let weights = "dino/model.safetensors";
+    std::fs::copy(Path::new(CHECKPOINTS).join(weights), out.join(weights)).unwrap();
+    let pretrain = |images: &str| {
+        let mut command: Command = program();
+        command.args(["pretrain", SETTINGS, "--only", "dino", "--threads", "1"]);
+        command.args(["--images", images, "--out"]).arg(&out);
+        command.arg("--store").arg(&store);
+        let said = say(command);
+        said.says(0, &[]);
+    };
+    pretrain("128");
+    pretrain("64");
+    let notes = std::fs::read_to_string(out.join("dino/training.json")).unwrap();
+    let notes: Value = serde_json::from_str(&notes).unwrap();
+    assert_eq!(notes["images"], 192);
+    assert_eq!(notes["sessions"].as_array().unwrap().len(), 2);
+
+    let metrics = Store::open(&store).await.unwrap().metrics().await.unwrap();
+    let filter = Some("stage = 'pretrain:dino' AND name = 'loss'");
+    let losses = metrics.rows(filter, Columns::All).await.unwrap();
+    let images: Vec<u64> = losses.iter().map(|row| row.step).collect();
+    assert_eq!(images, [128, 64]);
+    // Fresh weights begin above 5.
+    assert!(losses.iter().all(|row| row.value < 3.0), "{losses:?}");
+    assert_ne!(losses[0].run, losses[1].run);
+}
