@@ -58,6 +58,15 @@ impl Linear {
         }
     }
 
+    /// Everything in it that may be trained: weight, bias, and the adapter's factors.
+    pub fn parameters(&self) -> Vec<&Tensor> {
+        let factors = self.lora.iter().flat_map(|lora| [&*lora.a, &*lora.b]);
+        std::iter::once(&self.weight)
+            .chain(&self.bias)
+            .chain(factors)
+            .collect()
+    }
+
     /// W, shape (outputs, inputs), without the adapter.
     pub fn weight(&self) -> &Tensor {
         &self.weight

@@ -11,6 +11,7 @@ mod cpu;
 pub mod layers;
 pub mod ops;
 pub mod plain;
+mod slices;
 mod vjp;
 mod weights;
 
@@ -18,6 +19,7 @@ pub(crate) use adapter::seeded;
 pub use adapter::{Adapter, Lora, LoraConfig};
 pub use layers::{Conv2d, Embedding, GroupNorm, LayerNorm, Linear, RmsNorm};
 pub use ops::Mask;
+pub use slices::sum_over_rows;
 pub use weights::{Init, Weights};
 
 use std::cell::Cell;

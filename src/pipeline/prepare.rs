@@ -4,12 +4,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::{Options, RunDir};
-use crate::config::{Device, Family, Kind, Resolved, Student, Supervisor, locate};
+use crate::config::{Device, Resolved, Student, Supervisor, locate};
 use crate::evaluation::embed::{Evaluator, ImageEmbedder};
 use crate::evaluation::embedders::{ClipEmbedder, DinoEmbedder};
 use crate::files::read_json;
-use crate::models::llamagen::{ImageTokenizer, tokenizer_dir};
-use crate::models::{Opening, Tuning, clip, vit};
+use crate::models::{Opening, Tuning, clip, image_tokenizer_files, open_image_tokenizer, vit};
 use crate::plan::{Digest, Plan, checkpoint_digest, derive_seed, photos_digest, supervisor_key};
 use crate::stages::tokenize::OpenTokenizer;
 use crate::stages::{
@@ -199,25 +198,17 @@ fn image_tokenizer(
     resolved: &Resolved,
     dir: &std::path::Path,
 ) -> Result<(Arc<OpenTokenizer>, Option<TokenizerIdentity>)> {
-    let (dir, kind) = (dir.to_path_buf(), resolved.student.family.kind());
-    let identity = match resolved.student.family {
-        Family::LlamaGen => {
-            let config: crate::models::llamagen::gpt::Config = read_json(&dir.join("config.json"))?;
-            Some(TokenizerIdentity {
-                digest: checkpoint_digest(&tokenizer_dir(&dir))?,
-                count: config.block_size,
-            })
-        }
-        family if kind == Kind::Autoregressive => {
-            return Err(Error::invalid(
-                format!("{family} cannot be a student yet"),
-                "students: LlamaGen, or a diffusion model (SD3)",
-            ));
-        }
-        _ => None,
+    let (dir, family) = (dir.to_path_buf(), resolved.student.family);
+    let side = resolved.student.resolution.map(|side| side as u32);
+    let identity = match image_tokenizer_files(family, &dir, side)? {
+        Some((folder, count)) => Some(TokenizerIdentity {
+            digest: checkpoint_digest(&folder)?,
+            count,
+        }),
+        None => None,
     };
     let on = device(resolved.student.device)?;
-    let open: OpenTokenizer = Box::new(move || ImageTokenizer::open(&dir, &on));
+    let open: OpenTokenizer = Box::new(move || open_image_tokenizer(family, &dir, &on));
     Ok((Arc::new(open), identity))
 }
 

@@ -16,19 +16,19 @@ use crate::files::read_json;
 use crate::models::t5::T5Encoder;
 use crate::models::tokenizer::TextTokenizer;
 use crate::models::{
-    Example, Learner, Lesson, Opening, Request, Sampling, Tuning, adapters, finish_all, snapshot,
+    Example, ImageTokenizer, Learner, Lesson, Opening, Request, Sampling, Tuning, adapters,
+    finish_all, snapshot,
 };
 use crate::nn::{Adapter, Weights, no_grad, ops};
 use crate::{Error, Result, images};
 
-/// The VQ tokenizer alone: what the tokenizing stage runs on a thread of its own.
-pub struct ImageTokenizer {
+/// The VQ tokenizer alone.
+pub struct VqTokenizer {
     model: vq::VqModel,
     resolution: u32,
-    count: usize,
 }
 
-impl ImageTokenizer {
+impl VqTokenizer {
     /// Opens the tokenizer of the LlamaGen checkpoint in `dir`.
     pub fn open(dir: &Path, device: &Device) -> Result<Self> {
         let config: Config = read_json(&dir.join("config.json"))?;
@@ -38,27 +38,12 @@ impl ImageTokenizer {
         let model = vq::VqModel::new(&vq_config, &weights)?;
         weights.finish()?;
         let resolution = (config.grid() * vq_config.downsampling()) as u32;
-        Ok(Self {
-            model,
-            resolution,
-            count: config.block_size,
-        })
+        Ok(Self { model, resolution })
     }
 
     /// Side length of the images in pixels.
     pub fn resolution(&self) -> u32 {
         self.resolution
-    }
-
-    /// Tokens per image.
-    pub fn count(&self) -> usize {
-        self.count
-    }
-
-    /// The tokens of each image, row by row; images have the tokenizer's resolution.
-    pub fn encode(&self, images: &[RgbImage]) -> Result<Vec<Vec<u32>>> {
-        let pixels = images::to_tensor(images, self.model.device())?;
-        Ok(no_grad(|| self.model.encode(&pixels))?.to_vec2::<u32>()?)
     }
 
     /// The images of tokens (b, n).
@@ -70,8 +55,20 @@ impl ImageTokenizer {
     }
 }
 
-/// Where the tokenizer of the checkpoint in `dir` lies: a folder `vq`, or the checkpoint's own.
-pub fn tokenizer_dir(dir: &Path) -> PathBuf {
+impl ImageTokenizer for VqTokenizer {
+    fn encode(&self, images: &[RgbImage]) -> Result<Vec<Vec<u32>>> {
+        let pixels = images::to_tensor(images, self.model.device())?;
+        Ok(no_grad(|| self.model.encode(&pixels))?.to_vec2::<u32>()?)
+    }
+}
+
+/// Where the image tokenizer of the checkpoint in `dir` lies, and how many tokens an image has.
+pub fn tokenizer_files(dir: &Path) -> Result<(PathBuf, usize)> {
+    let config: Config = read_json(&dir.join("config.json"))?;
+    Ok((tokenizer_dir(dir), config.block_size))
+}
+
+fn tokenizer_dir(dir: &Path) -> PathBuf {
     dir.join("vq")
 }
 
@@ -125,7 +122,7 @@ impl Captions {
 pub struct LlamaGen {
     gpt: Gpt,
     captions: Captions,
-    tokenizer: ImageTokenizer,
+    tokenizer: VqTokenizer,
     weights: Weights,
     adapter: Option<Arc<Adapter>>,
     config_text: String,
@@ -153,7 +150,7 @@ impl LlamaGen {
         let t5 = dir.join("t5");
         let t5_weights = Weights::from_files(&[t5.join("model.safetensors")], DType::F32, device)?;
         let encoder = T5Encoder::new(&read_json(&t5.join("config.json"))?, &t5_weights)?;
-        let tokenizer = ImageTokenizer::open(dir, device)?;
+        let tokenizer = VqTokenizer::open(dir, device)?;
         if opening
             .resolution
             .is_some_and(|asked| asked != tokenizer.resolution())

@@ -9,7 +9,7 @@ pub mod vq;
 
 pub use generate::Sampling;
 pub use gpt::Gpt;
-pub use learner::{ImageTokenizer, LlamaGen, tokenizer_dir};
+pub use learner::{LlamaGen, VqTokenizer, tokenizer_files};
 pub use vq::VqModel;
 
 use std::collections::HashMap;
