@@ -8,8 +8,6 @@ use crate::nn::ops::{self, Padding};
 use crate::nn::{Conv2d, GroupNorm, Init, Mask, Weights, parameter};
 use crate::{Error, Result};
 
-/// Groups of every group norm.
-pub const GROUPS: usize = 32;
 /// Images are decoded in slices of about this many pixels, which bounds the memory of the widest layer.
 const PIXELS_AT_ONCE: usize = 4 * 256 * 256;
 
@@ -25,9 +23,9 @@ pub fn conv(inputs: usize, outputs: usize, kernel: usize, weights: &Weights) -> 
     )
 }
 
-/// A group norm as every VQGAN has it.
-pub fn norm(channels: usize, weights: &Weights) -> Result<GroupNorm> {
-    GroupNorm::new(GROUPS, channels, 1e-6, weights)
+/// A group norm as every VQGAN has it; the references always have 32 groups.
+pub fn norm(groups: usize, channels: usize, weights: &Weights) -> Result<GroupNorm> {
+    GroupNorm::new(groups, channels, 1e-6, weights)
 }
 
 /// Two convolutions, each after a norm and SiLU, beside a shortcut.
@@ -41,11 +39,11 @@ pub struct ResnetBlock {
 
 impl ResnetBlock {
     /// Takes `norm1`, `conv1`, `norm2`, `conv2`, and `nin_shortcut` where the widths differ.
-    pub fn new(inputs: usize, outputs: usize, weights: &Weights) -> Result<Self> {
+    pub fn new(inputs: usize, outputs: usize, groups: usize, weights: &Weights) -> Result<Self> {
         Ok(Self {
-            norm1: norm(inputs, &weights.pp("norm1"))?,
+            norm1: norm(groups, inputs, &weights.pp("norm1"))?,
             conv1: conv(inputs, outputs, 3, &weights.pp("conv1"))?,
-            norm2: norm(outputs, &weights.pp("norm2"))?,
+            norm2: norm(groups, outputs, &weights.pp("norm2"))?,
             conv2: conv(outputs, outputs, 3, &weights.pp("conv2"))?,
             nin_shortcut: if inputs == outputs {
                 None
@@ -77,10 +75,10 @@ pub struct AttnBlock {
 
 impl AttnBlock {
     /// Takes `norm`, `q`, `k`, `v` and `proj_out`.
-    pub fn new(channels: usize, weights: &Weights) -> Result<Self> {
+    pub fn new(channels: usize, groups: usize, weights: &Weights) -> Result<Self> {
         let point = |name| conv(channels, channels, 1, &weights.pp(name));
         Ok(Self {
-            norm: norm(channels, &weights.pp("norm"))?,
+            norm: norm(groups, channels, &weights.pp("norm"))?,
             q: point("q")?,
             k: point("k")?,
             v: point("v")?,

@@ -23,6 +23,7 @@ struct Level {
 
 impl Level {
     fn new(
+        c: &Config,
         (inputs, outputs): (usize, usize),
         blocks: usize,
         attends: bool,
@@ -32,11 +33,16 @@ impl Level {
         let block = (0..blocks)
             .map(|i| {
                 let inputs = if i == 0 { inputs } else { outputs };
-                ResnetBlock::new(inputs, outputs, &weights.pp("block").pp(i))
+                ResnetBlock::new(
+                    inputs,
+                    outputs,
+                    c.norm_num_groups,
+                    &weights.pp("block").pp(i),
+                )
             })
             .collect::<Result<_>>()?;
         let attn = (0..if attends { blocks } else { 0 })
-            .map(|i| AttnBlock::new(outputs, &weights.pp("attn").pp(i)))
+            .map(|i| AttnBlock::new(outputs, c.norm_num_groups, &weights.pp("attn").pp(i)))
             .collect::<Result<_>>()?;
         Ok(Self {
             block,
@@ -64,14 +70,15 @@ struct Middle {
 
 impl Middle {
     fn new(c: &Config, channels: usize, weights: &Weights) -> Result<Self> {
+        let groups = c.norm_num_groups;
         Ok(Self {
-            block_1: ResnetBlock::new(channels, channels, &weights.pp("block_1"))?,
+            block_1: ResnetBlock::new(channels, channels, groups, &weights.pp("block_1"))?,
             attn_1: if c.attention {
-                Some(AttnBlock::new(channels, &weights.pp("attn_1"))?)
+                Some(AttnBlock::new(channels, groups, &weights.pp("attn_1"))?)
             } else {
                 None
             },
-            block_2: ResnetBlock::new(channels, channels, &weights.pp("block_2"))?,
+            block_2: ResnetBlock::new(channels, channels, groups, &weights.pp("block_2"))?,
         })
     }
 
@@ -113,6 +120,7 @@ impl Encoder {
                 )?)
             };
             down.push(Level::new(
+                c,
                 (inputs, outputs),
                 c.num_res_blocks,
                 c.attends(i),
@@ -125,7 +133,7 @@ impl Encoder {
             conv_in: conv(3, c.ch, 3, &weights.pp("conv_in"))?,
             down,
             mid: Middle::new(c, inputs, &weights.pp("mid"))?,
-            norm_out: norm(inputs, &weights.pp("norm_out"))?,
+            norm_out: norm(c.norm_num_groups, inputs, &weights.pp("norm_out"))?,
             conv_out: conv(inputs, c.z_channels, 3, &weights.pp("conv_out"))?,
         })
     }
@@ -168,6 +176,7 @@ impl Decoder {
             };
             let blocks = c.num_res_blocks + 1;
             up.push(Level::new(
+                c,
                 (inputs, outputs),
                 blocks,
                 c.attends(i),
@@ -180,7 +189,7 @@ impl Decoder {
             conv_in: conv(c.z_channels, lowest, 3, &weights.pp("conv_in"))?,
             mid: Middle::new(c, lowest, &weights.pp("mid"))?,
             up,
-            norm_out: norm(inputs, &weights.pp("norm_out"))?,
+            norm_out: norm(c.norm_num_groups, inputs, &weights.pp("norm_out"))?,
             conv_out: conv(inputs, 3, 3, &weights.pp("conv_out"))?,
         })
     }

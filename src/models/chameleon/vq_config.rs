@@ -3,13 +3,12 @@
 use serde::Deserialize;
 
 use super::yaml;
-use crate::models::vqgan::GROUPS;
 use crate::{Error, Result};
 
 /// Sizes in taming-transformers' terms, with Chameleon's as defaults.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
-    /// Channels at full resolution, a multiple of 32. Default 128.
+    /// Channels at full resolution, a multiple of `norm_num_groups`. Default 128.
     pub ch: usize,
     /// Factors on `ch` from the highest resolution to the lowest. Default 1, 1, 2, 2, 4.
     pub ch_mult: Vec<usize>,
@@ -28,6 +27,8 @@ pub struct Config {
     pub n_embed: usize,
     /// Width of a code. Default 256.
     pub embed_dim: usize,
+    /// Groups of every group norm. Not in published files: the references always have 32, the default.
+    pub norm_num_groups: usize,
 }
 
 /// `vq_config` in the `config.json` of a Hugging Face `ChameleonModel`.
@@ -87,6 +88,8 @@ struct Sizes {
     double_z: bool,
     #[serde(default = "yes")]
     resamp_with_conv: bool,
+    #[serde(default = "groups")]
+    norm_num_groups: usize,
     #[serde(default)]
     use_linear_attn: bool,
     #[serde(default)]
@@ -101,6 +104,10 @@ fn yes() -> bool {
     true
 }
 
+fn groups() -> usize {
+    32
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -113,6 +120,7 @@ impl Default for Config {
             z_channels: 256,
             n_embed: 8192,
             embed_dim: 256,
+            norm_num_groups: groups(),
         }
     }
 }
@@ -134,6 +142,7 @@ impl Config {
             z_channels: read.latent_channels,
             n_embed: read.num_embeddings,
             embed_dim: read.embed_dim,
+            norm_num_groups: groups(),
         };
         config.validated()
     }
@@ -171,6 +180,7 @@ impl Config {
             z_channels: sizes.z_channels,
             n_embed: read.n_embed,
             embed_dim: read.embed_dim,
+            norm_num_groups: sizes.norm_num_groups,
         };
         config.validated()
     }
@@ -182,7 +192,7 @@ impl Config {
             "model:\n  target: taming.models.vqgan.VQModel\n  params:\n    embed_dim: {}\n    n_embed: {}\n    \
              ddconfig:\n      double_z: false\n      z_channels: {}\n      resolution: {}\n      in_channels: 3\n      \
              out_ch: 3\n      ch: {}\n      ch_mult: {:?}\n      num_res_blocks: {}\n      attn_resolutions: {:?}\n      \
-             attn_type: {attn_type}\n      dropout: 0.0\n",
+             attn_type: {attn_type}\n      norm_num_groups: {}\n      dropout: 0.0\n",
             self.embed_dim,
             self.n_embed,
             self.z_channels,
@@ -191,6 +201,7 @@ impl Config {
             self.ch_mult,
             self.num_res_blocks,
             self.attn_resolutions,
+            self.norm_num_groups,
         )
     }
 
@@ -205,10 +216,11 @@ impl Config {
     }
 
     pub(super) fn validated(self) -> Result<Self> {
-        let groups = |channels: usize| channels > 0 && channels.is_multiple_of(GROUPS);
-        if self.ch_mult.is_empty() || !self.ch_mult.iter().all(|m| groups(self.ch * m)) {
+        let groups = self.norm_num_groups;
+        let whole = |channels: usize| channels > 0 && groups > 0 && channels.is_multiple_of(groups);
+        if self.ch_mult.is_empty() || !self.ch_mult.iter().all(|m| whole(self.ch * m)) {
             return Err(unlike(&format!(
-                "channels {} times {:?}, which are not multiples of {GROUPS}",
+                "channels {} times {:?}, which are not multiples of {groups}",
                 self.ch, self.ch_mult
             )));
         }
@@ -236,7 +248,7 @@ mod tests {
             ch: 32,
             ch_mult: vec![1, 2],
             attn_resolutions: vec![16],
-            attention: true,
+            norm_num_groups: 8,
             ..Config::default()
         };
         assert_eq!(Config::from_yaml(&config.to_yaml()).unwrap(), config);

@@ -8,13 +8,15 @@ use candle_core::{Device, Tensor};
 use serde::Deserialize;
 
 use crate::models::vqgan::{
-    AttnBlock, Codebook, GROUPS, Quantized, ResnetBlock, TrainOutput, check_image, conv,
-    images_at_once, in_slices, norm, square,
+    AttnBlock, Codebook, Quantized, ResnetBlock, TrainOutput, check_image, conv, images_at_once,
+    in_slices, norm, square,
 };
 use crate::nn::ops::{self, Padding};
 use crate::nn::{Conv2d, GroupNorm, Weights};
 use crate::{Error, Result};
 
+/// Groups of every group norm.
+const GROUPS: usize = 32;
 /// Residual blocks at each resolution of the encoder; the decoder has one more.
 const RES_BLOCKS: usize = 2;
 
@@ -98,11 +100,11 @@ impl Level {
         let res = (0..blocks)
             .map(|i| {
                 let inputs = if i == 0 { inputs } else { outputs };
-                ResnetBlock::new(inputs, outputs, &weights.pp("res").pp(i))
+                ResnetBlock::new(inputs, outputs, GROUPS, &weights.pp("res").pp(i))
             })
             .collect::<Result<_>>()?;
         let attn = (0..if lowest { blocks } else { 0 })
-            .map(|i| AttnBlock::new(outputs, &weights.pp("attn").pp(i)))
+            .map(|i| AttnBlock::new(outputs, GROUPS, &weights.pp("attn").pp(i)))
             .collect::<Result<_>>()?;
         Ok(Self {
             res,
@@ -132,9 +134,9 @@ struct Middle {
 impl Middle {
     fn new(channels: usize, weights: &Weights) -> Result<Self> {
         Ok(Self {
-            first: ResnetBlock::new(channels, channels, &weights.pp(0))?,
-            attn: AttnBlock::new(channels, &weights.pp(1))?,
-            last: ResnetBlock::new(channels, channels, &weights.pp(2))?,
+            first: ResnetBlock::new(channels, channels, GROUPS, &weights.pp(0))?,
+            attn: AttnBlock::new(channels, GROUPS, &weights.pp(1))?,
+            last: ResnetBlock::new(channels, channels, GROUPS, &weights.pp(2))?,
         })
     }
 
@@ -182,7 +184,7 @@ impl Encoder {
             conv_in: conv(3, c.ch, 3, &weights.pp("conv_in"))?,
             conv_blocks,
             mid: Middle::new(inputs, &weights.pp("mid"))?,
-            norm_out: norm(inputs, &weights.pp("norm_out"))?,
+            norm_out: norm(GROUPS, inputs, &weights.pp("norm_out"))?,
             conv_out: conv(inputs, c.z_channels, 3, &weights.pp("conv_out"))?,
         })
     }
@@ -237,7 +239,7 @@ impl Decoder {
             conv_in: conv(c.z_channels, lowest, 3, &weights.pp("conv_in"))?,
             mid: Middle::new(lowest, &weights.pp("mid"))?,
             conv_blocks,
-            norm_out: norm(inputs, &weights.pp("norm_out"))?,
+            norm_out: norm(GROUPS, inputs, &weights.pp("norm_out"))?,
             conv_out: conv(inputs, 3, 3, &weights.pp("conv_out"))?,
         })
     }
