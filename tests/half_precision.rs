@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
 use proptest::prelude::*;
-use proxytune::models::llamagen::{self, Gpt, gpt};
+use proxytune::models::llamagen::{Gpt, gpt};
+use proxytune::models::pickle::Pickle;
 use proxytune::nn::{
     Adapter, HalfKind, HalfMatrix, Init, Lora, LoraConfig, Precision, Weight, Weights, ops,
 };
@@ -304,7 +305,10 @@ fn a_gpt_in_half_precision_equals_the_one_of_rounded_weights_with_its_gradients(
         Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/llamagen-gpt/grouped-heads");
     let text = std::fs::read_to_string(case.join("model/config.json")).unwrap();
     let config: gpt::Config = serde_json::from_str(&text).unwrap();
-    let tensors = llamagen::read_pickle(&case.join("model/model.pt")).unwrap();
+    let tensors = Pickle::open(&case.join("model/model.pt"))
+        .unwrap()
+        .read_all()
+        .unwrap();
     let rounded: HashMap<String, Tensor> = tensors
         .iter()
         .map(|(name, t)| {

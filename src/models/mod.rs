@@ -2,19 +2,21 @@
 
 pub mod adapters;
 pub mod autoencoder;
+pub mod chameleon;
 pub mod checkpoint_files;
 pub mod clip;
 mod clip_tokenizer;
 pub mod encoder;
 pub mod llamagen;
-pub mod merge;
 pub mod lora_file;
+pub mod merge;
 pub mod pickle;
 pub mod sd3;
 pub mod t5;
 pub mod tensor_writer;
 pub mod tokenizer;
 pub mod vit;
+pub mod vqgan;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -209,13 +211,55 @@ impl Opening {
 pub fn open(opening: &Opening) -> Result<Box<dyn Learner>> {
     match opening.family {
         Family::LlamaGen => Ok(Box::new(llamagen::LlamaGen::open(opening)?)),
+        Family::Lumina => Ok(Box::new(chameleon::Lumina::open(opening)?)),
         Family::Sd3 => Ok(Box::new(sd3::Sd3Learner::open(opening)?)),
-        family @ (Family::Sdxl | Family::Flux | Family::Lumina | Family::Clip | Family::Dino) => {
+        family @ (Family::Sdxl | Family::Flux | Family::Clip | Family::Dino) => {
             Err(Error::invalid(
                 format!("{family} cannot be trained here"),
-                "models that can: SD3 and SD3.5 (diffusion), LlamaGen (autoregressive)",
+                "models that can: SD3 and SD3.5 (diffusion), LlamaGen and Lumina-mGPT (autoregressive)",
             ))
         }
+    }
+}
+
+/// What the tokenizing stage runs on a thread of its own.
+pub trait ImageTokenizer: Send {
+    /// The tokens of each image, row by row.
+    fn encode(&self, images: &[RgbImage]) -> Result<Vec<Vec<u32>>>;
+}
+
+/// Opens the image tokenizer of a checkpoint of an autoregressive `family`.
+pub fn open_image_tokenizer(
+    family: Family,
+    dir: &Path,
+    resolution: Option<u32>,
+    device: &Device,
+) -> Result<Box<dyn ImageTokenizer>> {
+    match family {
+        Family::LlamaGen => Ok(Box::new(llamagen::VqTokenizer::open(
+            dir, resolution, device,
+        )?)),
+        Family::Lumina => Ok(Box::new(chameleon::VqTokenizer::open(dir, device)?)),
+        Family::Sdxl | Family::Sd3 | Family::Flux | Family::Clip | Family::Dino => {
+            Err(Error::Invalid {
+                what: format!("{family} has no image tokenizer"),
+                hint: None,
+            })
+        }
+    }
+}
+
+/// The folder of the image tokenizer of the checkpoint in `dir`, and its tokens for an image of `resolution` pixels a
+/// side (the checkpoint's own where `None`); nothing for a family that reads pixels.
+pub fn image_tokenizer_files(
+    family: Family,
+    dir: &Path,
+    resolution: Option<u32>,
+) -> Result<Option<(PathBuf, usize)>> {
+    match family {
+        Family::LlamaGen => llamagen::tokenizer_files(dir, resolution).map(Some),
+        Family::Lumina => chameleon::tokenizer_files(dir, resolution).map(Some),
+        Family::Sdxl | Family::Sd3 | Family::Flux | Family::Clip | Family::Dino => Ok(None),
     }
 }
 

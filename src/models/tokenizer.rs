@@ -106,6 +106,17 @@ impl TextTokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
+    /// The ids of `text` alone: nothing is added before or after, and nothing is cut.
+    pub fn plain_ids(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding = self.tokenizer.encode(text, false).map_err(|e| {
+            Error::invalid(
+                format!("text {text:?} cannot be tokenized: {e}"),
+                "use a plainer text",
+            )
+        })?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
     /// [`TextTokenizer::ids`], padded on the right with `padding` to exactly `max_length`.
     pub fn encode(&self, text: &str, max_length: usize, padding: u32) -> Result<Encoded> {
         let mut ids = self.ids(text, max_length)?;

@@ -1,80 +1,67 @@
-//! How long the operations take: the rows that `tests/golden/bench_torch.py` prints for torch, for comparison on one
-//! machine.
-
-use std::time::Instant;
+//! The operations whose times are compared with torch's: `proxytune bench table`.
 
 use candle_core::{DType, Device, Tensor};
 
 use super::{Init, LayerNorm, Linear, Mask, Weights, ops};
 use crate::Result;
 
-/// One measured operation.
-#[derive(Debug, Clone)]
-pub struct Row {
+/// Something to time.
+pub struct Operation {
+    /// The row's name, the same on torch's side.
     pub name: String,
-    /// The fastest of several calls, in milliseconds.
-    pub milliseconds: f64,
+    /// Does it once.
+    pub body: Box<dyn FnMut() -> Result<()> + Send>,
 }
 
-/// Measures everything; takes some seconds. All threads of the current rayon pool are used.
-pub fn table() -> Result<Vec<Row>> {
-    let mut rows = Vec::new();
+impl Operation {
+    pub fn new(name: impl Into<String>, body: impl FnMut() -> Result<()> + Send + 'static) -> Self {
+        Self {
+            name: name.into(),
+            body: Box::new(body),
+        }
+    }
+}
+
+/// Two training steps of a transformer, a matrix product, GELU, softmax and a convolution, in f32 on the CPU. All
+/// threads of the current rayon pool are used.
+pub fn operations() -> Result<Vec<Operation>> {
     let weights = Weights::trainable(&[], 0, &Device::Cpu)?;
     let input = |shape: &[usize], name: &str| -> Result<Tensor> {
-        Ok(weights
-            .buffer(shape, name, Init::Normal(1.0))?
-            .reshape(shape)?)
+        weights.buffer(shape, name, Init::Normal(1.0))
     };
-    let pixels = input(&[4, 128, 32, 32], "pixels")?;
-    let kernel = input(&[128, 128, 3, 3], "kernel")?;
-    rows.push(best("conv 3x3 4x128x32x32", 20, || {
-        ops::conv2d(&pixels, &kernel, None, 1, ops::Padding::Same(1)).map(drop)
-    })?);
-    let kernel = weights.get((128, 128, 3, 3), "trained_kernel", Init::Normal(0.1))?;
-    let tracked = weights.get((4, 128, 32, 32), "trained_pixels", Init::Normal(1.0))?;
-    rows.push(best(
-        "conv 3x3 4x128x32x32, forward and backward",
-        20,
-        || {
-            let y = ops::conv2d(&tracked, &kernel, None, 1, ops::Padding::Same(1))?;
-            y.sum_all()?.backward()?;
-            Ok(())
-        },
-    )?);
-    let values = input(&[2048, 1024], "values")?;
-    rows.push(best("gelu 2M", 50, || ops::gelu(&values).map(drop))?);
-    rows.push(best("softmax 2048x1024", 50, || {
-        ops::softmax(&values).map(drop)
-    })?);
-    let left = input(&[2048, 1280], "left")?;
-    let right = input(&[1280, 1280], "right")?;
-    rows.push(best("matmul 2048x1280x1280", 20, || {
-        ops::linear(&left, &right, None).map(drop)
-    })?);
-    for (width, layers, b, n) in [(256, 4, 8, 96), (768, 4, 1, 376), (192, 6, 16, 88)] {
-        let name = format!("transformer step {width} wide, {layers} layers, {b}x{n} tokens");
-        let model = Transformer::new(width, layers, &weights.pp(&name))?;
+    let mut rows = Vec::new();
+    for (width, layers, b, n) in [(256, 4, 8, 96), (768, 4, 4, 376)] {
+        let model = Transformer::new(width, layers, &weights.pp(width))?;
         let x = input(&[b, n, width], &format!("x{width}"))?;
-        rows.push(best(&name, 15, || {
+        let name = format!("training step, {width} wide, {layers} layers, {b}x{n} tokens");
+        rows.push(Operation::new(name, move || {
             model.forward(&x)?.sqr()?.mean_all()?.backward()?;
             Ok(())
-        })?);
+        }));
     }
+    let (left, right) = (
+        input(&[2048, 1280], "left")?,
+        input(&[1280, 1280], "right")?,
+    );
+    rows.push(Operation::new("matrix product 2048x1280x1280", move || {
+        ops::linear(&left, &right, None).map(drop)
+    }));
+    let values = input(&[2048, 1024], "values")?;
+    let same = values.clone();
+    rows.push(Operation::new("GELU of 2 M values", move || {
+        ops::gelu(&values).map(drop)
+    }));
+    rows.push(Operation::new("softmax of 2 M values", move || {
+        ops::softmax(&same).map(drop)
+    }));
+    let (pixels, kernel) = (
+        input(&[4, 128, 32, 32], "pixels")?,
+        input(&[128, 128, 3, 3], "kernel")?,
+    );
+    rows.push(Operation::new("3x3 convolution 4x128x32x32", move || {
+        ops::conv2d(&pixels, &kernel, None, 1, ops::Padding::Same(1)).map(drop)
+    }));
     Ok(rows)
-}
-
-fn best(name: &str, times: usize, mut body: impl FnMut() -> Result<()>) -> Result<Row> {
-    body()?;
-    let mut milliseconds = f64::INFINITY;
-    for _ in 0..times {
-        let start = Instant::now();
-        body()?;
-        milliseconds = milliseconds.min(start.elapsed().as_secs_f64() * 1e3);
-    }
-    Ok(Row {
-        name: name.to_string(),
-        milliseconds,
-    })
 }
 
 /// A pre-norm transformer with heads of 64 and a GELU of four times the width.

@@ -56,6 +56,20 @@ impl Linear {
         }
     }
 
+    /// Everything in it that may be trained: weight, bias, and the adapter's factors.
+    pub fn parameters(&self) -> Vec<&Tensor> {
+        let factors = self.lora.iter().flat_map(|lora| [&*lora.a, &*lora.b]);
+        let weight = match &self.weight {
+            Weight::Tensor(weight) => Some(weight),
+            Weight::Half(_) => None,
+        };
+        weight
+            .into_iter()
+            .chain(&self.bias)
+            .chain(factors)
+            .collect()
+    }
+
     /// W, shape (outputs, inputs), without the adapter.
     pub fn weight(&self) -> &Weight {
         &self.weight

@@ -18,6 +18,7 @@ pub mod ops;
 pub mod plain;
 mod precision;
 mod recompute;
+mod slices;
 mod vjp;
 mod weights;
 
@@ -28,6 +29,7 @@ pub use merged::merged;
 pub use ops::Mask;
 pub use precision::{HalfKind, HalfMatrix, Precision, Weight};
 pub use recompute::{backward, is_recomputing, recompute, recomputing};
+pub use slices::sum_over_rows;
 pub use weights::{Init, Weights};
 
 use std::cell::Cell;

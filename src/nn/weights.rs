@@ -77,6 +77,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub struct Weights {
     inner: Arc<Inner>,
     prefix: String,
+    /// What adapters call this place where it is not `prefix`.
+    module: Option<String>,
     adapter: Option<Arc<Adapter>>,
 }
 
@@ -104,6 +106,7 @@ impl Weights {
         Self {
             inner: Arc::new(inner),
             prefix: String::new(),
+            module: None,
             adapter: None,
         }
     }
@@ -178,8 +181,18 @@ impl Weights {
 
     /// One level down.
     pub fn pp(&self, name: impl std::fmt::Display) -> Self {
+        let name = name.to_string();
         Self {
-            prefix: self.name(&name.to_string()),
+            prefix: joined(&self.prefix, &name),
+            module: self.module.as_ref().map(|module| joined(module, &name)),
+            ..self.clone()
+        }
+    }
+
+    /// The same place of the checkpoint, which adapters call `module`: for files whose names differ from the modules'.
+    pub fn as_module(&self, module: &str) -> Self {
+        Self {
+            module: Some(module.to_string()),
             ..self.clone()
         }
     }
@@ -208,11 +221,7 @@ impl Weights {
     }
 
     fn name(&self, name: &str) -> String {
-        match (self.prefix.is_empty(), name.is_empty()) {
-            (true, _) => name.to_string(),
-            (_, true) => self.prefix.clone(),
-            _ => format!("{}.{name}", self.prefix),
-        }
+        joined(&self.prefix, name)
     }
 
     /// Whether the checkpoint has `name` here. False for weights that are drawn afresh.
@@ -332,7 +341,10 @@ impl Weights {
     /// The adapter's factors for a linear layer at this place, if it is a target.
     pub fn lora(&self, inputs: usize, outputs: usize) -> Result<Option<Lora>> {
         match &self.adapter {
-            Some(adapter) => adapter.attach(&self.prefix, inputs, outputs, &self.inner.device),
+            Some(adapter) => {
+                let module = self.module.as_ref().unwrap_or(&self.prefix);
+                adapter.attach(module, inputs, outputs, &self.inner.device)
+            }
             None => Ok(None),
         }
     }
@@ -403,6 +415,14 @@ impl Weights {
             .iter()
             .map(|(name, v)| (name.clone(), v.clone()))
             .collect()
+    }
+}
+
+fn joined(path: &str, name: &str) -> String {
+    match (path.is_empty(), name.is_empty()) {
+        (true, _) => name.to_string(),
+        (_, true) => path.to_string(),
+        _ => format!("{path}.{name}"),
     }
 }
 

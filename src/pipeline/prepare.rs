@@ -4,12 +4,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::{Options, RunDir};
-use crate::config::{Device, Dtype, Family, Kind, Memory, Resolved, Student, Supervisor, locate};
+use crate::config::{Device, Dtype, Memory, Resolved, Student, Supervisor, locate};
 use crate::evaluation::embed::{Evaluator, ImageEmbedder};
 use crate::evaluation::embedders::{ClipEmbedder, DinoEmbedder};
 use crate::files::read_json;
-use crate::models::llamagen::{Files, ImageTokenizer};
-use crate::models::{Opening, Tuning, clip, vit};
+use crate::models::{Opening, Tuning, clip, image_tokenizer_files, open_image_tokenizer, vit};
 use crate::plan::{
     Digest, Plan, checkpoint_digest, derive_seed, evaluators_key, photos_digest, supervisor_key,
 };
@@ -224,26 +223,17 @@ fn image_tokenizer(
     resolved: &Resolved,
     dir: &std::path::Path,
 ) -> Result<(Arc<OpenTokenizer>, Option<TokenizerIdentity>)> {
-    let (dir, kind) = (dir.to_path_buf(), resolved.student.family.kind());
-    let resolution = resolved.student.resolution.map(|side| side as u32);
-    let identity = match resolved.student.family {
-        Family::LlamaGen => {
-            let files = Files::find(&dir, resolution)?;
-            Some(TokenizerIdentity {
-                digest: checkpoint_digest(files.tokenizer())?,
-                count: files.block_size()?,
-            })
-        }
-        family if kind == Kind::Autoregressive => {
-            return Err(Error::invalid(
-                format!("{family} cannot be a student yet"),
-                "students: LlamaGen, or a diffusion model (SD3)",
-            ));
-        }
-        _ => None,
+    let (dir, family) = (dir.to_path_buf(), resolved.student.family);
+    let side = resolved.student.resolution.map(|side| side as u32);
+    let identity = match image_tokenizer_files(family, &dir, side)? {
+        Some((folder, count)) => Some(TokenizerIdentity {
+            digest: checkpoint_digest(&folder)?,
+            count,
+        }),
+        None => None,
     };
     let on = device(resolved.student.device)?;
-    let open: OpenTokenizer = Box::new(move || ImageTokenizer::open(&dir, resolution, &on));
+    let open: OpenTokenizer = Box::new(move || open_image_tokenizer(family, &dir, side, &on));
     Ok((Arc::new(open), identity))
 }
 

@@ -7,13 +7,13 @@ use futures::{Stream, StreamExt};
 
 use super::{Context, ProxyBatch, ReadyBatch, ended_early};
 use crate::images::{decode_png, pixel_digest};
-use crate::models::llamagen::ImageTokenizer;
+use crate::models::ImageTokenizer;
 use crate::store::{Columns, TokenRow, now_us};
 use crate::stream::{Meter, Worker};
 use crate::{Error, Result};
 
 /// Opens the tokenizer on a thread of its own when it is first needed.
-pub type OpenTokenizer = Box<dyn Fn() -> Result<ImageTokenizer> + Send + Sync>;
+pub type OpenTokenizer = Box<dyn Fn() -> Result<Box<dyn ImageTokenizer>> + Send + Sync>;
 
 /// Tokenizes each batch of `input` as a whole, commits the rows and passes the batch on to training. Without a
 /// tokenizer (a diffusion student reads pixels) batches pass as they are.
@@ -25,7 +25,7 @@ pub fn tokenize(
 ) -> impl Stream<Item = Result<ReadyBatch>> + Send {
     try_stream! {
         let mut input = std::pin::pin!(input);
-        let mut worker: Option<Worker<ImageTokenizer>> = None;
+        let mut worker: Option<Worker<Box<dyn ImageTokenizer>>> = None;
         while let Some(batch) = input.next().await {
             let ready = ReadyBatch { batch: batch.batch, keys: batch.keys.clone() };
             let Some(tokenizer) = &context.tokenizer else {

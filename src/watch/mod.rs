@@ -395,7 +395,7 @@ fn ended(run: &Run, refused: Option<String>) -> Ended {
 /// Whether the next run would fail for the same reason, or the same run may succeed when it is continued later.
 fn stops_the_watch(error: &Error) -> bool {
     match error {
-        Error::Stage { source, .. } => stops_the_watch(source),
+        Error::Stage { source, .. } | Error::Unusable(source) => stops_the_watch(source),
         Error::Io { .. } | Error::Store { .. } | Error::Interrupted | Error::Config(_) => true,
         Error::Image { .. } | Error::Checkpoint { .. } | Error::NotFinite { .. } => false,
         Error::Invalid { .. } | Error::Tensor(_) => false,

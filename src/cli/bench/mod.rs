@@ -1,6 +1,7 @@
 //! `proxytune bench`: times on this machine, in the terms of the reference implementations.
 
 mod step;
+mod table;
 
 use clap::{Args, Subcommand};
 
@@ -21,11 +22,14 @@ pub struct BenchArgs {
 pub enum Bench {
     /// Time the training step of a model at full size with random weights, and its peak memory
     Step(step::StepArgs),
+    /// Time operations and the steps of the nano models, beside torch's
+    Table(table::TableArgs),
 }
 
 /// Measures and prints.
 pub(super) fn run(args: &BenchArgs) -> Result<()> {
     match &args.what {
         Bench::Step(args) => step::run(args),
+        Bench::Table(args) => table::run(args),
     }
 }

@@ -1,7 +1,7 @@
 //! LlamaGen as a [`Learner`]: GPT, its T5 caption encoder and its VQ tokenizer, from one checkpoint folder.
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
@@ -17,19 +17,19 @@ use crate::models::checkpoint_files;
 use crate::models::t5::T5Encoder;
 use crate::models::tokenizer::TextTokenizer;
 use crate::models::{
-    Example, Learner, Lesson, Opening, Request, Sampling, Tuning, adapters, finish_all, snapshot,
+    Example, ImageTokenizer, Learner, Lesson, Opening, Request, Sampling, Tuning, adapters,
+    finish_all, snapshot,
 };
 use crate::nn::{Adapter, Weights, merged, no_grad, ops, recomputing};
 use crate::{Error, Result, images};
 
-/// The VQ tokenizer alone: what the tokenizing stage runs on a thread of its own.
-pub struct ImageTokenizer {
+/// The VQ tokenizer alone.
+pub struct VqTokenizer {
     model: vq::VqModel,
     resolution: u32,
-    count: usize,
 }
 
-impl ImageTokenizer {
+impl VqTokenizer {
     /// Opens the tokenizer of the LlamaGen checkpoint in `dir`; see [`Files::find`].
     pub fn open(dir: &Path, resolution: Option<u32>, device: &Device) -> Result<Self> {
         let (tokenizer, weights) = Self::build(&Files::find(dir, resolution)?, device)?;
@@ -40,32 +40,14 @@ impl ImageTokenizer {
     /// The tokenizer with the weights it was built from, whose faults are still to be asked for.
     fn build(files: &Files, device: &Device) -> Result<(Self, Weights)> {
         let (config, weights) = files.open_vq(device)?;
-        let count = files.block_size()?;
-        let resolution = (count.isqrt() * config.downsampling()) as u32;
+        let resolution = (files.block_size()?.isqrt() * config.downsampling()) as u32;
         let model = vq::VqModel::new(&config, &weights)?;
-        let tokenizer = Self {
-            model,
-            resolution,
-            count,
-        };
-        Ok((tokenizer, weights))
+        Ok((Self { model, resolution }, weights))
     }
 
     /// Side length of the images in pixels.
     pub fn resolution(&self) -> u32 {
         self.resolution
-    }
-
-    /// Tokens per image.
-    pub fn count(&self) -> usize {
-        self.count
-    }
-
-    /// The tokens of each image, row by row; images have the tokenizer's resolution.
-    pub fn encode(&self, images: &[RgbImage]) -> Result<Vec<Vec<u32>>> {
-        images::check_side(images, self.resolution, "LlamaGen's image tokenizer")?;
-        let pixels = images::to_tensor(images, self.model.device())?;
-        Ok(no_grad(|| self.model.encode(&pixels))?.to_vec2::<u32>()?)
     }
 
     /// The images of tokens (b, n).
@@ -75,6 +57,20 @@ impl ImageTokenizer {
         let tokens = Tensor::from_vec(flat, (tokens.len(), side), self.model.device())?;
         images::from_tensor(&no_grad(|| self.model.decode(&tokens))?)
     }
+}
+
+impl ImageTokenizer for VqTokenizer {
+    fn encode(&self, images: &[RgbImage]) -> Result<Vec<Vec<u32>>> {
+        images::check_side(images, self.resolution, "LlamaGen's image tokenizer")?;
+        let pixels = images::to_tensor(images, self.model.device())?;
+        Ok(no_grad(|| self.model.encode(&pixels))?.to_vec2::<u32>()?)
+    }
+}
+
+/// Where the image tokenizer of the checkpoint in `dir` lies, and how many tokens an image has.
+pub fn tokenizer_files(dir: &Path, resolution: Option<u32>) -> Result<(PathBuf, usize)> {
+    let files = Files::find(dir, resolution)?;
+    Ok((files.tokenizer().to_path_buf(), files.block_size()?))
 }
 
 /// The caption encoder with a memory of what it has encoded.
@@ -127,7 +123,7 @@ impl Captions {
 pub struct LlamaGen {
     gpt: Gpt,
     captions: Captions,
-    tokenizer: ImageTokenizer,
+    tokenizer: VqTokenizer,
     weights: Weights,
     adapter: Option<Arc<Adapter>>,
     config_text: String,
@@ -160,7 +156,7 @@ impl LlamaGen {
         let t5 = files.t5();
         let t5_weights = checkpoint_files::open(t5, "model", weights.precision(), device)?;
         let encoder = T5Encoder::new(&read_json(&t5.join("config.json"))?, &t5_weights)?;
-        let (tokenizer, vq_weights) = ImageTokenizer::build(&files, device)?;
+        let (tokenizer, vq_weights) = VqTokenizer::build(&files, device)?;
         if opening
             .resolution
             .is_some_and(|asked| asked != tokenizer.resolution())

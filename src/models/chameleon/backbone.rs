@@ -1,0 +1,415 @@
+//! Chameleon's transformer (Chameleon team 2024, arXiv 2405.09818), which is LLaMA's with a layer norm of each query
+//! and key. Reference: `ChameleonForConditionalGeneration` in transformers, whose logits of image tokens are not
+//! masked here, as Lumina-mGPT trains and samples it.
+//!
+//! Two layouts of the query and key norms are read: a row for each head, or one row for several heads (Lumina-mGPT
+//! stores one for all).
+
+use candle_core::{DType, Device, Tensor};
+use rand_chacha::ChaCha8Rng;
+
+use super::cache::{Cache, RowCache};
+pub use super::config::Config;
+use crate::nn::{Embedding, Init, LayerNorm, Linear, Mask, RmsNorm, Weights, no_grad, ops};
+use crate::{Error, Result};
+
+/// The layer norm of queries or keys: each head is normalised alone and has its own scale and shift.
+struct HeadNorm {
+    norm: LayerNorm,
+    /// (rows, head_dim), one row for every `heads / rows` neighbouring heads.
+    weight: Tensor,
+    bias: Tensor,
+    heads: usize,
+}
+
+impl HeadNorm {
+    fn new(heads: usize, head_dim: usize, weights: &Weights) -> Result<Self> {
+        let rows = weights
+            .dims("weight")
+            .and_then(|dims| dims.first().copied())
+            .filter(|rows| *rows > 0 && heads.is_multiple_of(*rows))
+            .unwrap_or(heads);
+        Ok(Self {
+            norm: LayerNorm::plain(1e-5),
+            weight: weights.get((rows, head_dim), "weight", Init::Ones)?,
+            bias: weights.get((rows, head_dim), "bias", Init::Zeros)?,
+            heads,
+        })
+    }
+
+    /// `x` (b, n, heads · d) to (b, heads, n, d).
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (b, n, width) = x.dims3()?;
+        let (h, d) = (self.heads, width / self.heads);
+        let x = x.reshape((b, n, h, d))?;
+        let rows = self.weight.dim(0)?;
+        if rows == 1 {
+            let (weight, bias) = (self.weight.squeeze(0)?, self.bias.squeeze(0)?);
+            let y = ops::layer_norm(&x, Some(&weight), Some(&bias), 1e-5)?;
+            return Ok(y.transpose(1, 2)?);
+        }
+        // Heads first: their scales then belong to whole rows.
+        let y = self.norm.forward(&x)?.permute((2, 0, 1, 3))?;
+        let y = y.contiguous()?.reshape((h, b * n, d))?;
+        let y = ops::modulate(
+            &y,
+            &self.each_head(&self.bias)?,
+            &(self.each_head(&self.weight)? - 1.0)?,
+        )?;
+        Ok(y.reshape((h, b, n, d))?.transpose(0, 1)?)
+    }
+
+    /// `rows` (rows, d) as (heads, d).
+    fn each_head(&self, rows: &Tensor) -> Result<Tensor> {
+        let (count, d) = rows.dims2()?;
+        let rows = crate::nn::parameter(rows).to_dtype(DType::F32)?;
+        if count == self.heads {
+            return Ok(rows);
+        }
+        Ok(rows
+            .unsqueeze(1)?
+            .broadcast_as((count, self.heads / count, d))?
+            .contiguous()?
+            .reshape((self.heads, d))?)
+    }
+}
+
+/// Rotary tables of all positions: cosines and sines, each (positions, head_dim / 2), f32.
+struct Rotary {
+    cos: Tensor,
+    sin: Tensor,
+}
+
+impl Rotary {
+    fn new(c: &Config, device: &Device) -> Result<Self> {
+        let (n, half) = (c.max_position_embeddings, c.head_dim() / 2);
+        let frequencies: Vec<f32> = (0..half)
+            .map(|i| 1.0 / (c.rope_base() as f32).powf(i as f32 / half as f32))
+            .collect();
+        let angles: Vec<f32> = (0..n)
+            .flat_map(|position| frequencies.iter().map(move |f| position as f32 * f))
+            .collect();
+        let angles = Tensor::from_vec(angles, (n, half), device)?;
+        Ok(Self {
+            cos: angles.cos()?,
+            sin: angles.sin()?,
+        })
+    }
+
+    fn narrow(&self, start: usize, count: usize) -> Result<Self> {
+        Ok(Self {
+            cos: self.cos.narrow(0, start, count)?,
+            sin: self.sin.narrow(0, start, count)?,
+        })
+    }
+
+    /// The rows of `positions`, of u32.
+    fn select(&self, positions: &Tensor) -> Result<Self> {
+        Ok(Self {
+            cos: self.cos.index_select(positions, 0)?,
+            sin: self.sin.index_select(positions, 0)?,
+        })
+    }
+}
+
+struct Attention {
+    q_proj: Linear,
+    k_proj: Linear,
+    v_proj: Linear,
+    o_proj: Linear,
+    q_norm: HeadNorm,
+    k_norm: HeadNorm,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+}
+
+impl Attention {
+    fn new(c: &Config, weights: &Weights) -> Result<Self> {
+        let (hidden, kv_width) = (c.hidden_size, c.kv_heads() * c.head_dim());
+        let linear = |outputs, name| {
+            let init = Init::Normal(0.02);
+            Linear::with_init(hidden, outputs, c.attention_bias, init, &weights.pp(name))
+        };
+        Ok(Self {
+            q_proj: linear(hidden, "q_proj")?,
+            k_proj: linear(kv_width, "k_proj")?,
+            v_proj: linear(kv_width, "v_proj")?,
+            o_proj: linear(hidden, "o_proj")?,
+            q_norm: HeadNorm::new(c.num_attention_heads, c.head_dim(), &weights.pp("q_norm"))?,
+            k_norm: HeadNorm::new(c.kv_heads(), c.head_dim(), &weights.pp("k_norm"))?,
+            heads: c.num_attention_heads,
+            kv_heads: c.kv_heads(),
+            head_dim: c.head_dim(),
+        })
+    }
+
+    /// `x` (b, n, hidden) to the same shape; `attend` is given queries (b, heads, n, d) and keys and values
+    /// (b, kv_heads, n, d), and returns (b, heads, n, d).
+    fn forward(
+        &self,
+        x: &Tensor,
+        rotary: &Rotary,
+        attend: impl FnOnce(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let (b, n, hidden) = x.dims3()?;
+        let turn = |x: &Tensor| ops::rope_halves(x, &rotary.cos, &rotary.sin);
+        let q = turn(&self.q_norm.forward(&self.q_proj.forward(x)?)?)?;
+        let k = turn(&self.k_norm.forward(&self.k_proj.forward(x)?)?)?;
+        let v = self.v_proj.forward(x)?;
+        let v = v
+            .reshape((b, n, self.kv_heads, self.head_dim))?
+            .transpose(1, 2)?;
+        let y = attend(&q, &k, &v)?;
+        let y = y.transpose(1, 2)?.contiguous()?;
+        self.o_proj.forward(&y.reshape((b, n, hidden))?)
+    }
+
+    fn scale(&self) -> f64 {
+        1.0 / (self.head_dim as f64).sqrt()
+    }
+
+    /// Each key or value head once for every query head that it serves.
+    fn repeat(&self, x: &Tensor) -> Result<Tensor> {
+        let times = self.heads / self.kv_heads;
+        if times == 1 {
+            return Ok(x.clone());
+        }
+        let (b, h, m, d) = x.dims4()?;
+        Ok(x.unsqueeze(2)?
+            .broadcast_as((b, h, times, m, d))?
+            .contiguous()?
+            .reshape((b, h * times, m, d))?)
+    }
+}
+
+struct Mlp {
+    gate_proj: Linear,
+    up_proj: Linear,
+    down_proj: Linear,
+}
+
+impl Mlp {
+    fn new(c: &Config, weights: &Weights) -> Result<Self> {
+        let linear = |inputs, outputs, name| {
+            let init = Init::Normal(0.02);
+            Linear::with_init(inputs, outputs, c.mlp_bias, init, &weights.pp(name))
+        };
+        let (hidden, inner) = (c.hidden_size, c.intermediate_size);
+        Ok(Self {
+            gate_proj: linear(hidden, inner, "gate_proj")?,
+            up_proj: linear(hidden, inner, "up_proj")?,
+            down_proj: linear(inner, hidden, "down_proj")?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let gated = ops::swiglu(&self.gate_proj.forward(x)?, &self.up_proj.forward(x)?)?;
+        self.down_proj.forward(&gated)
+    }
+}
+
+struct Layer {
+    self_attn: Attention,
+    mlp: Mlp,
+    input_layernorm: RmsNorm,
+    post_attention_layernorm: RmsNorm,
+    swin_norm: bool,
+}
+
+impl Layer {
+    fn new(c: &Config, weights: &Weights) -> Result<Self> {
+        let norm = |name| RmsNorm::new(c.hidden_size, c.rms_norm_eps, &weights.pp(name));
+        Ok(Self {
+            self_attn: Attention::new(c, &weights.pp("self_attn"))?,
+            mlp: Mlp::new(c, &weights.pp("mlp"))?,
+            input_layernorm: norm("input_layernorm")?,
+            post_attention_layernorm: norm("post_attention_layernorm")?,
+            swin_norm: c.swin_norm,
+        })
+    }
+
+    fn forward(
+        &self,
+        x: Tensor,
+        rotary: &Rotary,
+        attend: impl FnOnce(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
+        dropout: &mut Option<Dropout>,
+    ) -> Result<Tensor> {
+        let (norm1, norm2) = (&self.input_layernorm, &self.post_attention_layernorm);
+        let h = if self.swin_norm {
+            norm1.forward(&self.self_attn.forward(&x, rotary, attend)?)?
+        } else {
+            self.self_attn
+                .forward(&norm1.forward(&x)?, rotary, attend)?
+        };
+        let x = (x + Dropout::apply(dropout, h)?)?;
+        let h = if self.swin_norm {
+            norm2.forward(&self.mlp.forward(&x)?)?
+        } else {
+            self.mlp.forward(&norm2.forward(&x)?)?
+        };
+        Ok((x + Dropout::apply(dropout, h)?)?)
+    }
+}
+
+/// Dropout on both residual branches of every layer, in training.
+pub struct Dropout<'a> {
+    /// Probability of a zero, in [0, 1).
+    pub p: f64,
+    pub generator: &'a mut ChaCha8Rng,
+}
+
+impl Dropout<'_> {
+    fn apply(this: &mut Option<Self>, x: Tensor) -> Result<Tensor> {
+        match this {
+            Some(dropout) => ops::dropout(&x, dropout.p, dropout.generator),
+            None => Ok(x),
+        }
+    }
+}
+
+/// The model.
+pub struct Backbone {
+    config: Config,
+    embed_tokens: Embedding,
+    layers: Vec<Layer>,
+    norm: RmsNorm,
+    lm_head: Linear,
+    rotary: Rotary,
+    device: Device,
+}
+
+impl Backbone {
+    /// Builds the model from `weights`, whose root is the checkpoint's; its names may lack the leading `model.`. Call
+    /// [`Weights::finish`] afterwards. Adapters attach to `model.layers.0.self_attn.q_proj` and so on, and to `lm_head`.
+    pub fn new(config: &Config, weights: &Weights) -> Result<Self> {
+        config.validate()?;
+        let c = config;
+        let body = if weights.contains("embed_tokens.weight") {
+            weights.as_module("model")
+        } else {
+            weights.pp("model")
+        };
+        let head = if c.tie_word_embeddings {
+            body.pp("embed_tokens").as_module("lm_head")
+        } else {
+            weights.pp("lm_head")
+        };
+        let init = Init::Normal(0.02);
+        Ok(Self {
+            embed_tokens: Embedding::new(c.vocab_size, c.hidden_size, &body.pp("embed_tokens"))?,
+            layers: (0..c.num_hidden_layers)
+                .map(|i| Layer::new(c, &body.pp("layers").pp(i)))
+                .collect::<Result<_>>()?,
+            norm: RmsNorm::new(c.hidden_size, c.rms_norm_eps, &body.pp("norm"))?,
+            lm_head: Linear::with_init(c.hidden_size, c.vocab_size, false, init, &head)?,
+            rotary: Rotary::new(c, weights.device())?,
+            device: weights.device().clone(),
+            config: c.clone(),
+        })
+    }
+
+    /// The configuration it was built with.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Where the weights are.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Logits (b, n, vocab_size) in f32 of the tokens that follow each of `ids` (b, n) of u32.
+    pub fn forward(&self, ids: &Tensor) -> Result<Tensor> {
+        self.logits(&self.hidden(ids, None)?)
+    }
+
+    /// The normed hidden states (b, n, hidden_size) of `ids` (b, n) of u32. Padding on the right changes nothing to its
+    /// left.
+    pub fn hidden(&self, ids: &Tensor, mut dropout: Option<Dropout>) -> Result<Tensor> {
+        let (_, n) = ids.dims2()?;
+        self.check_length(n)?;
+        let rotary = self.rotary.narrow(0, n)?;
+        let mut h = self.embed(ids)?;
+        for layer in &self.layers {
+            let attention = &layer.self_attn;
+            let attend = |q: &Tensor, k: &Tensor, v: &Tensor| {
+                let (k, v) = (attention.repeat(k)?, attention.repeat(v)?);
+                ops::attention(q, &k, &v, attention.scale(), &Mask::Causal)
+            };
+            h = layer.forward(h, &rotary, attend, &mut dropout)?;
+        }
+        self.norm.forward(&h)
+    }
+
+    /// Logits (…, vocab_size) in f32 of normed hidden states (…, hidden_size).
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        Ok(self.lm_head.forward(hidden)?.to_dtype(DType::F32)?)
+    }
+
+    /// What [`Backbone::logits`] learns, if anything.
+    pub fn head(&self) -> &Linear {
+        &self.lm_head
+    }
+
+    /// An empty cache for `rows` sequences of at most `capacity` tokens each.
+    pub fn cache(&self, rows: usize, capacity: usize) -> Result<Cache> {
+        self.check_length(capacity)?;
+        let c = &self.config;
+        let shape = (1, c.kv_heads(), capacity, c.head_dim());
+        Cache::new(rows, c.num_hidden_layers, shape, &self.device)
+    }
+
+    /// Appends `tokens` (r, tokens of sequence r, possibly none) to the sequences of `cache` and gives the logits
+    /// (r, vocab_size), f32, of what follows each of those that grew, in their order. Sequences of any lengths stand
+    /// side by side without padding. Nothing is recorded for gradients.
+    pub fn extend(&self, tokens: &[Vec<u32>], cache: &mut Cache) -> Result<Tensor> {
+        let segments = cache.segments(tokens)?;
+        let positions: Vec<u32> = segments.iter().flat_map(|s| s.positions()).collect();
+        let last: Vec<u32> = segments.iter().map(|s| s.last()).collect();
+        no_grad(|| {
+            let count = positions.len();
+            let positions = Tensor::from_vec(positions, count, &self.device)?;
+            let rotary = self.rotary.select(&positions)?;
+            let ids = Tensor::from_vec(tokens.concat(), (1, count), &self.device)?;
+            let mut h = self.embed(&ids)?;
+            for (layer, cache) in self.layers.iter().zip(cache.layers()) {
+                let attention = &layer.self_attn;
+                let attend = |q: &Tensor, k: &Tensor, v: &Tensor| {
+                    let parts = segments
+                        .iter()
+                        .map(|segment| {
+                            let row: &RowCache = &cache[segment.row];
+                            let cut = |x: &Tensor| x.narrow(2, segment.start, segment.count);
+                            let (k, v) = row.extend(&cut(k)?, &cut(v)?, segment.position)?;
+                            let (k, v) = (attention.repeat(&k)?, attention.repeat(&v)?);
+                            ops::attention(&cut(q)?, &k, &v, attention.scale(), &Mask::Causal)
+                        })
+                        .collect::<Result<Vec<_>>>()?;
+                    Ok(Tensor::cat(&parts, 2)?)
+                };
+                h = layer.forward(h, &rotary, attend, &mut None)?;
+            }
+            let last = Tensor::from_vec(last, segments.len(), &self.device)?;
+            let h = h.squeeze(0)?.index_select(&last, 0)?;
+            cache.advance(tokens);
+            self.logits(&self.norm.forward(&h)?)
+        })
+    }
+
+    fn embed(&self, ids: &Tensor) -> Result<Tensor> {
+        Ok(self.embed_tokens.forward(ids)?.to_dtype(DType::F32)?)
+    }
+
+    fn check_length(&self, n: usize) -> Result<()> {
+        let most = self.config.max_position_embeddings;
+        if n <= most {
+            return Ok(());
+        }
+        Err(Error::invalid(
+            format!("a sequence of {n} tokens; the model has {most} positions"),
+            "choose a smaller resolution or a shorter prompt",
+        ))
+    }
+}

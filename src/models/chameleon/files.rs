@@ -1,0 +1,87 @@
+//! Where a checkpoint's parts lie: the transformer as transformers' `save_pretrained` writes it, in one file or in
+//! shards, and the image tokenizer as Meta publishes it, `vqgan.yaml` beside `vqgan.ckpt`, in the folder `tokenizer`.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device};
+
+use super::config::Config;
+use super::vq::{self, VqGan};
+use crate::files::read_json;
+use crate::models::checkpoint_files::{self, WeightFiles};
+use crate::models::tokenizer::TextTokenizer;
+use crate::nn::Weights;
+use crate::{Error, Result};
+
+/// Meta's names, and ours for the same tensors as safetensors.
+pub const VQ_CONFIG: &str = "vqgan.yaml";
+pub const VQ_PICKLE: &str = "vqgan.ckpt";
+pub const VQ_WEIGHTS: &str = "vqgan.safetensors";
+/// The folder of the image tokenizer.
+pub const TOKENIZER: &str = "tokenizer";
+
+/// The tokenizer of texts in `dir`: `tokenizer.json`, or Meta's `tokenizer/text_tokenizer.json`.
+pub fn text_tokenizer(dir: &Path) -> Result<TextTokenizer> {
+    let meta = dir.join(TOKENIZER).join("text_tokenizer.json");
+    let own = dir.join("tokenizer.json");
+    let choose_meta = !own.is_file() && meta.is_file();
+    TextTokenizer::from_file(if choose_meta { &meta } else { &own })
+}
+
+/// The folder that holds the image tokenizer of the checkpoint in `dir`: one with `vqgan.yaml`, else `dir` itself, where
+/// transformers keeps the encoder among the model's weights.
+pub fn tokenizer_dir(dir: &Path) -> PathBuf {
+    let folder = dir.join(TOKENIZER);
+    if folder.join(VQ_CONFIG).is_file() {
+        folder
+    } else {
+        dir.to_path_buf()
+    }
+}
+
+/// The sizes of the image tokenizer of the checkpoint in `dir`.
+pub fn tokenizer_config(dir: &Path) -> Result<vq::Config> {
+    let yaml = tokenizer_dir(dir).join(VQ_CONFIG);
+    if yaml.is_file() {
+        let text = std::fs::read_to_string(&yaml).map_err(Error::io(&yaml))?;
+        return vq::Config::from_yaml(&text);
+    }
+    let config: Config = read_json(&dir.join("config.json"))?;
+    vq::Config::from_vq_config(&config.vq_config)
+}
+
+/// The image tokenizer of the checkpoint in `dir`, or in Meta's folder itself. In transformers' layout it encodes only.
+///
+/// # Errors
+/// When there is none, or its names and shapes are not those of its config.
+pub fn open_image_tokenizer(dir: &Path, device: &Device) -> Result<VqGan> {
+    let (folder, config) = (tokenizer_dir(dir), tokenizer_config(dir)?);
+    if folder.join(VQ_CONFIG).is_file() {
+        let safetensors = folder.join(VQ_WEIGHTS);
+        let weights = if safetensors.is_file() {
+            Weights::from_files(&[safetensors], DType::F32, device)?
+        } else {
+            WeightFiles::single(&folder.join(VQ_PICKLE)).open(DType::F32, device)?
+        };
+        let model = VqGan::new(&config, &weights)?;
+        weights.finish()?;
+        return Ok(model);
+    }
+    let weights = checkpoint_files::open(dir, "model", DType::F32, device)?;
+    let root = ["model.vqmodel", "vqmodel", ""]
+        .into_iter()
+        .map(|prefix| weights.pp(prefix))
+        .find(|place| place.contains("encoder.conv_in.weight"))
+        .ok_or_else(|| {
+            Error::invalid(
+                format!("{} holds no image tokenizer", dir.display()),
+                format!(
+                    "place {VQ_CONFIG} and {VQ_PICKLE} of facebook/chameleon in {}",
+                    dir.join(TOKENIZER).display()
+                ),
+            )
+        })?;
+    let model = VqGan::encoder(&config, &root)?;
+    weights.finish()?;
+    Ok(model)
+}

@@ -1,0 +1,238 @@
+//! Lumina-mGPT as a [`Learner`]: Chameleon's transformer, its image tokenizer and its text tokenizer, from one checkpoint
+//! folder.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor, Var};
+use image::RgbImage;
+use rand::Rng;
+use rand_chacha::ChaCha8Rng;
+
+use super::backbone::{Backbone, Dropout};
+use super::config::Config;
+use super::files;
+use super::grammar::{Format, Vocabulary};
+use super::loss::Sequence;
+use super::vq::VqGan;
+use crate::files::read_json;
+use crate::models::checkpoint_files::WeightFiles;
+use crate::models::llamagen::Sampling as TokenSampling;
+use crate::models::tokenizer::TextTokenizer;
+use crate::models::{
+    Example, ImageTokenizer, Learner, Lesson, Opening, Request, Sampling, Tuning, adapters,
+    snapshot,
+};
+use crate::nn::{Adapter, Weights, no_grad};
+use crate::{Error, Result, images};
+
+/// Side in pixels of the square images of the checkpoint in `dir`: what is `asked` for, or its own.
+///
+/// # Errors
+/// When the side is no whole number of the checkpoint's units.
+pub fn resolution(config: &Config, asked: Option<u32>) -> Result<usize> {
+    let side = asked.map_or(config.image_size, |side| side as usize);
+    if side > 0 && side.is_multiple_of(config.patch_size.max(1)) {
+        return Ok(side);
+    }
+    Err(Error::invalid(
+        format!("a resolution of {side} pixels"),
+        format!("choose a multiple of {} pixels", config.patch_size),
+    ))
+}
+
+/// The image tokenizer of the checkpoint in `dir`, for images of `resolution` pixels a side.
+pub struct VqTokenizer {
+    model: VqGan,
+}
+
+impl VqTokenizer {
+    /// Opens it; see [`files::open_image_tokenizer`].
+    pub fn open(dir: &Path, device: &Device) -> Result<Self> {
+        Ok(Self {
+            model: files::open_image_tokenizer(dir, device)?,
+        })
+    }
+
+    /// The images of codes (b, n).
+    pub fn decode(&self, codes: &[Vec<u32>]) -> Result<Vec<RgbImage>> {
+        let count = codes.first().map_or(0, Vec::len);
+        let shape = (codes.len(), count);
+        let codes = Tensor::from_vec(codes.concat(), shape, self.model.device())?;
+        images::from_tensor(&no_grad(|| self.model.decode(&codes))?)
+    }
+}
+
+impl ImageTokenizer for VqTokenizer {
+    fn encode(&self, images: &[RgbImage]) -> Result<Vec<Vec<u32>>> {
+        let pixels = images::to_tensor(images, self.model.device())?;
+        Ok(no_grad(|| self.model.encode(&pixels))?.to_vec2::<u32>()?)
+    }
+}
+
+/// Where the image tokenizer of the checkpoint in `dir` lies, and how many codes an image of the side that is `asked`
+/// for has.
+pub fn tokenizer_files(dir: &Path, asked: Option<u32>) -> Result<(PathBuf, usize)> {
+    let config: Config = read_json(&dir.join("config.json"))?;
+    let side = resolution(&config, asked)? / files::tokenizer_config(dir)?.downsampling();
+    Ok((files::tokenizer_dir(dir), side * side))
+}
+
+/// Lumina-mGPT, ready to learn and to draw.
+pub struct Lumina {
+    backbone: Backbone,
+    format: Format,
+    text: TextTokenizer,
+    tokenizer: VqTokenizer,
+    weights: Weights,
+    adapter: Option<Arc<Adapter>>,
+    config_text: String,
+    base: String,
+    resolution: u32,
+    dropout: f64,
+    condition_dropout: f64,
+}
+
+impl Lumina {
+    /// Opens the checkpoint in `opening.dir`; see [`files`] for its parts.
+    pub fn open(opening: &Opening) -> Result<Self> {
+        let (dir, device) = (&opening.dir, &opening.device);
+        let config_path = dir.join("config.json");
+        let config: Config = read_json(&config_path)?;
+        let config_text = std::fs::read_to_string(&config_path).map_err(Error::io(&config_path))?;
+        let weight_files = WeightFiles::find(dir, "model")?;
+        let weights = match opening.tuning {
+            Tuning::Full => {
+                Weights::trainable(&weight_files.into_safetensors()?, opening.seed, device)?
+            }
+            Tuning::Lora(_) | Tuning::Frozen => weight_files.open(opening.dtype, device)?,
+        };
+        let (weights, adapter) = opening.attach(weights);
+        let backbone = Backbone::new(&config, &weights)?;
+        weights.finish()?;
+        let tokenizer = VqTokenizer::open(dir, device)?;
+        let text = files::text_tokenizer(dir)?;
+        let side = resolution(&config, opening.resolution)?;
+        let sizes = tokenizer.model.config();
+        let vocabulary = Vocabulary::of(&text, &config, sizes.n_embed)?;
+        let format = Format::new(
+            vocabulary,
+            (side, side),
+            config.patch_size,
+            sizes.downsampling(),
+        )?;
+        Ok(Self {
+            backbone,
+            format,
+            text,
+            tokenizer,
+            weights,
+            adapter,
+            config_text,
+            base: opening.name.clone(),
+            resolution: side as u32,
+            dropout: opening.dropout,
+            condition_dropout: opening.condition_dropout,
+        })
+    }
+
+    /// The sequence of one lesson. Without its caption it is the answer alone, as guidance asks for it.
+    fn sequence(&self, lesson: &Lesson, captioned: bool) -> Result<Sequence> {
+        let Example::Tokens(codes) = &lesson.example else {
+            return Err(Error::Invalid {
+                what: "an autoregressive model was given latents to learn".into(),
+                hint: None,
+            });
+        };
+        let answer = self.format.answer(codes)?;
+        if !captioned {
+            return Ok(Sequence {
+                tokens: answer,
+                labelled: 1,
+            });
+        }
+        let prompt = self.format.prompt(&self.text, &lesson.prompt)?;
+        Ok(Sequence {
+            labelled: prompt.len(),
+            tokens: [prompt, answer].concat(),
+        })
+    }
+}
+
+impl Learner for Lumina {
+    fn resolution(&self) -> u32 {
+        self.resolution
+    }
+
+    fn encode(&mut self, images: &[RgbImage]) -> Result<Vec<Example>> {
+        let codes = self.tokenizer.encode(images)?;
+        Ok(codes.into_iter().map(Example::Tokens).collect())
+    }
+
+    fn loss(&mut self, batch: &[Lesson], generator: &mut ChaCha8Rng) -> Result<Tensor> {
+        let sequences = batch
+            .iter()
+            .map(|lesson| {
+                let captioned = generator.random::<f64>() >= self.condition_dropout;
+                self.sequence(lesson, captioned)
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let p = self.dropout;
+        self.backbone
+            .loss(&sequences, Some(Dropout { p, generator }))
+    }
+
+    fn generate(&mut self, requests: &[Request], sampling: &Sampling) -> Result<Vec<RgbImage>> {
+        let prompts = requests
+            .iter()
+            .map(|request| self.format.prompt(&self.text, &request.prompt))
+            .collect::<Result<Vec<_>>>()?;
+        let seeds: Vec<u64> = requests.iter().map(|request| request.seed).collect();
+        let settings = TokenSampling {
+            guidance_scale: sampling.guidance_scale,
+            guidance_interval: sampling.guidance_interval,
+            temperature: sampling.temperature,
+            top_k: sampling.top_k,
+            top_p: sampling.top_p,
+        };
+        let count = self.format.count();
+        let codes = self
+            .backbone
+            .draw(&prompts, &self.format, count, &settings, &seeds)?;
+        self.tokenizer.decode(&codes)
+    }
+
+    fn variables(&self) -> Vec<(String, Var)> {
+        match &self.adapter {
+            Some(adapter) => adapter.variables(),
+            None => self.weights.variables(),
+        }
+    }
+
+    fn save(&self, dir: &Path, values: &BTreeMap<String, Tensor>) -> Result<()> {
+        match &self.adapter {
+            Some(adapter) => adapters::write_peft(dir, values, adapter.config(), &self.base),
+            None => {
+                let mut whole = snapshot(&self.weights.variables())?;
+                whole.extend(
+                    values
+                        .iter()
+                        .map(|(name, value)| (name.clone(), value.clone())),
+                );
+                adapters::write_checkpoint(dir, &whole, &self.config_text)
+            }
+        }
+    }
+
+    fn read(&self, dir: &Path) -> Result<BTreeMap<String, Tensor>> {
+        match &self.adapter {
+            Some(adapter) => adapters::read_for(dir, adapter.config()),
+            None => adapters::read_checkpoint(dir),
+        }
+    }
+
+    fn unknown_words(&self, prompt: &str) -> Result<Vec<String>> {
+        self.text.unknown_words(prompt)
+    }
+}

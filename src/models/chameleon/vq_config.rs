@@ -1,0 +1,266 @@
+//! The sizes of Chameleon's VQGAN, from either file that states them.
+
+use serde::Deserialize;
+
+use super::yaml;
+use crate::{Error, Result};
+
+/// Sizes in taming-transformers' terms, with Chameleon's as defaults.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    /// Channels at full resolution, a multiple of `norm_num_groups`. Default 128.
+    pub ch: usize,
+    /// Factors on `ch` from the highest resolution to the lowest. Default 1, 1, 2, 2, 4.
+    pub ch_mult: Vec<usize>,
+    /// Residual blocks at each resolution of the encoder; the decoder has one more. Default 2.
+    pub num_res_blocks: usize,
+    /// Sides, where an image has `resolution` pixels, at which every residual block is followed by attention; none by
+    /// default.
+    pub attn_resolutions: Vec<usize>,
+    /// Whether there is attention at all, in the middle too. Default true.
+    pub attention: bool,
+    /// Side of an image in pixels that `attn_resolutions` are counted for. Default 512.
+    pub resolution: usize,
+    /// Channels between the encoder and the codebook. Default 256.
+    pub z_channels: usize,
+    /// Number of codes. Default 8192.
+    pub n_embed: usize,
+    /// Width of a code. Default 256.
+    pub embed_dim: usize,
+    /// Groups of every group norm. Not in published files: the references always have 32, the default.
+    pub norm_num_groups: usize,
+}
+
+/// `vq_config` in the `config.json` of a Hugging Face `ChameleonModel`.
+#[derive(Deserialize)]
+#[serde(default)]
+struct HuggingFace {
+    embed_dim: usize,
+    num_embeddings: usize,
+    double_latent: bool,
+    latent_channels: usize,
+    resolution: usize,
+    in_channels: usize,
+    base_channels: usize,
+    channel_multiplier: Vec<usize>,
+    num_res_blocks: usize,
+    attn_resolutions: Option<Vec<usize>>,
+    attn_type: Option<String>,
+}
+
+impl Default for HuggingFace {
+    fn default() -> Self {
+        Self {
+            embed_dim: 256,
+            num_embeddings: 8192,
+            double_latent: false,
+            latent_channels: 256,
+            resolution: 512,
+            in_channels: 3,
+            base_channels: 128,
+            channel_multiplier: vec![1, 1, 2, 2, 4],
+            num_res_blocks: 2,
+            attn_resolutions: None,
+            attn_type: Some("vanilla".into()),
+        }
+    }
+}
+
+/// `model.params` of a `vqgan.yaml`.
+#[derive(Deserialize)]
+struct Taming {
+    ddconfig: Sizes,
+    embed_dim: usize,
+    n_embed: usize,
+}
+
+#[derive(Deserialize)]
+struct Sizes {
+    ch: usize,
+    ch_mult: Vec<usize>,
+    num_res_blocks: usize,
+    attn_resolutions: Vec<usize>,
+    in_channels: usize,
+    out_ch: usize,
+    resolution: usize,
+    z_channels: usize,
+    #[serde(default = "yes")]
+    double_z: bool,
+    #[serde(default = "yes")]
+    resamp_with_conv: bool,
+    #[serde(default = "groups")]
+    norm_num_groups: usize,
+    #[serde(default)]
+    use_linear_attn: bool,
+    #[serde(default)]
+    attn_type: Option<String>,
+    #[serde(default)]
+    tanh_out: bool,
+    #[serde(default)]
+    give_pre_end: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn groups() -> usize {
+    32
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            ch: 128,
+            ch_mult: vec![1, 1, 2, 2, 4],
+            num_res_blocks: 2,
+            attn_resolutions: Vec::new(),
+            attention: true,
+            resolution: 512,
+            z_channels: 256,
+            n_embed: 8192,
+            embed_dim: 256,
+            norm_num_groups: groups(),
+        }
+    }
+}
+
+impl Config {
+    /// From the `vq_config` of a Hugging Face `config.json`.
+    pub fn from_vq_config(json: &serde_json::Value) -> Result<Self> {
+        let read = HuggingFace::deserialize(json).map_err(|e| unlike(&e.to_string()))?;
+        if read.double_latent || read.in_channels != 3 {
+            return Err(unlike("double_latent or in_channels other than 3"));
+        }
+        let config = Self {
+            ch: read.base_channels,
+            ch_mult: read.channel_multiplier,
+            num_res_blocks: read.num_res_blocks,
+            attn_resolutions: read.attn_resolutions.unwrap_or_default(),
+            attention: read.attn_type.as_deref() == Some("vanilla"),
+            resolution: read.resolution,
+            z_channels: read.latent_channels,
+            n_embed: read.num_embeddings,
+            embed_dim: read.embed_dim,
+            norm_num_groups: groups(),
+        };
+        config.validated()
+    }
+
+    /// From the text of a `vqgan.yaml`.
+    pub fn from_yaml(text: &str) -> Result<Self> {
+        let document = yaml::parse(text).map_err(|e| unlike(&e))?;
+        let read = Taming::deserialize(&document["model"]["params"])
+            .map_err(|e| unlike(&format!("model.params: {e}")))?;
+        let sizes = read.ddconfig;
+        let foreign = [
+            ("double_z", sizes.double_z),
+            ("use_linear_attn", sizes.use_linear_attn),
+            ("tanh_out", sizes.tanh_out),
+            ("give_pre_end", sizes.give_pre_end),
+            ("resamp_with_conv = false", !sizes.resamp_with_conv),
+            ("in_channels other than 3", sizes.in_channels != 3),
+            ("out_ch other than 3", sizes.out_ch != 3),
+        ];
+        if let Some((what, _)) = foreign.iter().find(|(_, is_so)| *is_so) {
+            return Err(unlike(what));
+        }
+        let attention = match sizes.attn_type.as_deref() {
+            None | Some("vanilla") => true,
+            Some("none") => false,
+            Some(other) => return Err(unlike(&format!("attn_type {other}"))),
+        };
+        let config = Self {
+            ch: sizes.ch,
+            ch_mult: sizes.ch_mult,
+            num_res_blocks: sizes.num_res_blocks,
+            attn_resolutions: sizes.attn_resolutions,
+            attention,
+            resolution: sizes.resolution,
+            z_channels: sizes.z_channels,
+            n_embed: read.n_embed,
+            embed_dim: read.embed_dim,
+            norm_num_groups: sizes.norm_num_groups,
+        };
+        config.validated()
+    }
+
+    /// As the text of a `vqgan.yaml`.
+    pub fn to_yaml(&self) -> String {
+        let attn_type = if self.attention { "vanilla" } else { "none" };
+        format!(
+            "model:\n  target: taming.models.vqgan.VQModel\n  params:\n    embed_dim: {}\n    n_embed: {}\n    \
+             ddconfig:\n      double_z: false\n      z_channels: {}\n      resolution: {}\n      in_channels: 3\n      \
+             out_ch: 3\n      ch: {}\n      ch_mult: {:?}\n      num_res_blocks: {}\n      attn_resolutions: {:?}\n      \
+             attn_type: {attn_type}\n      norm_num_groups: {}\n      dropout: 0.0\n",
+            self.embed_dim,
+            self.n_embed,
+            self.z_channels,
+            self.resolution,
+            self.ch,
+            self.ch_mult,
+            self.num_res_blocks,
+            self.attn_resolutions,
+            self.norm_num_groups,
+        )
+    }
+
+    /// Pixels along one side of the square that one code stands for.
+    pub fn downsampling(&self) -> usize {
+        1 << self.ch_mult.len().saturating_sub(1)
+    }
+
+    /// Whether the residual blocks of `level`, counted from the highest resolution, are followed by attention.
+    pub(super) fn attends(&self, level: usize) -> bool {
+        self.attention && self.attn_resolutions.contains(&(self.resolution >> level))
+    }
+
+    pub(super) fn validated(self) -> Result<Self> {
+        let groups = self.norm_num_groups;
+        let whole = |channels: usize| channels > 0 && groups > 0 && channels.is_multiple_of(groups);
+        if self.ch_mult.is_empty() || !self.ch_mult.iter().all(|m| whole(self.ch * m)) {
+            return Err(unlike(&format!(
+                "channels {} times {:?}, which are not multiples of {groups}",
+                self.ch, self.ch_mult
+            )));
+        }
+        if self.num_res_blocks == 0 || self.n_embed < 2 || self.z_channels * self.embed_dim == 0 {
+            return Err(unlike("no residual blocks, or fewer than two codes"));
+        }
+        Ok(self)
+    }
+}
+
+fn unlike(what: &str) -> Error {
+    Error::invalid(
+        format!("the VQGAN's config: {what}"),
+        "only the image tokenizer of Chameleon, in other sizes, is supported",
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_config_survives_its_own_yaml() {
+        let config = Config {
+            ch: 32,
+            ch_mult: vec![1, 2],
+            attn_resolutions: vec![16],
+            norm_num_groups: 8,
+            ..Config::default()
+        };
+        assert_eq!(Config::from_yaml(&config.to_yaml()).unwrap(), config);
+        assert!(!config.attends(0) && config.downsampling() == 2);
+    }
+
+    #[test]
+    fn another_autoencoder_is_refused_with_the_reason() {
+        let yaml = Config::default()
+            .to_yaml()
+            .replace("double_z: false", "double_z: true");
+        let error = Config::from_yaml(&yaml).unwrap_err().to_string();
+        assert!(error.contains("double_z"), "{error}");
+    }
+}

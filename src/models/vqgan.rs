@@ -1,0 +1,330 @@
+//! What VQGANs (Esser et al. 2021, arXiv 2012.09841) are made of, as taming-transformers wrote them and as LlamaGen and
+//! Chameleon took them over: residual and attention blocks, and the codebook with its nearest-neighbour quantisation.
+//! Reference: `taming/modules/diffusionmodules/model.py` and `taming/modules/vqvae/quantize.py`.
+
+use candle_core::{D, DType, Tensor};
+
+use crate::nn::ops::{self, Padding};
+use crate::nn::{Conv2d, GroupNorm, Init, Mask, Weights, parameter};
+use crate::{Error, Result};
+
+/// Images are decoded in slices of about this many pixels, which bounds the memory of the widest layer.
+const PIXELS_AT_ONCE: usize = 4 * 256 * 256;
+
+/// A convolution that keeps the size.
+pub fn conv(inputs: usize, outputs: usize, kernel: usize, weights: &Weights) -> Result<Conv2d> {
+    Conv2d::new(
+        inputs,
+        outputs,
+        kernel,
+        1,
+        Padding::Same(kernel / 2),
+        weights,
+    )
+}
+
+/// A group norm as every VQGAN has it; the references always have 32 groups.
+pub fn norm(groups: usize, channels: usize, weights: &Weights) -> Result<GroupNorm> {
+    GroupNorm::new(groups, channels, 1e-6, weights)
+}
+
+/// Two convolutions, each after a norm and SiLU, beside a shortcut.
+pub struct ResnetBlock {
+    norm1: GroupNorm,
+    conv1: Conv2d,
+    norm2: GroupNorm,
+    conv2: Conv2d,
+    nin_shortcut: Option<Conv2d>,
+}
+
+impl ResnetBlock {
+    /// Takes `norm1`, `conv1`, `norm2`, `conv2`, and `nin_shortcut` where the widths differ.
+    pub fn new(inputs: usize, outputs: usize, groups: usize, weights: &Weights) -> Result<Self> {
+        Ok(Self {
+            norm1: norm(groups, inputs, &weights.pp("norm1"))?,
+            conv1: conv(inputs, outputs, 3, &weights.pp("conv1"))?,
+            norm2: norm(groups, outputs, &weights.pp("norm2"))?,
+            conv2: conv(outputs, outputs, 3, &weights.pp("conv2"))?,
+            nin_shortcut: if inputs == outputs {
+                None
+            } else {
+                Some(conv(inputs, outputs, 1, &weights.pp("nin_shortcut"))?)
+            },
+        })
+    }
+
+    /// `x` (b, inputs, h, w) to (b, outputs, h, w).
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let h = self.conv1.forward(&self.norm1.forward_silu(x)?)?;
+        let h = self.conv2.forward(&self.norm2.forward_silu(&h)?)?;
+        match &self.nin_shortcut {
+            Some(shortcut) => Ok((shortcut.forward(x)? + h)?),
+            None => Ok((x + h)?),
+        }
+    }
+}
+
+/// Self-attention of all places with one head.
+pub struct AttnBlock {
+    norm: GroupNorm,
+    q: Conv2d,
+    k: Conv2d,
+    v: Conv2d,
+    proj_out: Conv2d,
+}
+
+impl AttnBlock {
+    /// Takes `norm`, `q`, `k`, `v` and `proj_out`.
+    pub fn new(channels: usize, groups: usize, weights: &Weights) -> Result<Self> {
+        let point = |name| conv(channels, channels, 1, &weights.pp(name));
+        Ok(Self {
+            norm: norm(groups, channels, &weights.pp("norm"))?,
+            q: point("q")?,
+            k: point("k")?,
+            v: point("v")?,
+            proj_out: point("proj_out")?,
+        })
+    }
+
+    /// `x` (b, channels, h, w) to the same shape.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (b, c, h, w) = x.dims4()?;
+        let normed = self.norm.forward(x)?;
+        let rows = |conv: &Conv2d| -> Result<Tensor> {
+            Ok(conv
+                .forward(&normed)?
+                .reshape((b, 1, c, h * w))?
+                .transpose(2, 3)?
+                .contiguous()?)
+        };
+        let (q, k, v) = (rows(&self.q)?, rows(&self.k)?, rows(&self.v)?);
+        let y = ops::attention(&q, &k, &v, 1.0 / (c as f64).sqrt(), &Mask::None)?;
+        let y = y.transpose(2, 3)?.contiguous()?.reshape((b, c, h, w))?;
+        Ok((x + self.proj_out.forward(&y)?)?)
+    }
+}
+
+/// The nearest code of each encoding.
+#[derive(Debug, Clone)]
+pub struct Quantized {
+    /// Codes (b, n) of u32, row by row.
+    pub tokens: Tensor,
+    /// For each code in the same order, how much further away the second nearest is, in squared distance.
+    pub gaps: Vec<f32>,
+}
+
+/// What training needs of a quantisation.
+#[derive(Debug, Clone)]
+pub struct Quantization {
+    /// The nearest codes in place of the encodings, (b, width, h, w); gradients pass straight through.
+    pub codes: Tensor,
+    /// Mean squared distance of the codes to the encodings; it moves the codebook only.
+    pub vq_loss: Tensor,
+    /// The commitment's weight times the same distance; it moves the encoder only.
+    pub commit_loss: Tensor,
+    /// Codes (b, h·w) of u32.
+    pub indices: Tensor,
+}
+
+/// What training a tokenizer needs of one forward pass.
+#[derive(Debug, Clone)]
+pub struct TrainOutput {
+    /// (b, 3, h, w), not clamped; gradients pass the quantisation straight through.
+    pub reconstruction: Tensor,
+    /// As in [`Quantization`], like the two that follow.
+    pub vq_loss: Tensor,
+    pub commit_loss: Tensor,
+    pub indices: Tensor,
+}
+
+impl Quantization {
+    /// With what the decoder made of the codes.
+    pub fn decoded(self, reconstruction: Tensor) -> TrainOutput {
+        TrainOutput {
+            reconstruction,
+            vq_loss: self.vq_loss,
+            commit_loss: self.commit_loss,
+            indices: self.indices,
+        }
+    }
+}
+
+/// The codebook.
+pub struct Codebook {
+    embedding: Tensor,
+    unit_length: bool,
+}
+
+impl Codebook {
+    /// Takes `weight` (`codes`, `width`) here. With `unit_length`, codes and encodings are compared at length 1.
+    pub fn new(codes: usize, width: usize, unit_length: bool, weights: &Weights) -> Result<Self> {
+        // The reference draws codes uniformly in a cube of side 2 / codes and, if they are to have unit length,
+        // normalises them; a normal of this deviation has unit length in the mean.
+        let init = if unit_length {
+            Init::Normal((1.0 / width as f64).sqrt())
+        } else {
+            Init::Uniform(1.0 / codes as f64)
+        };
+        Ok(Self {
+            embedding: weights.get((codes, width), "weight", init)?,
+            unit_length,
+        })
+    }
+
+    /// The stored table, (codes, width).
+    pub fn embedding(&self) -> &Tensor {
+        &self.embedding
+    }
+
+    /// The nearest code for each place of `z` (b, width, h, w), the first of equals.
+    pub fn quantize(&self, z: &Tensor) -> Result<Quantized> {
+        let (b, _, h, w) = z.dims4()?;
+        let rows = self.rows(&z.detach())?.to_dtype(DType::F32)?;
+        let codebook = self.codes()?.detach().to_dtype(DType::F32)?;
+        let lengths = codebook.sqr()?.sum_keepdim(1)?.t()?;
+        let transposed = codebook.t()?.contiguous()?;
+        let (mut tokens, mut gaps) = (Vec::new(), Vec::new());
+        // A slice of rows at a time: the table of distances is rows times codes.
+        for start in (0..b * h * w).step_by(1024) {
+            let rows = rows.narrow(0, start, 1024.min(b * h * w - start))?;
+            let distances = (rows.sqr()?.sum_keepdim(1)?.broadcast_add(&lengths)?
+                - (rows.matmul(&transposed)? * 2.0)?)?;
+            for row in distances.to_vec2::<f32>()? {
+                let (token, gap) = nearest(&row);
+                tokens.push(token);
+                gaps.push(gap);
+            }
+        }
+        Ok(Quantized {
+            tokens: Tensor::from_vec(tokens, (b, h * w), z.device())?,
+            gaps,
+        })
+    }
+
+    /// The codes of `tokens` (b, h·w) of u32, row by row, as (b, width, h, w).
+    pub fn look_up(&self, tokens: &Tensor, h: usize, w: usize) -> Result<Tensor> {
+        let b = tokens.dim(0)?;
+        let width = self.embedding.dim(1)?;
+        Ok(self
+            .codes()?
+            .index_select(&tokens.flatten_all()?.contiguous()?, 0)?
+            .reshape((b, h, w, width))?
+            .permute((0, 3, 1, 2))?
+            .contiguous()?)
+    }
+
+    /// Quantises `z` (b, width, h, w) for training, with the commitment loss weighted by `beta`.
+    pub fn train(&self, z: &Tensor, beta: f64) -> Result<Quantization> {
+        let (b, c, h, w) = z.dims4()?;
+        let indices = self.quantize(z)?.tokens;
+        let codes = self.look_up(&indices, h, w)?;
+        let z = self
+            .rows(z)?
+            .reshape((b, h, w, c))?
+            .permute((0, 3, 1, 2))?
+            .contiguous()?;
+        let vq_loss = (&codes - z.detach())?.sqr()?.mean_all()?;
+        let commit = (codes.detach() - &z)?.sqr()?.mean_all()?;
+        Ok(Quantization {
+            codes: (&z + (&codes - &z)?.detach())?,
+            vq_loss,
+            commit_loss: (commit * beta)?,
+            indices,
+        })
+    }
+
+    /// `z` (b, c, h, w) as rows (b·h·w, c), of unit length where the codebook is.
+    fn rows(&self, z: &Tensor) -> Result<Tensor> {
+        let (b, c, h, w) = z.dims4()?;
+        let rows = z
+            .permute((0, 2, 3, 1))?
+            .contiguous()?
+            .reshape((b * h * w, c))?;
+        self.normalised(rows)
+    }
+
+    fn codes(&self) -> Result<Tensor> {
+        self.normalised(parameter(&self.embedding))
+    }
+
+    fn normalised(&self, rows: Tensor) -> Result<Tensor> {
+        if !self.unit_length {
+            return Ok(rows);
+        }
+        // The floor on the length is 1e-12, as in torch's normalize.
+        let length = (rows.sqr()?.sum_keepdim(D::Minus1)? + 1e-24)?.sqrt()?;
+        Ok(rows.broadcast_div(&length)?)
+    }
+}
+
+/// Fails unless `image` is (b, 3, h, w) with sides of at least `downsampling`.
+pub fn check_image(image: &Tensor, downsampling: usize) -> Result<()> {
+    let (_, c, h, w) = image.dims4()?;
+    if c == 3 && h >= downsampling && w >= downsampling {
+        return Ok(());
+    }
+    Err(Error::invalid(
+        format!("an image of shape {:?} for the tokenizer", image.dims()),
+        format!("three channels and sides of at least {downsampling} are expected"),
+    ))
+}
+
+/// The side of the square that `tokens` (b, n) form.
+pub fn square(tokens: &Tensor) -> Result<usize> {
+    let (_, n) = tokens.dims2()?;
+    let grid = n.isqrt();
+    if grid * grid == n && n > 0 {
+        return Ok(grid);
+    }
+    Err(Error::invalid(
+        format!("{n} tokens to decode"),
+        "the tokens of an image form a square",
+    ))
+}
+
+/// How many images of `pixels` pixels are decoded at once.
+pub fn images_at_once(pixels: usize) -> usize {
+    (PIXELS_AT_ONCE / pixels.max(1)).max(1)
+}
+
+/// `body` of `x` (b, …), `at_once` rows at a time.
+pub fn in_slices(
+    x: &Tensor,
+    at_once: usize,
+    body: impl Fn(&Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let b = x.dim(0)?;
+    let slices = (0..b)
+        .step_by(at_once)
+        .map(|start| body(&x.narrow(0, start, at_once.min(b - start))?))
+        .collect::<Result<Vec<_>>>()?;
+    match <[Tensor; 1]>::try_from(slices) {
+        Ok([one]) => Ok(one),
+        Err(slices) => Ok(Tensor::cat(&slices, 0)?),
+    }
+}
+
+/// The place of the smallest of `distances` and how much larger the second smallest is.
+fn nearest(distances: &[f32]) -> (u32, f32) {
+    let (mut best, mut smallest, mut second) = (0, f32::INFINITY, f32::INFINITY);
+    for (i, &distance) in distances.iter().enumerate() {
+        if distance < smallest {
+            second = smallest;
+            (best, smallest) = (i as u32, distance);
+        } else if distance < second {
+            second = distance;
+        }
+    }
+    (best, second - smallest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_second_nearest_code_gives_the_gap() {
+        assert_eq!(nearest(&[3.0, 1.0, 1.5, 9.0]), (1, 0.5));
+        assert_eq!(nearest(&[2.0, 2.0]), (0, 0.0));
+    }
+}
