@@ -144,7 +144,7 @@ impl HalfMatrix {
         let [rows, columns] = *view.shape() else {
             return Ok(None);
         };
-        if (view.data().as_ptr() as usize) % align_of::<u16>() != 0 {
+        if !(view.data().as_ptr() as usize).is_multiple_of(align_of::<u16>()) {
             return Ok(None);
         }
         Ok(Some(Self {

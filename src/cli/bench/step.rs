@@ -2,7 +2,7 @@
 //! LlamaGen's own source with peft where a Python with torch is given.
 
 use std::io::{BufRead, BufReader, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 use std::time::Instant;
@@ -262,7 +262,7 @@ struct Torch {
 }
 
 impl Torch {
-    fn start(args: &StepArgs, python: &PathBuf, source: &PathBuf, threads: usize) -> Result<Self> {
+    fn start(args: &StepArgs, python: &Path, source: &Path, threads: usize) -> Result<Self> {
         let [layers, heads, dim] = args.model.sizes();
         let dtype = match args.dtype {
             Dtype::Auto | Dtype::F32 => "float32",
