@@ -73,7 +73,7 @@ pub struct Found {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Presence {
     pub found: Vec<Found>,
-    /// Paths of files that are not there; alternatives are joined by " or ".
+    /// Paths of files that are not there; of alternatives, the first that is no index.
     pub missing: Vec<String>,
     /// The same for files that nobody but the user can place.
     pub missing_by_hand: Vec<String>,
@@ -143,8 +143,8 @@ impl Published {
                     .find_map(|path| Some((*path, look(repository, path)?)));
                 let Some((path, at)) = found else {
                     if needed {
-                        let choices: Vec<String> = choices.iter().map(|p| inside(p)).collect();
-                        presence.missing.push(choices.join(" or "));
+                        let plain = choices.iter().find(|path| !is_index(path));
+                        presence.missing.extend(plain.or(choices.first()).map(|p| inside(p)));
                     }
                     continue;
                 };
@@ -311,11 +311,11 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_is_told_with_its_alternatives_shards_and_repositories() {
+    fn what_is_missing_is_told_down_to_shards_and_with_its_repositories() {
         let folder = tempfile::tempdir().unwrap();
         let presence = || MODEL.in_folder(folder.path());
-        let other = "t5/model.safetensors.index.json or t5/pytorch_model.bin";
-        assert_eq!(presence().missing, ["config.json", other]);
+        let weights = "t5/pytorch_model.bin";
+        assert_eq!(presence().missing, ["config.json", weights]);
         assert_eq!(presence().missing_by_hand, ["tokenizer/text.json"]);
         assert_eq!(presence().incomplete, [0, 1]);
         write(folder.path(), "config.json", "{}");

@@ -1,7 +1,7 @@
 """Shows that peft reads what proxytune writes: an adapter of a LlamaGen student, and the checkpoint that
 `proxytune merge` made with it. Makes no golden file; it fails when the two differ.
 
-    proxytune merge --model nano-llamagen --adapter datasets/runs/nano/student --out merged
+    proxytune merge --model nano-llamagen --adapter datasets/runs/nano/student --out merged --dtype f32
     LLAMAGEN=path/to/LlamaGen python tests/golden/ar/peft_reads_ours.py \
         datasets/nano/checkpoints/llamagen datasets/runs/nano/student merged
 """
