@@ -44,16 +44,7 @@ pub fn rows(context: &Context, model: Model, sheets: Option<&Path>) -> Result<Ve
             let (images, used) = vq::reconstruct(context, &pixels)?;
             Ok(vec![
                 reconstruction(name, 25.0, &pixels, &images, sheets)?,
-                Row::new(
-                    name,
-                    format!(
-                        "codes used for these, of {}",
-                        context.settings.vq.codebook_size
-                    ),
-                    Unit::Count,
-                    used as f64,
-                    None,
-                ),
+                Row::new(name, "codes used for these", Unit::Count, used as f64, None),
             ])
         }
         Model::Vae => {
