@@ -10,6 +10,7 @@ use arrow::datatypes::{DataType, Field, Schema, SchemaRef, UInt64Type};
 use arrow::row::{RowConverter, SortField};
 use datafusion::catalog::TableProvider;
 use datafusion::common::ScalarValue;
+use datafusion::common::metadata::FieldMetadata;
 use datafusion::datasource::MemTable;
 use datafusion::logical_expr::{Expr, cast, col, lit};
 use futures::TryStreamExt;
@@ -191,7 +192,9 @@ fn ident(name: &str) -> Expr {
 }
 
 fn null(field: &Field) -> Expr {
-    cast(lit(ScalarValue::Null), field.data_type().clone()).alias(field.name())
+    let metadata = FieldMetadata::from(field.metadata().clone());
+    cast(lit(ScalarValue::Null), field.data_type().clone())
+        .alias_with_metadata(field.name(), Some(metadata))
 }
 
 /// The ids of the rows of `dataset` whose `key` an earlier row has: what two processes wrote at the same moment.
