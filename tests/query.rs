@@ -98,6 +98,9 @@ async fn runs_that_differ_in_one_setting_are_found() {
                AND a.run < b.run WHERE a.value <> b.value";
     let text = String::from_utf8(written(dir.path(), sql, Format::Csv).await).unwrap();
     assert_eq!(text, "setting,value,value\nstudent.steps,200,100\n");
+    let sql = "SELECT step / 50 * 50 AS from_step, count(*) AS n FROM metrics WHERE step - 60 > 0 GROUP BY 1 ORDER BY 1";
+    let text = String::from_utf8(written(dir.path(), sql, Format::Csv).await).unwrap();
+    assert_eq!(text, "from_step,n\n50,39\n100,50\n150,50\n");
     let sql = "SELECT status FROM latest_runs ORDER BY run";
     let text = String::from_utf8(written(dir.path(), sql, Format::Csv).await).unwrap();
     assert_eq!(text, "status\nfinished\ninterrupted\n");
