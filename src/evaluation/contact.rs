@@ -10,8 +10,8 @@ const FAINT: [u8; 3] = [112, 117, 130];
 const MARGIN: u32 = 32;
 const GAP: u32 = 16;
 const LINE_GAP: u32 = 4;
-/// Lines of a caption; the rest is cut.
-const CAPTION_LINES: usize = 3;
+/// Lines below a picture; the rest is cut.
+const LINES: usize = 5;
 
 /// A picture and what stands below it.
 #[derive(Debug, Clone)]
@@ -19,7 +19,7 @@ pub struct Cell {
     pub image: RgbImage,
     /// Wrapped to the picture's width.
     pub caption: String,
-    /// In a fainter colour, on one line.
+    /// In a fainter colour below the caption, wrapped too.
     pub note: String,
 }
 
@@ -30,7 +30,9 @@ pub fn contact_sheet(title: &str, cells: &[Cell], columns: u32) -> RgbImage {
     let rows = (cells.len() as u32).div_ceil(columns);
     let side = side(cells);
     let line = Canvas::text_height(2) + LINE_GAP;
-    let row_height = side + LINE_GAP + (CAPTION_LINES as u32 + 1) * line + GAP;
+    let texts: Vec<Vec<(String, [u8; 3])>> = cells.iter().map(|cell| below(cell, side)).collect();
+    let lines = texts.iter().map(Vec::len).max().unwrap_or(0) as u32;
+    let row_height = side + LINE_GAP + lines * line + GAP;
     let width = 2 * MARGIN + columns * (side + GAP) - GAP;
     let heading = Canvas::wrap(title, 3, width - 2 * MARGIN);
     let heading_line = Canvas::text_height(3) + 2 * LINE_GAP;
@@ -39,7 +41,7 @@ pub fn contact_sheet(title: &str, cells: &[Cell], columns: u32) -> RgbImage {
     for (index, text) in (0u32..).zip(&heading) {
         canvas.text(text, MARGIN, MARGIN + index * heading_line, 3, INK);
     }
-    for (index, cell) in (0u32..).zip(cells) {
+    for ((index, cell), texts) in (0u32..).zip(cells).zip(&texts) {
         let x = MARGIN + (index % columns) * (side + GAP);
         let y = top + (index / columns) * row_height;
         let picture = fitted(&cell.image, side);
@@ -48,17 +50,22 @@ pub fn contact_sheet(title: &str, cells: &[Cell], columns: u32) -> RgbImage {
             x + (side - picture.width()) / 2,
             y + (side - picture.height()) / 2,
         );
-        let mut text_y = y + side + LINE_GAP;
-        for text in Canvas::wrap(&cell.caption, 2, side)
-            .iter()
-            .take(CAPTION_LINES)
-        {
-            canvas.text(text, x, text_y, 2, INK);
-            text_y += line;
+        for (place, (text, ink)) in (0u32..).zip(texts) {
+            canvas.text(text, x, y + side + LINE_GAP + place * line, 2, *ink);
         }
-        canvas.text(&cell.note, x, text_y, 2, FAINT);
     }
     canvas.into_image()
+}
+
+/// The lines below a picture of `width` pixels, each with its colour.
+fn below(cell: &Cell, width: u32) -> Vec<(String, [u8; 3])> {
+    let notes = Canvas::wrap(&cell.note, 2, width);
+    let captions = Canvas::wrap(&cell.caption, 2, width);
+    let room = LINES.saturating_sub(notes.len());
+    let captions = captions.into_iter().take(room).map(|text| (text, INK));
+    captions
+        .chain(notes.into_iter().map(|text| (text, FAINT)))
+        .collect()
 }
 
 /// Side of a cell: a whole multiple of the largest picture where that is possible.
@@ -80,11 +87,13 @@ mod tests {
 
     #[test]
     fn each_picture_stands_in_its_place_with_sharp_pixels() {
-        let cell = |red| Cell {
+        let cell = |red| {
+            Cell {
             image: RgbImage::from_pixel(32, 32, Rgb([red, 0, 0])),
-            caption: "a very long caption that takes more than three lines of this small cell"
+            caption: "a very long caption that takes more lines than there are below a cell as small as this one is"
                 .into(),
             note: "0.5".into(),
+        }
         };
         let cells: Vec<Cell> = [10, 20, 30].map(cell).to_vec();
         let sheet = contact_sheet("three", &cells, 2);

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use arrow::array::AsArray;
-use arrow::datatypes::{Float32Type, UInt32Type, UInt64Type};
+use arrow::datatypes::{Float32Type, Int64Type, UInt64Type};
 use futures::TryStreamExt;
 use lance::dataset::ProjectionRequest;
 use serde_json::json;
@@ -122,8 +122,8 @@ pub async fn choose(
         let text = |name| text(&batch, name);
         let (key, subject, class) = (text("key")?, text("subject")?, text("class")?);
         let (token, prompt) = (text("token")?, text("prompt")?);
-        let whole = |name: &str| batch[name].as_primitive::<UInt64Type>();
-        let pixels = |name: &str| batch[name].as_primitive::<UInt32Type>();
+        let count = |name: &str, i| batch[name].as_primitive::<Int64Type>().value(i) as u64;
+        let seed = batch["seed"].as_primitive::<UInt64Type>();
         let score = |name: &str, i| {
             let values = batch[name].as_primitive::<Float32Type>();
             values.iter().nth(i).flatten()
@@ -134,11 +134,11 @@ pub async fn choose(
                 subject: subject(i),
                 class: class(i),
                 token: token(i),
-                number: whole("number").value(i),
+                number: count("number", i),
                 prompt: prompt(i),
-                seed: whole("seed").value(i),
-                width: pixels("width").value(i),
-                height: pixels("height").value(i),
+                seed: seed.value(i),
+                width: count("width", i) as u32,
+                height: count("height", i) as u32,
                 clip_i: score("clip_i", i),
                 clip_t: score("clip_t", i),
                 dino: score("dino", i),
@@ -303,7 +303,8 @@ fn metadata(one: &Chosen) -> String {
         "subject": one.subject,
         "class": one.class,
         "token": one.token,
-        "seed": one.seed,
+        // As text: readers that take numbers for floats would round it.
+        "seed": one.seed.to_string(),
         "clip_i": score(one.clip_i),
         "clip_t": score(one.clip_t),
         "dino": score(one.dino),

@@ -4,11 +4,17 @@
 
 use std::path::Path;
 
+use arrow::array::{AsArray, RecordBatch};
+use arrow::datatypes::Int64Type;
 use image::{Rgb, RgbImage};
 use proxytune::images::{encode_png, pixel_digest};
+use proxytune::store::query::Snapshot;
 use proxytune::store::{EvaluationRow, MetricRow, ProxyRow, RunRow, Store, TokenRow};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use tempfile::TempDir;
+
+use crate::support::{Said, find, program, say};
 
 pub const EVALUATORS: &str = "e0e0e0e0e0e0e0e0e0e0e0e0";
 pub const TOKENIZER: &str = "70707070707070707070";
@@ -174,4 +180,43 @@ pub async fn store(dir: &Path, widths: Widths, count: u64) -> Store {
         .await
         .unwrap();
     store
+}
+
+/// A store of `count` proxies with short embeddings.
+pub async fn small_store(count: u64) -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    store(dir.path(), SMALL, count).await;
+    dir
+}
+
+/// The rows that `sql` answers, from code.
+pub async fn ask(dir: &Path, sql: &str) -> RecordBatch {
+    let snapshot = Snapshot::open(dir, None).await.unwrap();
+    let answer = snapshot.sql(sql).await.unwrap();
+    let schema = answer.schema.clone();
+    arrow::compute::concat_batches(&schema, &answer.all().await.unwrap()).unwrap()
+}
+
+/// The one number that `sql` answers.
+pub async fn count(dir: &Path, sql: &str) -> i64 {
+    let batch = ask(dir, sql).await;
+    assert_eq!(batch.num_rows(), 1, "{sql}");
+    batch.column(0).as_primitive::<Int64Type>().value(0)
+}
+
+/// `proxytune query` with `arguments`.
+pub fn asked(dir: &Path, arguments: &[&str]) -> Said {
+    let mut command = program();
+    command.arg("query").args(arguments).arg("--store").arg(dir);
+    say(command)
+}
+
+/// Every file and folder below `dir` with its size.
+pub fn files_of(dir: &Path) -> Vec<(String, u64)> {
+    let mut files: Vec<(String, u64)> = find(dir, &|_| true)
+        .into_iter()
+        .map(|path| (path.display().to_string(), path.metadata().unwrap().len()))
+        .collect();
+    files.sort();
+    files
 }

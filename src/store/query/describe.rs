@@ -5,7 +5,7 @@ use std::path::Path;
 use arrow::datatypes::DataType;
 
 use super::tables::Kind;
-use super::views::VIEWS;
+use super::views::{self, VIEWS};
 use super::{Snapshot, failure::explained};
 use crate::store::columns::DESCRIPTION;
 use crate::{Error, Result};
@@ -18,6 +18,8 @@ pub struct TableInfo {
     pub row: String,
     /// Rows, duplicates not hidden, and bytes on disk with all kept versions; none for views.
     pub size: Option<(u64, u64)>,
+    /// The table that it is another name of.
+    pub alias_of: Option<String>,
     pub columns: Vec<ColumnInfo>,
 }
 
@@ -48,6 +50,7 @@ impl Snapshot {
             tables.push(TableInfo {
                 row: Kind::of(name).row().to_string(),
                 size: Some((rows, bytes)),
+                alias_of: None,
                 columns: self.columns(name, &[]).await?,
                 name: name.clone(),
             });
@@ -61,6 +64,7 @@ impl Snapshot {
                 name: view.name.to_string(),
                 row: view.row.to_string(),
                 size: None,
+                alias_of: views::alias(self, view.name).await?,
                 columns,
             });
         }
@@ -92,6 +96,10 @@ pub fn tables_text(tables: &[TableInfo]) -> String {
             Some((rows, bytes)) => format!("{rows} rows, {}", size_text(bytes)),
             None => "view".to_string(),
         };
+        if let Some(whole) = &table.alias_of {
+            text += &format!("{}  (view)\n  another name of {whole}\n\n", table.name);
+            continue;
+        }
         text += &format!("{}  ({size})\n  a row is {}\n", table.name, table.row);
         let width = |of: fn(&ColumnInfo) -> &str| {
             let widths = table
@@ -115,7 +123,8 @@ pub fn tables_text(tables: &[TableInfo]) -> String {
     text
 }
 
-fn kind(kind: &DataType) -> String {
+/// A type as people read it.
+pub(super) fn kind(kind: &DataType) -> String {
     match kind {
         DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View => "text".into(),
         DataType::Binary | DataType::LargeBinary | DataType::BinaryView => "bytes".into(),

@@ -14,6 +14,12 @@ pub(super) fn explained(cause: DataFusionError, snapshot: Option<&Snapshot>) -> 
         return schema_error(error);
     }
     let text = first_line(&root.strip_backtrace());
+    if text.contains("single SQL statement") {
+        return Error::invalid(
+            "query: there is more than one statement",
+            "ask one at a time",
+        );
+    }
     let missing = text
         .split_once("table '")
         .and_then(|(_, rest)| rest.split_once("' not found"))
@@ -80,11 +86,11 @@ pub(super) fn unknown_table(snapshot: &Snapshot, name: &str) -> Error {
     )
 }
 
-/// A statement that would change something.
+/// A statement that does not ask, or does more than ask.
 pub(super) fn not_a_query() -> Error {
     Error::invalid(
-        "query: only queries are answered; this statement would change something",
-        "SELECT, WITH, EXPLAIN and DESCRIBE can be asked; to write an answer to a file use --out FILE",
+        "query: only queries are answered: nothing in a store can be changed or written this way",
+        "SELECT, WITH, EXPLAIN and DESCRIBE can be asked; --tables names the tables, --out FILE writes an answer to a file",
     )
 }
 

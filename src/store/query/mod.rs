@@ -15,6 +15,7 @@ use datafusion::execution::context::SQLOptions;
 use datafusion::logical_expr::LogicalPlan;
 use datafusion::prelude::{DataFrame, SessionConfig, SessionContext};
 use datafusion::sql::parser::Statement;
+use datafusion::sql::sqlparser::ast;
 use futures::TryStreamExt;
 use futures::future::BoxFuture;
 use lance::Dataset;
@@ -23,13 +24,15 @@ use lance::session::Session;
 mod describe;
 mod failure;
 mod functions;
+mod index;
 mod nearest;
 mod present;
 mod tables;
 mod views;
 
 pub use describe::{ColumnInfo, TableInfo, tables_text};
-pub use nearest::{IndexReport, Neighbour, Recall, Search, Space};
+pub use index::{IndexReport, Recall};
+pub use nearest::{Neighbour, Search, Space};
 pub use present::{Format, write};
 
 use self::failure::{explained, not_a_query, unknown_table};
@@ -177,7 +180,7 @@ impl Snapshot {
             let state = self.context.state();
             let dialect = state.config().options().sql_parser.dialect;
             let statement = state.sql_to_statement(sql, &dialect).map_err(explain)?;
-            if !matches!(statement, Statement::Statement(_) | Statement::Explain(_)) {
+            if !is_query(&statement) {
                 return Err(not_a_query());
             }
             for reference in state
@@ -295,6 +298,20 @@ impl Snapshot {
         names.sort_unstable();
         names.dedup();
         names
+    }
+}
+
+/// Whether `statement` only asks. A query can still hold one that changes something; the plan tells.
+fn is_query(statement: &Statement) -> bool {
+    match statement {
+        Statement::Statement(statement) => matches!(
+            **statement,
+            ast::Statement::Query(_)
+                | ast::Statement::Explain { .. }
+                | ast::Statement::ExplainTable { .. }
+        ),
+        Statement::Explain(explain) => is_query(&explain.statement),
+        Statement::CreateExternalTable(_) | Statement::CopyTo(_) | Statement::Reset(_) => false,
     }
 }
 

@@ -15,13 +15,14 @@ use parquet::basic::{Compression, ZstdLevel};
 use parquet::file::properties::WriterProperties;
 
 use super::Answer;
+use super::describe::kind;
 use crate::store::columns::broken;
 use crate::{Error, Result};
 
 /// How an answer is written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Format {
-    /// Aligned columns; long texts are cut
+    /// Aligned columns; long texts and digests are cut
     #[default]
     Table,
     /// Comma-separated values with a line of names
@@ -34,7 +35,10 @@ pub enum Format {
 
 /// Characters of a text that a table shows.
 const CELL: usize = 48;
-/// Decimal places that a table shows, at most.
+/// Characters of a digest, and how many of them a table shows.
+const DIGEST: usize = 64;
+const DIGITS: usize = 12;
+/// Digits of a number that a table shows, at most.
 const SIGNIFICANT: usize = 6;
 
 /// Writes all rows of `answer`, as they come, and returns how many they were.
@@ -114,12 +118,12 @@ fn readable(batch: &RecordBatch, flat: bool) -> Result<RecordBatch> {
                 Some(sizes(column, |i| column.as_binary::<i64>().value(i).len()))
             }
             DataType::BinaryView => Some(sizes(column, |i| column.as_binary_view().value(i).len())),
-            DataType::FixedSizeList(item, width) => {
-                let text = format!("{width} x {}", item.data_type().to_string().to_lowercase());
+            list @ DataType::FixedSizeList(..) => {
+                let text = kind(list);
                 let texts = (0..column.len()).map(|i| column.is_valid(i).then_some(text.as_str()));
                 Some(Arc::new(StringArray::from_iter(texts)))
             }
-            kind if flat && kind.is_nested() => {
+            list if flat && list.is_nested() => {
                 let options = FormatOptions::default();
                 let formatter = ArrayFormatter::try_new(column, &options).map_err(arrow)?;
                 let text = |i| column.is_valid(i).then(|| formatter.value(i).to_string());
@@ -210,8 +214,11 @@ impl Table {
     }
 }
 
-/// The first line of `text`, cut.
+/// The first line of `text`, cut; of a digest, as many digits as tell one from another.
 fn cell(text: &str) -> String {
+    if text.len() == DIGEST && text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+        return format!("{}…", &text[..DIGITS]);
+    }
     let line = text.lines().next().unwrap_or_default();
     let cut = line.len() < text.trim_end().len() || line.chars().count() > CELL;
     match cut {
@@ -296,6 +303,7 @@ mod tests {
     #[test]
     fn long_texts_and_further_lines_are_cut_with_a_mark() {
         assert_eq!(cell("a dog"), "a dog");
+        assert_eq!(cell(&"0123456789abcdef".repeat(4)), "0123456789ab…");
         assert_eq!(cell("seed = 7\nmodel = 3"), "seed = 7…");
         assert_eq!(cell(&"é".repeat(60)).chars().count(), CELL);
     }

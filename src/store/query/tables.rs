@@ -6,10 +6,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use arrow::array::{ArrayRef, AsArray};
-use arrow::datatypes::{DataType, Field, Schema, SchemaRef, UInt64Type};
+use arrow::datatypes::{DataType, Field, FieldRef, Schema, SchemaRef, UInt64Type};
 use arrow::row::{RowConverter, SortField};
 use datafusion::catalog::TableProvider;
 use datafusion::common::ScalarValue;
+use datafusion::common::metadata::FieldMetadata;
 use datafusion::datasource::MemTable;
 use datafusion::logical_expr::{Expr, cast, col, lit};
 use futures::TryStreamExt;
@@ -163,7 +164,8 @@ pub(super) async fn provider(snapshot: &Snapshot, name: &str) -> Result<Arc<dyn 
         LanceTableProvider::new(dataset.clone(), with_row_id, false)
             .with_batch_size_bytes(BATCH_BYTES)
     };
-    if hidden.is_empty() && lacking.is_empty() {
+    let counted = |field: &&FieldRef| kind != Kind::Foreign && is_count(field);
+    if hidden.is_empty() && lacking.is_empty() && !found.fields().iter().any(|f| counted(&f)) {
         return Ok(Arc::new(table(false)));
     }
     let mut frame = snapshot
@@ -179,7 +181,10 @@ pub(super) async fn provider(snapshot: &Snapshot, name: &str) -> Result<Arc<dyn 
     let shown: Vec<Expr> = found
         .fields()
         .iter()
-        .map(|field| ident(field.name()))
+        .map(|field| match counted(&field) {
+            true => as_type(ident(field.name()), field, DataType::Int64),
+            false => ident(field.name()),
+        })
         .chain(lacking.iter().map(|field| null(field)))
         .collect();
     Ok(frame.select(shown).map_err(explain)?.into_view())
@@ -190,8 +195,20 @@ fn ident(name: &str) -> Expr {
     datafusion::logical_expr::ident(name)
 }
 
+/// Whether `field` counts something. SQL knows signed numbers alone: `step / 50` of an unsigned one is no whole number
+/// there, and `step - 1` may be none at all. Seeds take all 64 bits, and nobody reckons with them.
+fn is_count(field: &Field) -> bool {
+    matches!(field.data_type(), DataType::UInt32 | DataType::UInt64) && field.name() != "seed"
+}
+
 fn null(field: &Field) -> Expr {
-    cast(lit(ScalarValue::Null), field.data_type().clone()).alias(field.name())
+    as_type(lit(ScalarValue::Null), field, field.data_type().clone())
+}
+
+/// `expression` as a column like `field`, but of the type `kind`.
+fn as_type(expression: Expr, field: &Field, kind: DataType) -> Expr {
+    let metadata = FieldMetadata::from(field.metadata().clone());
+    cast(expression, kind).alias_with_metadata(field.name(), Some(metadata))
 }
 
 /// The ids of the rows of `dataset` whose `key` an earlier row has: what two processes wrote at the same moment.

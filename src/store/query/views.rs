@@ -18,7 +18,7 @@ pub(super) const SETTINGS: &str = "settings";
 pub(super) const VIEWS: &[View] = &[
     View {
         name: "evaluations",
-        row: "the evaluations table of the evaluators that are asked (--evaluators)",
+        row: "scores and embeddings by the evaluators that are asked (--evaluators)",
         columns: &[],
     },
     View {
@@ -53,7 +53,7 @@ pub(super) const VIEWS: &[View] = &[
     },
     View {
         name: "tokens",
-        row: "the only tokens table",
+        row: "the tokens of a proxy, where there is one tokenizer",
         columns: &[],
     },
 ];
@@ -67,29 +67,10 @@ pub(super) fn names() -> impl Iterator<Item = &'static str> {
 /// Errors: it has nothing to show in this store.
 pub(super) async fn sql(snapshot: &Snapshot, name: &str) -> Result<Option<String>> {
     Ok(Some(match name {
-        "evaluations" => {
-            let table = snapshot.evaluations().await?.ok_or_else(nothing_evaluated)?;
-            format!("SELECT * FROM {table}")
-        }
-        "tokens" => {
-            let known: Vec<&str> = snapshot
-                .names
-                .iter()
-                .map(String::as_str)
-                .filter(|name| name.starts_with("tokens_"))
-                .collect();
-            match known.as_slice() {
-                [only] => format!("SELECT * FROM {only}"),
-                [] => return Err(Error::invalid("nothing is tokenized in this store", "run a pipeline first")),
-                several => {
-                    let several = several.join(", ");
-                    return Err(Error::invalid(
-                        "query: there are tokens of more than one tokenizer",
-                        format!("name one of: {several}"),
-                    ));
-                }
-            }
-        }
+        "evaluations" | "tokens" => match alias(snapshot, name).await? {
+            Some(table) => format!("SELECT * FROM {table}"),
+            None => return Err(nothing_there()),
+        },
         "scores" => {
             let columns = "key, kind, run, method, step, subject, prompt, seed, clip_i, clip_t, dino, adapter, created_us";
             let of = |digits: &str| {
@@ -97,7 +78,7 @@ pub(super) async fn sql(snapshot: &Snapshot, name: &str) -> Result<Option<String
             };
             let parts: Vec<String> = snapshot.all_evaluators().map(of).collect();
             if parts.is_empty() {
-                return Err(nothing_evaluated());
+                return Err(nothing_there());
             }
             parts.join(" UNION ALL ")
         }
@@ -117,9 +98,31 @@ pub(super) async fn sql(snapshot: &Snapshot, name: &str) -> Result<Option<String
     }))
 }
 
-pub(super) fn nothing_evaluated() -> Error {
+/// The table that the view `name` is another name of; none where there is no such table, or the view is more.
+///
+/// Errors: tokens of more than one tokenizer; files that cannot be read.
+pub(super) async fn alias(snapshot: &Snapshot, name: &str) -> Result<Option<String>> {
+    match name {
+        "evaluations" => snapshot.evaluations().await,
+        "tokens" => {
+            let names = snapshot.names.iter().map(String::as_str);
+            let known: Vec<&str> = names.filter(|name| name.starts_with("tokens_")).collect();
+            match known.as_slice() {
+                [only] => Ok(Some(only.to_string())),
+                [] => Ok(None),
+                several => Err(Error::invalid(
+                    "query: there are tokens of more than one tokenizer",
+                    format!("name one of: {}", several.join(", ")),
+                )),
+            }
+        }
+        _ => Ok(None),
+    }
+}
+
+pub(super) fn nothing_there() -> Error {
     Error::invalid(
-        "query: nothing is evaluated in this store yet",
-        "proxies are scored while a pipeline runs; a store of proxies alone has none",
+        "query: there are no scores, embeddings or tokens in this store yet",
+        "proxies are scored and tokenized while a pipeline runs; a store of proxies alone has none of these",
     )
 }
