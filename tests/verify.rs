@@ -78,8 +78,8 @@ impl Case {
         let mut tensors = load(&self.reference);
         edit(&mut tensors);
         let reference = place.join("tampered.safetensors");
-        let tensors = tensors.into_iter().collect();
-        candle_core::safetensors::save::<_, Tensor>(&tensors, &reference).unwrap();
+        let tensors: std::collections::HashMap<_, _> = tensors.into_iter().collect();
+        candle_core::safetensors::save(&tensors, &reference).unwrap();
         Self {
             reference,
             ..self.clone()

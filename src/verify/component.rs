@@ -96,6 +96,22 @@ impl Component {
         self.layer_names()(path)
     }
 
+    /// Whether the layer called `layer` is of the model around the component, such as T5's decoder, and of no effect
+    /// on what the component gives.
+    pub(super) fn is_without(self, layer: &str) -> bool {
+        let beside: &[&str] = match self {
+            Component::T5 => &["decoder.", "lm_head"],
+            Component::Dino => &["pooler.", "classifier"],
+            Component::ClipText => &["vision_model.", "visual_projection"],
+            Component::LlamagenGpt
+            | Component::LlamagenVq
+            | Component::Clip
+            | Component::Sd3Transformer
+            | Component::Vae => &[],
+        };
+        beside.iter().any(|start| layer.starts_with(start))
+    }
+
     /// [`Component::layer`] as a function.
     pub(super) fn layer_names(self) -> fn(&str) -> String {
         match self {

@@ -12,6 +12,7 @@ pub use compare::{GradientState, TIE};
 pub use component::Component;
 pub use report::{GradientResult, OutputResult, Report, Tokens};
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -20,7 +21,7 @@ use candle_core::{Device, Tensor};
 use self::reference::Reference;
 use self::runners::{Output, Place, Value};
 use crate::models::lora_file::LoraFile;
-use crate::nn::{Adapter, no_grad};
+use crate::nn::{Adapter, Factors, no_grad};
 use crate::{Error, Result};
 
 /// The type in which frozen weights and inputs are taken. Arithmetic is in f32 either way.
@@ -169,11 +170,18 @@ pub fn verify(request: &Request) -> Result<Report> {
 /// The adapter with its layers under the names that `component` gives them.
 fn read_adapter(path: &Path, component: Component) -> Result<Arc<Adapter>> {
     let file = LoraFile::read(path)?;
-    let factors = file
+    let factors: BTreeMap<String, Factors> = file
         .layers
         .into_iter()
         .map(|(layer, factors)| (component.layer(&layer), factors))
+        .filter(|(layer, _)| !component.is_without(layer))
         .collect();
+    if factors.is_empty() {
+        return Err(Error::invalid(
+            format!("{} has no layer of {component}", file.path.display()),
+            "name the adapter of this component",
+        ));
+    }
     Ok(Arc::new(Adapter::from_factors(
         factors,
         component.layer_names(),

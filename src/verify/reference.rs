@@ -57,7 +57,13 @@ impl Reference {
                 "input" if !rest.is_empty() => (&mut reference.inputs, rest_of),
                 "output" => (&mut reference.outputs, rest_of),
                 "cotangent" => (&mut reference.cotangents, rest_of),
-                "grad" if !rest.is_empty() => (&mut reference.gradients, weight(rest, component)),
+                "grad" if !rest.is_empty() => {
+                    let weight = weight(rest, component);
+                    if component.is_without(&weight) {
+                        continue;
+                    }
+                    (&mut reference.gradients, weight)
+                }
                 _ => {
                     reference.ignored.push(name);
                     continue;
