@@ -284,7 +284,8 @@ pub enum Device {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Dtype {
-    /// As the checkpoint has them, so that nothing is rounded; on a card bf16 for every checkpoint in half precision.
+    /// As the checkpoint has them, so that nothing is rounded (what is small in f32, which is faster); on a card bf16 for
+    /// every checkpoint in half precision.
     #[default]
     Auto,
     F32,

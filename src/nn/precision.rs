@@ -17,7 +17,8 @@ use crate::{Error, Result};
 pub enum Precision {
     /// In this type, whatever the checkpoint has.
     In(DType),
-    /// Matrices in half precision where the checkpoint has them so, everything else in f32: nothing is rounded.
+    /// Matrices of 2²⁰ elements and more in half precision where the checkpoint has them so, everything else in f32:
+    /// nothing is rounded, and a small matrix is not widened again and again.
     AsStored,
 }
 
@@ -51,14 +52,16 @@ impl Precision {
         }
     }
 
-    /// In which half precision a matrix that the checkpoint has as `stored` is kept on `device`, if in one.
-    pub(super) fn half(self, stored: DType, device: &Device) -> Option<HalfKind> {
+    /// In which half precision a matrix of so many elements that the checkpoint has as `stored` is kept on `device`, if
+    /// in one.
+    pub(super) fn half(self, stored: DType, elements: usize, device: &Device) -> Option<HalfKind> {
+        const LARGE: usize = 1 << 20;
         if !device.is_cpu() {
             return None;
         }
         match self {
             Precision::In(dtype) => HalfKind::of(dtype),
-            Precision::AsStored => HalfKind::of(stored),
+            Precision::AsStored => HalfKind::of(stored).filter(|_| elements >= LARGE),
         }
     }
 }

@@ -265,7 +265,8 @@ impl Weights {
     /// The matrix `name`, if it is there (or drawn) with `shape` and kept in half precision.
     fn half(&self, shape: (usize, usize), name: &str, init: Init) -> Result<Option<HalfMatrix>> {
         let (full, inner) = (self.name(name), &self.inner);
-        let kept = |stored: DType| inner.precision.half(stored, &inner.device);
+        let elements = shape.0 * shape.1;
+        let kept = |stored: DType| inner.precision.half(stored, elements, &inner.device);
         if inner.trainable {
             return Ok(None);
         }
@@ -289,7 +290,7 @@ impl Weights {
             (Some(_), Source::Nothing) => None,
         };
         if half.is_some() {
-            self.note(full, shape.0 * shape.1);
+            self.note(full, elements);
         }
         Ok(half)
     }
