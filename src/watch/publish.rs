@@ -28,7 +28,9 @@ pub fn scores(report: &Report) -> BTreeMap<String, Scores> {
     let mean = |(subject, model): (String, ModelScores)| {
         let images = &model.images;
         let mean = |score: fn(&Scores) -> f64| {
-            images.iter().map(|image| score(&image.scores)).sum::<f64>() / images.len() as f64
+            let sum: f64 = images.iter().map(|image| score(&image.scores)).sum();
+            // Six digits survive being written and read any number of times.
+            (sum / images.len() as f64 * 1e6).round() / 1e6
         };
         let scores = Scores {
             clip_i: mean(|scores| scores.clip_i),
