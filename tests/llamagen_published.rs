@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use candle_core::{DType, Device, Tensor};
-use proxytune::config::Family;
+use proxytune::config::{Dtype, Family, Memory};
 use proxytune::models::adapters::{AdapterFile, write_peft};
 use proxytune::models::checkpoint_files::converted;
 use proxytune::models::pickle::Pickle;
@@ -53,6 +53,8 @@ fn opening(dir: &Path, tuning: Tuning) -> Opening {
         tuning,
         seed: 0,
         device: Device::Cpu,
+        dtype: Dtype::F32,
+        memory: Memory::Fast,
         dropout: 0.0,
         condition_dropout: 0.0,
     }

@@ -12,11 +12,12 @@ use std::sync::Arc;
 use candle_core::{DType, Tensor};
 use golden::{CPU, Tensors, assert_close, assert_gradients, case, config, dot, ids, load, values};
 use proxytune::models::adapters::AdapterFile;
-use proxytune::models::chameleon::files::{open_image_tokenizer, weight_files};
+use proxytune::models::chameleon::files::open_image_tokenizer;
 use proxytune::models::chameleon::grammar::{Format, Vocabulary};
 use proxytune::models::chameleon::{Backbone, Config, Dropout, Sequence, VqGan, vq};
+use proxytune::models::checkpoint_files::{self, WeightFiles};
 use proxytune::models::llamagen::Sampling;
-use proxytune::models::llamagen::read_pickle;
+use proxytune::models::pickle::Pickle;
 use proxytune::nn::{Adapter, Weights};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -28,12 +29,12 @@ const CASES: [&str; 3] = [
 ];
 
 fn frozen(case: &Path) -> Weights {
-    let files = weight_files(&case.join("model")).unwrap();
-    Weights::from_files(&files, DType::F32, &CPU).unwrap()
+    checkpoint_files::open(&case.join("model"), "model", DType::F32, &CPU).unwrap()
 }
 
 fn trainable(case: &Path) -> (Backbone, Weights) {
-    let files = weight_files(&case.join("model")).unwrap();
+    let files = WeightFiles::find(&case.join("model"), "model").unwrap();
+    let files = files.into_safetensors().unwrap();
     let weights = Weights::trainable(&files, 0, &CPU).unwrap();
     let model = Backbone::new(&config(case), &weights).unwrap();
     weights.finish().unwrap();
@@ -299,7 +300,10 @@ fn chameleons_image_tokenizer_trains_as_metas_source_does() {
         let reference = load(case.join("training.safetensors"));
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("vqgan.safetensors");
-        let tensors = read_pickle(&case.join("model/vqgan.ckpt")).unwrap();
+        let tensors = Pickle::open(&case.join("model/vqgan.ckpt"))
+            .unwrap()
+            .read_all()
+            .unwrap();
         candle_core::safetensors::save(&tensors, &file).unwrap();
         let weights = Weights::trainable(&[file], 0, &CPU).unwrap();
         let yaml = std::fs::read_to_string(case.join("model/vqgan.yaml")).unwrap();

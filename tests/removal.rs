@@ -66,6 +66,7 @@ fn sample(subject: &str, number: u64) -> EvaluationRow {
         subject: subject.into(),
         prompt: prompt(subject),
         seed: 1,
+        adapter: None,
         clip_i: Some(0.5),
         clip_t: None,
         dino: Some(0.5),

@@ -144,7 +144,9 @@ impl Published {
                 let Some((path, at)) = found else {
                     if needed {
                         let plain = choices.iter().find(|path| !is_index(path));
-                        presence.missing.extend(plain.or(choices.first()).map(|p| inside(p)));
+                        presence
+                            .missing
+                            .extend(plain.or(choices.first()).map(|p| inside(p)));
                     }
                     continue;
                 };
