@@ -124,7 +124,6 @@ fn config<T: serde::de::DeserializeOwned>(path: PathBuf) -> T {
 struct Case {
     model: Sd3Transformer,
     weights: Weights,
-    adapter: Arc<Adapter>,
     inputs: Tensors,
 }
 
@@ -148,7 +147,6 @@ fn open(name: &str, train: bool) -> Result<Case> {
     Ok(Case {
         model,
         weights,
-        adapter,
         inputs,
     })
 }
