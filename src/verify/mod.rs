@@ -24,7 +24,7 @@ use crate::models::lora_file::LoraFile;
 use crate::nn::{Adapter, Factors, no_grad};
 use crate::{Error, Result};
 
-/// The type in which frozen weights and inputs are taken. Arithmetic is in f32 either way.
+/// The type in which frozen weights and inputs are taken. On the CPU arithmetic is in f32 either way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Precision {
     F32,
@@ -119,7 +119,7 @@ pub fn verify(request: &Request) -> Result<Report> {
     if let Some(adapter) = &adapter {
         adapter.finish()?;
     }
-    let inputs = reference.inputs(&request.device, request.precision);
+    let inputs = reference.inputs(&request.device, request.precision, weights.dtype());
     let run = || runner.run(&inputs);
     let outputs = if reference.cotangents.is_empty() {
         no_grad(run)?

@@ -81,12 +81,13 @@ impl Reference {
         Ok(reference)
     }
 
-    /// What the component is given.
-    pub fn inputs(&self, device: &Device, precision: Precision) -> Inputs<'_> {
+    /// What the component is given; it computes in `dtype`.
+    pub fn inputs(&self, device: &Device, precision: Precision, dtype: DType) -> Inputs<'_> {
         Inputs {
             tensors: &self.inputs,
             device: device.clone(),
             precision,
+            dtype,
             used: RefCell::default(),
         }
     }
@@ -129,6 +130,7 @@ pub(super) struct Inputs<'a> {
     tensors: &'a BTreeMap<String, Tensor>,
     device: Device,
     precision: Precision,
+    dtype: DType,
     used: RefCell<BTreeSet<String>>,
 }
 
@@ -148,14 +150,14 @@ impl Inputs<'_> {
         })
     }
 
-    /// As f32, rounded as the weights are.
+    /// In the type that is computed in, rounded as the weights are.
     pub fn numbers(&self, name: &str) -> Result<Tensor> {
         let tensor = self.get(name)?.to_dtype(DType::F32)?;
         let tensor = match self.precision {
             Precision::F32 => tensor,
-            Precision::Bf16 => tensor.to_dtype(DType::BF16)?.to_dtype(DType::F32)?,
+            Precision::Bf16 => tensor.to_dtype(DType::BF16)?,
         };
-        Ok(tensor.to_device(&self.device)?)
+        Ok(tensor.to_dtype(self.dtype)?.to_device(&self.device)?)
     }
 
     /// As f32, not rounded.

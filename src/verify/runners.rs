@@ -80,11 +80,12 @@ impl Place {
         let weights = match self.precision {
             Precision::F32 => files.open(DType::F32, &self.device)?,
             Precision::Bf16 => {
+                // Vectors too, which weights kept in half precision would otherwise leave as they are.
                 let tensors = read_all(&files)?
                     .into_iter()
-                    .map(|(name, t)| Ok((name, t.to_dtype(DType::BF16)?.to_dtype(DType::F32)?)))
+                    .map(|(name, tensor)| Ok((name, tensor.to_dtype(DType::BF16)?)))
                     .collect::<Result<_>>()?;
-                Weights::from_tensors(tensors, DType::F32, &self.device)
+                Weights::from_tensors(tensors, DType::BF16, &self.device)
             }
         };
         Ok(match &self.adapter {

@@ -1,5 +1,8 @@
 //! Attention whose memory is linear in the sequence: scores exist for one block of queries at a time and are computed
-//! again in the backward pass from the saved log-sum-exp of each row (as in Dao et al. 2022, arXiv 2205.14135).
+//! again in the backward pass from the saved maximum and sum of each row (much as in Dao et al. 2022, arXiv 2205.14135).
+//!
+//! Both passes take exactly the same probabilities. A single log-sum-exp per row, as there, would be rounded to the
+//! size of the scores, and a row that has all but settled on one key then loses most of its gradient's digits.
 
 use std::ops::Range;
 
@@ -37,7 +40,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
     let (b, h, n, m, d) = (call.b, call.h, call.n, call.m, call.d);
     let kept = [adjacent(q)?, adjacent(k)?, adjacent(v)?];
     let mut y = vec![0.0; b * h * n * d];
-    let mut log_sums = vec![0.0; b * h * n];
+    let mut norms = vec![Norm::default(); b * h * n];
     {
         let [q, k, v] = call.heads(&kept)?;
         let mask = call.mask_values()?;
@@ -45,8 +48,8 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
                     head: usize,
                     first: usize,
                     y: &mut [f32],
-                    log_sums: &mut [f32]| {
-            let queries = first..first + log_sums.len();
+                    norms: &mut [Norm]| {
+            let queries = first..first + norms.len();
             let keys = call.keys(queries.end);
             call.scores(&q, &k, head, queries.clone(), scores);
             softmax_rows(
@@ -54,7 +57,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
                 keys,
                 call.visible(first),
                 call.mask_rows(mask.as_deref(), head, first),
-                log_sums,
+                norms,
             );
             multiply(
                 1.0,
@@ -68,29 +71,27 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
         };
         if b * h * n * m * d <= super::ALONE_PRODUCTS {
             let mut scores = Vec::new();
-            let heads = y
-                .chunks_mut((n * d).max(1))
-                .zip(log_sums.chunks_mut(n.max(1)));
-            for (head, (y, log_sums)) in heads.enumerate() {
+            let heads = y.chunks_mut((n * d).max(1)).zip(norms.chunks_mut(n.max(1)));
+            for (head, (y, norms)) in heads.enumerate() {
                 let blocks = y
                     .chunks_mut((BLOCK * d).max(1))
-                    .zip(log_sums.chunks_mut(BLOCK));
-                for (block, (y, log_sums)) in blocks.enumerate() {
-                    body(&mut scores, head, block * BLOCK, y, log_sums);
+                    .zip(norms.chunks_mut(BLOCK));
+                for (block, (y, norms)) in blocks.enumerate() {
+                    body(&mut scores, head, block * BLOCK, y, norms);
                 }
             }
         } else {
             y.par_chunks_mut((n * d).max(1))
-                .zip(log_sums.par_chunks_mut(n.max(1)))
+                .zip(norms.par_chunks_mut(n.max(1)))
                 .enumerate()
-                .flat_map(|(head, (y, log_sums))| {
+                .flat_map(|(head, (y, norms))| {
                     y.par_chunks_mut((BLOCK * d).max(1))
-                        .zip(log_sums.par_chunks_mut(BLOCK))
+                        .zip(norms.par_chunks_mut(BLOCK))
                         .enumerate()
                         .map(move |(block, out)| (head, block * BLOCK, out))
                 })
-                .for_each_init(Vec::new, |scores, (head, first, (y, log_sums))| {
-                    body(scores, head, first, y, log_sums)
+                .for_each_init(Vec::new, |scores, (head, first, (y, norms))| {
+                    body(scores, head, first, y, norms)
                 });
         }
     }
@@ -101,9 +102,8 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
     };
     let bias_dims = bias.map(|bias| bias.dims().to_vec());
     let inputs: Vec<&Tensor> = [q, k, v].into_iter().chain(bias).collect();
-    record(&inputs, y, (b, h, n, d), move |result, gradient| {
-        let result = detached(result)?;
-        let (y, g) = (values(&result)?, values(gradient)?);
+    record(&inputs, y, (b, h, n, d), move |_, gradient| {
+        let g = values(gradient)?;
         let [q, k, v] = call.heads(&kept)?;
         let mask = call.mask_values()?;
         let mut dq = vec![0.0; b * h * n * d];
@@ -125,7 +125,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
                         call.slopes(
                             [&q, &k, &v],
                             mask.as_deref(),
-                            (&log_sums, &y, &g),
+                            (&norms, &g),
                             (head, queries.clone()),
                             (scores, slopes),
                         );
@@ -162,7 +162,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
             }
         }
         if let Some(dims) = &bias_dims {
-            let saved = (log_sums.as_slice(), &*y, &*g);
+            let saved = (norms.as_slice(), &*g);
             let gradient = call.mask_gradient([&q, &k, &v], mask.as_deref(), saved, dims);
             gradients.push(tensor(gradient, dims.as_slice())?);
         }
@@ -276,16 +276,13 @@ impl Call {
         &self,
         [q, k, v]: [&Heads; 3],
         mask: Option<&[f32]>,
-        (log_sums, y, g): (&[f32], &[f32], &[f32]),
+        (norms, g): (&[Norm], &[f32]),
         (head, queries): (usize, Range<usize>),
         (probabilities, slopes): (&mut Vec<f32>, &mut Vec<f32>),
     ) {
         let (n, d, keys) = (self.n, self.d, self.keys(queries.end));
         let rows = head * n + queries.start..head * n + queries.end;
-        let (y, g) = (
-            &y[rows.start * d..rows.end * d],
-            &g[rows.start * d..rows.end * d],
-        );
+        let g = &g[rows.start * d..rows.end * d];
         self.scores(q, k, head, queries.clone(), probabilities);
         slopes.resize(probabilities.len(), 0.0);
         multiply(
@@ -302,8 +299,7 @@ impl Call {
             keys,
             self.visible(queries.start),
             self.mask_rows(mask, head, queries.start),
-            &log_sums[rows],
-            (y, g),
+            &norms[rows],
         );
     }
 
@@ -313,7 +309,7 @@ impl Call {
         &self,
         heads: [&Heads; 3],
         mask: Option<&[f32]>,
-        saved: (&[f32], &[f32], &[f32]),
+        saved: (&[Norm], &[f32]),
         dims: &[usize],
     ) -> Vec<f32> {
         let (n, m) = (self.n, self.m);
@@ -430,55 +426,61 @@ fn masked<'a>(
     seen
 }
 
+/// What turns a row's scores into probabilities: e^(s − highest) · inverse.
+#[derive(Debug, Clone, Copy, Default)]
+struct Norm {
+    highest: f32,
+    /// 1 / Σ e^(s − highest).
+    inverse: f32,
+}
+
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
 fn softmax_rows(
     scores: &mut [f32],
     keys: usize,
     visible: Option<usize>,
     mask: Option<MaskRows>,
-    log_sums: &mut [f32],
+    norms: &mut [Norm],
 ) {
-    for (i, (row, log_sum)) in scores.chunks_exact_mut(keys).zip(log_sums).enumerate() {
+    for (i, (row, norm)) in scores.chunks_exact_mut(keys).zip(norms).enumerate() {
         let row = masked(i, row, visible, mask);
         let highest = simd::max(row);
         for s in row.iter_mut() {
             *s = simd::exp(*s - highest);
         }
-        let total = simd::sum(row, |v| v);
-        let inverse = 1.0 / total;
+        let inverse = 1.0 / simd::sum(row, |v| v);
         for s in row.iter_mut() {
             *s *= inverse;
         }
-        *log_sum = highest + total.ln();
+        *norm = Norm { highest, inverse };
     }
 }
 
-/// Turns scores into probabilities P and `slopes`, which holds g·vᵀ, into the gradient of the scores:
-/// P ∘ (g·vᵀ − rowsum(g ∘ y)).
+/// Turns scores into probabilities P and `slopes`, which holds S = g·vᵀ, into the gradient of the scores:
+/// P ∘ (S − rowsum(P ∘ S)). The sum equals that of g ∘ y, but rounds as S does, so that what cancels cancels.
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
 fn differentiate_rows(
     (scores, slopes): (&mut [f32], &mut [f32]),
     keys: usize,
     visible: Option<usize>,
     mask: Option<MaskRows>,
-    log_sums: &[f32],
-    (y, g): (&[f32], &[f32]),
+    norms: &[Norm],
 ) {
-    let d = y.len() / log_sums.len();
     for (i, (row, slopes)) in scores
         .chunks_exact_mut(keys)
         .zip(slopes.chunks_exact_mut(keys))
         .enumerate()
     {
-        let of_row = i * d..(i + 1) * d;
-        let product = simd::sum_pairs(&y[of_row.clone()], &g[of_row], |y, g| y * g);
         let row = masked(i, row, visible, mask);
-        let log_sum = log_sums[i];
+        let Norm { highest, inverse } = norms[i];
         let (slopes, hidden) = slopes.split_at_mut(row.len());
         hidden.fill(0.0);
-        for (s, slope) in row.iter_mut().zip(slopes) {
-            *s = simd::exp(*s - log_sum);
-            *slope = *s * (*slope - product);
+        for s in row.iter_mut() {
+            *s = simd::exp(*s - highest) * inverse;
+        }
+        let product = simd::sum_pairs(row, slopes, |p, s| p * s);
+        for (p, slope) in row.iter().zip(slopes) {
+            *slope = *p * (*slope - product);
         }
     }
 }
