@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use arrow::datatypes::Schema;
 
 use super::{Access, Columns, RunRow, Store, dataset};
-use crate::{Error, Result};
+use crate::{Error, Result, files};
 
 /// Keys in one filter.
 const KEYS_AT_ONCE: usize = 1000;
@@ -94,27 +94,18 @@ impl Store {
         Ok(removed)
     }
 
-    /// Removes the adapters of these supervisors, and what killed processes left of them.
+    /// Removes the adapters of these supervisors, the checkpoints of those that were not learnt to the end, and what
+    /// killed processes left of either.
     fn remove_adapters(&self, supervisors: &BTreeSet<&String>) -> Result<usize> {
-        let dir = self.path.join("adapters");
-        let entries = match std::fs::read_dir(&dir) {
-            Ok(entries) => entries,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(0),
-            Err(e) => return Err(Error::io(&dir)(e)),
-        };
         let mut count = 0;
-        for entry in entries {
-            let entry = entry.map_err(Error::io(&dir))?;
-            let name = entry.file_name().to_string_lossy().into_owned();
-            let key = name
-                .trim_start_matches('.')
-                .split('.')
-                .next()
-                .unwrap_or_default()
-                .to_string();
-            if supervisors.contains(&key) {
-                std::fs::remove_dir_all(entry.path()).map_err(Error::io(entry.path()))?;
-                count += usize::from(!name.starts_with('.'));
+        for folder in ["adapters", "training"] {
+            for (name, path) in files::list(&self.path.join(folder))? {
+                let key = name.trim_start_matches('.').split('.').next();
+                let key = key.unwrap_or_default().to_string();
+                if supervisors.contains(&key) {
+                    std::fs::remove_dir_all(&path).map_err(Error::io(&path))?;
+                    count += usize::from(folder == "adapters" && !name.starts_with('.'));
+                }
             }
         }
         Ok(count)
