@@ -38,7 +38,7 @@ pub mod stages;
 pub mod store;
 pub mod stream;
 pub mod training;
-pub mod watch;
 pub mod verify;
+pub mod watch;
 
 pub use error::{Error, Result};

@@ -1,23 +1,18 @@
-//! What questions to a store promise: every table and view answers, nothing is changed, what is hidden and shown, that
-//! the nearest are the nearest, and that older tables are understood.
+//! What questions to a store promise: every table and view answers, what is shown and hidden, and that nothing is changed.
 
 #[path = "support/filled.rs"]
 mod filled;
 mod support;
 
-use std::collections::HashMap;
 use std::path::Path;
-use std::sync::Arc;
 
 use arrow::array::{AsArray, LargeBinaryArray, RecordBatch};
-use arrow::datatypes::{Float32Type, Int64Type};
-use filled::{EVALUATORS, SMALL, clip_of, dino_of, key};
+use arrow::datatypes::Float32Type;
+use filled::{EVALUATORS, SMALL, ask, asked, clip_of, count, files_of, key, small_store};
 use lance::dataset::{InsertBuilder, WriteMode, WriteParams};
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
-use proxytune::store::query::{Format, Search, Snapshot, Space, write};
-use proxytune::store::{Columns, EvaluationRow, ProxyRow, Row, SCHEMA_VERSION, Store, query};
-use support::{Said, program, say};
-use tempfile::TempDir;
+use proxytune::store::query::{Format, Search, Snapshot, Space, tables_text, write};
+use proxytune::store::{EvaluationRow, ProxyRow, Row};
 
 async fn written(dir: &Path, sql: &str, format: Format) -> Vec<u8> {
     let snapshot = Snapshot::open(dir, None).await.unwrap();

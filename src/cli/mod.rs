@@ -3,20 +3,20 @@
 pub mod bench;
 pub mod check;
 mod evaluate;
-mod generate;
-mod export;
 mod evaluate_nano;
+mod export;
+mod generate;
 pub mod graph;
 mod merge;
 mod models;
 pub mod pretrain;
-mod remove;
 mod query;
+mod remove;
 mod report;
 mod run;
 mod sample;
-mod watch;
 pub mod verify;
+mod watch;
 
 use std::path::PathBuf;
 
