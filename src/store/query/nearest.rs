@@ -1,11 +1,12 @@
 //! Nearest neighbours by embedding: exactly, or through the index.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 
-use arrow::array::{AsArray, Float32Array};
-use arrow::datatypes::Float32Type;
+use arrow::array::{Array, AsArray, Float32Array};
+use arrow::datatypes::{Float32Type, UInt64Type};
 use futures::TryStreamExt;
 use lance::Dataset;
+use lance::dataset::ProjectionRequest;
 
 use super::Snapshot;
 use super::index::probes;
@@ -153,23 +154,15 @@ impl Snapshot {
     ///
     /// Errors: nothing is evaluated; more than one key begins so.
     pub async fn embedding(&self, space: Space, key: &str) -> Result<Option<Vec<f32>>> {
-        let (table, _) = self.evaluated().await?;
-        let column_name = space.column();
-        let key = key.replace('\'', "''");
-        let sql = format!(
-            "SELECT key, {column_name} FROM {table} WHERE starts_with(key, '{key}') AND {column_name} IS NOT NULL LIMIT 2"
-        );
-        let mut found = Vec::new();
-        for batch in self.sql(&sql).await?.all().await? {
-            let vector = crate::store::columns::vector_at::<Float32Type>(&batch, column_name)?;
-            found.extend((0..batch.num_rows()).filter_map(vector));
-        }
+        let (table, dataset) = self.evaluated().await?;
+        let found = starting_with(&dataset, space, key).await;
+        let found = found.map_err(|e| failed("read", &self.path.join(&table), e))?;
         match found.len() {
             2.. => Err(Error::invalid(
                 format!("more than one key begins with {key}"),
                 "give more of its digits",
             )),
-            _ => Ok(found.pop()),
+            _ => Ok(found.into_values().next()),
         }
     }
 
@@ -179,6 +172,40 @@ impl Snapshot {
         let dataset = self.dataset(&table).await?.ok_or_else(nothing_there)?;
         Ok((table, dataset))
     }
+}
+
+/// The embeddings of the first two keys that begin with `digits`. Only their rows are read, not the whole column.
+async fn starting_with(
+    dataset: &Dataset,
+    space: Space,
+    digits: &str,
+) -> lance::Result<BTreeMap<String, Vec<f32>>> {
+    let digits = digits.replace('\'', "''");
+    let mut scan = dataset.scan();
+    scan.filter(&format!("starts_with(key, '{digits}')"))?;
+    scan.project(&["key"])?;
+    scan.with_row_id();
+    let mut rows: BTreeMap<String, u64> = BTreeMap::new();
+    let mut batches = Box::pin(scan.try_into_stream()).await?;
+    while let Some(batch) = batches.try_next().await? {
+        let keys = batch["key"].as_string::<i32>();
+        let ids = batch["_rowid"].as_primitive::<UInt64Type>();
+        for (key, id) in keys.iter().flatten().zip(ids.values()) {
+            let first = rows.entry(key.to_string()).or_insert(*id);
+            *first = (*first).min(*id);
+        }
+    }
+    let mut found = BTreeMap::new();
+    for (key, id) in rows.into_iter().take(2) {
+        let wanted = ProjectionRequest::from_columns([space.column()], dataset.schema());
+        let batch = Box::pin(dataset.take_rows(&[id], wanted)).await?;
+        let vectors = batch[space.column()].as_fixed_size_list();
+        if vectors.is_valid(0) {
+            let vector = vectors.value(0);
+            found.insert(key, vector.as_primitive::<Float32Type>().values().to_vec());
+        }
+    }
+    Ok(found)
 }
 
 async fn nearest(
