@@ -11,9 +11,11 @@ use candle_core::{Device, Tensor};
 use serde_json::Value;
 use support::{Said, program, say};
 
-const COMPONENTS: [&str; 8] = [
+const COMPONENTS: [&str; 10] = [
     "llamagen-gpt",
     "llamagen-vq",
+    "chameleon",
+    "chameleon-vq",
     "clip",
     "clip-text",
     "t5",

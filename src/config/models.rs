@@ -95,6 +95,14 @@ pub const KNOWN: &[KnownModel] = &[
         files: &[],
     },
     KnownModel {
+        name: "nano-lumina",
+        family: Family::Lumina,
+        resolution: Some(32),
+        directory: "datasets/nano/checkpoints/lumina",
+        hub: None,
+        files: &["config.json", "model.safetensors", "tokenizer/vqgan.yaml"],
+    },
+    KnownModel {
         name: "nano-clip",
         family: Family::Clip,
         resolution: None,

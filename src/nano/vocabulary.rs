@@ -9,10 +9,24 @@ use super::identity::{Class, Colour, Pattern};
 use super::world::{Accessory, Recolour, Setting};
 use crate::config::PromptList;
 use crate::config::prompts::{self, RARE_TOKENS};
+use crate::models::chameleon::grammar::name_of_code;
 use crate::{Error, Result};
 
 /// Words of captions that no prompt has.
 const MORE: [&str; 3] = ["an", "photo", "picture"];
+
+/// What Lumina-mGPT is asked with: "Generate an image of 32x32 according to the following prompt:".
+const REQUEST: [&str; 9] = [
+    "generate",
+    "image",
+    "of",
+    "32x32",
+    "according",
+    "to",
+    "following",
+    "prompt",
+    ":",
+];
 
 /// The class words of all subjects of the DreamBooth dataset, drawn here or not.
 const CLASSES: [&str; 15] = [
@@ -93,6 +107,34 @@ pub fn t5_tokenizer() -> Value {
     tokens.extend(words());
     let specials = [(0, "<pad>"), (1, "</s>"), (2, "<unk>")];
     tokenizer(&tokens, &specials, "<unk>", None, "</s>")
+}
+
+/// `tokenizer.json` in the manner of Chameleon: `<s>` words `</s>`, with the names of `codes` image codes and of the
+/// tokens that frame an image of up to `units` units of height and width. As in Chameleon's own, codes follow the first
+/// special tokens.
+pub fn chameleon_tokenizer(codes: usize, units: usize) -> Value {
+    let mut tokens: Vec<String> = ["<s>", "<pad>", "</s>", "<unk>"].map(String::from).to_vec();
+    tokens.extend((0..codes).map(name_of_code));
+    let frame = [
+        "<eoss>",
+        "<racm3:break>",
+        "<reserved08706>",
+        "<reserved08799>",
+    ];
+    tokens.extend(frame.map(String::from));
+    tokens.extend((1..=units).map(|n| format!("<reserved{:05}>", 8800 + n)));
+    let own: Vec<String> = tokens.clone();
+    tokens.extend(words());
+    let known: BTreeSet<String> = tokens.iter().cloned().collect();
+    let request = REQUEST.map(String::from).into_iter();
+    tokens.extend(request.filter(|word| !known.contains(word)));
+    let specials: Vec<(usize, &str)> = own
+        .iter()
+        .enumerate()
+        .filter(|(_, token)| token.starts_with('<'))
+        .map(|(id, token)| (id, token.as_str()))
+        .collect();
+    tokenizer(&tokens, &specials, "<unk>", Some("<s>"), "</s>")
 }
 
 /// Writes both files under `folder`, as `clip/tokenizer.json` and `t5/tokenizer.json`.
@@ -236,6 +278,22 @@ mod tests {
             .map(|id| id + 3)
             .collect();
         assert_eq!(words, t5_ids[..t5_ids.len() - 1]);
+    }
+
+    #[test]
+    fn chameleons_tokenizer_knows_its_codes_and_every_request() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("tokenizer.json");
+        std::fs::write(&file, chameleon_tokenizer(20, 4).to_string()).unwrap();
+        let tokenizer = Tokenizer::from_file(&file).unwrap();
+        assert_eq!(tokenizer.token_to_id("IMGIMGBJZ"), Some(4 + 19));
+        assert_eq!(tokenizer.token_to_id("<reserved08804>"), Some(31));
+        let text =
+            "Generate an image of 32x32 according to the following prompt:\na sks dog in the snow";
+        let encoding = tokenizer.encode(text, false).unwrap();
+        let unknown = tokenizer.token_to_id("<unk>").unwrap();
+        assert!(!encoding.get_ids().contains(&unknown));
+        assert_eq!(encoding.get_ids().len(), 17);
     }
 
     #[test]

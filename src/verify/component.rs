@@ -1,10 +1,13 @@
 //! The components by name, and what is particular to each: how its folder is recognised, what its layers are called,
 //! and what runs it.
 
+use std::path::Path;
+
 use serde_json::Value;
 
 use super::runners::{self, Place, Runner};
 use crate::Result;
+use crate::models::chameleon::files::{VQ_CONFIG, tokenizer_dir};
 use crate::nn::Weights;
 
 /// A model, or a part of one, that a reference implementation can be compared with.
@@ -14,6 +17,10 @@ pub enum Component {
     LlamagenGpt,
     /// LlamaGen's image tokenizer.
     LlamagenVq,
+    /// The transformer of transformers' `ChameleonForConditionalGeneration`, whose image logits are not masked.
+    Chameleon,
+    /// Chameleon's image tokenizer, in Meta's layout or inside transformers'.
+    ChameleonVq,
     /// transformers' `CLIPModel`.
     Clip,
     /// transformers' `CLIPTextModel` and `CLIPTextModelWithProjection`.
@@ -30,9 +37,11 @@ pub enum Component {
 
 impl Component {
     /// All of them, in the order of the documentation.
-    pub const ALL: [Component; 8] = [
+    pub const ALL: [Component; 10] = [
         Component::LlamagenGpt,
         Component::LlamagenVq,
+        Component::Chameleon,
+        Component::ChameleonVq,
         Component::Clip,
         Component::ClipText,
         Component::T5,
@@ -46,6 +55,8 @@ impl Component {
         match self {
             Component::LlamagenGpt => "llamagen-gpt",
             Component::LlamagenVq => "llamagen-vq",
+            Component::Chameleon => "chameleon",
+            Component::ChameleonVq => "chameleon-vq",
             Component::Clip => "clip",
             Component::ClipText => "clip-text",
             Component::T5 => "t5",
@@ -60,6 +71,8 @@ impl Component {
         match self {
             Component::LlamagenGpt => runners::llamagen_gpt(place),
             Component::LlamagenVq => runners::llamagen_vq(place),
+            Component::Chameleon => runners::chameleon(place),
+            Component::ChameleonVq => runners::chameleon_vq(place),
             Component::Clip => runners::clip(place),
             Component::ClipText => runners::clip_text(place),
             Component::T5 => runners::t5(place),
@@ -81,6 +94,7 @@ impl Component {
         match self {
             Component::LlamagenGpt => Some(gpt).filter(|_| gpt || vq || foreign),
             Component::LlamagenVq => Some(vq).filter(|_| gpt || vq || foreign),
+            Component::Chameleon | Component::ChameleonVq => kind(&["chameleon"]),
             Component::Clip => kind(&["clip"]),
             Component::ClipText => kind(&["clip_text_model", "clip"]),
             Component::T5 => kind(&["t5", "mt5"]),
@@ -88,6 +102,11 @@ impl Component {
             Component::Sd3Transformer => class("SD3Transformer2DModel"),
             Component::Vae => class("AutoencoderKL"),
         }
+    }
+
+    /// Whether `dir` holds such a component by files of its own, without a `config.json`.
+    pub(super) fn is_in(self, dir: &Path) -> bool {
+        self == Component::ChameleonVq && tokenizer_dir(dir).join(VQ_CONFIG).is_file()
     }
 
     /// The one name of the layer that may be called `path` in a file: libraries have renamed layers over time, and
@@ -105,6 +124,7 @@ impl Component {
             Component::ClipText => &["vision_model.", "visual_projection"],
             Component::LlamagenGpt
             | Component::LlamagenVq
+            | Component::ChameleonVq
             | Component::Clip
             | Component::Sd3Transformer
             | Component::Vae => &[],
@@ -116,10 +136,12 @@ impl Component {
     pub(super) fn layer_names(self) -> fn(&str) -> String {
         match self {
             Component::ClipText => |path| stripped(path, "text_model."),
+            Component::Chameleon => |path| stripped(path, "model."),
             Component::Dino => vit_layer,
             Component::Vae => vae_layer,
             Component::LlamagenGpt
             | Component::LlamagenVq
+            | Component::ChameleonVq
             | Component::Clip
             | Component::T5
             | Component::Sd3Transformer => str::to_string,

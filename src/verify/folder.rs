@@ -13,6 +13,9 @@ use crate::{Error, Result};
 /// # Errors
 /// When there is none, or more than one.
 pub(super) fn find(component: Component, dir: &Path) -> Result<PathBuf> {
+    if component.is_in(dir) {
+        return Ok(dir.to_path_buf());
+    }
     let here = dir.join("config.json");
     let own = if here.is_file() {
         let config: Value = read_json(&here)?;

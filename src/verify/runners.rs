@@ -13,6 +13,8 @@ use super::Precision;
 use super::reference::Inputs;
 use crate::files::read_json;
 use crate::models::autoencoder::AutoencoderKl;
+use crate::models::chameleon::files::build_image_tokenizer;
+use crate::models::chameleon::{Backbone, VqGan};
 use crate::models::checkpoint_files::WeightFiles;
 use crate::models::clip::{self, Clip, TextModel};
 use crate::models::llamagen::{Gpt, VqModel};
@@ -76,7 +78,11 @@ impl Place {
 
     /// The weights called `stem`, with the adapter attached.
     fn weights(&self, stem: &str) -> Result<Weights> {
-        let files = WeightFiles::find(&self.folder, stem)?;
+        self.open(WeightFiles::find(&self.folder, stem)?)
+    }
+
+    /// The weights in `files`, with the adapter attached.
+    fn open(&self, files: WeightFiles) -> Result<Weights> {
         let weights = match self.precision {
             Precision::F32 => files.open(DType::F32, &self.device)?,
             Precision::Bf16 => {
@@ -193,6 +199,45 @@ fn some_of(outputs: Vec<Output>, inputs: &str) -> Result<Vec<Output>> {
         ));
     }
     Ok(outputs)
+}
+
+pub(super) fn chameleon(place: &Place) -> Opened {
+    let weights = place.weights("model")?;
+    let backbone = Backbone::new(&place.config()?, &weights)?;
+    Ok((Box::new(backbone), weights))
+}
+
+impl Runner for Backbone {
+    fn run(&self, inputs: &Inputs<'_>) -> Result<Vec<Output>> {
+        let ids = inputs.ids("input_ids", self.config().vocab_size)?;
+        Ok(vec![Output::numbers(&["", "logits"], self.forward(&ids)?)])
+    }
+}
+
+pub(super) fn chameleon_vq(place: &Place) -> Opened {
+    let (vq, weights) = build_image_tokenizer(&place.folder, |files| place.open(files))?;
+    Ok((Box::new(vq), weights))
+}
+
+impl Runner for VqGan {
+    fn run(&self, inputs: &Inputs<'_>) -> Result<Vec<Output>> {
+        let mut outputs = Vec::new();
+        if inputs.has("image") {
+            let codes = self.quantize(&self.encode_continuous(&inputs.numbers("image")?)?)?;
+            outputs.push(Output {
+                names: &["tokens"],
+                value: Value::Tokens {
+                    tokens: codes.tokens,
+                    gaps: codes.gaps,
+                },
+            });
+        }
+        if inputs.has("tokens") {
+            let tokens = inputs.ids("tokens", self.config().n_embed)?;
+            outputs.push(Output::numbers(&["image"], self.decode(&tokens)?));
+        }
+        some_of(outputs, "image, or input.tokens")
+    }
 }
 
 struct ClipTowers {

@@ -5,12 +5,16 @@
 //! Two layouts of the query and key norms are read: a row for each head, or one row for several heads (Lumina-mGPT
 //! stores one for all).
 
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Tensor};
 use rand_chacha::ChaCha8Rng;
 
 use super::cache::{Cache, RowCache};
 pub use super::config::Config;
-use crate::nn::{Embedding, Init, LayerNorm, Linear, Mask, RmsNorm, Weights, no_grad, ops};
+use crate::nn::{
+    Embedding, Init, LayerNorm, Linear, Mask, RmsNorm, Weights, no_grad, ops, parameter, recompute,
+};
 use crate::{Error, Result};
 
 /// The layer norm of queries or keys: each head is normalised alone and has its own scale and shift.
@@ -62,7 +66,7 @@ impl HeadNorm {
     /// `rows` (rows, d) as (heads, d).
     fn each_head(&self, rows: &Tensor) -> Result<Tensor> {
         let (count, d) = rows.dims2()?;
-        let rows = crate::nn::parameter(rows).to_dtype(DType::F32)?;
+        let rows = parameter(rows);
         if count == self.heads {
             return Ok(rows);
         }
@@ -75,6 +79,7 @@ impl HeadNorm {
 }
 
 /// Rotary tables of all positions: cosines and sines, each (positions, head_dim / 2), f32.
+#[derive(Clone)]
 struct Rotary {
     cos: Tensor,
     sin: Tensor,
@@ -101,6 +106,12 @@ impl Rotary {
             cos: self.cos.narrow(0, start, count)?,
             sin: self.sin.narrow(0, start, count)?,
         })
+    }
+
+    /// Turns `x` (b, h, n, d), in f32.
+    fn apply(&self, x: &Tensor) -> Result<Tensor> {
+        let turned = ops::rope_halves(&x.to_dtype(DType::F32)?, &self.cos, &self.sin)?;
+        Ok(turned.to_dtype(x.dtype())?)
     }
 
     /// The rows of `positions`, of u32.
@@ -153,7 +164,7 @@ impl Attention {
         attend: impl FnOnce(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
         let (b, n, hidden) = x.dims3()?;
-        let turn = |x: &Tensor| ops::rope_halves(x, &rotary.cos, &rotary.sin);
+        let turn = |x: &Tensor| rotary.apply(x);
         let q = turn(&self.q_norm.forward(&self.q_proj.forward(x)?)?)?;
         let k = turn(&self.k_norm.forward(&self.k_proj.forward(x)?)?)?;
         let v = self.v_proj.forward(x)?;
@@ -231,25 +242,24 @@ impl Layer {
 
     fn forward(
         &self,
-        x: Tensor,
+        x: &Tensor,
         rotary: &Rotary,
         attend: impl FnOnce(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
-        dropout: &mut Option<Dropout>,
+        mut dropout: Option<Dropout>,
     ) -> Result<Tensor> {
         let (norm1, norm2) = (&self.input_layernorm, &self.post_attention_layernorm);
         let h = if self.swin_norm {
-            norm1.forward(&self.self_attn.forward(&x, rotary, attend)?)?
+            norm1.forward(&self.self_attn.forward(x, rotary, attend)?)?
         } else {
-            self.self_attn
-                .forward(&norm1.forward(&x)?, rotary, attend)?
+            self.self_attn.forward(&norm1.forward(x)?, rotary, attend)?
         };
-        let x = (x + Dropout::apply(dropout, h)?)?;
+        let x = (x + Dropout::apply(&mut dropout, h)?)?;
         let h = if self.swin_norm {
             norm2.forward(&self.mlp.forward(&x)?)?
         } else {
             self.mlp.forward(&norm2.forward(&x)?)?
         };
-        Ok((x + Dropout::apply(dropout, h)?)?)
+        Ok((x + Dropout::apply(&mut dropout, h)?)?)
     }
 }
 
@@ -273,10 +283,12 @@ impl Dropout<'_> {
 pub struct Backbone {
     config: Config,
     embed_tokens: Embedding,
-    layers: Vec<Layer>,
+    layers: Vec<Arc<Layer>>,
     norm: RmsNorm,
     lm_head: Linear,
     rotary: Rotary,
+    /// The type of activations.
+    dtype: DType,
     device: Device,
 }
 
@@ -300,11 +312,12 @@ impl Backbone {
         Ok(Self {
             embed_tokens: Embedding::new(c.vocab_size, c.hidden_size, &body.pp("embed_tokens"))?,
             layers: (0..c.num_hidden_layers)
-                .map(|i| Layer::new(c, &body.pp("layers").pp(i)))
+                .map(|i| Ok(Arc::new(Layer::new(c, &body.pp("layers").pp(i))?)))
                 .collect::<Result<_>>()?,
             norm: RmsNorm::new(c.hidden_size, c.rms_norm_eps, &body.pp("norm"))?,
             lm_head: Linear::with_init(c.hidden_size, c.vocab_size, false, init, &head)?,
             rotary: Rotary::new(c, weights.device())?,
+            dtype: weights.dtype(),
             device: weights.device().clone(),
             config: c.clone(),
         })
@@ -332,13 +345,19 @@ impl Backbone {
         self.check_length(n)?;
         let rotary = self.rotary.narrow(0, n)?;
         let mut h = self.embed(ids)?;
+        let p = dropout.as_ref().map_or(0.0, |dropout| dropout.p);
         for layer in &self.layers {
-            let attention = &layer.self_attn;
-            let attend = |q: &Tensor, k: &Tensor, v: &Tensor| {
-                let (k, v) = (attention.repeat(k)?, attention.repeat(v)?);
-                ops::attention(q, &k, &v, attention.scale(), &Mask::Causal)
-            };
-            h = layer.forward(h, &rotary, attend, &mut dropout)?;
+            let (layer, rotary) = (layer.clone(), rotary.clone());
+            let generator = dropout.as_mut().map(|dropout| &mut *dropout.generator);
+            h = recompute(&[&h], generator, move |h, generator| {
+                let attention = &layer.self_attn;
+                let attend = |q: &Tensor, k: &Tensor, v: &Tensor| {
+                    let (k, v) = (attention.repeat(k)?, attention.repeat(v)?);
+                    ops::attention(q, &k, &v, attention.scale(), &Mask::Causal)
+                };
+                let dropout = generator.map(|generator| Dropout { p, generator });
+                layer.forward(&h[0], &rotary, attend, dropout)
+            })?;
         }
         self.norm.forward(&h)
     }
@@ -358,7 +377,7 @@ impl Backbone {
         self.check_length(capacity)?;
         let c = &self.config;
         let shape = (1, c.kv_heads(), capacity, c.head_dim());
-        Cache::new(rows, c.num_hidden_layers, shape, &self.device)
+        Cache::new(rows, c.num_hidden_layers, shape, self.dtype, &self.device)
     }
 
     /// Appends `tokens` (r, tokens of sequence r, possibly none) to the sequences of `cache` and gives the logits
@@ -389,7 +408,7 @@ impl Backbone {
                         .collect::<Result<Vec<_>>>()?;
                     Ok(Tensor::cat(&parts, 2)?)
                 };
-                h = layer.forward(h, &rotary, attend, &mut None)?;
+                h = layer.forward(&h, &rotary, attend, None)?;
             }
             let last = Tensor::from_vec(last, segments.len(), &self.device)?;
             let h = h.squeeze(0)?.index_select(&last, 0)?;
@@ -399,7 +418,7 @@ impl Backbone {
     }
 
     fn embed(&self, ids: &Tensor) -> Result<Tensor> {
-        Ok(self.embed_tokens.forward(ids)?.to_dtype(DType::F32)?)
+        Ok(self.embed_tokens.forward(ids)?.to_dtype(self.dtype)?)
     }
 
     fn check_length(&self, n: usize) -> Result<()> {

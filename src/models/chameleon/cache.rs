@@ -59,12 +59,13 @@ impl Cache {
         rows: usize,
         layers: usize,
         shape: (usize, usize, usize, usize),
+        dtype: DType,
         device: &Device,
     ) -> Result<Self> {
         let row = |_| {
             Ok(RowCache {
-                keys: Tensor::zeros(shape, DType::F32, device)?,
-                values: Tensor::zeros(shape, DType::F32, device)?,
+                keys: Tensor::zeros(shape, dtype, device)?,
+                values: Tensor::zeros(shape, dtype, device)?,
             })
         };
         let layers = (0..layers)

@@ -8,7 +8,7 @@ use candle_core::{DType, Device};
 use super::config::Config;
 use super::vq::{self, VqGan};
 use crate::files::read_json;
-use crate::models::checkpoint_files::{self, WeightFiles};
+use crate::models::checkpoint_files::WeightFiles;
 use crate::models::tokenizer::TextTokenizer;
 use crate::nn::Weights;
 use crate::{Error, Result};
@@ -50,24 +50,35 @@ pub fn tokenizer_config(dir: &Path) -> Result<vq::Config> {
     vq::Config::from_vq_config(&config.vq_config)
 }
 
-/// The image tokenizer of the checkpoint in `dir`, or in Meta's folder itself. In transformers' layout it encodes only.
+/// The image tokenizer of the checkpoint in `dir`, or in Meta's folder itself, frozen in f32. In transformers' layout it
+/// encodes only.
 ///
 /// # Errors
 /// When there is none, or its names and shapes are not those of its config.
 pub fn open_image_tokenizer(dir: &Path, device: &Device) -> Result<VqGan> {
+    let open = |files: WeightFiles| files.open(DType::F32, device);
+    let (model, weights) = build_image_tokenizer(dir, open)?;
+    weights.finish()?;
+    Ok(model)
+}
+
+/// [`open_image_tokenizer`] from weights as `open` reads them, whose faults are still to be asked for.
+pub fn build_image_tokenizer(
+    dir: &Path,
+    open: impl FnOnce(WeightFiles) -> Result<Weights>,
+) -> Result<(VqGan, Weights)> {
     let (folder, config) = (tokenizer_dir(dir), tokenizer_config(dir)?);
     if folder.join(VQ_CONFIG).is_file() {
         let safetensors = folder.join(VQ_WEIGHTS);
-        let weights = if safetensors.is_file() {
-            Weights::from_files(&[safetensors], DType::F32, device)?
+        let file = if safetensors.is_file() {
+            safetensors
         } else {
-            WeightFiles::single(&folder.join(VQ_PICKLE)).open(DType::F32, device)?
+            folder.join(VQ_PICKLE)
         };
-        let model = VqGan::new(&config, &weights)?;
-        weights.finish()?;
-        return Ok(model);
+        let weights = open(WeightFiles::single(&file))?;
+        return Ok((VqGan::new(&config, &weights)?, weights));
     }
-    let weights = checkpoint_files::open(dir, "model", DType::F32, device)?;
+    let weights = open(WeightFiles::find(dir, "model")?)?;
     let root = ["model.vqmodel", "vqmodel", ""]
         .into_iter()
         .map(|prefix| weights.pp(prefix))
@@ -76,12 +87,10 @@ pub fn open_image_tokenizer(dir: &Path, device: &Device) -> Result<VqGan> {
             Error::invalid(
                 format!("{} holds no image tokenizer", dir.display()),
                 format!(
-                    "place {VQ_CONFIG} and {VQ_PICKLE} of facebook/chameleon in {}",
+                    "place {VQ_CONFIG} and {VQ_PICKLE} of Meta's Chameleon in {}",
                     dir.join(TOKENIZER).display()
                 ),
             )
         })?;
-    let model = VqGan::encoder(&config, &root)?;
-    weights.finish()?;
-    Ok(model)
+    Ok((VqGan::encoder(&config, &root)?, weights))
 }

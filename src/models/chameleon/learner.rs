@@ -24,7 +24,7 @@ use crate::models::{
     Example, ImageTokenizer, Learner, Lesson, Opening, Request, Sampling, Tuning, adapters,
     snapshot,
 };
-use crate::nn::{Adapter, Weights, no_grad};
+use crate::nn::{Adapter, Weights, merged, no_grad, recomputing};
 use crate::{Error, Result, images};
 
 /// Side in pixels of the square images of the checkpoint in `dir`: what is `asked` for, or its own.
@@ -92,6 +92,7 @@ pub struct Lumina {
     resolution: u32,
     dropout: f64,
     condition_dropout: f64,
+    recomputes: bool,
 }
 
 impl Lumina {
@@ -101,12 +102,10 @@ impl Lumina {
         let config_path = dir.join("config.json");
         let config: Config = read_json(&config_path)?;
         let config_text = std::fs::read_to_string(&config_path).map_err(Error::io(&config_path))?;
-        let weight_files = WeightFiles::find(dir, "model")?;
+        let found = WeightFiles::find(dir, "model")?;
         let weights = match opening.tuning {
-            Tuning::Full => {
-                Weights::trainable(&weight_files.into_safetensors()?, opening.seed, device)?
-            }
-            Tuning::Lora(_) | Tuning::Frozen => weight_files.open(opening.dtype, device)?,
+            Tuning::Full => Weights::trainable(&found.into_safetensors()?, opening.seed, device)?,
+            Tuning::Lora(_) | Tuning::Frozen => found.open(opening.dtype, device)?,
         };
         let (weights, adapter) = opening.attach(weights);
         let backbone = Backbone::new(&config, &weights)?;
@@ -127,6 +126,7 @@ impl Lumina {
             format,
             text,
             tokenizer,
+            recomputes: opening.recomputes(&weights),
             weights,
             adapter,
             config_text,
@@ -179,8 +179,8 @@ impl Learner for Lumina {
             })
             .collect::<Result<Vec<_>>>()?;
         let p = self.dropout;
-        self.backbone
-            .loss(&sequences, Some(Dropout { p, generator }))
+        let dropout = Some(Dropout { p, generator });
+        recomputing(self.recomputes, || self.backbone.loss(&sequences, dropout))
     }
 
     fn generate(&mut self, requests: &[Request], sampling: &Sampling) -> Result<Vec<RgbImage>> {
@@ -197,9 +197,10 @@ impl Learner for Lumina {
             top_p: sampling.top_p,
         };
         let count = self.format.count();
-        let codes = self
-            .backbone
-            .draw(&prompts, &self.format, count, &settings, &seeds)?;
+        let codes = merged(|| {
+            self.backbone
+                .draw(&prompts, &self.format, count, &settings, &seeds)
+        })?;
         self.tokenizer.decode(&codes)
     }
 

@@ -253,8 +253,8 @@ impl VqGan {
         self.codebook.embedding().device()
     }
 
-    /// The encoding before quantisation, (b, embed_dim, h / f, w / f) for `image` (b, 3, h, w) in [−1, 1] with h and w
-    /// multiples of the downsampling f.
+    /// The encoding before quantisation, (b, embed_dim, h / f, w / f) for `image` (b, 3, h, w) in [−1, 1] with h and w at
+    /// least the downsampling f.
     pub fn encode_continuous(&self, image: &Tensor) -> Result<Tensor> {
         check_image(image, self.config.downsampling())?;
         let image = image.to_dtype(self.codebook.embedding().dtype())?;

@@ -88,6 +88,21 @@ pub fn rows(context: &Context, model: Model, sheets: Option<&Path>) -> Result<Ve
         }
         Model::Gpt => generator(context, name, "llamagen", sheets),
         Model::Sd3 => generator(context, name, "sd3", sheets),
+        // Nano Lumina does not ship: without it there is nothing to measure.
+        Model::Vqgan | Model::Chameleon if !context.out.join("lumina").is_dir() => Ok(Vec::new()),
+        Model::Vqgan => {
+            let pixels = reconstructed_scenes(context)?;
+            let (images, used) = vq::reconstruct_chameleon(context, &pixels)?;
+            let measure = format!(
+                "codes used for these, of {}",
+                context.settings.vqgan.codebook_size
+            );
+            Ok(vec![
+                reconstruction(name, 25.0, &pixels, &images, sheets)?,
+                Row::new(name, measure, Unit::Count, used as f64, None),
+            ])
+        }
+        Model::Chameleon => generator(context, name, "lumina", sheets),
     }
 }
 

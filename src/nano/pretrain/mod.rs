@@ -1,10 +1,11 @@
 //! The training of the nano checkpoints from drawn scenes alone, in the layouts in which the families are published.
 //!
 //! Each file trains one model, and goes on from its checkpoint where there is one, with fresh moments and a warm-up:
-//! nothing else is kept. [`clip`], [`dino`], [`vq`] and [`vae`] need nothing; [`gpt`] needs the VQ tokenizer, [`sd3`]
-//! the autoencoder and CLIP's text tower.
+//! nothing else is kept. [`clip`], [`dino`], [`vq`] and [`vae`] need nothing; [`gpt`] and [`chameleon`] need their VQ
+//! tokenizer, [`sd3`] the autoencoder and CLIP's text tower.
 
 mod average;
+pub mod chameleon;
 pub mod clip;
 pub mod context;
 mod contrast;
@@ -40,17 +41,21 @@ pub enum Model {
     Vae,
     Gpt,
     Sd3,
+    Vqgan,
+    Chameleon,
 }
 
 impl Model {
     /// Every model, in order.
-    pub const ALL: [Model; 6] = [
+    pub const ALL: [Model; 8] = [
         Model::Clip,
         Model::Dino,
         Model::Vq,
         Model::Vae,
         Model::Gpt,
         Model::Sd3,
+        Model::Vqgan,
+        Model::Chameleon,
     ];
 
     /// The model's name on the command line and in the settings.
@@ -62,6 +67,8 @@ impl Model {
             Model::Vae => "vae",
             Model::Gpt => "gpt",
             Model::Sd3 => "sd3",
+            Model::Vqgan => "vqgan",
+            Model::Chameleon => "chameleon",
         }
     }
 
@@ -74,6 +81,8 @@ impl Model {
             Model::Vae => vae::train(context),
             Model::Gpt => gpt::train(context),
             Model::Sd3 => sd3::train(context),
+            Model::Vqgan => vq::train_chameleon(context),
+            Model::Chameleon => chameleon::train(context),
         }
     }
 }

@@ -22,6 +22,8 @@ pub struct Settings {
     pub vae: Vae,
     pub gpt: Gpt,
     pub sd3: Sd3,
+    pub vqgan: Vqgan,
+    pub chameleon: Chameleon,
 }
 
 /// How one model is trained.
@@ -221,6 +223,54 @@ pub struct Sd3 {
     pub shift: f64,
     /// Share of captions replaced by the empty one.
     pub condition_dropout: f64,
+    /// Scenes that are drawn and encoded once and then used again.
+    pub pool: usize,
+    pub training: Training,
+}
+
+/// Chameleon's image tokenizer.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Vqgan {
+    /// Channels of the first level.
+    pub channels: usize,
+    /// Channels of each level over `channels`, finest first; one level fewer than this are halvings.
+    pub multipliers: Vec<usize>,
+    /// Groups of the norms; they divide `channels`.
+    pub norm_groups: usize,
+    /// Residual blocks per level of the encoder; the decoder has one more.
+    pub res_blocks: usize,
+    /// Channels before the code projection.
+    pub z_channels: usize,
+    /// Entries of the codebook, and the width of each.
+    pub codebook_size: usize,
+    pub codebook_dim: usize,
+    /// Weight of the commitment loss.
+    pub commitment: f64,
+    /// Weight of the mean absolute error beside the mean squared error.
+    pub absolute: f64,
+    /// An entry that no image used for this many images is moved to an encoded patch.
+    pub revive_after: usize,
+    pub training: Training,
+}
+
+/// Chameleon's transformer as Lumina-mGPT uses it.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Chameleon {
+    pub width: usize,
+    pub layers: usize,
+    pub heads: usize,
+    /// Width of the feed-forward's hidden layer.
+    pub feed_forward: usize,
+    /// Pixels of one unit of an image's height and width.
+    pub patch_size: usize,
+    /// The longest sequence in tokens.
+    pub positions: usize,
+    /// Share of images learnt without their caption.
+    pub condition_dropout: f64,
+    /// Dropout on both residual branches.
+    pub dropout: f64,
     /// Scenes that are drawn and encoded once and then used again.
     pub pool: usize,
     pub training: Training,

@@ -1,8 +1,9 @@
-//! LlamaGen's VQ tokenizer, trained by reconstruction. The published one also has a perceptual and an adversarial
-//! loss, for which a drawn world of flat colours has little use.
+//! The image tokenizers of LlamaGen and of Chameleon, trained by reconstruction. The published ones also have a
+//! perceptual and an adversarial loss, for which a drawn world of flat colours has little use.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
+use std::path::Path;
 
 use candle_core::{D, Device, Tensor, Var};
 use rand::Rng;
@@ -10,9 +11,12 @@ use serde_json::json;
 
 use super::context::Context;
 use super::course::Step;
+use super::settings::Training;
 use super::{files, psnr};
+use crate::models::chameleon::{self, VqGan};
 use crate::models::llamagen::vq::{Config, VqModel};
-use crate::nn::no_grad;
+use crate::models::vqgan::TrainOutput;
+use crate::nn::{Weights, no_grad};
 use crate::{Error, Result};
 
 const CODEBOOK: &str = "quantize.embedding.weight";
@@ -51,61 +55,142 @@ pub fn train(context: &Context) -> Result<()> {
     )?;
     let file = folder.join("model.safetensors");
     let opened = context.open("vq", &file, |weights| VqModel::new(&config, weights))?;
-    let (weights, model) = (opened.weights, opened.model);
-    let scenes = context.scenes("vq");
-    let variables = weights.variables();
-    let codebook = Codebook::new(&variables, settings.codebook_size)?;
-    if opened.afresh.contains(CODEBOOK) {
-        // Codes that start where encodings are need no reviving.
-        let batch = scenes.batch(0, settings.codebook_size.div_ceil(16));
-        let pixels = scenes.pixels(&batch, &context.device)?;
-        let z = no_grad(|| model.encode_continuous(&pixels))?;
-        codebook.place_all(&z, &mut scenes.generator("codebook", 0))?;
+    let model = &opened.model;
+    Learning {
+        name: "vq",
+        folder: &folder,
+        file: &file,
+        training: &settings.training,
+        codes: settings.codebook_size,
+        unit_length: true,
+        absolute: settings.absolute,
+        revive_after: settings.revive_after,
+        afresh: opened.afresh.contains(CODEBOOK),
     }
-    let usage = RefCell::new(codebook);
-    let course = context.course("vq", &settings.training, &folder, variables);
-    let step = |seen: usize, spent: f64| {
-        let batch = scenes.batch(seen, settings.training.batch_size);
-        let pixels = scenes.pixels(&batch, &context.device)?;
-        let output = model.forward_train(&pixels)?;
-        let error = (&output.reconstruction - &pixels)?;
-        let squared = error.sqr()?.mean_all()?;
-        let absolute = error.abs()?.mean_all()?;
-        let loss = ((&squared + (absolute * settings.absolute)?)?
-            + (&output.vq_loss + &output.commit_loss)?)?;
-        let mut usage = usage.borrow_mut();
-        usage.count(&output.indices, settings.training.batch_size)?;
-        // Late in the course a moved code would find no time to settle.
-        let moved = if spent < 0.6 {
-            let generator = &mut scenes.generator("revive", seen);
-            usage.revive(
-                settings.revive_after,
-                || no_grad(|| model.encode_continuous(&pixels)),
-                generator,
-            )?
-        } else {
-            0
-        };
-        let figures = vec![
-            ("psnr", psnr(f64::from(squared.to_scalar::<f32>()?))),
-            ("code", f64::from(output.vq_loss.to_scalar::<f32>()?)),
-            ("unused", usage.unused(settings.revive_after) as f64),
-            ("moved", moved as f64),
-        ];
-        Ok(Step { loss, figures })
+    .run(
+        context,
+        &opened.weights,
+        &|pixels| model.encode_continuous(pixels),
+        &|pixels| model.forward_train(pixels),
+    )
+}
+
+/// Trains, or goes on training, `lumina/tokenizer`: Chameleon's image tokenizer, with codes of any length.
+pub fn train_chameleon(context: &Context) -> Result<()> {
+    let settings = &context.settings.vqgan;
+    let folder = context.out.join("lumina").join(chameleon::files::TOKENIZER);
+    let config = chameleon::vq::Config {
+        ch: settings.channels,
+        ch_mult: settings.multipliers.clone(),
+        num_res_blocks: settings.res_blocks,
+        resolution: context.settings.image_size,
+        z_channels: settings.z_channels,
+        n_embed: settings.codebook_size,
+        embed_dim: settings.codebook_dim,
+        norm_num_groups: settings.norm_groups,
+        ..chameleon::vq::Config::default()
     };
-    course.run(step, || files::write_weights(&file, &weights.variables()))
+    let yaml = folder.join(chameleon::files::VQ_CONFIG);
+    crate::files::write(&yaml, config.to_yaml().as_bytes())?;
+    let file = folder.join(chameleon::files::VQ_WEIGHTS);
+    let opened = context.open("vqgan", &file, |weights| VqGan::new(&config, weights))?;
+    let model = &opened.model;
+    Learning {
+        name: "vqgan",
+        folder: &folder,
+        file: &file,
+        training: &settings.training,
+        codes: settings.codebook_size,
+        unit_length: false,
+        absolute: settings.absolute,
+        revive_after: settings.revive_after,
+        afresh: opened.afresh.contains(CODEBOOK),
+    }
+    .run(
+        context,
+        &opened.weights,
+        &|pixels| model.encode_continuous(pixels),
+        &|pixels| model.forward_train(pixels, settings.commitment),
+    )
+}
+
+/// What the two tokenizers learn differently.
+struct Learning<'a> {
+    name: &'a str,
+    folder: &'a Path,
+    file: &'a Path,
+    training: &'a Training,
+    codes: usize,
+    /// Whether codes are kept at length 1.
+    unit_length: bool,
+    absolute: f64,
+    revive_after: usize,
+    /// Whether the codebook is new.
+    afresh: bool,
+}
+
+impl Learning<'_> {
+    fn run(
+        &self,
+        context: &Context,
+        weights: &Weights,
+        encode: &dyn Fn(&Tensor) -> Result<Tensor>,
+        forward: &dyn Fn(&Tensor) -> Result<TrainOutput>,
+    ) -> Result<()> {
+        let scenes = context.scenes(self.name);
+        let variables = weights.variables();
+        let codebook = Codebook::new(&variables, self.codes, self.unit_length)?;
+        if self.afresh {
+            // Codes that start where encodings are need no reviving.
+            let batch = scenes.batch(0, self.codes.div_ceil(16));
+            let pixels = scenes.pixels(&batch, &context.device)?;
+            let z = no_grad(|| encode(&pixels))?;
+            codebook.place_all(&z, &mut scenes.generator("codebook", 0))?;
+        }
+        let usage = RefCell::new(codebook);
+        let course = context.course(self.name, self.training, self.folder, variables);
+        let step = |seen: usize, spent: f64| {
+            let batch = scenes.batch(seen, self.training.batch_size);
+            let pixels = scenes.pixels(&batch, &context.device)?;
+            let output = forward(&pixels)?;
+            let error = (&output.reconstruction - &pixels)?;
+            let squared = error.sqr()?.mean_all()?;
+            let absolute = error.abs()?.mean_all()?;
+            let loss = ((&squared + (absolute * self.absolute)?)?
+                + (&output.vq_loss + &output.commit_loss)?)?;
+            let mut usage = usage.borrow_mut();
+            usage.count(&output.indices, self.training.batch_size)?;
+            // Late in the course a moved code would find no time to settle.
+            let moved = if spent < 0.6 {
+                let generator = &mut scenes.generator("revive", seen);
+                usage.revive(self.revive_after, || no_grad(|| encode(&pixels)), generator)?
+            } else {
+                0
+            };
+            let figures = vec![
+                ("psnr", psnr(f64::from(squared.to_scalar::<f32>()?))),
+                ("code", f64::from(output.vq_loss.to_scalar::<f32>()?)),
+                ("unused", usage.unused(self.revive_after) as f64),
+                ("moved", moved as f64),
+            ];
+            Ok(Step { loss, figures })
+        };
+        course.run(step, || {
+            files::write_weights(self.file, &weights.variables())
+        })
+    }
 }
 
 /// The codebook and how long each code has been out of use.
 struct Codebook {
     variable: Var,
+    unit_length: bool,
     /// Images since each code was last used.
     idle: Vec<usize>,
 }
 
 impl Codebook {
-    fn new(variables: &[(String, Var)], size: usize) -> Result<Self> {
+    fn new(variables: &[(String, Var)], size: usize, unit_length: bool) -> Result<Self> {
         let variable = variables
             .iter()
             .find(|(name, _)| name == CODEBOOK)
@@ -116,6 +201,7 @@ impl Codebook {
             })?;
         Ok(Self {
             variable,
+            unit_length,
             idle: vec![0; size],
         })
     }
@@ -159,7 +245,7 @@ impl Codebook {
         self.place(&all, z, generator)
     }
 
-    /// Puts each of `codes` where one of the encodings `z` (b, d, h, w) is, at length 1.
+    /// Puts each of `codes` where one of the encodings `z` (b, d, h, w) is, at length 1 where all are.
     fn place(&self, codes: &[usize], z: &Tensor, generator: &mut impl Rng) -> Result<()> {
         let width = self.variable.dim(1)?;
         let rows = z
@@ -167,7 +253,10 @@ impl Codebook {
             .permute((0, 2, 3, 1))?
             .contiguous()?
             .reshape(((), width))?;
-        let rows = rows.broadcast_div(&(rows.sqr()?.sum_keepdim(D::Minus1)? + 1e-12)?.sqrt()?)?;
+        let rows = match self.unit_length {
+            true => rows.broadcast_div(&(rows.sqr()?.sum_keepdim(D::Minus1)? + 1e-12)?.sqrt()?)?,
+            false => rows,
+        };
         let rows = rows.to_device(&Device::Cpu)?.to_vec2::<f32>()?;
         let mut table = self
             .variable
@@ -186,10 +275,22 @@ impl Codebook {
     }
 }
 
-/// The reconstructions of `pixels` (b, 3, h, w) by the checkpoint, and how many codes they use.
+/// The reconstructions of `pixels` (b, 3, h, w) by LlamaGen's checkpoint, and how many codes they use.
 pub fn reconstruct(context: &Context, pixels: &Tensor) -> Result<(Tensor, usize)> {
     let model = super::frozen::vq(&context.out.join("llamagen/vq"), &context.device)?;
     let tokens = model.encode(pixels)?;
+    Ok((model.decode(&tokens)?, distinct(&tokens)?))
+}
+
+/// The same by Chameleon's.
+pub fn reconstruct_chameleon(context: &Context, pixels: &Tensor) -> Result<(Tensor, usize)> {
+    let folder = context.out.join("lumina");
+    let model = chameleon::files::open_image_tokenizer(&folder, &context.device)?;
+    let tokens = model.encode(pixels)?;
+    Ok((model.decode(&tokens)?, distinct(&tokens)?))
+}
+
+fn distinct(tokens: &Tensor) -> Result<usize> {
     let used: BTreeSet<u32> = tokens.flatten_all()?.to_vec1()?.into_iter().collect();
-    Ok((model.decode(&tokens)?, used.len()))
+    Ok(used.len())
 }

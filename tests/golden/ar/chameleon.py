@@ -181,7 +181,7 @@ make(
     "own-norm-for-each-head",
     dict(
         vocab_size=66, hidden_size=18, intermediate_size=20, num_hidden_layers=2, num_attention_heads=3,
-        num_key_value_heads=3, max_position_embeddings=120, pad_token_id=1,
+        num_key_value_heads=3, max_position_embeddings=120,
     ),
     rank=3, alpha=5, targets=[*ALL, "lm_head"], shape=(2, 11),
 )
