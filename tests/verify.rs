@@ -126,7 +126,8 @@ fn every_case_of_every_component_is_computed_as_its_reference_did() {
         let cases = cases(component);
         let configs: std::collections::BTreeSet<_> = cases.iter().map(|c| &c.model).collect();
         assert!(configs.len() >= 2, "{component}: {configs:?}");
-        assert!(cases.iter().any(|c| c.adapter.is_some()), "{component}");
+        let adapted = cases.iter().any(|c| c.adapter.is_some());
+        assert!(adapted || component == "chameleon-vq", "{component}");
         for case in cases {
             let name = case.reference.display().to_string();
             let in_bf16 = name.ends_with("-bf16.safetensors");
