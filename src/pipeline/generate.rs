@@ -129,8 +129,8 @@ pub async fn generate(generation: &Generation, stop: Stop) -> Result<Generated> 
         fleet.clone(),
     )
     .await?;
-    let found = planned - work.left();
-    let disk = look_for_room(generation, &context, work.left(), &fleet)?;
+    let found = work.found();
+    let disk = look_for_room(generation, &context, planned - found, &fleet)?;
     prepare::note_status(&context, options, "started").await?;
     let progress = options
         .progress

@@ -68,6 +68,8 @@ pub struct Work {
     proxies: Table<ProxyRow>,
     tokens: Option<Table<TokenRow>>,
     lacking: BTreeMap<usize, Lacks>,
+    /// Proxies that were there when this process came, with tokens or without.
+    found: usize,
     /// For each subject its batches in the order in which this process takes them up: places in that order, and the
     /// batches' numbers.
     queues: Vec<VecDeque<(usize, usize)>>,
@@ -110,6 +112,7 @@ impl Work {
             proxies,
             tokens,
             lacking: BTreeMap::new(),
+            found: 0,
             busy: Vec::new(),
             shards,
             fleet,
@@ -126,6 +129,9 @@ impl Work {
                     .and_then(|table| first(table.missing(&keys))),
                 ours: false,
             };
+            if lacks.proxy.is_none() {
+                work.found += keys.len();
+            }
             if lacks.proxy.is_none() && lacks.tokens.is_none() {
                 work.fleet.reuse(keys.len());
                 continue;
@@ -141,10 +147,9 @@ impl Work {
         !self.queues[subject].is_empty()
     }
 
-    /// How many proxies are in batches of which something is left.
-    pub fn left(&self) -> usize {
-        let sizes = self.lacking.keys().map(|&number| self.size(number));
-        sizes.sum()
+    /// How many proxies were there when this process came, with tokens or without.
+    pub fn found(&self) -> usize {
+        self.found
     }
 
     fn size(&self, number: usize) -> usize {

@@ -122,6 +122,7 @@ impl Component {
             Component::T5 => &["decoder.", "lm_head"],
             Component::Dino => &["pooler.", "classifier"],
             Component::ClipText => &["vision_model.", "visual_projection"],
+            Component::Chameleon => &["vqmodel."],
             Component::LlamagenGpt
             | Component::LlamagenVq
             | Component::ChameleonVq

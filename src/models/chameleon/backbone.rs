@@ -164,9 +164,8 @@ impl Attention {
         attend: impl FnOnce(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
         let (b, n, hidden) = x.dims3()?;
-        let turn = |x: &Tensor| rotary.apply(x);
-        let q = turn(&self.q_norm.forward(&self.q_proj.forward(x)?)?)?;
-        let k = turn(&self.k_norm.forward(&self.k_proj.forward(x)?)?)?;
+        let q = rotary.apply(&self.q_norm.forward(&self.q_proj.forward(x)?)?)?;
+        let k = rotary.apply(&self.k_norm.forward(&self.k_proj.forward(x)?)?)?;
         let v = self.v_proj.forward(x)?;
         let v = v
             .reshape((b, n, self.kv_heads, self.head_dim))?
