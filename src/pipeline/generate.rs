@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use futures::future::BoxFuture;
 use futures::{StreamExt, stream};
 use tokio::task::JoinSet;
 
@@ -73,101 +74,103 @@ impl Generated {
 /// # Errors
 /// [`Error::Interrupted`] when `stop` was requested: everything made is committed and the same call continues. A disk
 /// that is too full, a shard that runs already, or the first failure of any stage.
-pub async fn generate(generation: &Generation, stop: Stop) -> Result<Generated> {
-    let start = Instant::now();
-    let options = &generation.options;
-    if options.resolved.teacher().is_none() {
-        return Err(Error::invalid(
-            format!("{} makes no proxies", options.pipeline.display()),
-            "it needs a [supervisor], and with --tokens a student that learns from proxies",
-        ));
-    }
-    let shard = generation.shard;
-    let stem = options.pipeline.file_stem().unwrap_or_default();
-    let mut name = format!("{}-proxies", stem.to_string_lossy());
-    if shard.of > 1 {
-        name += &format!("-{}-of-{}", shard.index + 1, shard.of);
-    }
-    let dir = RunDir::open(
-        &options.out,
-        Path::new(&format!("{name}.toml")),
-        &options.text,
-        &options.resolved.to_toml()?,
-        false,
-    )?;
-    let purpose = Purpose::Proxies {
-        tokens: generation.tokens,
-    };
-    let prepared = prepare::prepare(options, purpose, &dir, stop).await?;
-    let context = prepared.context.clone();
-    if generation.tokens && context.tokenizer.is_none() {
-        return Err(Error::invalid(
-            format!(
-                "{} reads images, not tokens",
-                options.resolved.student.model
-            ),
-            "leave --tokens out, or name an autoregressive model as student",
-        ));
-    }
-    let shards = shard_claims(&context, shard)?;
-    let _at_work = come_to_work(&context, shard, &shards[shard.index]).await?;
-    let fleet = context.board.meter(
+pub fn generate<'a>(generation: &'a Generation, stop: Stop) -> BoxFuture<'a, Result<Generated>> {
+    Box::pin(async move {
+        let start = Instant::now();
+        let options = &generation.options;
+        if options.resolved.teacher().is_none() {
+            return Err(Error::invalid(
+                format!("{} makes no proxies", options.pipeline.display()),
+                "it needs a [supervisor], and with --tokens a student that learns from proxies",
+            ));
+        }
+        let shard = generation.shard;
+        let stem = options.pipeline.file_stem().unwrap_or_default();
+        let mut name = format!("{}-proxies", stem.to_string_lossy());
         if shard.of > 1 {
-            "all shards"
-        } else {
-            "in the store"
-        },
-        "proxies",
-    );
-    let planned = context.plan.proxies().len();
-    fleet.expect(planned);
-    let work = Work::open(
-        context.clone(),
-        shard,
-        generation.tokens,
-        shards,
-        fleet.clone(),
-    )
-    .await?;
-    let found = work.found();
-    let disk = look_for_room(generation, &context, planned - found, &fleet)?;
-    prepare::note_status(&context, options, "started").await?;
-    let progress = options
-        .progress
-        .then(|| Progress::show(context.board.clone()));
-    let result = join(build(prepared, work, shard, disk), &context).await;
-    if let Some(progress) = progress {
-        progress.finish();
-    }
-    context.metrics.flush().await?;
-    if let Err(error) = result {
-        prepare::note_status(&context, options, "failed").await?;
-        return Err(error);
-    }
-    if context.stop.requested() {
-        prepare::note_status(&context, options, "interrupted").await?;
-        return Err(Error::Interrupted);
-    }
-    all_there(&context).await?;
-    fleet.add(planned.saturating_sub(fleet.progress().0 as usize));
-    prepare::note_status(&context, options, "complete").await?;
-    let stages = context.board.report();
-    let done = |name: &str| stages.iter().find(|stage| stage.stage == name);
-    let generated = Generated {
-        dir: dir.path().to_path_buf(),
-        planned,
-        found,
-        made: done("synthesize").map_or(0, |stage| (stage.done - stage.reused) as usize),
-        wall_seconds: start.elapsed().as_secs_f64(),
-        warnings: context.warnings.all(),
-        stages,
-    };
-    let text = serde_json::to_string_pretty(&generated).map_err(|e| Error::Invalid {
-        what: format!("the summary as JSON: {e}"),
-        hint: None,
-    })?;
-    crate::files::write(&dir.join("proxies.json"), text.as_bytes())?;
-    Ok(generated)
+            name += &format!("-{}-of-{}", shard.index + 1, shard.of);
+        }
+        let dir = RunDir::open(
+            &options.out,
+            Path::new(&format!("{name}.toml")),
+            &options.text,
+            &options.resolved.to_toml()?,
+            false,
+        )?;
+        let purpose = Purpose::Proxies {
+            tokens: generation.tokens,
+        };
+        let prepared = prepare::prepare(options, purpose, &dir, stop).await?;
+        let context = prepared.context.clone();
+        if generation.tokens && context.tokenizer.is_none() {
+            return Err(Error::invalid(
+                format!(
+                    "{} reads images, not tokens",
+                    options.resolved.student.model
+                ),
+                "leave --tokens out, or name an autoregressive model as student",
+            ));
+        }
+        let shards = shard_claims(&context, shard)?;
+        let _at_work = come_to_work(&context, shard, &shards[shard.index]).await?;
+        let fleet = context.board.meter(
+            if shard.of > 1 {
+                "all shards"
+            } else {
+                "in the store"
+            },
+            "proxies",
+        );
+        let planned = context.plan.proxies().len();
+        fleet.expect(planned);
+        let work = Work::open(
+            context.clone(),
+            shard,
+            generation.tokens,
+            shards,
+            fleet.clone(),
+        )
+        .await?;
+        let found = work.found();
+        let disk = look_for_room(generation, &context, planned - found, &fleet)?;
+        prepare::note_status(&context, options, "started").await?;
+        let progress = options
+            .progress
+            .then(|| Progress::show(context.board.clone()));
+        let result = join(build(prepared, work, shard, disk), &context).await;
+        if let Some(progress) = progress {
+            progress.finish();
+        }
+        context.metrics.flush().await?;
+        if let Err(error) = result {
+            prepare::note_status(&context, options, "failed").await?;
+            return Err(error);
+        }
+        if context.stop.requested() {
+            prepare::note_status(&context, options, "interrupted").await?;
+            return Err(Error::Interrupted);
+        }
+        all_there(&context).await?;
+        fleet.add(planned.saturating_sub(fleet.progress().0 as usize));
+        prepare::note_status(&context, options, "complete").await?;
+        let stages = context.board.report();
+        let done = |name: &str| stages.iter().find(|stage| stage.stage == name);
+        let generated = Generated {
+            dir: dir.path().to_path_buf(),
+            planned,
+            found,
+            made: done("synthesize").map_or(0, |stage| (stage.done - stage.reused) as usize),
+            wall_seconds: start.elapsed().as_secs_f64(),
+            warnings: context.warnings.all(),
+            stages,
+        };
+        let text = serde_json::to_string_pretty(&generated).map_err(|e| Error::Invalid {
+            what: format!("the summary as JSON: {e}"),
+            hint: None,
+        })?;
+        crate::files::write(&dir.join("proxies.json"), text.as_bytes())?;
+        Ok(generated)
+    })
 }
 
 /// The claims of all processes at this work, which is named after everything that it comes to.

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Instant;
 
+use futures::future::BoxFuture;
 use futures::{Stream, StreamExt};
 use tokio::task::JoinSet;
 
@@ -94,63 +95,65 @@ pub struct Outcome {
 /// # Errors
 /// [`Error::Interrupted`] when `stop` was requested: everything is committed and the same call continues. Otherwise
 /// the first failure of any stage.
-pub async fn run(options: &Options, stop: Stop) -> Result<Outcome> {
-    let start = Instant::now();
-    let resolved_text = options.resolved.to_toml()?;
-    let dir = RunDir::open(
-        &options.out,
-        &options.pipeline,
-        &options.text,
-        &resolved_text,
-        options.new,
-    )?;
-    if options.progress {
-        announce(&dir);
-    }
-    let prepared = prepare::prepare(options, Purpose::Run, &dir, stop).await?;
-    let context = prepared.context.clone();
-    let progress = options
-        .progress
-        .then(|| Progress::show(context.board.clone()));
-    prepare::note_status(&context, options, "started").await?;
-    let result = Graph::build(prepared, options.sequential)
-        .join(&context)
-        .await;
-    if let Some(progress) = progress {
-        progress.finish();
-    }
-    // What was recorded before a failure stays: a resumed run records the same again, which is harmless.
-    context.metrics.flush().await?;
-    let (evaluated, first_training_proxy) = match result {
-        Ok(ended) => ended,
-        Err(error) => {
-            prepare::note_status(&context, options, "failed").await?;
-            return Err(error);
+pub fn run<'a>(options: &'a Options, stop: Stop) -> BoxFuture<'a, Result<Outcome>> {
+    Box::pin(async move {
+        let start = Instant::now();
+        let resolved_text = options.resolved.to_toml()?;
+        let dir = RunDir::open(
+            &options.out,
+            &options.pipeline,
+            &options.text,
+            &resolved_text,
+            options.new,
+        )?;
+        if options.progress {
+            announce(&dir);
         }
-    };
-    if context.stop.requested() {
-        prepare::note_status(&context, options, "interrupted").await?;
-        return Err(Error::Interrupted);
-    }
-    let ending = Ending {
-        stages: context.board.report(),
-        wall_seconds: start.elapsed().as_secs_f64(),
-        first_training_proxy,
-        warnings: context.warnings.all(),
-        evaluated: evaluated.into_iter().map(Sampled::from).collect(),
-        protocol: prepare::protocol(&context).await?,
-    };
-    let report = report::write(&context, &ending).await?;
-    prepare::note_status(&context, options, "complete").await?;
-    let summary = serde_json::to_value(&ending).map_err(|e| Error::Invalid {
-        what: format!("the ending as JSON: {e}"),
-        hint: None,
-    })?;
-    dir.complete(&summary)?;
-    Ok(Outcome {
-        dir: dir.path().to_path_buf(),
-        report,
-        ending,
+        let prepared = prepare::prepare(options, Purpose::Run, &dir, stop).await?;
+        let context = prepared.context.clone();
+        let progress = options
+            .progress
+            .then(|| Progress::show(context.board.clone()));
+        prepare::note_status(&context, options, "started").await?;
+        let result = Graph::build(prepared, options.sequential)
+            .join(&context)
+            .await;
+        if let Some(progress) = progress {
+            progress.finish();
+        }
+        // What was recorded before a failure stays: a resumed run records the same again, which is harmless.
+        context.metrics.flush().await?;
+        let (evaluated, first_training_proxy) = match result {
+            Ok(ended) => ended,
+            Err(error) => {
+                prepare::note_status(&context, options, "failed").await?;
+                return Err(error);
+            }
+        };
+        if context.stop.requested() {
+            prepare::note_status(&context, options, "interrupted").await?;
+            return Err(Error::Interrupted);
+        }
+        let ending = Ending {
+            stages: context.board.report(),
+            wall_seconds: start.elapsed().as_secs_f64(),
+            first_training_proxy,
+            warnings: context.warnings.all(),
+            evaluated: evaluated.into_iter().map(Sampled::from).collect(),
+            protocol: prepare::protocol(&context).await?,
+        };
+        let report = report::write(&context, &ending).await?;
+        prepare::note_status(&context, options, "complete").await?;
+        let summary = serde_json::to_value(&ending).map_err(|e| Error::Invalid {
+            what: format!("the ending as JSON: {e}"),
+            hint: None,
+        })?;
+        dir.complete(&summary)?;
+        Ok(Outcome {
+            dir: dir.path().to_path_buf(),
+            report,
+            ending,
+        })
     })
 }
 
@@ -158,28 +161,33 @@ pub async fn run(options: &Options, stop: Stop) -> Result<Outcome> {
 ///
 /// # Errors
 /// When the run has not ended, or its photos, checkpoints or rows are gone.
-pub async fn report_again(dir: &std::path::Path, store: &std::path::Path) -> Result<Report> {
-    let run = RunDir::existing(dir)?;
-    let (text, resolved) = run.texts()?;
-    let ending: Ending = serde_json::from_str(&run.summary()?).map_err(|e| {
-        Error::invalid(
-            format!("{}: complete.json: {e}", dir.display()),
-            "run the pipeline again to renew it",
-        )
-    })?;
-    let resolved = Document::parse(&resolved, "resolved.toml", &[]).resolve()?;
-    let options = Options {
-        pipeline: dir.to_path_buf(),
-        text,
-        resolved,
-        store: store.to_path_buf(),
-        out: dir.to_path_buf(),
-        new: false,
-        sequential: false,
-        progress: false,
-    };
-    let prepared = prepare::prepare(&options, Purpose::Run, &run, Stop::default()).await?;
-    report::write(&prepared.context, &ending).await
+pub fn report_again<'a>(
+    dir: &'a std::path::Path,
+    store: &'a std::path::Path,
+) -> BoxFuture<'a, Result<Report>> {
+    Box::pin(async move {
+        let run = RunDir::existing(dir)?;
+        let (text, resolved) = run.texts()?;
+        let ending: Ending = serde_json::from_str(&run.summary()?).map_err(|e| {
+            Error::invalid(
+                format!("{}: complete.json: {e}", dir.display()),
+                "run the pipeline again to renew it",
+            )
+        })?;
+        let resolved = Document::parse(&resolved, "resolved.toml", &[]).resolve()?;
+        let options = Options {
+            pipeline: dir.to_path_buf(),
+            text,
+            resolved,
+            store: store.to_path_buf(),
+            out: dir.to_path_buf(),
+            new: false,
+            sequential: false,
+            progress: false,
+        };
+        let prepared = prepare::prepare(&options, Purpose::Run, &run, Stop::default()).await?;
+        report::write(&prepared.context, &ending).await
+    })
 }
 
 fn announce(dir: &RunDir) {

@@ -20,6 +20,7 @@ use crate::store::{EvaluationRow, Limits, MetricRow, RunRow, Store, Table, Write
 use crate::stream::{Board, Meter, Stop};
 use crate::training::tuning;
 use crate::{Error, Result};
+use futures::future::BoxFuture;
 
 /// Everything from which the graph is built.
 pub(super) struct Prepared {
@@ -273,11 +274,16 @@ fn no_evaluator() -> LazyEvaluator {
 ///
 /// # Errors
 /// When their checkpoints or the table cannot be read.
-pub async fn evaluations(resolved: &Resolved, store: &Store) -> Result<Table<EvaluationRow>> {
-    let evaluator = evaluator(resolved)?;
-    store
-        .evaluations(&evaluator.digest, evaluator.clip, evaluator.dino)
-        .await
+pub fn evaluations<'a>(
+    resolved: &'a Resolved,
+    store: &'a Store,
+) -> BoxFuture<'a, Result<Table<EvaluationRow>>> {
+    Box::pin(async move {
+        let evaluator = evaluator(resolved)?;
+        store
+            .evaluations(&evaluator.digest, evaluator.clip, evaluator.dino)
+            .await
+    })
 }
 
 /// Notes in the store where the run stands.

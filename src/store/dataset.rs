@@ -17,6 +17,7 @@ use arrow::array::{Array, Int64Array, StringArray, UInt32Array, UInt64Array};
 use arrow::datatypes::{Schema, SchemaRef};
 use arrow::record_batch::RecordBatch;
 use futures::TryStreamExt;
+use futures::future::BoxFuture;
 use lance::Dataset;
 use lance::dataset::builder::DatasetBuilder;
 use lance::dataset::cleanup::CleanupPolicy;
@@ -153,25 +154,27 @@ impl RawTable {
     /// Opens the dataset at `path`, which need not exist yet.
     ///
     /// Errors: another layout than `schema`; files that cannot be read.
-    pub async fn open(
+    pub fn open<'a>(
         path: PathBuf,
         schema: SchemaRef,
         key: &'static [&'static str],
         session: Arc<Session>,
         locks: Locks,
-    ) -> Result<Self> {
-        let table = Self {
-            path,
-            schema,
-            key,
-            session,
-            locks,
-            seen: RwLock::default(),
-            changing: tokio::sync::Mutex::new(()),
-            commits: AtomicU64::new(0),
-        };
-        table.refresh().await?;
-        Ok(table)
+    ) -> BoxFuture<'a, Result<Self>> {
+        Box::pin(async move {
+            let table = Self {
+                path,
+                schema,
+                key,
+                session,
+                locks,
+                seen: RwLock::default(),
+                changing: tokio::sync::Mutex::new(()),
+                commits: AtomicU64::new(0),
+            };
+            table.refresh().await?;
+            Ok(table)
+        })
     }
 
     pub fn path(&self) -> &Path {
@@ -204,32 +207,38 @@ impl RawTable {
     }
 
     /// Takes up what was committed elsewhere.
-    pub async fn refresh(&self) -> Result<()> {
-        let _changing = self.changing.lock().await;
-        self.take_up_latest().await
+    pub fn refresh<'a>(&'a self) -> BoxFuture<'a, Result<()>> {
+        Box::pin(async move {
+            let _changing = self.changing.lock().await;
+            self.take_up_latest().await
+        })
     }
 
     /// Takes up the latest version and keeps other changes through this handle away until the guard is dropped.
-    pub async fn begin(&self) -> Result<Change<'_>> {
-        let guard = self.changing.lock().await;
-        self.take_up_latest().await?;
-        Ok(Change {
-            table: self,
-            _guard: guard,
+    pub fn begin<'a>(&'a self) -> BoxFuture<'a, Result<Change<'a>>> {
+        Box::pin(async move {
+            let guard = self.changing.lock().await;
+            self.take_up_latest().await?;
+            Ok(Change {
+                table: self,
+                _guard: guard,
+            })
         })
     }
 
     /// The same, and keeps appends of all other handles and processes away too: between looking which keys are there
     /// and committing the others, nobody commits them.
-    pub async fn begin_to_append(&self) -> Result<(Change<'_>, Claim)> {
-        let guard = self.changing.lock().await;
-        let turn = self.locks.turn(&self.lock_name("append")).await?;
-        self.take_up_latest().await?;
-        let change = Change {
-            table: self,
-            _guard: guard,
-        };
-        Ok((change, turn))
+    pub fn begin_to_append<'a>(&'a self) -> BoxFuture<'a, Result<(Change<'a>, Claim)>> {
+        Box::pin(async move {
+            let guard = self.changing.lock().await;
+            let turn = self.locks.turn(&self.lock_name("append")).await?;
+            self.take_up_latest().await?;
+            let change = Change {
+                table: self,
+                _guard: guard,
+            };
+            Ok((change, turn))
+        })
     }
 
     fn lock_name(&self, act: &str) -> String {
@@ -402,101 +411,110 @@ impl RawTable {
     }
 
     /// The keys of the table, in the order in which their first rows were committed.
-    pub async fn keys(&self) -> Result<Vec<String>> {
-        let Some(dataset) = self.dataset() else {
-            return Ok(Vec::new());
-        };
-        let mut scan = dataset.scan();
-        scan.with_row_id();
-        scan.project(self.key)
-            .map_err(|e| failed("read", &self.path, e))?;
-        let mut keys = BTreeMap::new();
-        self.each_batch(&mut scan, |batch| {
-            keys.extend(
-                ids(batch, ROW_ID)?
-                    .values()
-                    .iter()
-                    .copied()
-                    .zip(self.keys_of(batch)?),
-            );
-            Ok(())
+    pub fn keys<'a>(&'a self) -> BoxFuture<'a, Result<Vec<String>>> {
+        Box::pin(async move {
+            let Some(dataset) = self.dataset() else {
+                return Ok(Vec::new());
+            };
+            let mut scan = dataset.scan();
+            scan.with_row_id();
+            scan.project(self.key)
+                .map_err(|e| failed("read", &self.path, e))?;
+            let mut keys = BTreeMap::new();
+            self.each_batch(&mut scan, |batch| {
+                keys.extend(
+                    ids(batch, ROW_ID)?
+                        .values()
+                        .iter()
+                        .copied()
+                        .zip(self.keys_of(batch)?),
+                );
+                Ok(())
+            })
+            .await?;
+            self.ask(|index| keys.retain(|id, _| index.addresses.contains_key(id)));
+            Ok(keys.into_values().collect())
         })
-        .await?;
-        self.ask(|index| keys.retain(|id, _| index.addresses.contains_key(id)));
-        Ok(keys.into_values().collect())
     }
 
     /// The version last seen, and the addresses in it of the first rows that satisfy `filter` (SQL over the
     /// columns), in the order of their commits.
-    pub async fn matching(&self, filter: Option<&str>) -> Result<Option<(Arc<Dataset>, Vec<u64>)>> {
-        let dataset = {
-            let seen = self.seen();
-            let Some(dataset) = &seen.dataset else {
-                return Ok(None);
+    pub fn matching<'a>(
+        &'a self,
+        filter: Option<&'a str>,
+    ) -> BoxFuture<'a, Result<Option<(Arc<Dataset>, Vec<u64>)>>> {
+        Box::pin(async move {
+            let dataset = {
+                let seen = self.seen();
+                let Some(dataset) = &seen.dataset else {
+                    return Ok(None);
+                };
+                if filter.is_none() {
+                    return Ok(Some((
+                        dataset.clone(),
+                        seen.index.addresses.values().copied().collect(),
+                    )));
+                }
+                dataset.clone()
             };
-            if filter.is_none() {
-                return Ok(Some((
-                    dataset.clone(),
-                    seen.index.addresses.values().copied().collect(),
-                )));
-            }
-            dataset.clone()
-        };
-        let mut scan = dataset.scan();
-        scan.with_row_id().with_row_address();
-        scan.project::<&str>(&[])
-            .map_err(|e| failed("read", &self.path, e))?;
-        scan.filter(filter.unwrap_or("true"))
-            .map_err(|e| failed("filter", &self.path, e))?;
-        let mut found = BTreeMap::new();
-        self.each_batch(&mut scan, |batch| {
-            let (ids, addresses) = (ids(batch, ROW_ID)?, ids(batch, ROW_ADDRESS)?);
-            found.extend(
-                ids.values()
-                    .iter()
-                    .copied()
-                    .zip(addresses.values().iter().copied()),
-            );
-            Ok(())
+            let mut scan = dataset.scan();
+            scan.with_row_id().with_row_address();
+            scan.project::<&str>(&[])
+                .map_err(|e| failed("read", &self.path, e))?;
+            scan.filter(filter.unwrap_or("true"))
+                .map_err(|e| failed("filter", &self.path, e))?;
+            let mut found = BTreeMap::new();
+            self.each_batch(&mut scan, |batch| {
+                let (ids, addresses) = (ids(batch, ROW_ID)?, ids(batch, ROW_ADDRESS)?);
+                found.extend(
+                    ids.values()
+                        .iter()
+                        .copied()
+                        .zip(addresses.values().iter().copied()),
+                );
+                Ok(())
+            })
+            .await?;
+            // Row ids outlive versions, so it does not matter if the index has moved on meanwhile.
+            self.ask(|index| found.retain(|id, _| index.addresses.contains_key(id)));
+            Ok(Some((dataset, found.into_values().collect())))
         })
-        .await?;
-        // Row ids outlive versions, so it does not matter if the index has moved on meanwhile.
-        self.ask(|index| found.retain(|id, _| index.addresses.contains_key(id)));
-        Ok(Some((dataset, found.into_values().collect())))
     }
 
     /// The rows of `dataset` at `addresses`, in that order, without the columns of `without`.
-    pub async fn take(
-        &self,
-        dataset: &Arc<Dataset>,
+    pub fn take<'a>(
+        &'a self,
+        dataset: &'a Arc<Dataset>,
         addresses: Vec<u64>,
-        without: &[&str],
-    ) -> Result<RecordBatch> {
-        let asked = addresses.len();
-        let names: Vec<&str> = self
-            .schema
-            .fields()
-            .iter()
-            .map(|f| f.name().as_str())
-            .collect();
-        let names = names.into_iter().filter(|name| !without.contains(name));
-        let wanted = ProjectionRequest::from_columns(names, dataset.schema());
-        let taken = async {
-            let plan = Arc::new(wanted.into_projection_plan(dataset.clone())?);
-            let take = TakeBuilder::try_new_from_addresses(dataset.clone(), addresses, plan)?;
-            take.execute().await
-        };
-        let batch = Box::pin(taken)
-            .await
-            .map_err(|e| failed("read", &self.path, e))?;
-        if batch.num_rows() != asked {
-            let found = batch.num_rows();
-            return Err(broken(format!(
-                "{}: {found} of {asked} rows could be read",
-                self.path.display()
-            )));
-        }
-        Ok(batch)
+        without: &'a [&'a str],
+    ) -> BoxFuture<'a, Result<RecordBatch>> {
+        Box::pin(async move {
+            let asked = addresses.len();
+            let names: Vec<&str> = self
+                .schema
+                .fields()
+                .iter()
+                .map(|f| f.name().as_str())
+                .collect();
+            let names = names.into_iter().filter(|name| !without.contains(name));
+            let wanted = ProjectionRequest::from_columns(names, dataset.schema());
+            let taken = async {
+                let plan = Arc::new(wanted.into_projection_plan(dataset.clone())?);
+                let take = TakeBuilder::try_new_from_addresses(dataset.clone(), addresses, plan)?;
+                take.execute().await
+            };
+            let batch = Box::pin(taken)
+                .await
+                .map_err(|e| failed("read", &self.path, e))?;
+            if batch.num_rows() != asked {
+                let found = batch.num_rows();
+                return Err(broken(format!(
+                    "{}: {found} of {asked} rows could be read",
+                    self.path.display()
+                )));
+            }
+            Ok(batch)
+        })
     }
 
     fn write_params(&self, mode: WriteMode) -> WriteParams {
@@ -538,62 +556,67 @@ pub(super) struct Change<'a> {
 
 impl Change<'_> {
     /// Commits `batch`. After an error nothing of it is in the table, unless what failed was the reading afterwards.
-    pub async fn commit(&self, batch: RecordBatch) -> Result<()> {
-        let latest = match self.table.dataset() {
-            None => self.table.create(batch).await?,
-            Some(dataset) => self.table.append_to(dataset, batch).await?,
-        };
-        self.table.take_up(latest).await
+    pub fn commit<'a>(&'a self, batch: RecordBatch) -> BoxFuture<'a, Result<()>> {
+        Box::pin(async move {
+            let latest = match self.table.dataset() {
+                None => self.table.create(batch).await?,
+                Some(dataset) => self.table.append_to(dataset, batch).await?,
+            };
+            self.table.take_up(latest).await
+        })
     }
 
     /// Puts small fragments together once there are many of them, then removes versions older than `keep`; does
     /// nothing while another process is at it.
-    pub async fn compact(&self, keep: Duration) -> Result<Compacted> {
-        let table = self.table;
-        let Some(dataset) = table.dataset() else {
-            return Ok(Compacted::default());
-        };
-        let mut latest = Dataset::clone(&dataset);
-        let before = latest.count_fragments();
-        let Some(_turn) = table.locks.try_claim(&table.lock_name("compact"))? else {
-            return Ok(Compacted {
-                fragments_before: before,
-                fragments_after: before,
-                bytes_removed: 0,
-            });
-        };
-        let failed = |e| failed("compact", table.path(), e);
-        let (large, small): (Vec<_>, Vec<_>) = latest.fragments().iter().partition(|f| is_large(f));
-        if small.len() >= SMALL_FRAGMENTS {
-            let options = CompactionOptions {
-                target_rows_per_fragment: ROWS_PER_FRAGMENT,
-                batch_size: Some(COMPACTION_BATCH_ROWS),
-                num_threads: Some(1),
-                excluded_fragment_ids: large.iter().map(|f| f.id as u32).collect(),
-                ..CompactionOptions::default()
+    pub fn compact<'a>(&'a self, keep: Duration) -> BoxFuture<'a, Result<Compacted>> {
+        Box::pin(async move {
+            let table = self.table;
+            let Some(dataset) = table.dataset() else {
+                return Ok(Compacted::default());
             };
-            Box::pin(compact_files(&mut latest, options, None))
-                .await
-                .map_err(failed)?;
-        }
-        let oldest_us = super::rows::now_us() - keep.as_micros() as i64;
-        let versions = latest.versions().await.map_err(failed)?;
-        let oldest_kept = versions
-            .iter()
-            .find(|v| v.timestamp.timestamp_micros() >= oldest_us);
-        let policy = CleanupPolicy {
-            before_version: Some(oldest_kept.map_or(latest.version_id(), |v| v.version)),
-            error_if_tagged_old_versions: false,
-            ..CleanupPolicy::default()
-        };
-        let removed = latest.cleanup_with_policy(policy).await.map_err(failed)?;
-        let bytes_removed = removed.bytes_removed;
-        let after = latest.count_fragments();
-        table.take_up(Arc::new(latest)).await?;
-        Ok(Compacted {
-            fragments_before: before,
-            fragments_after: after,
-            bytes_removed,
+            let mut latest = Dataset::clone(&dataset);
+            let before = latest.count_fragments();
+            let Some(_turn) = table.locks.try_claim(&table.lock_name("compact"))? else {
+                return Ok(Compacted {
+                    fragments_before: before,
+                    fragments_after: before,
+                    bytes_removed: 0,
+                });
+            };
+            let failed = |e| failed("compact", table.path(), e);
+            let (large, small): (Vec<_>, Vec<_>) =
+                latest.fragments().iter().partition(|f| is_large(f));
+            if small.len() >= SMALL_FRAGMENTS {
+                let options = CompactionOptions {
+                    target_rows_per_fragment: ROWS_PER_FRAGMENT,
+                    batch_size: Some(COMPACTION_BATCH_ROWS),
+                    num_threads: Some(1),
+                    excluded_fragment_ids: large.iter().map(|f| f.id as u32).collect(),
+                    ..CompactionOptions::default()
+                };
+                Box::pin(compact_files(&mut latest, options, None))
+                    .await
+                    .map_err(failed)?;
+            }
+            let oldest_us = super::rows::now_us() - keep.as_micros() as i64;
+            let versions = latest.versions().await.map_err(failed)?;
+            let oldest_kept = versions
+                .iter()
+                .find(|v| v.timestamp.timestamp_micros() >= oldest_us);
+            let policy = CleanupPolicy {
+                before_version: Some(oldest_kept.map_or(latest.version_id(), |v| v.version)),
+                error_if_tagged_old_versions: false,
+                ..CleanupPolicy::default()
+            };
+            let removed = latest.cleanup_with_policy(policy).await.map_err(failed)?;
+            let bytes_removed = removed.bytes_removed;
+            let after = latest.count_fragments();
+            table.take_up(Arc::new(latest)).await?;
+            Ok(Compacted {
+                fragments_before: before,
+                fragments_after: after,
+                bytes_removed,
+            })
         })
     }
 }

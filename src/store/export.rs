@@ -8,6 +8,7 @@ use std::sync::Arc;
 use arrow::array::AsArray;
 use arrow::datatypes::{Float32Type, Int64Type, UInt64Type};
 use futures::TryStreamExt;
+use futures::future::BoxFuture;
 use lance::dataset::ProjectionRequest;
 use serde_json::json;
 
@@ -92,61 +93,63 @@ impl Chosen {
 /// The proxies of `choice`; among `near` alone, if given.
 ///
 /// Errors: a condition or an order that cannot be understood; files that cannot be read.
-pub async fn choose(
-    snapshot: &Snapshot,
-    choice: &Choice,
-    near: Option<&[Neighbour]>,
-) -> Result<Vec<Chosen>> {
-    let (mut similarity, mut join) = ("CAST(NULL AS REAL)", "");
-    if let Some(near) = near {
-        snapshot.add_neighbours(near)?;
-        (similarity, join) = ("near.similarity", " JOIN near ON near.key = scored.key");
-    }
-    let condition = choice.condition().unwrap_or_else(|| "true".into());
-    let order = match (&choice.order, near) {
-        (Some(order), _) => order.as_str(),
-        (None, Some(_)) => "similarity DESC, key",
-        (None, None) => "subject, number, key",
-    };
-    let limit = choice
-        .limit
-        .map(|limit| format!(" LIMIT {limit}"))
-        .unwrap_or_default();
-    let sql = format!(
-        "SELECT * FROM (SELECT scored.key, subject, class, token, number, prompt, seed, width, height, \
+pub fn choose<'a>(
+    snapshot: &'a Snapshot,
+    choice: &'a Choice,
+    near: Option<&'a [Neighbour]>,
+) -> BoxFuture<'a, Result<Vec<Chosen>>> {
+    Box::pin(async move {
+        let (mut similarity, mut join) = ("CAST(NULL AS REAL)", "");
+        if let Some(near) = near {
+            snapshot.add_neighbours(near)?;
+            (similarity, join) = ("near.similarity", " JOIN near ON near.key = scored.key");
+        }
+        let condition = choice.condition().unwrap_or_else(|| "true".into());
+        let order = match (&choice.order, near) {
+            (Some(order), _) => order.as_str(),
+            (None, Some(_)) => "similarity DESC, key",
+            (None, None) => "subject, number, key",
+        };
+        let limit = choice
+            .limit
+            .map(|limit| format!(" LIMIT {limit}"))
+            .unwrap_or_default();
+        let sql = format!(
+            "SELECT * FROM (SELECT scored.key, subject, class, token, number, prompt, seed, width, height, \
          clip_i, clip_t, dino, run, supervisor, settings, created_us, {similarity} AS similarity \
          FROM scored{join}) WHERE {condition} ORDER BY {order}\n{limit}"
-    );
-    let mut chosen = Vec::new();
-    for batch in snapshot.sql(&sql).await?.all().await? {
-        let text = |name| text(&batch, name);
-        let (key, subject, class) = (text("key")?, text("subject")?, text("class")?);
-        let (token, prompt) = (text("token")?, text("prompt")?);
-        let count = |name: &str, i| batch[name].as_primitive::<Int64Type>().value(i) as u64;
-        let seed = batch["seed"].as_primitive::<UInt64Type>();
-        let score = |name: &str, i| {
-            let values = batch[name].as_primitive::<Float32Type>();
-            values.iter().nth(i).flatten()
-        };
-        for i in 0..batch.num_rows() {
-            chosen.push(Chosen {
-                key: key(i),
-                subject: subject(i),
-                class: class(i),
-                token: token(i),
-                number: count("number", i),
-                prompt: prompt(i),
-                seed: seed.value(i),
-                width: count("width", i) as u32,
-                height: count("height", i) as u32,
-                clip_i: score("clip_i", i),
-                clip_t: score("clip_t", i),
-                dino: score("dino", i),
-                similarity: score("similarity", i),
-            });
+        );
+        let mut chosen = Vec::new();
+        for batch in snapshot.sql(&sql).await?.all().await? {
+            let text = |name| text(&batch, name);
+            let (key, subject, class) = (text("key")?, text("subject")?, text("class")?);
+            let (token, prompt) = (text("token")?, text("prompt")?);
+            let count = |name: &str, i| batch[name].as_primitive::<Int64Type>().value(i) as u64;
+            let seed = batch["seed"].as_primitive::<UInt64Type>();
+            let score = |name: &str, i| {
+                let values = batch[name].as_primitive::<Float32Type>();
+                values.iter().nth(i).flatten()
+            };
+            for i in 0..batch.num_rows() {
+                chosen.push(Chosen {
+                    key: key(i),
+                    subject: subject(i),
+                    class: class(i),
+                    token: token(i),
+                    number: count("number", i),
+                    prompt: prompt(i),
+                    seed: seed.value(i),
+                    width: count("width", i) as u32,
+                    height: count("height", i) as u32,
+                    clip_i: score("clip_i", i),
+                    clip_t: score("clip_t", i),
+                    dino: score("dino", i),
+                    similarity: score("similarity", i),
+                });
+            }
         }
-    }
-    Ok(chosen)
+        Ok(chosen)
+    })
 }
 
 impl Snapshot {
@@ -220,26 +223,28 @@ impl Snapshot {
 /// repeat each picture `repeats` times an epoch.
 ///
 /// Errors: `dir` is there already; those of [`Snapshot::pictures`]; a full disk.
-pub async fn export(
-    snapshot: &Snapshot,
-    chosen: &[Chosen],
+pub fn export<'a>(
+    snapshot: &'a Snapshot,
+    chosen: &'a [Chosen],
     layout: Layout,
     repeats: usize,
-    dir: &Path,
-) -> Result<()> {
-    refuse_existing(dir)?;
-    let aside = aside(dir)?;
-    let written = fill(snapshot, chosen, layout, repeats, &aside).await;
-    let moved = written.and_then(|()| {
-        // Once more: it may have come into being meanwhile. Renaming replaces an empty folder at most.
+    dir: &'a Path,
+) -> BoxFuture<'a, Result<()>> {
+    Box::pin(async move {
         refuse_existing(dir)?;
-        fs::rename(&aside, dir).map_err(Error::io(dir))
-    });
-    if moved.is_err() {
-        // What failed is told; that its remains cannot be removed either is of no use to anyone.
-        let _ = fs::remove_dir_all(&aside);
-    }
-    moved
+        let aside = aside(dir)?;
+        let written = fill(snapshot, chosen, layout, repeats, &aside).await;
+        let moved = written.and_then(|()| {
+            // Once more: it may have come into being meanwhile. Renaming replaces an empty folder at most.
+            refuse_existing(dir)?;
+            fs::rename(&aside, dir).map_err(Error::io(dir))
+        });
+        if moved.is_err() {
+            // What failed is told; that its remains cannot be removed either is of no use to anyone.
+            let _ = fs::remove_dir_all(&aside);
+        }
+        moved
+    })
 }
 
 async fn fill(

@@ -23,6 +23,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use arrow::datatypes::SchemaRef;
+use futures::future::BoxFuture;
 use lance::session::Session;
 use tokio::sync::Mutex;
 
@@ -137,21 +138,23 @@ impl Store {
     /// The names of the tables that exist, sorted, without `.lance`.
     ///
     /// Errors: a directory that cannot be read.
-    pub async fn table_names(&self) -> Result<Vec<String>> {
-        let mut entries = tokio::fs::read_dir(&self.path)
-            .await
-            .map_err(Error::io(&self.path))?;
-        let mut names = Vec::new();
-        while let Some(entry) = entries.next_entry().await.map_err(Error::io(&self.path))? {
-            let name = entry.file_name();
-            names.extend(
-                name.to_str()
-                    .and_then(|n| n.strip_suffix(".lance"))
-                    .map(str::to_string),
-            );
-        }
-        names.sort_unstable();
-        Ok(names)
+    pub fn table_names<'a>(&'a self) -> BoxFuture<'a, Result<Vec<String>>> {
+        Box::pin(async move {
+            let mut entries = tokio::fs::read_dir(&self.path)
+                .await
+                .map_err(Error::io(&self.path))?;
+            let mut names = Vec::new();
+            while let Some(entry) = entries.next_entry().await.map_err(Error::io(&self.path))? {
+                let name = entry.file_name();
+                names.extend(
+                    name.to_str()
+                        .and_then(|n| n.strip_suffix(".lance"))
+                        .map(str::to_string),
+                );
+            }
+            names.sort_unstable();
+            Ok(names)
+        })
     }
 
     /// The reference images.
@@ -194,9 +197,11 @@ impl Store {
     }
 
     /// Where each run stands: its latest row, by run.
-    pub async fn latest_runs(&self) -> Result<BTreeMap<String, RunRow>> {
-        let rows = self.runs().await?.rows(None, Columns::All).await?;
-        Ok(rows.into_iter().map(|row| (row.run.clone(), row)).collect())
+    pub fn latest_runs<'a>(&'a self) -> BoxFuture<'a, Result<BTreeMap<String, RunRow>>> {
+        Box::pin(async move {
+            let rows = self.runs().await?.rows(None, Columns::All).await?;
+            Ok(rows.into_iter().map(|row| (row.run.clone(), row)).collect())
+        })
     }
 
     async fn table<R: Row>(&self, name: String, schema: SchemaRef) -> Result<Table<R>> {

@@ -6,6 +6,7 @@ use arrow::datatypes::Schema;
 
 use super::{Access, Columns, RunRow, Store, dataset};
 use crate::{Error, Result, files};
+use futures::future::BoxFuture;
 
 /// Keys in one filter.
 const KEYS_AT_ONCE: usize = 1000;
@@ -28,70 +29,72 @@ impl Store {
     ///
     /// # Errors
     /// When the store is shared; a full disk, a read-only directory.
-    pub async fn remove_subject(&self, name: &str) -> Result<Removed> {
-        if self.access != Access::Alone {
-            return Err(Error::Store {
-                what: "rows can only be erased from a store that nobody else has open".into(),
-                hint: None,
-            });
-        }
-        let is_subject = format!("subject = {}", quoted(name));
-        let is_stage = format!("stage = {}", quoted(&format!("supervise:{name}")));
-        let proxies = self
-            .proxies()
-            .await?
-            .rows(Some(&is_subject), Columns::WithoutPictures)
-            .await?;
-        let curves = self
-            .metrics()
-            .await?
-            .rows(Some(&is_stage), Columns::All)
-            .await?;
-        let supervisors: BTreeSet<&String> = proxies
-            .iter()
-            .map(|row| &row.supervisor)
-            .chain(curves.iter().map(|row| &row.run))
-            .collect();
-        let mut removed = Removed::default();
-        let (mut alone, mut runs) = (BTreeSet::new(), BTreeSet::new());
-        for row in self.runs().await?.rows(None, Columns::All).await? {
-            let subjects = subjects_of(&row);
-            if subjects.contains(name) {
-                if subjects.len() == 1 {
-                    alone.insert(row.run.clone());
-                }
-                runs.insert(row.run);
+    pub fn remove_subject<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Removed>> {
+        Box::pin(async move {
+            if self.access != Access::Alone {
+                return Err(Error::Store {
+                    what: "rows can only be erased from a store that nobody else has open".into(),
+                    hint: None,
+                });
             }
-        }
-        removed.runs = runs.into_iter().collect();
-        removed.adapters = self.remove_adapters(&supervisors)?;
-        let proxies: Vec<&String> = proxies.iter().map(|row| &row.key).collect();
-        let alone: Vec<&String> = alone.iter().collect();
-        let of_proxies = one_of("key", &proxies);
-        let of_runs = one_of("run", &alone);
-        // Last come the tables that say what belongs to the subject, so that nothing is forgotten when this is cut short.
-        let mut tables = self.table_names().await?;
-        tables.sort_by_key(|table| {
-            ["metrics", "runs", "proxies"]
+            let is_subject = format!("subject = {}", quoted(name));
+            let is_stage = format!("stage = {}", quoted(&format!("supervise:{name}")));
+            let proxies = self
+                .proxies()
+                .await?
+                .rows(Some(&is_subject), Columns::WithoutPictures)
+                .await?;
+            let curves = self
+                .metrics()
+                .await?
+                .rows(Some(&is_stage), Columns::All)
+                .await?;
+            let supervisors: BTreeSet<&String> = proxies
                 .iter()
-                .position(|last| last == table)
-        });
-        for table in tables {
-            let filters = |schema: &Schema| match table.as_str() {
-                "metrics" => [vec![is_stage.clone()], of_runs.clone()].concat(),
-                "runs" => of_runs.clone(),
-                name if name.starts_with("tokens_") => of_proxies.clone(),
-                _ if schema.column_with_name("subject").is_some() => vec![is_subject.clone()],
-                _ => Vec::new(),
-            };
-            let path = self.path.join(format!("{table}.lance"));
-            let rows = dataset::erase(&path, self.session.clone(), filters).await?;
-            removed.rows.push((table, rows));
-        }
-        // What was read above is of versions that are gone.
-        self.open.lock().await.clear();
-        removed.rows.sort();
-        Ok(removed)
+                .map(|row| &row.supervisor)
+                .chain(curves.iter().map(|row| &row.run))
+                .collect();
+            let mut removed = Removed::default();
+            let (mut alone, mut runs) = (BTreeSet::new(), BTreeSet::new());
+            for row in self.runs().await?.rows(None, Columns::All).await? {
+                let subjects = subjects_of(&row);
+                if subjects.contains(name) {
+                    if subjects.len() == 1 {
+                        alone.insert(row.run.clone());
+                    }
+                    runs.insert(row.run);
+                }
+            }
+            removed.runs = runs.into_iter().collect();
+            removed.adapters = self.remove_adapters(&supervisors)?;
+            let proxies: Vec<&String> = proxies.iter().map(|row| &row.key).collect();
+            let alone: Vec<&String> = alone.iter().collect();
+            let of_proxies = one_of("key", &proxies);
+            let of_runs = one_of("run", &alone);
+            // Last come the tables that say what belongs to the subject, so that nothing is forgotten when this is cut short.
+            let mut tables = self.table_names().await?;
+            tables.sort_by_key(|table| {
+                ["metrics", "runs", "proxies"]
+                    .iter()
+                    .position(|last| last == table)
+            });
+            for table in tables {
+                let filters = |schema: &Schema| match table.as_str() {
+                    "metrics" => [vec![is_stage.clone()], of_runs.clone()].concat(),
+                    "runs" => of_runs.clone(),
+                    name if name.starts_with("tokens_") => of_proxies.clone(),
+                    _ if schema.column_with_name("subject").is_some() => vec![is_subject.clone()],
+                    _ => Vec::new(),
+                };
+                let path = self.path.join(format!("{table}.lance"));
+                let rows = dataset::erase(&path, self.session.clone(), filters).await?;
+                removed.rows.push((table, rows));
+            }
+            // What was read above is of versions that are gone.
+            self.open.lock().await.clear();
+            removed.rows.sort();
+            Ok(removed)
+        })
     }
 
     /// Removes the adapters of these supervisors, the checkpoints of those that were not learnt to the end, and what

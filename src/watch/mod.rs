@@ -41,6 +41,7 @@ use crate::pipeline::{self, Outcome};
 use crate::store::{Store, now_us};
 use crate::stream::Stop;
 use crate::{Error, Result, files};
+use futures::future::BoxFuture;
 
 /// Events come in swarms: so long after one, everything is looked at once.
 const SWARM: Duration = Duration::from_millis(100);
@@ -76,26 +77,28 @@ pub struct Options {
 /// [`Error::Interrupted`] when `stop` was requested: the same call goes on. Faults of the pipeline file; a second watch
 /// on the same folder; what stops a run and will stop the next one too, such as a full disk. A run that fails for
 /// another reason is noted, and its subject not tried again until its photos change.
-pub async fn watch(options: &Options, stop: Stop) -> Result<State> {
-    let recipe = Recipe::open(&options.pipeline, &options.overrides, options.replay)?;
-    let home = Home::of(&options.dir)?;
-    let _lock = home.lock()?;
-    let mut state = home.load()?;
-    state.store = std::path::absolute(&options.store).map_err(Error::io(&options.store))?;
-    home.save(&state)?;
-    let watcher = Watching {
-        options,
-        recipe,
-        home,
-        state: Mutex::new(state),
-        scan: Mutex::new(None),
-        looks: watch::Sender::new(Looks::default()),
-        stop,
-    };
-    watcher.say(&format!("watching {}", watcher.home.watched.display()))?;
-    tokio::try_join!(watcher.follow(), watcher.work())?;
-    let state = watcher.state().clone();
-    Ok(state)
+pub fn watch<'a>(options: &'a Options, stop: Stop) -> BoxFuture<'a, Result<State>> {
+    Box::pin(async move {
+        let recipe = Recipe::open(&options.pipeline, &options.overrides, options.replay)?;
+        let home = Home::of(&options.dir)?;
+        let _lock = home.lock()?;
+        let mut state = home.load()?;
+        state.store = std::path::absolute(&options.store).map_err(Error::io(&options.store))?;
+        home.save(&state)?;
+        let watcher = Watching {
+            options,
+            recipe,
+            home,
+            state: Mutex::new(state),
+            scan: Mutex::new(None),
+            looks: watch::Sender::new(Looks::default()),
+            stop,
+        };
+        watcher.say(&format!("watching {}", watcher.home.watched.display()))?;
+        tokio::try_join!(watcher.follow(), watcher.work())?;
+        let state = watcher.state().clone();
+        Ok(state)
+    })
 }
 
 /// How far following the folder has come.

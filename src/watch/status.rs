@@ -6,33 +6,36 @@ use std::path::Path;
 use super::state::{Home, State, Subject};
 use crate::store::{Columns, Store};
 use crate::{Error, Result};
+use futures::future::BoxFuture;
 
 /// The status of the watch on `dir`, whether it runs or not.
 ///
 /// # Errors
 /// When nothing was ever watched there, or its files or its store cannot be read.
-pub async fn status(dir: &Path) -> Result<String> {
-    let home = Home::of(dir)?;
-    if !home.exists() {
-        return Err(Error::invalid(
-            format!("{} has never been watched", home.watched.display()),
-            "start with: proxytune watch DIR",
-        ));
-    }
-    let state = home.load()?;
-    let mut proxies: BTreeMap<String, usize> = BTreeMap::new();
-    if state.store.is_dir() {
-        let store = Store::open(&state.store).await?;
-        for row in store
-            .proxies()
-            .await?
-            .rows(None, Columns::WithoutPictures)
-            .await?
-        {
-            *proxies.entry(row.subject).or_default() += 1;
+pub fn status<'a>(dir: &'a Path) -> BoxFuture<'a, Result<String>> {
+    Box::pin(async move {
+        let home = Home::of(dir)?;
+        if !home.exists() {
+            return Err(Error::invalid(
+                format!("{} has never been watched", home.watched.display()),
+                "start with: proxytune watch DIR",
+            ));
         }
-    }
-    Ok(text(&home, &state, &proxies, home.is_watched()))
+        let state = home.load()?;
+        let mut proxies: BTreeMap<String, usize> = BTreeMap::new();
+        if state.store.is_dir() {
+            let store = Store::open(&state.store).await?;
+            for row in store
+                .proxies()
+                .await?
+                .rows(None, Columns::WithoutPictures)
+                .await?
+            {
+                *proxies.entry(row.subject).or_default() += 1;
+            }
+        }
+        Ok(text(&home, &state, &proxies, home.is_watched()))
+    })
 }
 
 /// What [`status`] says of `state`; `proxies` are the store's, by subject.

@@ -9,6 +9,7 @@ use super::views::{self, VIEWS};
 use super::{Snapshot, failure::explained};
 use crate::store::columns::DESCRIPTION;
 use crate::{Error, Result};
+use futures::future::BoxFuture;
 
 /// A table or view.
 #[derive(Debug, Clone, PartialEq)]
@@ -37,38 +38,41 @@ impl Snapshot {
     /// The tables, then the views, in the order of their names.
     ///
     /// Errors: a table of a newer layout; files that cannot be read.
-    pub async fn tables(&self) -> Result<Vec<TableInfo>> {
-        let mut tables = Vec::new();
-        for name in &self.names {
-            let Some(dataset) = self.dataset(name).await? else {
-                continue;
-            };
-            let path = self.path.join(format!("{name}.lance"));
-            let rows = dataset.count_rows(None).await;
-            let rows = rows.map_err(|e| crate::store::failure::failed("count", &path, e))? as u64;
-            let bytes = bytes_below(&path).map_err(Error::io(&path))?;
-            tables.push(TableInfo {
-                row: Kind::of(name).row().to_string(),
-                size: Some((rows, bytes)),
-                alias_of: None,
-                columns: self.columns(name, &[]).await?,
-                name: name.clone(),
-            });
-        }
-        for view in VIEWS {
-            // A view of nothing has no columns to tell of.
-            let Ok(columns) = self.columns(view.name, view.columns).await else {
-                continue;
-            };
-            tables.push(TableInfo {
-                name: view.name.to_string(),
-                row: view.row.to_string(),
-                size: None,
-                alias_of: views::alias(self, view.name).await?,
-                columns,
-            });
-        }
-        Ok(tables)
+    pub fn tables<'a>(&'a self) -> BoxFuture<'a, Result<Vec<TableInfo>>> {
+        Box::pin(async move {
+            let mut tables = Vec::new();
+            for name in &self.names {
+                let Some(dataset) = self.dataset(name).await? else {
+                    continue;
+                };
+                let path = self.path.join(format!("{name}.lance"));
+                let rows = dataset.count_rows(None).await;
+                let rows =
+                    rows.map_err(|e| crate::store::failure::failed("count", &path, e))? as u64;
+                let bytes = bytes_below(&path).map_err(Error::io(&path))?;
+                tables.push(TableInfo {
+                    row: Kind::of(name).row().to_string(),
+                    size: Some((rows, bytes)),
+                    alias_of: None,
+                    columns: self.columns(name, &[]).await?,
+                    name: name.clone(),
+                });
+            }
+            for view in VIEWS {
+                // A view of nothing has no columns to tell of.
+                let Ok(columns) = self.columns(view.name, view.columns).await else {
+                    continue;
+                };
+                tables.push(TableInfo {
+                    name: view.name.to_string(),
+                    row: view.row.to_string(),
+                    size: None,
+                    alias_of: views::alias(self, view.name).await?,
+                    columns,
+                });
+            }
+            Ok(tables)
+        })
     }
 
     async fn columns(&self, name: &str, described: &[(&str, &str)]) -> Result<Vec<ColumnInfo>> {

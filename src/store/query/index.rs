@@ -60,93 +60,99 @@ impl Snapshot {
     /// Builds the index of `space`, in place of an older one, and measures what it finds.
     ///
     /// Errors: nothing is evaluated; a read-only directory; a full disk.
-    pub async fn build_index(&self, space: Space) -> Result<IndexReport> {
-        let (table, dataset) = self.evaluated().await?;
-        let path = self.path.join(format!("{table}.lance"));
-        let begun = Instant::now();
-        let filter = format!("{} IS NOT NULL", space.column());
-        let rows = dataset
-            .count_rows(Some(filter))
-            .await
-            .map_err(|e| failed("count", &path, e))?;
-        let mut report = IndexReport {
-            table: table.clone(),
-            space,
-            rows,
-            groups: None,
-            recall: None,
-            built_in: Duration::ZERO,
-        };
-        if rows < WORTH_AN_INDEX {
-            return Ok(report);
-        }
-        let failed = |e| failed("index", &path, e);
-        let groups = (rows as f64).sqrt().round() as usize;
-        let mut latest = Dataset::clone(&dataset);
-        build(&mut latest, space, groups).await.map_err(failed)?;
-        let sample = sample(&latest, space).await.map_err(failed)?;
-        let (truth, exact) = search_all(&latest, space, &sample, None)
-            .await
-            .map_err(failed)?;
-        let mut probed = 1;
-        let measured = loop {
-            let (found, fast) = search_all(&latest, space, &sample, Some(probed))
+    pub fn build_index<'a>(&'a self, space: Space) -> BoxFuture<'a, Result<IndexReport>> {
+        Box::pin(async move {
+            let (table, dataset) = self.evaluated().await?;
+            let path = self.path.join(format!("{table}.lance"));
+            let begun = Instant::now();
+            let filter = format!("{} IS NOT NULL", space.column());
+            let rows = dataset
+                .count_rows(Some(filter))
+                .await
+                .map_err(|e| failed("count", &path, e))?;
+            let mut report = IndexReport {
+                table: table.clone(),
+                space,
+                rows,
+                groups: None,
+                recall: None,
+                built_in: Duration::ZERO,
+            };
+            if rows < WORTH_AN_INDEX {
+                return Ok(report);
+            }
+            let failed = |e| failed("index", &path, e);
+            let groups = (rows as f64).sqrt().round() as usize;
+            let mut latest = Dataset::clone(&dataset);
+            build(&mut latest, space, groups).await.map_err(failed)?;
+            let sample = sample(&latest, space).await.map_err(failed)?;
+            let (truth, exact) = search_all(&latest, space, &sample, None)
                 .await
                 .map_err(failed)?;
-            let recall = agreement(&truth, &found);
-            if recall >= ENOUGH || probed >= groups {
-                break Recall {
-                    recall,
-                    neighbours: MEASURED_NEIGHBOURS,
-                    sample: sample.len(),
-                    fast,
-                    exact,
-                };
-            }
-            probed = (probed * 3 / 2 + 1).min(groups);
-        };
-        let note = [(probes_key(space), probed.to_string())];
-        latest.update_config(note).await.map_err(failed)?;
-        self.replace(&table, latest);
-        report.groups = Some((groups, probed));
-        report.recall = Some(measured);
-        report.built_in = begun.elapsed();
-        Ok(report)
+            let mut probed = 1;
+            let measured = loop {
+                let (found, fast) = search_all(&latest, space, &sample, Some(probed))
+                    .await
+                    .map_err(failed)?;
+                let recall = agreement(&truth, &found);
+                if recall >= ENOUGH || probed >= groups {
+                    break Recall {
+                        recall,
+                        neighbours: MEASURED_NEIGHBOURS,
+                        sample: sample.len(),
+                        fast,
+                        exact,
+                    };
+                }
+                probed = (probed * 3 / 2 + 1).min(groups);
+            };
+            let note = [(probes_key(space), probed.to_string())];
+            latest.update_config(note).await.map_err(failed)?;
+            self.replace(&table, latest);
+            report.groups = Some((groups, probed));
+            report.recall = Some(measured);
+            report.built_in = begun.elapsed();
+            Ok(report)
+        })
     }
 
     /// Measures the index of `space` as it is now, with the rows that came after it; none without an index.
     ///
     /// Errors: nothing is evaluated; files that cannot be read.
-    pub async fn recall(&self, space: Space) -> Result<Option<Recall>> {
-        let (table, dataset) = self.evaluated().await?;
-        let failed = |e| failed("search", &self.path.join(format!("{table}.lance")), e);
-        let Some(probed) = probes(&dataset, space) else {
-            return Ok(None);
-        };
-        let sample = sample(&dataset, space).await.map_err(failed)?;
-        let (truth, exact) = search_all(&dataset, space, &sample, None)
-            .await
-            .map_err(failed)?;
-        let (found, fast) = search_all(&dataset, space, &sample, Some(probed))
-            .await
-            .map_err(failed)?;
-        Ok(Some(Recall {
-            recall: agreement(&truth, &found),
-            neighbours: MEASURED_NEIGHBOURS,
-            sample: sample.len(),
-            fast,
-            exact,
-        }))
+    pub fn recall<'a>(&'a self, space: Space) -> BoxFuture<'a, Result<Option<Recall>>> {
+        Box::pin(async move {
+            let (table, dataset) = self.evaluated().await?;
+            let failed = |e| failed("search", &self.path.join(format!("{table}.lance")), e);
+            let Some(probed) = probes(&dataset, space) else {
+                return Ok(None);
+            };
+            let sample = sample(&dataset, space).await.map_err(failed)?;
+            let (truth, exact) = search_all(&dataset, space, &sample, None)
+                .await
+                .map_err(failed)?;
+            let (found, fast) = search_all(&dataset, space, &sample, Some(probed))
+                .await
+                .map_err(failed)?;
+            Ok(Some(Recall {
+                recall: agreement(&truth, &found),
+                neighbours: MEASURED_NEIGHBOURS,
+                sample: sample.len(),
+                fast,
+                exact,
+            }))
+        })
     }
 
     /// Whether there is an index of `space`, and how many rows there are in all.
     ///
     /// Errors: nothing is evaluated; files that cannot be read.
-    pub async fn indexed(&self, space: Space) -> Result<(bool, usize)> {
-        let (table, dataset) = self.evaluated().await?;
-        let rows = dataset.count_rows(None).await;
-        let rows = rows.map_err(|e| failed("count", &self.path.join(&table), e))?;
-        Ok((probes(&dataset, space).is_some(), rows))
+    pub fn indexed<'a>(&'a self, space: Space) -> BoxFuture<'a, Result<(bool, usize)>> {
+        Box::pin(async move {
+            let (table, dataset) = self.evaluated().await?;
+            let rows = dataset.count_rows(None).await;
+            let rows = rows.map_err(|e| failed("count", &self.path.join(&table), e))?;
+            Ok((probes(&dataset, space).is_some(), rows))
+        })
     }
 }
 

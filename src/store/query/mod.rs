@@ -65,8 +65,8 @@ impl Answer {
     /// The next rows; none at the end.
     ///
     /// Errors: files that cannot be read; a value that an expression cannot take.
-    pub async fn next(&mut self) -> Result<Option<RecordBatch>> {
-        self.rows.try_next().await.map_err(|e| explained(e, None))
+    pub fn next<'a>(&'a mut self) -> BoxFuture<'a, Result<Option<RecordBatch>>> {
+        Box::pin(async move { self.rows.try_next().await.map_err(|e| explained(e, None)) })
     }
 
     /// All rows.
@@ -132,24 +132,26 @@ impl Snapshot {
     /// Answers `sql`, one query over the store's tables and views (`SELECT …`, `WITH …`, `EXPLAIN …`, `DESCRIBE …`).
     ///
     /// Errors: what is no query, or cannot be understood; a table of a newer layout; files that cannot be read.
-    pub async fn sql(&self, sql: &str) -> Result<Answer> {
-        let plan = self.plan(sql).await?;
-        let explain = |e| explained(e, Some(self));
-        let only_queries = SQLOptions::new()
-            .with_allow_ddl(false)
-            .with_allow_dml(false)
-            .with_allow_statements(false);
-        only_queries.verify_plan(&plan).map_err(|_| not_a_query())?;
-        let frame = self
-            .context
-            .execute_logical_plan(plan)
-            .await
-            .map_err(explain)?;
-        let rows: BoxFuture<'_, _> = Box::pin(frame.execute_stream());
-        let rows = rows.await.map_err(explain)?;
-        Ok(Answer {
-            schema: rows.schema(),
-            rows,
+    pub fn sql<'a>(&'a self, sql: &'a str) -> BoxFuture<'a, Result<Answer>> {
+        Box::pin(async move {
+            let plan = self.plan(sql).await?;
+            let explain = |e| explained(e, Some(self));
+            let only_queries = SQLOptions::new()
+                .with_allow_ddl(false)
+                .with_allow_dml(false)
+                .with_allow_statements(false);
+            only_queries.verify_plan(&plan).map_err(|_| not_a_query())?;
+            let frame = self
+                .context
+                .execute_logical_plan(plan)
+                .await
+                .map_err(explain)?;
+            let rows: BoxFuture<'_, _> = Box::pin(frame.execute_stream());
+            let rows = rows.await.map_err(explain)?;
+            Ok(Answer {
+                schema: rows.schema(),
+                rows,
+            })
         })
     }
 
@@ -253,41 +255,48 @@ impl Snapshot {
     /// The name of the table of the evaluators that are asked; none where nothing was evaluated.
     ///
     /// Errors: files that cannot be read.
-    pub async fn evaluations(&self) -> Result<Option<String>> {
-        let known: Vec<&str> = self.all_evaluators().collect();
-        let digits = match (&self.evaluators, known.as_slice()) {
-            (Some(asked), _) => asked.clone(),
-            (None, []) => return Ok(None),
-            (None, [only]) => only.to_string(),
-            (None, [first, ..]) => {
-                let latest =
-                    "SELECT json_text(versions, 'evaluators') FROM runs ORDER BY event_us DESC";
-                let by_run = self.texts(latest).await?;
-                let mut used = by_run
-                    .iter()
-                    .filter_map(|digest| known.iter().find(|digits| digest.starts_with(**digits)));
-                used.next().unwrap_or(first).to_string()
-            }
-        };
-        Ok(Some(format!("evaluations_{digits}")))
+    pub fn evaluations<'a>(&'a self) -> BoxFuture<'a, Result<Option<String>>> {
+        Box::pin(async move {
+            let known: Vec<&str> = self.all_evaluators().collect();
+            let digits = match (&self.evaluators, known.as_slice()) {
+                (Some(asked), _) => asked.clone(),
+                (None, []) => return Ok(None),
+                (None, [only]) => only.to_string(),
+                (None, [first, ..]) => {
+                    let latest =
+                        "SELECT json_text(versions, 'evaluators') FROM runs ORDER BY event_us DESC";
+                    let by_run = self.texts(latest).await?;
+                    let mut used = by_run.iter().filter_map(|digest| {
+                        known.iter().find(|digits| digest.starts_with(**digits))
+                    });
+                    used.next().unwrap_or(first).to_string()
+                }
+            };
+            Ok(Some(format!("evaluations_{digits}")))
+        })
     }
 
     /// Names or directories of the CLIP and DINO that the runs with these evaluators were given.
     ///
     /// Errors: files that cannot be read.
-    pub async fn evaluator_names(&self, digits: &str) -> Result<Vec<(String, String)>> {
-        let sql = format!(
-            "SELECT DISTINCT c.value AS clip, d.value AS dino FROM latest_runs \
+    pub fn evaluator_names<'a>(
+        &'a self,
+        digits: &'a str,
+    ) -> BoxFuture<'a, Result<Vec<(String, String)>>> {
+        Box::pin(async move {
+            let sql = format!(
+                "SELECT DISTINCT c.value AS clip, d.value AS dino FROM latest_runs \
              JOIN settings c ON c.run = latest_runs.run AND c.setting = 'evaluation.clip' \
              JOIN settings d ON d.run = latest_runs.run AND d.setting = 'evaluation.dino' \
              WHERE starts_with(json_text(versions, 'evaluators'), '{digits}') ORDER BY 1, 2"
-        );
-        let mut names = Vec::new();
-        for batch in self.sql(&sql).await?.all().await? {
-            let (clip, dino) = (text(&batch, "clip")?, text(&batch, "dino")?);
-            names.extend((0..batch.num_rows()).map(|i| (clip(i), dino(i))));
-        }
-        Ok(names)
+            );
+            let mut names = Vec::new();
+            for batch in self.sql(&sql).await?.all().await? {
+                let (clip, dino) = (text(&batch, "clip")?, text(&batch, "dino")?);
+                names.extend((0..batch.num_rows()).map(|i| (clip(i), dino(i))));
+            }
+            Ok(names)
+        })
     }
 
     /// Every name that SQL may use, sorted.

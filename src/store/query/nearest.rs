@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashSet};
 use arrow::array::{Array, AsArray, Float32Array};
 use arrow::datatypes::{Float32Type, UInt64Type};
 use futures::TryStreamExt;
+use futures::future::BoxFuture;
 use lance::Dataset;
 use lance::dataset::ProjectionRequest;
 
@@ -59,52 +60,55 @@ impl Snapshot {
     /// the view `scored`) only proxies that satisfy it are compared, and all of them, exactly.
     ///
     /// Errors: nothing is evaluated; `vector` has another length; a filter that cannot be understood.
-    pub async fn nearest(
-        &self,
+    pub fn nearest<'a>(
+        &'a self,
         space: Space,
-        vector: &[f32],
+        vector: &'a [f32],
         limit: usize,
-        filter: Option<&str>,
+        filter: Option<&'a str>,
         search: Search,
-    ) -> Result<Vec<Neighbour>> {
-        let (table, dataset) = self.evaluated().await?;
-        let width = crate::store::columns::width_of(&dataset.schema().into(), space.column())?;
-        if vector.len() != width {
-            return Err(Error::invalid(
-                format!(
-                    "an embedding of {} numbers for a table with {width}",
-                    vector.len()
-                ),
-                "embed it with the models that the store's runs were evaluated with",
-            ));
-        }
-        if limit == 0 {
-            return Ok(Vec::new());
-        }
-        match filter {
-            Some(filter) => {
-                self.nearest_among(&table, space, vector, limit, filter)
-                    .await
+    ) -> BoxFuture<'a, Result<Vec<Neighbour>>> {
+        Box::pin(async move {
+            let (table, dataset) = self.evaluated().await?;
+            let width = crate::store::columns::width_of(&dataset.schema().into(), space.column())?;
+            if vector.len() != width {
+                return Err(Error::invalid(
+                    format!(
+                        "an embedding of {} numbers for a table with {width}",
+                        vector.len()
+                    ),
+                    "embed it with the models that the store's runs were evaluated with",
+                ));
             }
-            None => {
-                let mut asked = limit + SPARE;
-                loop {
-                    let found = nearest(&dataset, space, vector, asked, search).await;
-                    let found = found.map_err(|e| failed("search", &self.path.join(&table), e))?;
-                    let all = found.len() < asked;
-                    let mut seen = HashSet::new();
-                    let mut distinct: Vec<Neighbour> = found
-                        .into_iter()
-                        .filter(|near| seen.insert(near.key.clone()))
-                        .collect();
-                    if all || distinct.len() >= limit {
-                        distinct.truncate(limit);
-                        return Ok(distinct);
+            if limit == 0 {
+                return Ok(Vec::new());
+            }
+            match filter {
+                Some(filter) => {
+                    self.nearest_among(&table, space, vector, limit, filter)
+                        .await
+                }
+                None => {
+                    let mut asked = limit + SPARE;
+                    loop {
+                        let found = nearest(&dataset, space, vector, asked, search).await;
+                        let found =
+                            found.map_err(|e| failed("search", &self.path.join(&table), e))?;
+                        let all = found.len() < asked;
+                        let mut seen = HashSet::new();
+                        let mut distinct: Vec<Neighbour> = found
+                            .into_iter()
+                            .filter(|near| seen.insert(near.key.clone()))
+                            .collect();
+                        if all || distinct.len() >= limit {
+                            distinct.truncate(limit);
+                            return Ok(distinct);
+                        }
+                        asked *= 2;
                     }
-                    asked *= 2;
                 }
             }
-        }
+        })
     }
 
     /// Compares `vector` with every proxy that satisfies `filter`.
@@ -153,17 +157,23 @@ impl Snapshot {
     /// The embedding of the one proxy, sample or reference whose key begins with `key`; none when there is no such key.
     ///
     /// Errors: nothing is evaluated; more than one key begins so.
-    pub async fn embedding(&self, space: Space, key: &str) -> Result<Option<Vec<f32>>> {
-        let (table, dataset) = self.evaluated().await?;
-        let found = starting_with(&dataset, space, key).await;
-        let found = found.map_err(|e| failed("read", &self.path.join(&table), e))?;
-        match found.len() {
-            2.. => Err(Error::invalid(
-                format!("more than one key begins with {key}"),
-                "give more of its digits",
-            )),
-            _ => Ok(found.into_values().next()),
-        }
+    pub fn embedding<'a>(
+        &'a self,
+        space: Space,
+        key: &'a str,
+    ) -> BoxFuture<'a, Result<Option<Vec<f32>>>> {
+        Box::pin(async move {
+            let (table, dataset) = self.evaluated().await?;
+            let found = starting_with(&dataset, space, key).await;
+            let found = found.map_err(|e| failed("read", &self.path.join(&table), e))?;
+            match found.len() {
+                2.. => Err(Error::invalid(
+                    format!("more than one key begins with {key}"),
+                    "give more of its digits",
+                )),
+                _ => Ok(found.into_values().next()),
+            }
+        })
     }
 
     /// The table that is asked, by name and opened.
