@@ -26,6 +26,9 @@ const SMALLER: [(&str, &str); 4] = [
     ("feed_forward = 352", "feed_forward = 48"),
 ];
 
+/// A folder does not say which evaluators fit it.
+const EVALUATORS: [&str; 2] = ["evaluation.clip=nano-clip", "evaluation.dino=nano-dino"];
+
 fn run(command: Command) -> String {
     let said = say(command);
     said.says(0, &[]);
@@ -94,7 +97,8 @@ fn sample(adapter: Option<&Path>, seed: &str, out: &Path) -> Vec<Vec<u8>> {
 fn a_lumina_student_learns_draws_and_is_evaluated() {
     let place = Place::new();
     let model = checkpoint().display().to_string();
-    run(place.command(&[&set("model", &model)]));
+    let of_model = set("model", &model);
+    run(place.command(&[&of_model, EVALUATORS[0], EVALUATORS[1]]));
     let student = place.only_run().join("student");
     let adapter = AdapterFile::read(&student).unwrap();
     assert_eq!(adapter.modules.len(), 2 * 7);
@@ -135,6 +139,7 @@ fn all_weights_of_a_lumina_student_can_be_tuned_and_drawn_with() {
         set("dropout", "0.1"),
     ];
     let mut overrides: Vec<&str> = overrides.iter().map(String::as_str).collect();
+    overrides.extend(EVALUATORS);
     overrides.push("evaluation.every=3");
     run(place.command(&overrides));
     let student = place.only_run().join("student");

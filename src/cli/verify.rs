@@ -36,10 +36,10 @@ pub struct VerifyArgs {
     #[arg(long, value_name = "FILE")]
     pub reference: PathBuf,
     /// Largest relative L2 error of an output [default: 1e-4 in f32, 2e-2 in bf16]
-    #[arg(long, value_name = "T", value_parser = tolerance)]
+    #[arg(long, value_name = "T", value_parser = tolerance, allow_negative_numbers = true)]
     pub tolerance: Option<f64>,
     /// Largest relative L2 error of each gradient [default: 1e-3 in f32, 5e-2 in bf16]
-    #[arg(long, value_name = "G", value_parser = tolerance)]
+    #[arg(long, value_name = "G", value_parser = tolerance, allow_negative_numbers = true)]
     pub gradient_tolerance: Option<f64>,
     /// cpu, cuda or cuda:N
     #[arg(long, default_value = "cpu")]

@@ -21,7 +21,7 @@ pub fn human_bytes(bytes: u64) -> String {
         size /= 1000.0;
         unit += 1;
     }
-    if unit == 0 || size >= 99.5 {
+    if unit == 0 || size >= 99.95 {
         format!("{size:.0} {}", units[unit])
     } else {
         format!("{size:.1} {}", units[unit])

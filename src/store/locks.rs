@@ -118,10 +118,11 @@ impl Claim {
     ///
     /// Errors: a full disk.
     pub fn note(&self, text: &str) -> Result<()> {
-        use std::io::Write;
+        use std::io::{Seek, Write};
         self.file.set_len(0).map_err(Error::io(&self.path))?;
-        (&self.file)
-            .write_all(text.as_bytes())
+        let mut file = &self.file;
+        file.rewind()
+            .and_then(|()| file.write_all(text.as_bytes()))
             .map_err(Error::io(&self.path))
     }
 }

@@ -243,6 +243,7 @@ mod tests {
     #[test]
     fn a_rename_keeps_token_and_identity_and_learns_nothing_anew() {
         let mut state = State::default();
+        seen(&mut state, &[("dog/rex", &REX)]);
         seen(&mut state, &[("dog/rex", &REX), ("cat/mia", &MIA)]);
         learn(&mut state);
         seen(&mut state, &[("dog/hasso", &REX), ("cat/mia", &MIA)]);

@@ -181,7 +181,7 @@ mod tests {
         let mut muon = Muon::new(vec![("m".into(), matrix.clone())], 0.0).unwrap();
         let loss = || matrix.as_tensor().sqr().unwrap().sum_all().unwrap();
         let before = loss().to_scalar::<f32>().unwrap();
-        for _ in 0..20 {
+        for _ in 0..40 {
             muon.step(&loss().backward().unwrap(), 0.02).unwrap();
         }
         let after = loss().to_scalar::<f32>().unwrap();
