@@ -35,6 +35,9 @@ use super::layout;
 use super::locks::{Claim, Locks};
 use crate::{Error, Result};
 
+/// A version of a table, and the addresses of rows in it.
+type Matching = (Arc<Dataset>, Vec<u64>);
+
 const ROW_ID: &str = "_rowid";
 const ROW_ADDRESS: &str = "_rowaddr";
 /// A fragment at least this large is read well enough as it is, and dear to rewrite.
@@ -442,7 +445,7 @@ impl RawTable {
     pub fn matching<'a>(
         &'a self,
         filter: Option<&'a str>,
-    ) -> BoxFuture<'a, Result<Option<(Arc<Dataset>, Vec<u64>)>>> {
+    ) -> BoxFuture<'a, Result<Option<Matching>>> {
         Box::pin(async move {
             let dataset = {
                 let seen = self.seen();
