@@ -139,15 +139,11 @@ fn every_case_of_every_component_is_computed_as_its_reference_did() {
             // Heads that the component is without; beyond them, all of a checkpoint is used.
             for note in report["notes"].as_array().unwrap() {
                 let note = note.as_str().unwrap();
-                let head = [
-                    "pooler",
-                    "classifier",
-                    "decoder",
-                    "lm_head",
-                    "post_quant_conv",
-                ];
+                let head = ["pooler", "classifier", "decoder", "lm_head"];
+                // The tokenizer in transformers' layout lies among the weights of the transformer.
+                let beside = component == "chameleon-vq" && note.contains("model.");
                 assert!(
-                    head.iter().any(|part| note.contains(part)),
+                    beside || head.iter().any(|part| note.contains(part)),
                     "{name}: {note}"
                 );
             }
