@@ -141,7 +141,9 @@ fn every_case_of_every_component_is_computed_as_its_reference_did() {
                 let note = note.as_str().unwrap();
                 let head = ["pooler", "classifier", "decoder", "lm_head"];
                 // The tokenizer in transformers' layout lies among the weights of the transformer.
-                let beside = component == "chameleon-vq" && note.contains("model.");
+                // What comes after the output has no gradient.
+                let beside = component == "chameleon-vq" && note.contains("model.")
+                    || note.contains("no gradient in the reference file");
                 assert!(
                     beside || head.iter().any(|part| note.contains(part)),
                     "{name}: {note}"
