@@ -44,7 +44,8 @@ const UNSUPPORTED: [(&str, &str); 12] = [
 pub struct LoraFile {
     /// The file that holds the factors.
     pub path: PathBuf,
-    /// Never empty.
+    /// Never empty. The base's own weights, of which peft stores copies beside the factors when an adapter reaches the
+    /// embeddings or the head, are not read: the checkpoint has them.
     pub layers: BTreeMap<String, Factors>,
 }
 
@@ -80,7 +81,7 @@ impl LoraFile {
             } else if let Some(layer) = name.strip_suffix(".alpha") {
                 let alpha = tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?;
                 alphas.extend(alpha.first().map(|&alpha: &f64| (layer.to_string(), alpha)));
-            } else {
+            } else if !is_copy(&name) {
                 faults.push(format!("{original} is not a factor of LoRA"));
             }
         }
@@ -116,6 +117,14 @@ impl LoraFile {
             Err(fault(faults))
         }
     }
+}
+
+/// Whether `name` is that of a weight of the base, which peft stores when it adapts an embedding or the head.
+fn is_copy(name: &str) -> bool {
+    name.contains(".base_layer.")
+        || ["embed_tokens.weight", "lm_head.weight"]
+            .iter()
+            .any(|end| name.ends_with(end))
 }
 
 fn weights_file(path: &Path) -> Result<PathBuf> {
@@ -298,6 +307,16 @@ mod tests {
     fn rank_stabilised_adapters_divide_by_the_root_of_the_rank() {
         let found = scales(&["w"], json!({"lora_alpha": 3, "use_rslora": true})).unwrap();
         assert_eq!(found, [("w".to_string(), 1.5)]);
+    }
+
+    #[test]
+    fn copies_of_the_bases_weights_are_passed_over() {
+        for name in ["lm_head.base_layer.weight", "model.embed_tokens.weight"] {
+            assert!(is_copy(name), "{name}");
+        }
+        for name in ["lm_head.lora_embedding_A", "layers.0.norm.weight"] {
+            assert!(!is_copy(name), "{name}");
+        }
     }
 
     #[test]
