@@ -9,7 +9,7 @@ use async_stream::stream;
 use futures::{Stream, StreamExt};
 use proxytune::models::{Lesson, open};
 use proxytune::nano::{subjects::SUBJECTS, world};
-use proxytune::stream::{Board, Worker, channel, spawn};
+use proxytune::stream::{Board, Stages, Worker, channel};
 use proxytune::training::{Trainee, tuning};
 use proxytune::{Result, config, pipeline::opening_for};
 use rand::{SeedableRng, rngs::StdRng};
@@ -36,10 +36,10 @@ async fn main() -> Result<()> {
     let build = move || Trainee::new(open(&opening)?, &settings);
     let student = Worker::spawn("student", build).await?;
 
-    let (board, mut tasks) = (Board::default(), tokio::task::JoinSet::new());
+    let (board, mut stages) = (Board::default(), Stages::default());
     let (draw, train) = (board.meter("draw", "images"), board.meter("train", "steps"));
     let (outlet, inlet) = channel(&board, "pairs", 8, &draw, &train);
-    spawn(&mut tasks, &draw, pairs(), outlet);
+    stages.spawn(&draw, pairs(), outlet);
     let mut batches = inlet.chunks(4).take(50).enumerate();
     while let Some((step, batch)) = batches.next().await {
         let (images, prompts): (Vec<_>, Vec<_>) = batch.into_iter().unzip();
@@ -53,7 +53,7 @@ async fn main() -> Result<()> {
     }
     // Nobody reads any more, so the source has ended; if it failed, this is its error.
     drop(batches);
-    tasks.join_all().await.into_iter().collect::<Result<()>>()?;
+    stages.join().await?;
     let folder = std::path::Path::new("datasets/runs/custom-source/student");
     student.call(&train, |t| t.publish(folder).map(drop)).await
 }

@@ -9,10 +9,9 @@ use std::time::Duration;
 
 use async_stream::try_stream;
 use futures::{Stream, StreamExt};
-use proxytune::stream::{Board, Inlet, Outlet, Worker, channel, spawn, spawn_sink};
+use proxytune::stream::{Board, Inlet, Outlet, Stages, Worker, channel};
 use proxytune::{Error, Result};
 use tokio::sync::Semaphore;
-use tokio::task::JoinSet;
 
 /// Hangs become failures.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -68,11 +67,11 @@ async fn settle(count: &AtomicUsize) -> usize {
     last
 }
 
-async fn all_end(mut tasks: JoinSet<Result<()>>) -> Vec<Result<()>> {
+async fn all_end(mut stages: Stages) -> Vec<Result<()>> {
     let mut results = Vec::new();
     let ended = tokio::time::timeout(PATIENCE, async {
-        while let Some(result) = tasks.join_next().await {
-            results.push(result.unwrap());
+        while let Some(result) = stages.next().await {
+            results.push(result);
         }
     });
     ended.await.expect("a stage hangs");
@@ -83,21 +82,16 @@ async fn all_end(mut tasks: JoinSet<Result<()>>) -> Vec<Result<()>> {
 async fn a_stalled_consumer_stops_the_source_at_what_channels_and_hands_hold() {
     const ITEMS: usize = 50;
     for (a, b) in [(1, 1), (2, 3), (5, 1), (4, 8)] {
-        let (board, mut tasks) = (Board::default(), JoinSet::new());
+        let (board, mut stages) = (Board::default(), Stages::default());
         let meters = ["source", "stage", "consumer"].map(|name| board.meter(name, "items"));
         let (to_stage, at_stage) = channel(&board, "first", a, &meters[0], &meters[1]);
         let (to_consumer, at_consumer) = channel(&board, "second", b, &meters[1], &meters[2]);
         let (made, taken) = (Arc::default(), Arc::default());
         let allowed = Arc::new(Semaphore::new(0));
-        spawn(
-            &mut tasks,
-            &meters[0],
-            source(ITEMS, Arc::clone(&made)),
-            to_stage,
-        );
-        spawn(&mut tasks, &meters[1], passing(at_stage), to_consumer);
+        stages.spawn(&meters[0], source(ITEMS, Arc::clone(&made)), to_stage);
+        stages.spawn(&meters[1], passing(at_stage), to_consumer);
         let consumer = gated(at_consumer, allowed.clone(), Arc::clone(&taken));
-        spawn_sink(&mut tasks, &meters[2], consumer);
+        stages.spawn(&meters[2], consumer, ());
 
         // Two hands: the source's and the stage's each hold the item for which there is no room.
         assert_eq!(settle(&made).await, a + b + 2, "capacities {a} and {b}");
@@ -114,7 +108,7 @@ async fn a_stalled_consumer_stops_the_source_at_what_channels_and_hands_hold() {
             assert_eq!(settle(&made).await, a + b + 2 + more);
         }
         allowed.add_permits(ITEMS);
-        assert!(all_end(tasks).await.iter().all(Result::is_ok));
+        assert!(all_end(stages).await.iter().all(Result::is_ok));
         assert_eq!(*taken.lock().unwrap(), (0..ITEMS).collect::<Vec<_>>());
         assert!(meters.iter().all(|meter| meter.finished()));
     }
@@ -138,24 +132,14 @@ async fn the_slower_of_two_readers_holds_the_source_back() {
     const ITEMS: usize = 40;
     for stalled in ["beside", "behind"] {
         let (a, beside, behind) = (2, 3, 5);
-        let (board, mut tasks) = (Board::default(), JoinSet::new());
+        let (board, mut stages) = (Board::default(), Stages::default());
         let meters = ["source", "stage", "beside", "behind"].map(|name| board.meter(name, "items"));
         let (to_stage, at_stage) = channel(&board, "first", a, &meters[0], &meters[1]);
         let (to_beside, at_beside) = channel(&board, "beside", beside, &meters[1], &meters[2]);
         let (to_behind, at_behind) = channel(&board, "behind", behind, &meters[1], &meters[3]);
         let made = Arc::default();
-        spawn(
-            &mut tasks,
-            &meters[0],
-            source(ITEMS, Arc::clone(&made)),
-            to_stage,
-        );
-        spawn(
-            &mut tasks,
-            &meters[1],
-            to_two(at_stage, to_beside),
-            to_behind,
-        );
+        stages.spawn(&meters[0], source(ITEMS, Arc::clone(&made)), to_stage);
+        stages.spawn(&meters[1], to_two(at_stage, to_beside), to_behind);
         let gate =
             |name: &str| Arc::new(Semaphore::new(if name == stalled { 0 } else { ITEMS + 1 }));
         let (gates, seen) = (
@@ -165,7 +149,7 @@ async fn the_slower_of_two_readers_holds_the_source_back() {
         let readers = [at_beside, at_behind];
         for (i, input) in readers.into_iter().enumerate() {
             let reader = gated(input, gates[i].clone(), Arc::clone(&seen[i]));
-            spawn_sink(&mut tasks, &meters[2 + i], reader);
+            stages.spawn(&meters[2 + i], reader, ());
         }
         let capacity = if stalled == "beside" { beside } else { behind };
         assert_eq!(settle(&made).await, a + capacity + 2, "{stalled}");
@@ -179,7 +163,7 @@ async fn the_slower_of_two_readers_holds_the_source_back() {
         for gate in gates {
             gate.add_permits(ITEMS + 1);
         }
-        assert!(all_end(tasks).await.iter().all(Result::is_ok));
+        assert!(all_end(stages).await.iter().all(Result::is_ok));
         for seen in seen {
             assert_eq!(*seen.lock().unwrap(), (0..ITEMS).collect::<Vec<_>>());
         }
@@ -188,49 +172,40 @@ async fn the_slower_of_two_readers_holds_the_source_back() {
 
 #[tokio::test]
 async fn a_source_that_ends_is_drained_to_the_last_item() {
-    let (board, mut tasks) = (Board::default(), JoinSet::new());
+    let (board, mut stages) = (Board::default(), Stages::default());
     let meters = ["source", "stage", "consumer"].map(|name| board.meter(name, "items"));
     let (to_stage, at_stage) = channel(&board, "first", 4, &meters[0], &meters[1]);
     let (to_consumer, consumer) = channel(&board, "second", 4, &meters[1], &meters[2]);
     let made = Arc::default();
-    spawn(
-        &mut tasks,
-        &meters[0],
-        source(6, Arc::clone(&made)),
-        to_stage,
-    );
-    spawn(&mut tasks, &meters[1], passing(at_stage), to_consumer);
+    stages.spawn(&meters[0], source(6, Arc::clone(&made)), to_stage);
+    stages.spawn(&meters[1], passing(at_stage), to_consumer);
     assert_eq!(settle(&made).await, 6);
     assert!(
         meters[0].finished(),
         "the source is gone before anything is read"
     );
-    assert_eq!(consumer.collect::<Vec<_>>().await, [0, 1, 2, 3, 4, 5]);
-    assert!(all_end(tasks).await.iter().all(Result::is_ok));
+    let (arrived, ended) = tokio::join!(consumer.collect::<Vec<_>>(), all_end(stages));
+    assert_eq!(arrived, [0, 1, 2, 3, 4, 5]);
+    assert!(ended.iter().all(Result::is_ok));
 }
 
 #[tokio::test]
 async fn a_reader_that_goes_away_ends_the_stages_before_it_without_an_error() {
-    let (board, mut tasks) = (Board::default(), JoinSet::new());
+    let (board, mut stages) = (Board::default(), Stages::default());
     let meters = ["source", "stage", "consumer"].map(|name| board.meter(name, "items"));
     let (to_stage, at_stage) = channel(&board, "first", 2, &meters[0], &meters[1]);
     let (to_consumer, mut consumer) = channel(&board, "second", 2, &meters[1], &meters[2]);
     let made = Arc::default();
-    spawn(
-        &mut tasks,
-        &meters[0],
-        source(usize::MAX, Arc::clone(&made)),
-        to_stage,
-    );
-    spawn(&mut tasks, &meters[1], passing(at_stage), to_consumer);
+    stages.spawn(&meters[0], source(usize::MAX, Arc::clone(&made)), to_stage);
+    stages.spawn(&meters[1], passing(at_stage), to_consumer);
     assert_eq!(consumer.next().await, Some(0));
     drop(consumer);
-    assert!(all_end(tasks).await.iter().all(Result::is_ok));
+    assert!(all_end(stages).await.iter().all(Result::is_ok));
 }
 
 #[tokio::test]
 async fn a_stage_that_fails_is_named_in_the_error_and_what_it_sent_before_arrives() {
-    let (board, mut tasks) = (Board::default(), JoinSet::new());
+    let (board, mut stages) = (Board::default(), Stages::default());
     let meters = ["source", "tokenize", "consumer"].map(|name| board.meter(name, "items"));
     let (to_stage, at_stage) = channel(&board, "first", 2, &meters[0], &meters[1]);
     let (to_consumer, consumer) = channel(&board, "second", 2, &meters[1], &meters[2]);
@@ -243,19 +218,11 @@ async fn a_stage_that_fails_is_named_in_the_error_and_what_it_sent_before_arrive
             yield item;
         }
     };
-    spawn(
-        &mut tasks,
-        &meters[0],
-        source(usize::MAX, Arc::default()),
-        to_stage,
-    );
-    spawn(&mut tasks, &meters[1], failing, to_consumer);
-    assert_eq!(consumer.collect::<Vec<_>>().await, [0, 1, 2]);
-    let errors: Vec<Error> = all_end(tasks)
-        .await
-        .into_iter()
-        .filter_map(Result::err)
-        .collect();
+    stages.spawn(&meters[0], source(usize::MAX, Arc::default()), to_stage);
+    stages.spawn(&meters[1], failing, to_consumer);
+    let (arrived, ended) = tokio::join!(consumer.collect::<Vec<_>>(), all_end(stages));
+    assert_eq!(arrived, [0, 1, 2]);
+    let errors: Vec<Error> = ended.into_iter().filter_map(Result::err).collect();
     assert_eq!(errors.len(), 1, "{errors:?}");
     assert_eq!(errors[0].to_string(), "stage tokenize: item 3 is bad");
     assert_eq!(errors[0].hint().as_deref(), Some("leave it out"));
@@ -263,6 +230,40 @@ async fn a_stage_that_fails_is_named_in_the_error_and_what_it_sent_before_arrive
         !meters[1].finished(),
         "a failed stage does not count as done"
     );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_cause_of_a_failure_comes_before_the_complaints_of_later_stages() {
+    for _ in 0..200 {
+        let (board, mut stages) = (Board::default(), Stages::default());
+        let meters = ["first", "second"].map(|name| board.meter(name, "items"));
+        let (to_second, at_second) = channel::<usize>(&board, "items", 1, &meters[0], &meters[1]);
+        let failing = try_stream! {
+            yield 0;
+            Err(Error::invalid("the cause", "mend it"))?;
+        };
+        let complaining = try_stream! {
+            let mut input = std::pin::pin!(at_second);
+            while let Some(item) = input.next().await {
+                yield item;
+            }
+            Err(Error::invalid("the input ended early", "see above"))?;
+        };
+        stages.spawn(&meters[1], complaining, ());
+        stages.spawn(&meters[0], failing, to_second);
+        let said: Vec<String> = all_end(stages)
+            .await
+            .into_iter()
+            .map(|result| result.unwrap_err().to_string())
+            .collect();
+        assert_eq!(
+            said,
+            [
+                "stage first: the cause",
+                "stage second: the input ended early"
+            ]
+        );
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -291,15 +292,10 @@ async fn a_model_whose_thread_ends_is_reported_and_never_waited_for() {
             .await?;
         }
     };
-    let mut tasks = JoinSet::new();
-    spawn(
-        &mut tasks,
-        &meter,
-        source(usize::MAX, Arc::default()),
-        to_stage,
-    );
-    spawn_sink(&mut tasks, &meter, stage);
-    let errors: Vec<Error> = all_end(tasks)
+    let mut stages = Stages::default();
+    stages.spawn(&meter, source(usize::MAX, Arc::default()), to_stage);
+    stages.spawn(&meter, stage, ());
+    let errors: Vec<Error> = all_end(stages)
         .await
         .into_iter()
         .filter_map(Result::err)

@@ -1,5 +1,6 @@
 //! What learners write and read: adapters in PEFT's layout for students and in diffusers' for supervisors, or whole
-//! checkpoints. Reading takes either layout, and kohya-like names. Scale is `alpha / rank`; where a layout has no place for alpha, B is written scaled so that alpha = rank.
+//! checkpoints. Reading takes either layout, and kohya-like names. Scale is `alpha / rank`; where a layout has no place
+//! for alpha, B is written scaled so that alpha = rank.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -9,12 +10,14 @@ use serde_json::json;
 
 use super::lora_file::LoraFile;
 pub use super::lora_file::{DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS};
+use super::snapshot;
 use crate::files;
-use crate::nn::{Factors, LoraConfig};
+use crate::nn::{Adapter, Factors, LoraConfig, Weights};
 use crate::{Error, Result};
 
 /// A whole checkpoint's file name.
 pub const CHECKPOINT_WEIGHTS: &str = "model.safetensors";
+
 /// An adapter as read from disk: `PATH.lora_A.weight` and `PATH.lora_B.weight`, with the module paths of the model.
 #[derive(Debug, Clone)]
 pub struct AdapterFile {
@@ -144,6 +147,34 @@ pub fn read_for(path: &Path, wanted: &LoraConfig) -> Result<BTreeMap<String, Ten
         Ok((name, if scaled { (tensor * factor)? } else { tensor }))
     };
     file.tensors.into_iter().map(scale).collect()
+}
+
+/// What is trained of a model, in the learner's own folder: its adapter, or all its weights.
+///
+/// # Errors
+/// When a file is missing, cannot be read, or holds an adapter on other modules.
+pub fn read_trained(dir: &Path, adapter: Option<&Adapter>) -> Result<BTreeMap<String, Tensor>> {
+    match adapter {
+        Some(adapter) => read_for(dir, adapter.config()),
+        None => read_checkpoint(dir),
+    }
+}
+
+/// Writes the checkpoint of a model whose own weights were trained: all of `weights`, with `values` in place of those
+/// that have the same names.
+pub fn write_whole(
+    dir: &Path,
+    weights: &Weights,
+    values: &BTreeMap<String, Tensor>,
+    config: &str,
+) -> Result<()> {
+    let mut whole = snapshot(&weights.variables())?;
+    whole.extend(
+        values
+            .iter()
+            .map(|(name, value)| (name.clone(), value.clone())),
+    );
+    write_checkpoint(dir, &whole, config)
 }
 
 /// Writes a whole checkpoint, `model.safetensors` beside `config.json`, into the folder `dir`.

@@ -12,14 +12,99 @@ use candle_core::{
 /// Gives one gradient per tracked input, in the order in which they were passed to [`record`].
 type Backward = Box<dyn Fn(&Tensor, &Tensor) -> Result<Vec<Tensor>> + Send + Sync>;
 
+/// An operation of one to three inputs with a backward pass of its own. candle asks for the same things once for each
+/// number of inputs; [`Op`] answers.
+trait Fused: Send + Sync {
+    const NAME: &'static str;
+
+    /// The result on the CPU; `first` is the first input.
+    fn cpu(&self, first: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)>;
+
+    /// The result on a card.
+    fn cuda(&self, first: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)>;
+
+    /// The gradients of the inputs, as many as there are.
+    fn backward(&self, result: &Tensor, gradient: &Tensor) -> Result<[Option<Tensor>; GROUP]>;
+}
+
+struct Op<F>(F);
+
+impl<F: Fused> CustomOp1 for Op<F> {
+    fn name(&self) -> &'static str {
+        F::NAME
+    }
+
+    fn cpu_fwd(&self, a: &CpuStorage, la: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.0.cpu(a, la)
+    }
+
+    fn cuda_fwd(&self, a: &CudaStorage, la: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.0.cuda(a, la)
+    }
+
+    fn bwd(&self, _: &Tensor, result: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
+        let [one, _, _] = self.0.backward(result, gradient)?;
+        Ok(one)
+    }
+}
+
+#[rustfmt::skip]
+impl<F: Fused> CustomOp2 for Op<F> {
+    fn name(&self) -> &'static str {
+        F::NAME
+    }
+
+    fn cpu_fwd(&self, a: &CpuStorage, la: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.0.cpu(a, la)
+    }
+
+    fn cuda_fwd(&self, a: &CudaStorage, la: &Layout, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.0.cuda(a, la)
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, result: &Tensor, gradient: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let [one, two, _] = self.0.backward(result, gradient)?;
+        Ok((one, two))
+    }
+}
+
+#[rustfmt::skip]
+impl<F: Fused> CustomOp3 for Op<F> {
+    fn name(&self) -> &'static str {
+        F::NAME
+    }
+
+    fn cpu_fwd(
+        &self, a: &CpuStorage, la: &Layout, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.0.cpu(a, la)
+    }
+
+    fn cuda_fwd(
+        &self, a: &CudaStorage, la: &Layout, _: &CudaStorage, _: &Layout, _: &CudaStorage, _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.0.cuda(a, la)
+    }
+
+    fn bwd(
+        &self, _: &Tensor, _: &Tensor, _: &Tensor, result: &Tensor, gradient: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let [one, two, three] = self.0.backward(result, gradient)?;
+        Ok((one, two, three))
+    }
+}
+
+/// A result that was computed before candle asks for it.
 struct Recorded {
     value: Mutex<Option<Vec<f32>>>,
     shape: Shape,
     backward: Backward,
 }
 
-impl Recorded {
-    fn take(&self) -> Result<(CpuStorage, Shape)> {
+impl Fused for Recorded {
+    const NAME: &'static str = "fused";
+
+    fn cpu(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
         let mut value = self.value.lock().unwrap_or_else(PoisonError::into_inner);
         match value.take() {
             Some(value) => Ok((CpuStorage::F32(value), self.shape.clone())),
@@ -27,81 +112,13 @@ impl Recorded {
         }
     }
 
-    fn gradients(&self, result: &Tensor, gradient: &Tensor) -> Result<[Option<Tensor>; 3]> {
+    fn cuda(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        candle_core::bail!("a fused operation of the CPU was given a tensor on a card")
+    }
+
+    fn backward(&self, result: &Tensor, gradient: &Tensor) -> Result<[Option<Tensor>; GROUP]> {
         let mut gradients = (self.backward)(result, &gradient.contiguous()?)?.into_iter();
         Ok([gradients.next(), gradients.next(), gradients.next()])
-    }
-}
-
-impl CustomOp1 for Recorded {
-    fn name(&self) -> &'static str {
-        "fused"
-    }
-
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.take()
-    }
-
-    fn bwd(&self, _: &Tensor, result: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
-        let [one, _, _] = self.gradients(result, gradient)?;
-        Ok(one)
-    }
-}
-
-impl CustomOp2 for Recorded {
-    fn name(&self) -> &'static str {
-        "fused"
-    }
-
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        self.take()
-    }
-
-    fn bwd(
-        &self,
-        _: &Tensor,
-        _: &Tensor,
-        result: &Tensor,
-        gradient: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let [one, two, _] = self.gradients(result, gradient)?;
-        Ok((one, two))
-    }
-}
-
-impl CustomOp3 for Recorded {
-    fn name(&self) -> &'static str {
-        "fused"
-    }
-
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        self.take()
-    }
-
-    fn bwd(
-        &self,
-        _: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-        result: &Tensor,
-        gradient: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let [one, two, three] = self.gradients(result, gradient)?;
-        Ok((one, two, three))
     }
 }
 
@@ -126,10 +143,12 @@ pub(super) fn record(
     if tracked.is_empty() {
         return Tensor::from_vec(value, shape, &Device::Cpu);
     }
-    let recorded = |backward| Recorded {
-        value: Mutex::new(Some(value)),
-        shape,
-        backward,
+    let recorded = |backward| {
+        Op(Recorded {
+            value: Mutex::new(Some(value)),
+            shape,
+            backward,
+        })
     };
     match tracked.as_slice() {
         [one] => one.apply_op1(recorded(Box::new(backward))),
@@ -161,13 +180,13 @@ pub(super) fn attach(
 ) -> Result<Tensor> {
     let (joints, stash) = join_all(inputs)?;
     let device = value.device().clone();
-    let attached = Attached {
+    let attached = Op(Attached {
         backward: Box::new(move |_, gradient| {
             stash.fill(backward(gradient)?);
             Ok(Vec::new())
         }),
         device,
-    };
+    });
     match joints.as_slice() {
         [one] => value.apply_op2(one, attached),
         [one, two] => value.apply_op3(one, two, attached),
@@ -202,7 +221,7 @@ struct Joint {
 }
 
 fn join(tensors: &[&Tensor], stash: Arc<Stash>, first: usize) -> Result<Tensor> {
-    let joint = Joint { stash, first };
+    let joint = Op(Joint { stash, first });
     match tensors {
         [one] => one.apply_op1(joint),
         [one, two] => one.apply_op2(two, joint),
@@ -225,118 +244,23 @@ fn signal(device: &Device) -> Result<Tensor> {
     Tensor::zeros((), DType::F32, device)
 }
 
-impl Joint {
-    fn take(&self) -> [Option<Tensor>; GROUP] {
-        let mut stash = self.stash.lock();
-        let mut take = |i: usize| stash.get_mut(self.first + i).and_then(Option::take);
-        [take(0), take(1), take(2)]
-    }
+impl Fused for Joint {
+    const NAME: &'static str = "joint";
 
-    fn on_cpu() -> Result<(CpuStorage, Shape)> {
+    fn cpu(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
         Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
     }
 
-    fn on_cuda(like: &CudaStorage) -> Result<(CudaStorage, Shape)> {
+    fn cuda(&self, first: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
         let shape = Shape::from(());
-        Ok((like.device().zeros_impl(&shape, DType::F32)?, shape))
-    }
-}
-
-impl CustomOp1 for Joint {
-    fn name(&self) -> &'static str {
-        "joint"
+        let zero = first.device().zeros_impl(&shape, DType::F32)?;
+        Ok((zero, shape))
     }
 
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        Self::on_cpu()
-    }
-
-    fn cuda_fwd(&self, storage: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
-        Self::on_cuda(storage)
-    }
-
-    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
-        let [one, _, _] = self.take();
-        Ok(one)
-    }
-}
-
-impl CustomOp2 for Joint {
-    fn name(&self) -> &'static str {
-        "joint"
-    }
-
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        Self::on_cpu()
-    }
-
-    fn cuda_fwd(
-        &self,
-        storage: &CudaStorage,
-        _: &Layout,
-        _: &CudaStorage,
-        _: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        Self::on_cuda(storage)
-    }
-
-    fn bwd(
-        &self,
-        _: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let [one, two, _] = self.take();
-        Ok((one, two))
-    }
-}
-
-impl CustomOp3 for Joint {
-    fn name(&self) -> &'static str {
-        "joint"
-    }
-
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        Self::on_cpu()
-    }
-
-    fn cuda_fwd(
-        &self,
-        storage: &CudaStorage,
-        _: &Layout,
-        _: &CudaStorage,
-        _: &Layout,
-        _: &CudaStorage,
-        _: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        Self::on_cuda(storage)
-    }
-
-    fn bwd(
-        &self,
-        _: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let [one, two, three] = self.take();
-        Ok((one, two, three))
+    fn backward(&self, _: &Tensor, _: &Tensor) -> Result<[Option<Tensor>; GROUP]> {
+        let mut stash = self.stash.lock();
+        let mut take = |i: usize| stash.get_mut(self.first + i).and_then(Option::take);
+        Ok([take(0), take(1), take(2)])
     }
 }
 
@@ -346,83 +270,21 @@ struct Attached {
     device: Device,
 }
 
-impl CustomOp2 for Attached {
-    fn name(&self) -> &'static str {
-        "attached"
+impl Fused for Attached {
+    const NAME: &'static str = "attached";
+
+    fn cpu(&self, first: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        Ok((whole(first, layout)?, layout.shape().clone()))
     }
 
-    fn cpu_fwd(
-        &self,
-        value: &CpuStorage,
-        layout: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        Ok((whole(value, layout)?, layout.shape().clone()))
+    fn cuda(&self, first: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        Ok((whole(first, layout)?, layout.shape().clone()))
     }
 
-    fn cuda_fwd(
-        &self,
-        value: &CudaStorage,
-        layout: &Layout,
-        _: &CudaStorage,
-        _: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        Ok((whole(value, layout)?, layout.shape().clone()))
-    }
-
-    fn bwd(
-        &self,
-        _: &Tensor,
-        _: &Tensor,
-        result: &Tensor,
-        gradient: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        (self.backward)(result, gradient)?;
-        Ok((None, Some(signal(&self.device)?)))
-    }
-}
-
-impl CustomOp3 for Attached {
-    fn name(&self) -> &'static str {
-        "attached"
-    }
-
-    fn cpu_fwd(
-        &self,
-        value: &CpuStorage,
-        layout: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        Ok((whole(value, layout)?, layout.shape().clone()))
-    }
-
-    fn cuda_fwd(
-        &self,
-        value: &CudaStorage,
-        layout: &Layout,
-        _: &CudaStorage,
-        _: &Layout,
-        _: &CudaStorage,
-        _: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        Ok((whole(value, layout)?, layout.shape().clone()))
-    }
-
-    fn bwd(
-        &self,
-        _: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-        result: &Tensor,
-        gradient: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+    fn backward(&self, result: &Tensor, gradient: &Tensor) -> Result<[Option<Tensor>; GROUP]> {
         (self.backward)(result, gradient)?;
         let signal = signal(&self.device)?;
-        Ok((None, Some(signal.clone()), Some(signal)))
+        Ok([None, Some(signal.clone()), Some(signal)])
     }
 }
 

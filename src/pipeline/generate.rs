@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
 use futures::{StreamExt, stream};
-use tokio::task::JoinSet;
 
 use super::prepare::{self, Prepared, Purpose};
 use super::{Options, RunDir};
@@ -18,7 +17,7 @@ use crate::stages::references::references;
 use crate::stages::supervise::supervise;
 use crate::stages::tokenize::tokenize;
 use crate::store::{Claim, Limits};
-use crate::stream::{Meter, Progress, StageReport, Stop, channel, spawn, spawn_sink};
+use crate::stream::{Meter, Progress, StageReport, Stages, Stop, channel};
 use crate::{Error, Result};
 
 /// Nobody waits for single batches, so that these may wait for each other; what a kill loses is as little.
@@ -255,7 +254,7 @@ fn look_for_room(
 }
 
 /// The front of the picture in the crate's documentation, as code.
-fn build(prepared: Prepared, work: Work, shard: Shard, disk: Disk) -> JoinSet<Result<()>> {
+fn build(prepared: Prepared, work: Work, shard: Shard, disk: Disk) -> Stages {
     let Prepared {
         context,
         supervisor,
@@ -263,9 +262,9 @@ fn build(prepared: Prepared, work: Work, shard: Shard, disk: Disk) -> JoinSet<Re
         tokenizer,
         ..
     } = prepared;
-    let mut tasks = JoinSet::new();
+    let mut stages = Stages::default();
     let (Some(opening), Some((settings, _))) = (supervisor, context.resolved.teacher()) else {
-        return tasks;
+        return stages;
     };
     let (board, sizes) = (&context.board, &context.resolved.channels);
     let meter = |name: &str, unit: &str, total: usize| {
@@ -292,8 +291,7 @@ fn build(prepared: Prepared, work: Work, shard: Shard, disk: Disk) -> JoinSet<Re
         &referring,
         &supervising,
     );
-    spawn(
-        &mut tasks,
+    stages.spawn(
         &referring,
         references(context.clone(), referring.clone()),
         photos,
@@ -309,8 +307,7 @@ fn build(prepared: Prepared, work: Work, shard: Shard, disk: Disk) -> JoinSet<Re
         &supervising,
         &synthesizing,
     );
-    spawn(
-        &mut tasks,
+    stages.spawn(
         &supervising,
         supervise(context.clone(), opening, keyed, supervising.clone()),
         supervisors,
@@ -318,7 +315,7 @@ fn build(prepared: Prepared, work: Work, shard: Shard, disk: Disk) -> JoinSet<Re
 
     let (made, to_keep) = channel(board, "proxies", sizes.proxies, &synthesizing, &keeping);
     let making = make(context.clone(), work, to_make, synthesizing.clone());
-    spawn(&mut tasks, &synthesizing, making, made);
+    stages.spawn(&synthesizing, making, made);
 
     let how = Keeping {
         limits: LIMITS,
@@ -332,27 +329,21 @@ fn build(prepared: Prepared, work: Work, shard: Shard, disk: Disk) -> JoinSet<Re
         how,
     );
     if context.tokenizer.is_none() {
-        spawn_sink(&mut tasks, &keeping, kept);
-        return tasks;
+        stages.spawn(&keeping, kept, ());
+        return stages;
     }
     let tokenizing: Meter = meter("tokenize", "proxies", 0);
     let (for_tokens, to_tokenize) = channel(board, "kept", sizes.kept, &keeping, &tokenizing);
-    spawn(&mut tasks, &keeping, kept, for_tokens);
+    stages.spawn(&keeping, kept, for_tokens);
     let tokens = tokenize(context.clone(), tokenizer, to_tokenize, tokenizing.clone());
-    spawn_sink(&mut tasks, &tokenizing, tokens);
-    tasks
+    stages.spawn(&tokenizing, tokens, ());
+    stages
 }
 
 /// Waits for all stages. After the first failure the others are asked to stop, so that what was made is committed.
-async fn join(mut tasks: JoinSet<Result<()>>, context: &Context) -> Result<()> {
+async fn join(mut stages: Stages, context: &Context) -> Result<()> {
     let mut failure = None;
-    while let Some(task) = tasks.join_next().await {
-        let result = task.unwrap_or_else(|panic| {
-            Err(Error::Invalid {
-                what: format!("a stage ended unexpectedly: {panic}"),
-                hint: None,
-            })
-        });
+    while let Some(result) = stages.next().await {
         if let Err(error) = result {
             context.stop.request();
             failure.get_or_insert(error);

@@ -11,8 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Instant;
 
 use futures::future::BoxFuture;
-use futures::{Stream, StreamExt};
-use tokio::task::JoinSet;
+use futures::{Stream, StreamExt, TryStreamExt};
 
 pub use self::generate::{Generated, Generation, generate};
 use self::prepare::{Prepared, Purpose};
@@ -32,7 +31,7 @@ use crate::stages::synthesize::synthesize;
 use crate::stages::tokenize::tokenize;
 use crate::stages::train::train;
 use crate::stages::{Context, Method};
-use crate::stream::{Inlet, Meter, Outlet, Progress, Stop, channel, spawn, spawn_sink};
+use crate::stream::{Inlet, Meter, Outlet, Progress, Stages, Stop, channel};
 use crate::{Error, Result};
 
 /// What to run, and how.
@@ -209,7 +208,7 @@ fn announce(dir: &RunDir) {
 
 /// The running stages.
 struct Graph {
-    tasks: JoinSet<Result<()>>,
+    stages: Stages,
     evaluated: Inlet<Evaluated>,
     reporting: Meter,
     first_training_proxy: Arc<AtomicUsize>,
@@ -227,7 +226,7 @@ impl Graph {
         } = prepared;
         let (board, sizes) = (&context.board, &context.resolved.channels);
         let resolved = &context.resolved;
-        let mut tasks = JoinSet::new();
+        let mut stages = Stages::default();
         let meter = |name: &str, unit: &str, total: usize| {
             let meter = board.meter(name, unit);
             meter.expect(total);
@@ -289,8 +288,7 @@ impl Graph {
                     &supervising,
                     &synthesizing,
                 );
-                spawn(
-                    &mut tasks,
+                stages.spawn(
                     &supervising,
                     supervise(context.clone(), opening, keyed, supervising.clone()),
                     supervisors,
@@ -304,24 +302,26 @@ impl Graph {
                     checkpoints.clone(),
                     synthesizing.clone(),
                 );
-                spawn(&mut tasks, &synthesizing, synthesis, made);
+                stages.spawn(&synthesizing, synthesis, made);
 
-                let (to_two, kept) = (
-                    sizes.kept,
-                    keep(
-                        context.clone(),
-                        supervisor_keys,
-                        to_keep,
-                        keeping.clone(),
-                        Keeping::at_once(),
-                    ),
-                );
+                let kept = keep(
+                    context.clone(),
+                    supervisor_keys,
+                    to_keep,
+                    keeping.clone(),
+                    Keeping::at_once(),
+                )
+                .map_ok(move |mut batch| {
+                    if sequential {
+                        // Batches wait for each other; readers take the pixels from the store.
+                        batch.images = None;
+                    }
+                    batch
+                });
                 let (for_tokens, to_tokenize) =
-                    channel(board, "kept", to_two, &keeping, &tokenizing);
-                let (for_scores, to_score) = channel(board, "kept", to_two, &keeping, &scoring);
-                spawn_two(
-                    &mut tasks, &keeping, kept, for_tokens, for_scores, sequential,
-                );
+                    channel(board, "kept", sizes.kept, &keeping, &tokenizing);
+                let (for_scores, to_score) = channel(board, "kept", sizes.kept, &keeping, &scoring);
+                stages.spawn(&keeping, kept, vec![for_tokens, for_scores]);
 
                 let (ready, to_train) =
                     channel(board, "tokens", sizes.tokens, &tokenizing, &training);
@@ -331,14 +331,14 @@ impl Graph {
                     in_order(sequential, to_tokenize),
                     tokenizing.clone(),
                 );
-                spawn(&mut tasks, &tokenizing, tokens, ready);
+                stages.spawn(&tokenizing, tokens, ready);
 
                 let scores = score_proxies(
                     context.clone(),
                     in_order(sequential, to_score),
                     scoring.clone(),
                 );
-                spawn_sink(&mut tasks, &scoring, scores);
+                stages.spawn(&scoring, scores, ());
 
                 let learning = train(
                     context.clone(),
@@ -347,7 +347,7 @@ impl Graph {
                     first_training_proxy.clone(),
                     training.clone(),
                 );
-                spawn(&mut tasks, &training, learning, checkpoints.clone());
+                stages.spawn(&training, learning, checkpoints.clone());
             }
             None => {
                 let (subjects, to_train) =
@@ -365,7 +365,7 @@ impl Graph {
                     to_train,
                     training.clone(),
                 );
-                spawn(&mut tasks, &training, learning, checkpoints.clone());
+                stages.spawn(&training, learning, checkpoints.clone());
             }
         }
         if let Some((settings, tuning)) = baseline {
@@ -383,11 +383,10 @@ impl Graph {
                 ..student
             };
             let learning = direct(context.clone(), opening, tuned, to_tune, tuning.clone());
-            spawn(&mut tasks, &tuning, learning, checkpoints.clone());
+            stages.spawn(&tuning, learning, checkpoints.clone());
         }
         drop(checkpoints);
-        spawn_all(
-            &mut tasks,
+        stages.spawn(
             &referring,
             references(context.clone(), referring.clone()),
             to_subjects,
@@ -405,9 +404,9 @@ impl Graph {
             in_order(sequential, to_evaluate),
             evaluating.clone(),
         );
-        spawn(&mut tasks, &evaluating, scored, evaluated);
+        stages.spawn(&evaluating, scored, evaluated);
         Self {
-            tasks,
+            stages,
             evaluated: results,
             reporting,
             first_training_proxy,
@@ -427,12 +426,8 @@ impl Graph {
                     }
                     None => open = false,
                 },
-                task = self.tasks.join_next() => match task {
-                    Some(Ok(Ok(()))) => {}
-                    Some(Ok(Err(error))) => return Err(error),
-                    Some(Err(panic)) => {
-                        return Err(Error::Invalid { what: format!("a stage ended unexpectedly: {panic}"), hint: None });
-                    }
+                ended = self.stages.next() => match ended {
+                    Some(result) => result?,
                     None if !open => break,
                     None => {}
                 },
@@ -456,55 +451,6 @@ fn in_order<T: Send + 'static>(
     futures::stream::once(input.collect::<Vec<T>>())
         .flat_map(futures::stream::iter)
         .boxed()
-}
-
-/// Drives `stage` into two channels; each send is awaited, so the slower reader holds it back. One stage after
-/// another, pixels are dropped: readers take them from the store, so that nothing piles up in memory.
-fn spawn_two(
-    tasks: &mut JoinSet<Result<()>>,
-    meter: &Meter,
-    stage: impl Stream<Item = Result<crate::stages::ProxyBatch>> + Send + 'static,
-    first: Outlet<crate::stages::ProxyBatch>,
-    second: Outlet<crate::stages::ProxyBatch>,
-    sequential: bool,
-) {
-    let meter = meter.clone();
-    tasks.spawn(async move {
-        let mut stage = std::pin::pin!(stage);
-        while let Some(item) = stage.next().await {
-            let mut item = item.map_err(|e| e.in_stage(meter.name()))?;
-            if sequential {
-                item.images = None;
-            }
-            if first.send(item.clone()).await.is_err() || second.send(item).await.is_err() {
-                break;
-            }
-        }
-        meter.finish();
-        Ok(())
-    });
-}
-
-/// Drives `stage` into all `outlets`.
-fn spawn_all(
-    tasks: &mut JoinSet<Result<()>>,
-    meter: &Meter,
-    stage: impl Stream<Item = Result<usize>> + Send + 'static,
-    outlets: Vec<Outlet<usize>>,
-) {
-    let meter = meter.clone();
-    tasks.spawn(async move {
-        let mut stage = std::pin::pin!(stage);
-        while let Some(item) = stage.next().await {
-            let item = item.map_err(|e| e.in_stage(meter.name()))?;
-            for outlet in &outlets {
-                // A reader that has ended, because of a failure or a stop, says so itself.
-                let _ = outlet.send(item).await;
-            }
-        }
-        meter.finish();
-        Ok(())
-    });
 }
 
 /// How many samples the evaluation will draw.

@@ -9,11 +9,11 @@ use futures::{Stream, StreamExt};
 use image::RgbImage;
 
 use super::{Checkpoint, Context, Lazy, Method, ProxyBatch, Supervisor, ended_early};
+use crate::Result;
 use crate::models::{Request, Sampling};
 use crate::plan::proxy_keys;
 use crate::stream::{Meter, Outlet};
 use crate::training::restore;
-use crate::{Error, Result};
 
 /// What whoever makes the batch with these keys claims in the store. Batches that share a claim, by chance, are made
 /// one after the other.
@@ -122,7 +122,8 @@ pub fn synthesize(
                     values: Arc::new(values),
                 };
                 if evaluated.send(checkpoint).await.is_err() {
-                    Err(Error::Invalid { what: "the evaluation ended early".into(), hint: None })?;
+                    // The evaluation was stopped or has failed, and says so itself.
+                    return;
                 }
             }
         }

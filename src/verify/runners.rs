@@ -22,6 +22,7 @@ use crate::models::pickle::Pickle;
 use crate::models::sd3::Sd3Transformer;
 use crate::models::t5::T5Encoder;
 use crate::models::vit::Vit;
+use crate::models::vqgan::Quantized;
 use crate::nn::{Adapter, Weights};
 use crate::{Error, Result};
 
@@ -171,23 +172,35 @@ pub(super) fn llamagen_vq(place: &Place) -> Opened {
 
 impl Runner for VqModel {
     fn run(&self, inputs: &Inputs<'_>) -> Result<Vec<Output>> {
-        let mut outputs = Vec::new();
-        if inputs.has("image") {
-            let codes = self.quantize(&self.encode_continuous(&inputs.numbers("image")?)?)?;
-            outputs.push(Output {
-                names: &["tokens"],
-                value: Value::Tokens {
-                    tokens: codes.tokens,
-                    gaps: codes.gaps,
-                },
-            });
-        }
-        if inputs.has("tokens") {
-            let tokens = inputs.ids("tokens", self.config().codebook_size)?;
-            outputs.push(Output::numbers(&["image"], self.decode(&tokens)?));
-        }
-        some_of(outputs, "image, or input.tokens")
+        image_tokens(
+            inputs,
+            self.config().codebook_size,
+            |image| self.quantize(&self.encode_continuous(image)?),
+            |tokens| self.decode(tokens),
+        )
     }
+}
+
+/// An image's tokens, or the image of tokens that are below `codes`, or both.
+fn image_tokens(
+    inputs: &Inputs<'_>,
+    codes: usize,
+    encode: impl Fn(&Tensor) -> Result<Quantized>,
+    decode: impl Fn(&Tensor) -> Result<Tensor>,
+) -> Result<Vec<Output>> {
+    let mut outputs = Vec::new();
+    if inputs.has("image") {
+        let Quantized { tokens, gaps } = encode(&inputs.numbers("image")?)?;
+        outputs.push(Output {
+            names: &["tokens"],
+            value: Value::Tokens { tokens, gaps },
+        });
+    }
+    if inputs.has("tokens") {
+        let tokens = inputs.ids("tokens", codes)?;
+        outputs.push(Output::numbers(&["image"], decode(&tokens)?));
+    }
+    some_of(outputs, "image, or input.tokens")
 }
 
 /// `outputs`, of which there must be one.
@@ -221,22 +234,12 @@ pub(super) fn chameleon_vq(place: &Place) -> Opened {
 
 impl Runner for VqGan {
     fn run(&self, inputs: &Inputs<'_>) -> Result<Vec<Output>> {
-        let mut outputs = Vec::new();
-        if inputs.has("image") {
-            let codes = self.quantize(&self.encode_continuous(&inputs.numbers("image")?)?)?;
-            outputs.push(Output {
-                names: &["tokens"],
-                value: Value::Tokens {
-                    tokens: codes.tokens,
-                    gaps: codes.gaps,
-                },
-            });
-        }
-        if inputs.has("tokens") {
-            let tokens = inputs.ids("tokens", self.config().n_embed)?;
-            outputs.push(Output::numbers(&["image"], self.decode(&tokens)?));
-        }
-        some_of(outputs, "image, or input.tokens")
+        image_tokens(
+            inputs,
+            self.config().n_embed,
+            |image| self.quantize(&self.encode_continuous(image)?),
+            |tokens| self.decode(tokens),
+        )
     }
 }
 

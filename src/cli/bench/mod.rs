@@ -2,6 +2,7 @@
 
 mod step;
 mod table;
+mod torch;
 
 use clap::{Args, Subcommand};
 

@@ -1,9 +1,7 @@
 //! `proxytune bench step`: LoRA steps of a LlamaGen at full size with random weights, beside the same steps of
 //! LlamaGen's own source with peft where a Python with torch is given.
 
-use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -12,6 +10,7 @@ use clap::{Args, ValueEnum};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use super::torch::{Torch, median, threads};
 use crate::config::{Dtype, Family, training_defaults};
 use crate::models::llamagen::gpt::{Config, Gpt};
 use crate::nn::{Adapter, Init, LoraConfig, Weights, backward, ops, recomputing};
@@ -105,19 +104,16 @@ pub(super) fn run(args: &StepArgs) -> Result<()> {
             "LlamaGen's tokens stand for 16 × 16 pixels: use a multiple of 16, such as 256",
         ));
     }
-    let threads = match args.threads {
-        0 => std::thread::available_parallelism().map_or(1, usize::from),
-        threads => threads,
-    };
+    let threads = threads(args.threads);
     use_threads(threads);
     let mut bench = Bench::new(args)?;
     let mut torch = match (&args.torch, &args.source) {
-        (Some(python), Some(source)) => Some(Torch::start(args, python, source, threads)?),
+        (Some(python), Some(source)) => Some(start(args, python, source, threads)?),
         _ => None,
     };
     bench.step()?;
     if let Some(torch) = &mut torch {
-        torch.step()?;
+        torch.ask("step")?;
     }
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for _ in 0..args.steps {
@@ -125,7 +121,7 @@ pub(super) fn run(args: &StepArgs) -> Result<()> {
         bench.step()?;
         ours.push(start.elapsed().as_secs_f64());
         if let Some(torch) = &mut torch {
-            theirs.push(torch.step()?);
+            theirs.push(torch.ask("step")?);
         }
     }
     println!(
@@ -139,7 +135,7 @@ pub(super) fn run(args: &StepArgs) -> Result<()> {
         gibibytes(peak)
     );
     if let Some(torch) = &mut torch {
-        let theirs_peak = torch.peak()?;
+        let theirs_peak = torch.ask("peak")? as u64;
         let each: Vec<f64> = ours.iter().zip(&theirs).map(|(a, b)| a / b).collect();
         println!(
             "torch  {:>8.2} s  {:>6.2} GiB",
@@ -157,13 +153,6 @@ pub(super) fn run(args: &StepArgs) -> Result<()> {
 
 fn gibibytes(bytes: u64) -> f64 {
     bytes as f64 / (1u64 << 30) as f64
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let (low, high) = (sorted[(sorted.len() - 1) / 2], sorted[sorted.len() / 2]);
-    (low + high) / 2.0
 }
 
 /// The most memory that this process has held so far, in bytes; 0 where the system does not say.
@@ -253,84 +242,29 @@ impl Bench {
     }
 }
 
-/// torch's side: a process that takes a step for each line it is sent.
-struct Torch {
-    process: Child,
-    to: ChildStdin,
-    from: BufReader<ChildStdout>,
-    program: PathBuf,
-}
-
-impl Torch {
-    fn start(args: &StepArgs, python: &Path, source: &Path, threads: usize) -> Result<Self> {
-        let [layers, heads, dim] = args.model.sizes();
-        let dtype = match args.dtype {
-            Dtype::Auto | Dtype::F32 => "float32",
-            Dtype::Bf16 => "bfloat16",
-            Dtype::F16 => "float16",
-        };
-        let mut process = Command::new(python)
-            .arg(&args.program)
-            .args(["--source".as_ref(), source.as_os_str()])
-            .args([
-                "--memory",
-                if args.memory == Kept::Fit {
-                    "fit"
-                } else {
-                    "fast"
-                },
-            ])
-            .args(["--dtype", dtype])
-            .args(["--sizes", &format!("{layers},{heads},{dim}")])
-            .args(["--size", &args.size.to_string()])
-            .args(["--batch-size", &args.batch_size.to_string()])
-            .args(["--threads", &threads.to_string()])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .map_err(Error::io(python))?;
-        match (process.stdin.take(), process.stdout.take()) {
-            (Some(to), Some(from)) => Ok(Self {
-                process,
-                to,
-                from: BufReader::new(from),
-                program: args.program.clone(),
-            }),
-            _ => Err(ended(&args.program)),
-        }
-    }
-
-    fn ask(&mut self, what: &str) -> Result<f64> {
-        writeln!(self.to, "{what}").map_err(Error::io(&self.program))?;
-        let mut line = String::new();
-        self.from
-            .read_line(&mut line)
-            .map_err(Error::io(&self.program))?;
-        line.trim().parse().map_err(|_| ended(&self.program))
-    }
-
-    /// Takes a step and says how many seconds it took.
-    fn step(&mut self) -> Result<f64> {
-        self.ask("step")
-    }
-
-    /// The most memory that the process has held, in bytes.
-    fn peak(&mut self) -> Result<u64> {
-        Ok(self.ask("peak")? as u64)
-    }
-}
-
-impl Drop for Torch {
-    fn drop(&mut self) {
-        // It may have ended already; then there is nothing to end.
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
-
-fn ended(program: &std::path::Path) -> Error {
-    Error::invalid(
-        format!("{} did not answer", program.display()),
-        "what it says stands above; it needs torch, peft and LlamaGen's source",
-    )
+/// Torch's side, which takes a step for each line `step` and tells its `peak` memory in bytes.
+fn start(args: &StepArgs, python: &Path, source: &Path, threads: usize) -> Result<Torch> {
+    let [layers, heads, dim] = args.model.sizes();
+    let memory = match args.memory {
+        Kept::Fit => "fit",
+        Kept::Fast => "fast",
+    };
+    let dtype = match args.dtype {
+        Dtype::Auto | Dtype::F32 => "float32",
+        Dtype::Bf16 => "bfloat16",
+        Dtype::F16 => "float16",
+    };
+    let settings = [
+        ("--source", source.as_os_str().to_owned()),
+        ("--memory", memory.into()),
+        ("--dtype", dtype.into()),
+        ("--sizes", format!("{layers},{heads},{dim}").into()),
+        ("--size", args.size.to_string().into()),
+        ("--batch-size", args.batch_size.to_string().into()),
+        ("--threads", threads.to_string().into()),
+    ];
+    let settings = settings
+        .into_iter()
+        .flat_map(|(name, value)| [name.into(), value]);
+    Torch::start(python, &args.program, settings)
 }

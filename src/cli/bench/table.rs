@@ -1,13 +1,12 @@
 //! `proxytune bench table`: the operations and nano's steps, beside torch's times where a Python with torch is given.
 
-use std::io::{BufRead, BufReader, Write};
-use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use clap::Args;
 use image::{Rgb, RgbImage};
 
+use super::torch::{Torch, median, threads};
 use crate::config;
 use crate::models::{self, Learner, Lesson, Opening, Request, Sampling};
 use crate::nn::bench::{Operation, operations};
@@ -35,11 +34,11 @@ pub struct TableArgs {
     )]
     pub program: PathBuf,
     /// How often each row is measured; the table has the medians
-    #[arg(long, value_name = "N", default_value_t = 9)]
+    #[arg(long, value_name = "N", default_value_t = 9, value_parser = super::super::at_least_one)]
     pub rounds: usize,
-    /// Threads, on both sides; all cores if not given
-    #[arg(long, value_name = "N")]
-    pub threads: Option<usize>,
+    /// Threads, on both sides; 0 is all cores
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub threads: usize,
     /// Only the rows whose names contain this
     #[arg(long, value_name = "TEXT")]
     pub only: Option<String>,
@@ -58,10 +57,7 @@ struct Row {
 /// # Errors
 /// When a nano checkpoint is missing, or torch's side cannot be run or does not have the same rows.
 pub fn run(args: &TableArgs) -> Result<()> {
-    let threads = match args.threads {
-        Some(threads) => threads.max(1),
-        None => std::thread::available_parallelism().map_or(1, usize::from),
-    };
+    let threads = threads(args.threads);
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(threads)
         .build()
@@ -69,7 +65,10 @@ pub fn run(args: &TableArgs) -> Result<()> {
             Error::invalid(format!("no {threads} threads: {e}"), "give fewer --threads")
         })?;
     let mut torch = match &args.torch {
-        Some(python) => Some(Torch::start(python, &args.program, threads)?),
+        Some(python) => {
+            let serve = ["--serve".into(), threads.to_string().into()];
+            Some(Torch::start(python, &args.program, serve)?)
+        }
         None => None,
     };
     let mut rows = pool.install(|| -> Result<Vec<Row>> {
@@ -96,25 +95,22 @@ pub fn run(args: &TableArgs) -> Result<()> {
     })?;
     if let Some(torch) = &mut torch {
         for row in &rows {
-            torch.time(&row.operation.name, 1)?;
+            torch.ask(&format!("1 {}", row.operation.name))?;
         }
     }
-    for _ in 0..args.rounds.max(1) {
+    for _ in 0..args.rounds {
         for row in &mut rows {
             std::thread::sleep(REST);
             let ours = pool.install(|| time(&mut row.operation, row.repeats))?;
             row.ours.push(ours);
             if let Some(torch) = &mut torch {
                 std::thread::sleep(REST);
-                row.theirs
-                    .push(torch.time(&row.operation.name, row.repeats)?);
+                let line = format!("{} {}", row.repeats, row.operation.name);
+                row.theirs.push(torch.ask(&line)?);
             }
         }
     }
-    println!(
-        "{threads} threads, medians of {} rounds",
-        args.rounds.max(1)
-    );
+    println!("{threads} threads, medians of {} rounds", args.rounds);
     print(&rows);
     Ok(())
 }
@@ -157,16 +153,6 @@ fn print(rows: &[Row]) {
             "{:width$}  {:>10}  {:>10}  {mean:>5.2}",
             "geometric mean", "", ""
         );
-    }
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    match sorted.len() {
-        0 => f64::NAN,
-        n if n % 2 == 1 => sorted[n / 2],
-        n => (sorted[n / 2 - 1] + sorted[n / 2]) / 2.0,
     }
 }
 
@@ -262,57 +248,4 @@ fn lessons(learner: &mut dyn Learner, count: usize) -> Result<Vec<Lesson>> {
         prompt: "a sks dog".into(),
     };
     Ok(learner.encode(&images)?.into_iter().map(lesson).collect())
-}
-
-/// Torch's side: a process that times a row when its name and a count are written to it.
-struct Torch {
-    process: Child,
-    input: ChildStdin,
-    output: BufReader<ChildStdout>,
-    program: PathBuf,
-}
-
-impl Torch {
-    fn start(python: &Path, program: &Path, threads: usize) -> Result<Self> {
-        let mut process = Command::new(python)
-            .arg(program)
-            .arg("--serve")
-            .arg(threads.to_string())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .map_err(Error::io(python))?;
-        match (process.stdin.take(), process.stdout.take()) {
-            (Some(input), Some(output)) => Ok(Self {
-                process,
-                input,
-                output: BufReader::new(output),
-                program: program.to_path_buf(),
-            }),
-            _ => Err(Error::invalid("torch's side has no pipes", "try again")),
-        }
-    }
-
-    /// Seconds per call of the row `name`.
-    fn time(&mut self, name: &str, repeats: usize) -> Result<f64> {
-        writeln!(self.input, "{repeats} {name}").map_err(Error::io(&self.program))?;
-        let mut line = String::new();
-        self.output
-            .read_line(&mut line)
-            .map_err(Error::io(&self.program))?;
-        line.trim().parse().map_err(|_| {
-            Error::invalid(
-                format!("{} did not time {name:?}: {:?}", self.program.display(), line.trim()),
-                "its message is above; it needs torch, diffusers and peft, and the repository as working directory",
-            )
-        })
-    }
-}
-
-impl Drop for Torch {
-    fn drop(&mut self) {
-        // It waits for its next row, so nothing is lost.
-        drop(self.process.kill());
-        drop(self.process.wait());
-    }
 }

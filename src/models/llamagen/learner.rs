@@ -18,7 +18,7 @@ use crate::models::t5::T5Encoder;
 use crate::models::tokenizer::TextTokenizer;
 use crate::models::{
     Example, ImageTokenizer, Learner, Lesson, Opening, Request, Sampling, Tuning, adapters,
-    finish_all, snapshot,
+    finish_all,
 };
 use crate::nn::{Adapter, Weights, merged, no_grad, ops, recomputing};
 use crate::{Error, Result, images};
@@ -286,23 +286,12 @@ impl Learner for LlamaGen {
     fn save(&self, dir: &Path, values: &BTreeMap<String, Tensor>) -> Result<()> {
         match &self.adapter {
             Some(adapter) => adapters::write_peft(dir, values, adapter.config(), &self.base),
-            None => {
-                let mut whole = snapshot(&self.weights.variables())?;
-                whole.extend(
-                    values
-                        .iter()
-                        .map(|(name, value)| (name.clone(), value.clone())),
-                );
-                adapters::write_checkpoint(dir, &whole, &self.config_text)
-            }
+            None => adapters::write_whole(dir, &self.weights, values, &self.config_text),
         }
     }
 
     fn read(&self, dir: &Path) -> Result<BTreeMap<String, Tensor>> {
-        match &self.adapter {
-            Some(adapter) => adapters::read_for(dir, adapter.config()),
-            None => adapters::read_checkpoint(dir),
-        }
+        adapters::read_trained(dir, self.adapter.as_deref())
     }
 
     fn unknown_words(&self, prompt: &str) -> Result<Vec<String>> {

@@ -10,9 +10,7 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
 use super::{Conditioning, Sd3, transformer_files};
-use crate::models::{
-    Example, Learner, Lesson, Opening, Request, Sampling, Tuning, adapters, snapshot,
-};
+use crate::models::{Example, Learner, Lesson, Opening, Request, Sampling, Tuning, adapters};
 use crate::nn::{Adapter, Weights, merged, recomputing};
 use crate::{Error, Result, images};
 
@@ -159,23 +157,12 @@ impl Learner for Sd3Learner {
             Some(adapter) => {
                 adapters::write_diffusers(dir, values, adapter.config(), "transformer").map(|_| ())
             }
-            None => {
-                let mut whole = snapshot(&self.weights.variables())?;
-                whole.extend(
-                    values
-                        .iter()
-                        .map(|(name, value)| (name.clone(), value.clone())),
-                );
-                adapters::write_checkpoint(dir, &whole, &self.config_text)
-            }
+            None => adapters::write_whole(dir, &self.weights, values, &self.config_text),
         }
     }
 
     fn read(&self, dir: &Path) -> Result<BTreeMap<String, Tensor>> {
-        match &self.adapter {
-            Some(adapter) => adapters::read_for(dir, adapter.config()),
-            None => adapters::read_checkpoint(dir),
-        }
+        adapters::read_trained(dir, self.adapter.as_deref())
     }
 
     fn unknown_words(&self, prompt: &str) -> Result<Vec<String>> {
