@@ -3,7 +3,7 @@
 use std::io::Write;
 
 use super::models::make_ready;
-use super::sample::draw;
+use super::sample::{Drawn, draw};
 use super::{Ended, EvaluateArgs, output_failed, runtime};
 use crate::config::{PromptList, locate, prompts};
 use crate::evaluation::embed::{Evaluator, ImageEmbedder};
@@ -77,7 +77,7 @@ pub(super) fn evaluate(args: &EvaluateArgs, out: &mut impl Write) -> Result<Ende
                     requests.push(Request { prompt, seed });
                 }
             }
-            let images = draw(
+            let Drawn { images, .. } = draw(
                 model,
                 args.adapter.as_deref(),
                 &requests,

@@ -7,6 +7,7 @@ mod evaluate_nano;
 mod export;
 mod generate;
 pub mod graph;
+mod memory;
 mod merge;
 mod models;
 pub mod pretrain;

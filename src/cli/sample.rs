@@ -1,7 +1,9 @@
 //! `proxytune sample`: draws images with a model and, if given, an adapter.
 
 use std::io::Write;
+use std::time::Instant;
 
+use super::memory::{gibibytes, peak_memory};
 use super::models::make_ready;
 use super::{ComputeArgs, Ended, SampleArgs, SamplingArgs, output_failed, runtime};
 use crate::config::models::Family;
@@ -27,7 +29,7 @@ pub(super) fn sample(args: &SampleArgs, out: &mut impl Write) -> Result<Ended> {
         })
         .collect();
     files::create_dir(&args.out)?;
-    let images = draw(
+    let Drawn { images, costs } = draw(
         &args.model,
         args.adapter.as_deref(),
         &requests,
@@ -46,7 +48,39 @@ pub(super) fn sample(args: &SampleArgs, out: &mut impl Write) -> Result<Ended> {
         files::write(&path, &encode_png(image)?)?;
         writeln!(out, "{}", path.display()).map_err(output_failed)?;
     }
+    eprintln!("{costs}");
     Ok(Ended::Well)
+}
+
+/// Images, and what they cost.
+pub(super) struct Drawn {
+    pub(super) images: Vec<image::RgbImage>,
+    costs: Costs,
+}
+
+/// What drawing took.
+struct Costs {
+    images: usize,
+    /// Seconds until the model stood ready, and from then on.
+    loading: f64,
+    drawing: f64,
+    tokens_per_image: Option<usize>,
+}
+
+impl std::fmt::Display for Costs {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (n, s) = (self.images, if self.images == 1 { "" } else { "s" });
+        write!(f, "{n} image{s} in {:.1} s", self.drawing)?;
+        if let Some(tokens) = self.tokens_per_image {
+            let each = self.drawing / (n * tokens).max(1) as f64;
+            write!(f, " ({tokens} tokens each, {:.1} ms a token)", 1e3 * each)?;
+        }
+        write!(f, "; loaded in {:.1} s", self.loading)?;
+        match peak_memory() {
+            0 => Ok(()),
+            bytes => write!(f, "; at most {:.2} GiB of memory", gibibytes(bytes)),
+        }
+    }
 }
 
 /// The sampling that was asked for; what was not, by the family's defaults.
@@ -73,7 +107,7 @@ pub(super) fn draw(
     requests: &[Request],
     compute: &ComputeArgs,
     asked: &SamplingArgs,
-) -> Result<Vec<image::RgbImage>> {
+) -> Result<Drawn> {
     if compute.threads > 0 {
         use_threads(compute.threads);
     }
@@ -97,17 +131,26 @@ pub(super) fn draw(
     runtime()?.block_on(async move {
         let board = Board::default();
         let meter = board.meter("sample", "images");
+        let start = Instant::now();
         let worker = Worker::spawn("sample", move || open(&opening)).await?;
+        let loading = start.elapsed().as_secs_f64();
         worker
             .call(&meter, move |learner| {
                 if let Some(dir) = &adapter {
                     restore(&learner.variables(), &learner.read(dir)?, dir)?;
                 }
+                let start = Instant::now();
                 let mut images = Vec::new();
                 for batch in requests.chunks(batch) {
                     images.extend(learner.generate(batch, &sampling)?);
                 }
-                Ok(images)
+                let costs = Costs {
+                    images: images.len(),
+                    loading,
+                    drawing: start.elapsed().as_secs_f64(),
+                    tokens_per_image: learner.tokens_per_image(),
+                };
+                Ok(Drawn { images, costs })
             })
             .await
     })

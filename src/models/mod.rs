@@ -108,6 +108,11 @@ pub trait Learner: Send {
     /// Side length in pixels of the square images that it draws and learns from.
     fn resolution(&self) -> u32;
 
+    /// How many tokens it draws for one image, one after another; nothing for models that draw all at once.
+    fn tokens_per_image(&self) -> Option<usize> {
+        None
+    }
+
     /// Turns images of that size into examples.
     fn encode(&mut self, images: &[RgbImage]) -> Result<Vec<Example>>;
 

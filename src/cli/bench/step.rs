@@ -11,6 +11,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::torch::{Torch, median, threads};
+use crate::cli::memory::{gibibytes, peak_memory};
 use crate::config::{Dtype, Family, training_defaults};
 use crate::models::llamagen::gpt::{Config, Gpt};
 use crate::nn::{Adapter, Init, LoraConfig, Weights, backward, ops, recomputing};
@@ -149,18 +150,6 @@ pub(super) fn run(args: &StepArgs) -> Result<()> {
         );
     }
     Ok(())
-}
-
-fn gibibytes(bytes: u64) -> f64 {
-    bytes as f64 / (1u64 << 30) as f64
-}
-
-/// The most memory that this process has held so far, in bytes; 0 where the system does not say.
-fn peak_memory() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    let kilobytes = line.and_then(|line| line.trim().strip_suffix(" kB")?.trim().parse().ok());
-    kilobytes.unwrap_or(0u64) * 1024
 }
 
 /// A model with its adapter, optimizer and one batch of random examples.

@@ -164,6 +164,10 @@ impl Learner for Lumina {
         self.resolution
     }
 
+    fn tokens_per_image(&self) -> Option<usize> {
+        Some((self.resolution as usize / self.tokenizer.model.config().downsampling()).pow(2))
+    }
+
     fn encode(&mut self, images: &[RgbImage]) -> Result<Vec<Example>> {
         let codes = self.tokenizer.encode(images)?;
         Ok(codes.into_iter().map(Example::Tokens).collect())

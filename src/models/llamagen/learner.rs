@@ -202,6 +202,10 @@ impl Learner for LlamaGen {
         self.tokenizer.resolution()
     }
 
+    fn tokens_per_image(&self) -> Option<usize> {
+        Some(self.gpt.config().block_size)
+    }
+
     fn encode(&mut self, images: &[RgbImage]) -> Result<Vec<Example>> {
         Ok(self
             .tokenizer
