@@ -4,7 +4,7 @@ use candle_core::Tensor;
 use serde::Deserialize;
 
 use crate::Result;
-use crate::nn::{Init, LayerNorm, Linear, Mask, Weights, ops};
+use crate::nn::{Init, LayerNorm, Linear, Mask, Weights, layout, ops};
 
 /// An activation by its name in Hugging Face configs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -124,31 +124,25 @@ impl Layer {
 
     /// `x` (b, n, width) to the same shape.
     pub fn forward(&self, x: &Tensor, mask: &Mask) -> Result<Tensor> {
-        let (b, n, d) = x.dims3()?;
+        let d = x.dim(2)?;
         let head_dim = d / self.heads;
-        let split = |x: &Tensor| -> Result<Tensor> {
-            Ok(x.reshape((b, n, self.heads, head_dim))?
-                .transpose(1, 2)?
-                .contiguous()?)
-        };
+        let split = |x: &Tensor, part| layout::split_heads(x, part * d, self.heads, head_dim);
         let normed = self.norm1.forward(x)?;
         let (q, k, v) = match &self.qkv {
             Qkv::Separate([q, k, v]) => (
-                split(&q.forward(&normed)?)?,
-                split(&k.forward(&normed)?)?,
-                split(&v.forward(&normed)?)?,
+                split(&q.forward(&normed)?, 0)?,
+                split(&k.forward(&normed)?, 0)?,
+                split(&v.forward(&normed)?, 0)?,
             ),
             Qkv::Joint(qkv) => {
                 let all = qkv.forward(&normed)?;
-                let part = |i: usize| split(&all.narrow(2, i * d, d)?.contiguous()?);
-                (part(0)?, part(1)?, part(2)?)
+                (split(&all, 0)?, split(&all, 1)?, split(&all, 2)?)
             }
         };
         let y = ops::attention(&q, &k, &v, 1.0 / (head_dim as f64).sqrt(), mask)?;
-        let y = y.transpose(1, 2)?.contiguous()?.reshape((b, n, d))?;
-        let x = (x + self.out.forward(&y)?)?;
+        let x = layout::add(x, &self.out.forward(&layout::merge_heads(&y)?)?)?;
         let hidden = self.fc1.forward(&self.norm2.forward(&x)?)?;
-        Ok((&x + self.fc2.forward(&self.activation.forward(&hidden)?)?)?)
+        layout::add(&x, &self.fc2.forward(&self.activation.forward(&hidden)?)?)
     }
 }
 

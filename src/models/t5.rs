@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 
 use super::encoder::Activation;
-use crate::nn::{Embedding, Init, Linear, Mask, RmsNorm, Weights, ops};
+use crate::nn::{Embedding, Init, Linear, Mask, RmsNorm, Weights, layout, ops};
 use crate::{Error, Result};
 
 /// Added to the scores of padding. Finite, so that a text of nothing but padding gives numbers.
@@ -152,13 +152,8 @@ impl Attention {
     }
 
     fn forward(&self, x: &Tensor, mask: &Mask) -> Result<Tensor> {
-        let (b, n, _) = x.dims3()?;
-        let heads = |linear: &Linear| -> Result<Tensor> {
-            Ok(linear
-                .forward(x)?
-                .reshape((b, n, self.heads, self.head_dim))?
-                .transpose(1, 2)?
-                .contiguous()?)
+        let heads = |linear: &Linear| {
+            layout::split_heads(&linear.forward(x)?, 0, self.heads, self.head_dim)
         };
         let y = ops::attention(
             &heads(&self.q)?,
@@ -167,9 +162,7 @@ impl Attention {
             1.0,
             mask,
         )?;
-        let y = y.transpose(1, 2)?.contiguous()?;
-        self.o
-            .forward(&y.reshape((b, n, self.heads * self.head_dim))?)
+        self.o.forward(&layout::merge_heads(&y)?)
     }
 }
 
@@ -260,9 +253,9 @@ impl T5Encoder {
         let mut h = self.shared.forward(input_ids)?;
         for block in &self.blocks {
             let normed = block.attention_norm.forward(&h)?;
-            h = (h + block.attention.forward(&normed, &mask)?)?;
+            h = layout::add(&h, &block.attention.forward(&normed, &mask)?)?;
             let normed = block.feed_forward_norm.forward(&h)?;
-            h = (h + block.feed_forward.forward(&normed)?)?;
+            h = layout::add(&h, &block.feed_forward.forward(&normed)?)?;
         }
         self.final_layer_norm.forward(&h)
     }

@@ -13,6 +13,7 @@ mod adapter;
 pub mod bench;
 mod cpu;
 pub mod layers;
+pub mod layout;
 mod merged;
 pub mod ops;
 pub mod plain;

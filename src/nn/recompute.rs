@@ -103,7 +103,7 @@ fn differentiate(value: &Tensor, gradient: &Tensor) -> Result<HashMap<TensorId, 
         return Ok(HashMap::new());
     }
     let end = vjp::pull(value, gradient.clone())?;
-    let mut store = end.backward()?;
+    let mut store = backward(&end)?;
     let nodes = end.sorted_nodes();
     let variables = nodes.into_iter().filter(|node| node.is_variable());
     Ok(variables
@@ -112,37 +112,51 @@ fn differentiate(value: &Tensor, gradient: &Tensor) -> Result<HashMap<TensorId, 
 }
 
 fn collect(gradients: HashMap<TensorId, Tensor>) -> Result<()> {
-    COLLECTED.with_borrow_mut(|collected| {
-        let Some(collected) = collected else {
+    for (id, gradient) in gradients {
+        if collect_variable(id, gradient)?.is_some() {
             return Err(Error::Invalid {
                 what: "a loss with recomputed blocks was differentiated by candle's backward"
                     .into(),
                 hint: Some("call nn::backward, which knows of them".into()),
             });
-        };
-        for (id, gradient) in gradients {
-            let sum = match collected.remove(&id) {
-                Some(sum) => (sum + gradient)?,
-                None => gradient,
-            };
-            collected.insert(id, sum);
         }
-        Ok(())
+    }
+    Ok(())
+}
+
+/// Adds `gradient` to what [`backward`] has of this variable; gives it back where that does not run.
+pub(super) fn collect_variable(
+    id: TensorId,
+    gradient: Tensor,
+) -> candle_core::Result<Option<Tensor>> {
+    COLLECTED.with_borrow_mut(|collected| {
+        let Some(collected) = collected else {
+            return Ok(Some(gradient));
+        };
+        let sum = match collected.remove(&id) {
+            Some(sum) => (sum + gradient)?,
+            None => gradient.detach(),
+        };
+        collected.insert(id, sum);
+        Ok(None)
     })
 }
 
-/// The gradients of the scalar `loss`, with those of variables inside blocks that went through [`recompute`].
+/// The gradients of the scalar `loss`, with those of variables inside blocks that went through [`recompute`]. Like
+/// candle's own, but gradients of variables that our operations find are not added to zeros first.
 pub fn backward(loss: &Tensor) -> Result<GradStore> {
-    struct Close;
-    impl Drop for Close {
+    /// Puts back what another pass, inside of which this one runs, has collected.
+    struct Restore(Option<HashMap<TensorId, Tensor>>);
+    impl Drop for Restore {
         fn drop(&mut self) {
-            COLLECTED.take();
+            COLLECTED.set(self.0.take());
         }
     }
-    COLLECTED.set(Some(HashMap::new()));
-    let _close = Close;
+    let restore = Restore(COLLECTED.replace(Some(HashMap::new())));
     let mut store = loss.backward()?;
-    for (id, gradient) in COLLECTED.take().unwrap_or_default() {
+    let collected = COLLECTED.take().unwrap_or_default();
+    drop(restore);
+    for (id, gradient) in collected {
         let sum = match store.get_id(id) {
             Some(outside) => (outside + gradient)?,
             None => gradient,

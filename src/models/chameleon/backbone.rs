@@ -13,7 +13,8 @@ use rand_chacha::ChaCha8Rng;
 use super::cache::{Cache, RowCache};
 pub use super::config::Config;
 use crate::nn::{
-    Embedding, Init, LayerNorm, Linear, Mask, RmsNorm, Weights, no_grad, ops, parameter, recompute,
+    Embedding, Init, LayerNorm, Linear, Mask, RmsNorm, Weights, layout, no_grad, ops, parameter,
+    recompute,
 };
 use crate::{Error, Result};
 
@@ -45,12 +46,12 @@ impl HeadNorm {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (b, n, width) = x.dims3()?;
         let (h, d) = (self.heads, width / self.heads);
-        let x = x.reshape((b, n, h, d))?;
+        let x = layout::reshape(x, (b, n, h, d))?;
         let rows = self.weight.dim(0)?;
         if rows == 1 {
             let (weight, bias) = (self.weight.squeeze(0)?, self.bias.squeeze(0)?);
             let y = ops::layer_norm(&x, Some(&weight), Some(&bias), 1e-5)?;
-            return Ok(y.transpose(1, 2)?);
+            return layout::split_heads(&layout::reshape(&y, (b, n, width))?, 0, h, d);
         }
         // Heads first: their scales then belong to whole rows.
         let y = self.norm.forward(&x)?.permute((2, 0, 1, 3))?;
@@ -163,16 +164,12 @@ impl Attention {
         rotary: &Rotary,
         attend: impl FnOnce(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        let (b, n, hidden) = x.dims3()?;
         let q = rotary.apply(&self.q_norm.forward(&self.q_proj.forward(x)?)?)?;
         let k = rotary.apply(&self.k_norm.forward(&self.k_proj.forward(x)?)?)?;
         let v = self.v_proj.forward(x)?;
-        let v = v
-            .reshape((b, n, self.kv_heads, self.head_dim))?
-            .transpose(1, 2)?;
-        let y = attend(&q, &k, &v)?;
-        let y = y.transpose(1, 2)?.contiguous()?;
-        self.o_proj.forward(&y.reshape((b, n, hidden))?)
+        let v = layout::split_heads(&v, 0, self.kv_heads, self.head_dim)?;
+        self.o_proj
+            .forward(&layout::merge_heads(&attend(&q, &k, &v)?)?)
     }
 
     fn scale(&self) -> f64 {
@@ -252,13 +249,13 @@ impl Layer {
         } else {
             self.self_attn.forward(&norm1.forward(x)?, rotary, attend)?
         };
-        let x = (x + Dropout::apply(&mut dropout, h)?)?;
+        let x = layout::add(x, &Dropout::apply(&mut dropout, h)?)?;
         let h = if self.swin_norm {
             norm2.forward(&self.mlp.forward(&x)?)?
         } else {
             self.mlp.forward(&norm2.forward(&x)?)?
         };
-        Ok((x + Dropout::apply(&mut dropout, h)?)?)
+        layout::add(&x, &Dropout::apply(&mut dropout, h)?)
     }
 }
 

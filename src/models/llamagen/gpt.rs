@@ -6,11 +6,11 @@
 
 use std::sync::Arc;
 
-use candle_core::{D, DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use rand_chacha::ChaCha8Rng;
 
 pub use super::config::Config;
-use crate::nn::{Embedding, Init, Linear, Mask, RmsNorm, Weights, no_grad, ops, recompute};
+use crate::nn::{Embedding, Init, Linear, Mask, RmsNorm, Weights, layout, no_grad, ops, recompute};
 use crate::{Error, Result};
 
 struct CaptionEmbedder {
@@ -126,19 +126,13 @@ impl Attention {
         mask: &Mask,
         cache: Option<(&LayerCache, usize)>,
     ) -> Result<Tensor> {
-        let (b, n, dim) = x.dims3()?;
+        let dim = x.dim(2)?;
         let kv_dim = self.kv_heads * self.head_dim;
         let qkv = self.wqkv.forward(x)?;
-        let split = |start, width, heads| -> Result<Tensor> {
-            Ok(qkv
-                .narrow(D::Minus1, start, width)?
-                .reshape((b, n, heads, self.head_dim))?
-                .transpose(1, 2)?
-                .contiguous()?)
-        };
-        let q = rotary.apply(&split(0, dim, self.heads)?)?;
-        let k = rotary.apply(&split(dim, kv_dim, self.kv_heads)?)?;
-        let v = split(dim + kv_dim, kv_dim, self.kv_heads)?;
+        let split = |start, heads| layout::split_heads(&qkv, start, heads, self.head_dim);
+        let q = rotary.apply(&split(0, self.heads)?)?;
+        let k = rotary.apply(&split(dim, self.kv_heads)?)?;
+        let v = split(dim + kv_dim, self.kv_heads)?;
         let (k, v) = match cache {
             None => (k, v),
             Some((cache, position)) => cache.extend(&k, &v, position)?,
@@ -146,8 +140,7 @@ impl Attention {
         let (k, v) = (self.repeat(k)?, self.repeat(v)?);
         let scale = 1.0 / (self.head_dim as f64).sqrt();
         let y = ops::attention(&q, &k, &v, scale, mask)?;
-        self.wo
-            .forward(&y.transpose(1, 2)?.contiguous()?.reshape((b, n, dim))?)
+        self.wo.forward(&layout::merge_heads(&y)?)
     }
 
     /// Each key or value head once for every query head that it serves.
@@ -218,9 +211,10 @@ impl Block {
     ) -> Result<Tensor> {
         let normed = self.attention_norm.forward(x)?;
         let attended = self.attention.forward(&normed, rotary, mask, cache)?;
-        let h = (x + drop_out(attended, self.resid_dropout_p, &mut dropout)?)?;
+        let attended = drop_out(attended, self.resid_dropout_p, &mut dropout)?;
+        let h = layout::add(x, &attended)?;
         let fed = self.feed_forward.forward(&self.ffn_norm.forward(&h)?)?;
-        Ok((h + drop_out(fed, self.ffn_dropout_p, &mut dropout)?)?)
+        layout::add(&h, &drop_out(fed, self.ffn_dropout_p, &mut dropout)?)
     }
 }
 

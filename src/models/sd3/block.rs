@@ -7,7 +7,9 @@ use candle_core::{D, Tensor};
 
 use super::transformer::Config;
 use crate::Result;
-use crate::nn::{Init, LayerNorm, Linear, Mask, RmsNorm, Weights, is_recomputing, ops, recompute};
+use crate::nn::{
+    Init, LayerNorm, Linear, Mask, RmsNorm, Weights, is_recomputing, layout, ops, recompute,
+};
 
 /// Epsilon of every norm of the transformer.
 pub(super) const EPS: f64 = 1e-6;
@@ -62,11 +64,8 @@ impl Projections {
 
     /// (b, n, d) to q, k and v, each (b, heads, n, d / heads).
     fn forward(&self, x: &Tensor) -> Result<[Tensor; 3]> {
-        let (b, n, d) = x.dims3()?;
-        let split = |y: Tensor| -> Result<Tensor> {
-            let y = y.reshape((b, n, self.heads, d / self.heads))?;
-            Ok(y.transpose(1, 2)?.contiguous()?)
-        };
+        let d = x.dim(2)?;
+        let split = |y: Tensor| layout::split_heads(&y, 0, self.heads, d / self.heads);
         let (q, k) = (split(self.q.forward(x)?)?, split(self.k.forward(x)?)?);
         let v = split(self.v.forward(x)?)?;
         match &self.norms {
@@ -78,11 +77,8 @@ impl Projections {
 
 /// softmax(q·kᵀ / √d) · v with the heads joined: (b, n, d).
 fn attend(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
-    let (b, heads, n, d) = q.dims4()?;
-    let y = ops::attention(q, k, v, 1.0 / (d as f64).sqrt(), &Mask::None)?;
-    Ok(y.transpose(1, 2)?
-        .contiguous()?
-        .reshape((b, n, heads * d))?)
+    let scale = 1.0 / (q.dim(3)? as f64).sqrt();
+    layout::merge_heads(&ops::attention(q, k, v, scale, &Mask::None)?)
 }
 
 /// Linear, GELU (tanh), linear, four times as wide within.
@@ -186,7 +182,7 @@ impl JointTransformerBlock {
         let block = self.clone();
         let both = recompute(&[x, context, temb], None, move |inputs, _| {
             match block.forward(&inputs[0], &inputs[1], &inputs[2])? {
-                (x, Some(context)) => Ok(Tensor::cat(&[x, context], 1)?),
+                (x, Some(context)) => layout::join(&x, &context, 1),
                 (x, None) => Ok(x),
             }
         })?;
@@ -194,8 +190,8 @@ impl JointTransformerBlock {
             return Ok((both, None));
         }
         let (n, m) = (x.dim(1)?, context.dim(1)?);
-        let context = both.narrow(1, n, m)?.contiguous()?;
-        Ok((both.narrow(1, 0, n)?.contiguous()?, Some(context)))
+        let context = layout::rows(&both, n, m)?;
+        Ok((layout::rows(&both, 0, n)?, Some(context)))
     }
 
     /// `x` (b, n, d) the image's patches, `context` (b, m, d) the text, `temb` (b, d) the condition. Gives both
@@ -223,14 +219,12 @@ impl JointTransformerBlock {
         let [text_q, text_k, text_v] = self.text.forward(&context_in)?;
         // the last block's text asks as well, though nothing reads the answer: its queries are weights of the published
         // files and targets of adapters, and get a gradient of zero like the reference's
-        let q = Tensor::cat(&[q, text_q], 2)?;
-        let k = Tensor::cat(&[k, text_k], 2)?;
-        let v = Tensor::cat(&[v, text_v], 2)?;
+        let q = layout::join(&q, &text_q, 2)?;
+        let k = layout::join(&k, &text_k, 2)?;
+        let v = layout::join(&v, &text_v, 2)?;
         let attended = attend(&q, &k, &v)?;
 
-        let y = self
-            .to_out
-            .forward(&attended.narrow(1, 0, n)?.contiguous()?)?;
+        let y = self.to_out.forward(&layout::rows(&attended, 0, n)?)?;
         let mut x = ops::gated_residual(x, &image[2], &y)?;
         if let Some((projections, to_out)) = &self.dual {
             let [q, k, v] = projections.forward(&ops::modulate(&normed, &image[6], &image[7])?)?;
@@ -243,9 +237,7 @@ impl JointTransformerBlock {
         let Some(tail) = &self.context_tail else {
             return Ok((x, None));
         };
-        let y = tail
-            .to_add_out
-            .forward(&attended.narrow(1, n, m)?.contiguous()?)?;
+        let y = tail.to_add_out.forward(&layout::rows(&attended, n, m)?)?;
         let context = ops::gated_residual(context, &text[2], &y)?;
         let y = ops::modulate(&self.norm.forward(&context)?, &text[3], &text[4])?;
         let context = ops::gated_residual(&context, &text[5], &tail.ff.forward(&y)?)?;

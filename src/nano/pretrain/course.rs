@@ -162,7 +162,7 @@ impl Course<'_> {
                     step: means.steps,
                 });
             }
-            let gradients = result.loss.backward()?;
+            let gradients = crate::nn::backward(&result.loss)?;
             let rate = training.rate(session.images, spent);
             let norm = optimizers.step(&gradients, rate)?;
             average.follow()?;

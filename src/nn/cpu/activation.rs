@@ -108,7 +108,7 @@ pub fn activation<A: Activation>(x: &Tensor) -> Result<Tensor> {
             forward::<A>(&x[i * PIECE..][..y.len()], y)
         });
     }
-    record(&[x], y, x.shape(), move |_, gradient| {
+    record(&[x], y, x.shape(), move |gradient| {
         let (x, g) = (values(&kept)?, values(gradient)?);
         let mut dx = vec![0.0; x.len()];
         each_piece(&mut dx, PIECE, |i, dx| {
@@ -140,7 +140,7 @@ pub fn gated<A: Activation>(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
         });
     }
     let wanted = (gate.track_op(), up.track_op());
-    record(&[gate, up], y, gate.shape(), move |_, gradient| {
+    record(&[gate, up], y, gate.shape(), move |gradient| {
         let (gate, up, g) = (values(&gate_kept)?, values(&up_kept)?, values(gradient)?);
         let mut gate_gradient = vec![0.0; g.len()];
         let mut up_gradient = vec![0.0; g.len()];

@@ -102,7 +102,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
     };
     let bias_dims = bias.map(|bias| bias.dims().to_vec());
     let inputs: Vec<&Tensor> = [q, k, v].into_iter().chain(bias).collect();
-    record(&inputs, y, (b, h, n, d), move |_, gradient| {
+    record(&inputs, y, (b, h, n, d), move |gradient| {
         let g = values(gradient)?;
         let [q, k, v] = call.heads(&kept)?;
         let mask = call.mask_values()?;

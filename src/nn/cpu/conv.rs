@@ -131,7 +131,7 @@ pub fn conv2d(
     );
     let inputs: Vec<&Tensor> = [x, weight].into_iter().chain(bias).collect();
     let shape = (b, outputs, geometry.rows, geometry.columns);
-    record(&inputs, y, shape, move |_, gradient| {
+    record(&inputs, y, shape, move |gradient| {
         let g = values(gradient)?;
         let mut gradients = Vec::new();
         if wanted.0 {

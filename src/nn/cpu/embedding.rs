@@ -19,7 +19,7 @@ pub fn embedding(weight: &Tensor, ids: &Tensor) -> Result<Tensor> {
             y.copy_from_slice(&weight[ids[i] as usize * width..][..width]);
         });
     }
-    record(&[weight], y, shape, move |_, gradient| {
+    record(&[weight], y, shape, move |gradient| {
         let g = values(gradient)?;
         let mut dw = vec![0.0; count * width];
         // One thread: an id may occur many times, and its rows are to be added in their order.

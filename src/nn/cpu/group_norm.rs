@@ -52,7 +52,7 @@ pub fn group_norm(
         });
     }
     let wanted = (x.track_op(), weight.track_op(), bias.track_op());
-    record(&[x, weight, bias], y, x.shape(), move |_, gradient| {
+    record(&[x, weight, bias], y, x.shape(), move |gradient| {
         let (x, g) = (values(&kept)?, values(gradient)?);
         let (weight, bias) = (values(&weight_kept)?, values(&bias_kept)?);
         let mut dx = vec![0.0; x.len()];

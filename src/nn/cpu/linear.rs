@@ -26,7 +26,7 @@ pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tens
     );
     let inputs: Vec<&Tensor> = [x].into_iter().chain(trained(weight)).chain(bias).collect();
     let (x_dims, y_dims) = (x.dims().to_vec(), shape.result(x));
-    record(&inputs, y, y_dims, move |_, gradient| {
+    record(&inputs, y, y_dims, move |gradient| {
         let g = values(gradient)?;
         let mut gradients = Vec::new();
         if wanted.0 {
@@ -83,7 +83,7 @@ pub fn linear_lora(
         .collect();
     let (x_dims, y_dims) = (x.dims().to_vec(), shape.result(x));
     let low = Arc::new(low);
-    record(&inputs, y, y_dims, move |_, gradient| {
+    record(&inputs, y, y_dims, move |gradient| {
         let g = values(gradient)?;
         let (a, b) = (values(&a_kept)?, values(&b_kept)?);
         let (rows, rank) = (shape.rows, down.outputs);

@@ -19,6 +19,7 @@ pub mod softmax;
 use std::ops::{Deref, Range};
 
 use candle_core::{CpuStorage, DType, Device, Result, Shape, Storage, StorageRef, Tensor};
+use multiversion::multiversion;
 use rayon::prelude::*;
 
 /// Whether the fused operations can take these tensors: all in f32 on the CPU.
@@ -126,6 +127,61 @@ pub fn each_pair(
             .zip(two.0.par_chunks_mut(two_length))
             .enumerate()
             .for_each(|(i, (a, b))| body(i, a, b));
+    }
+}
+
+/// `sum += values`, element by element.
+pub fn add_into(sum: &mut [f32], values: &[f32]) {
+    each_piece(sum, PIECE, |i, sum| add_slices(sum, &values[i * PIECE..]));
+}
+
+/// `sum = x + y`, element by element.
+pub fn sum_into(sum: &mut [f32], x: &[f32], y: &[f32]) {
+    each_piece(sum, PIECE, |i, sum| {
+        sum_slices(sum, &x[i * PIECE..], &y[i * PIECE..])
+    });
+}
+
+/// Adds `values` (b, heads, n, d) to the columns `start..start + heads · d` of `sum` (b, n, width).
+pub fn add_heads(
+    sum: &mut [f32],
+    values: &[f32],
+    (n, width): (usize, usize),
+    start: usize,
+    (heads, d): (usize, usize),
+) {
+    let rows = |(row, sum): (usize, &mut [f32])| {
+        let (b, position) = (row / n.max(1), row % n.max(1));
+        for (h, sum) in sum[start..][..heads * d]
+            .chunks_exact_mut(d.max(1))
+            .enumerate()
+        {
+            let from = ((b * heads + h) * n + position) * d;
+            add_slices(sum, &values[from..from + d]);
+        }
+    };
+    if sum.len() <= ALONE {
+        sum.chunks_exact_mut(width.max(1))
+            .enumerate()
+            .for_each(rows);
+    } else {
+        sum.par_chunks_exact_mut(width.max(1))
+            .enumerate()
+            .for_each(rows);
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
+fn sum_slices(sum: &mut [f32], x: &[f32], y: &[f32]) {
+    for ((s, x), y) in sum.iter_mut().zip(x).zip(y) {
+        *s = x + y;
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
+fn add_slices(sum: &mut [f32], values: &[f32]) {
+    for (s, v) in sum.iter_mut().zip(values) {
+        *s += v;
     }
 }
 

@@ -59,7 +59,7 @@ pub fn norm(
         bias.is_some_and(Tensor::track_op),
     );
     let inputs: Vec<&Tensor> = [x].into_iter().chain(weight).chain(bias).collect();
-    record(&inputs, y, x.shape(), move |_, gradient| {
+    record(&inputs, y, x.shape(), move |gradient| {
         let (x, g) = (values(&kept)?, values(gradient)?);
         let weight = weight_kept.as_ref().map(values).transpose()?;
         let mut dx = vec![0.0; x.len()];

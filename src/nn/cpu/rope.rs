@@ -28,7 +28,7 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, pairing: Pairing) -> Result<
     }
     let (cos, sin) = (detached(cos)?, detached(sin)?);
     let y = turn(x, &cos, &sin, 1.0, pairing)?;
-    record(&[x], y, x.shape(), move |_, gradient| {
+    record(&[x], y, x.shape(), move |gradient| {
         // A rotation's transpose turns the other way.
         let dx = turn(gradient, &cos, &sin, -1.0, pairing)?;
         Ok(vec![tensor(dx, gradient.shape())?])

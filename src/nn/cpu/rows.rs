@@ -37,7 +37,7 @@ pub fn modulate(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tensor> {
         });
     }
     let wanted = [x.track_op(), shift.track_op(), scale.track_op()];
-    record(&[x, shift, scale], y, x.shape(), move |_, gradient| {
+    record(&[x, shift, scale], y, x.shape(), move |gradient| {
         let (x, scale, g) = (values(&x_kept)?, values(&scale_kept)?, values(gradient)?);
         let mut dx = vec![0.0; x.len()];
         let mut sums = vec![0.0; b * 2 * c];
@@ -78,7 +78,7 @@ pub fn gated_residual(x: &Tensor, gate: &Tensor, y: &Tensor) -> Result<Tensor> {
         });
     }
     let wanted = [x.track_op(), gate.track_op(), y.track_op()];
-    record(&[x, gate, y], sum, x.shape(), move |_, gradient| {
+    record(&[x, gate, y], sum, x.shape(), move |gradient| {
         let mut gradients = Vec::new();
         if wanted[0] {
             gradients.push(gradient.clone());
@@ -112,7 +112,7 @@ pub fn times(x: &Tensor, factors: Vec<f32>) -> Result<Tensor> {
         });
     }
     let shape = x.shape().clone();
-    record(&[x], y, x.shape(), move |_, gradient| {
+    record(&[x], y, x.shape(), move |gradient| {
         let g = values(gradient)?;
         let mut dx = vec![0.0; g.len()];
         each_piece(&mut dx, super::PIECE, |i, dx| {
@@ -143,7 +143,7 @@ pub fn upsample_nearest2x(x: &Tensor) -> Result<Tensor> {
             }
         });
     }
-    record(&[x], y, (b, c, 2 * h, 2 * w), move |_, gradient| {
+    record(&[x], y, (b, c, 2 * h, 2 * w), move |gradient| {
         let g = values(gradient)?;
         let mut dx = vec![0.0; b * c * h * w];
         each_piece(&mut dx, h * w, |plane, dx| {

@@ -4,7 +4,7 @@ use candle_core::{DType, Result, Tensor};
 use multiversion::multiversion;
 
 use super::{detached, each_piece, simd, tensor, values};
-use crate::nn::vjp::record;
+use crate::nn::vjp::{record, record_with_result};
 
 /// Rows of one piece of work: about this many elements.
 fn rows_of_piece(width: usize) -> usize {
@@ -23,7 +23,7 @@ pub fn softmax(x: &Tensor) -> Result<Tensor> {
             softmax_rows(&x[i * piece..][..y.len()], width, y);
         });
     }
-    record(&[x], y, x.shape(), move |result, gradient| {
+    record_with_result(&[x], y, x.shape(), move |result, gradient| {
         let result = detached(result)?;
         let (y, g) = (values(&result)?, values(gradient)?);
         let mut dx = vec![0.0; y.len()];
@@ -72,7 +72,7 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
             .map(|(i, t)| x[i * width + *t as usize]);
         log_sums.iter().zip(of_target).map(|(l, x)| l - x).collect()
     };
-    record(&[logits], losses, n, move |_, gradient| {
+    record(&[logits], losses, n, move |gradient| {
         let (x, g) = (values(&kept)?, values(gradient)?);
         let mut dx = vec![0.0; x.len()];
         each_piece(&mut dx, piece * width, |i, dx| {

@@ -1,0 +1,208 @@
+//! Sums, parts and joins of activations. candle's own have right gradients too, but pass them through a copy and a sum
+//! each; these bring them straight to where they are gathered.
+
+use candle_core::{Shape, Tensor};
+
+use super::cpu::{self, detached, takes, values};
+use super::vjp::{self, Place};
+use crate::Result;
+
+/// `x + y`, of equal shapes.
+pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    if !takes([x, y]) || x.dims() != y.dims() {
+        return Ok((x + y)?);
+    }
+    let mut sum = vec![0.0; x.elem_count()];
+    {
+        let (x, y) = (detached(x)?, detached(y)?);
+        cpu::sum_into(&mut sum, &values(&x)?, &values(&y)?);
+    }
+    let count = [x, y].into_iter().filter(|t| t.track_op()).count();
+    Ok(vjp::record(&[x, y], sum, x.shape(), move |gradient| {
+        Ok(vec![gradient.clone(); count])
+    })?)
+}
+
+/// `x`, which is contiguous, in another shape.
+pub fn reshape(x: &Tensor, shape: impl Into<Shape>) -> Result<Tensor> {
+    let view = x.reshape(shape.into())?;
+    if view.id() != x.id() {
+        vjp::show(x, &view, Place::Whole);
+    }
+    Ok(view)
+}
+
+/// `heads` heads of `d` values each, from column `start` of `x` (b, n, c) on: a view (b, heads, n, d). `start` and `c`
+/// are multiples of `d`.
+pub fn split_heads(x: &Tensor, start: usize, heads: usize, d: usize) -> Result<Tensor> {
+    let (b, n, c) = x.dims3()?;
+    let view = x
+        .reshape((b, n, c / d, d))?
+        .narrow(2, start / d, heads)?
+        .transpose(1, 2)?;
+    vjp::show(x, &view, Place::Heads { start, width: c });
+    Ok(view)
+}
+
+/// The heads of `x` (b, heads, n, d) side by side: (b, n, heads · d).
+pub fn merge_heads(x: &Tensor) -> Result<Tensor> {
+    let (b, heads, n, d) = x.dims4()?;
+    let merged = |x: &Tensor| x.transpose(1, 2)?.contiguous()?.reshape((b, n, heads * d));
+    if !takes([x]) || !x.track_op() {
+        return Ok(merged(x)?);
+    }
+    let value = values(&merged(&x.detach())?)?.to_vec();
+    Ok(vjp::record(
+        &[x],
+        value,
+        (b, n, heads * d),
+        move |gradient| {
+            let gradient = gradient.reshape((b, n, heads, d))?.transpose(1, 2)?;
+            Ok(vec![gradient.contiguous()?])
+        },
+    )?)
+}
+
+/// `start..start + count` along dimension 1 of `x` (b, n, …), contiguous.
+pub fn rows(x: &Tensor, start: usize, count: usize) -> Result<Tensor> {
+    let part = x.narrow(1, start, count)?.contiguous()?;
+    if part.id() != x.id() {
+        vjp::show(
+            x,
+            &part,
+            Place::Rows {
+                start,
+                of: x.dim(1)?,
+            },
+        );
+    }
+    Ok(part)
+}
+
+/// `x` and `y` one after the other along `dim`; their other dimensions are equal.
+pub fn join(x: &Tensor, y: &Tensor, dim: usize) -> Result<Tensor> {
+    if !takes([x, y]) || !(x.track_op() || y.track_op()) {
+        return Ok(Tensor::cat(&[x, y], dim)?);
+    }
+    let value = Tensor::cat(&[x.detach(), y.detach()], dim)?.contiguous()?;
+    let (first, second) = (x.dim(dim)?, y.dim(dim)?);
+    let parts: Vec<(usize, usize)> = [(x, (0, first)), (y, (first, second))]
+        .into_iter()
+        .filter(|(t, _)| t.track_op())
+        .map(|(_, part)| part)
+        .collect();
+    let joined = values(&value)?.to_vec();
+    Ok(vjp::record(
+        &[x, y],
+        joined,
+        value.shape(),
+        move |gradient| {
+            parts
+                .iter()
+                .map(|&(start, count)| gradient.narrow(dim, start, count)?.contiguous())
+                .collect()
+        },
+    )?)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Tensor, Var};
+
+    use super::*;
+    use crate::nn::{backward, ops};
+
+    fn random(shape: &[usize]) -> Tensor {
+        Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap()
+    }
+
+    fn numbers(x: &Tensor) -> Vec<f32> {
+        x.flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    /// The gradients of sum(weights · f(x, y)) for x (2, 3, 8) and y (2, 5, 8), with our functions and with candle's.
+    fn compare(f: impl Fn(&Tensor, &Tensor, bool) -> Tensor) {
+        let (x, y) = (random(&[2, 3, 8]), random(&[2, 5, 8]));
+        let of = |ours: bool| {
+            let x = Var::from_tensor(&x).unwrap();
+            let y = Var::from_tensor(&y).unwrap();
+            // Results of fused operations, so that gradients meet in slots.
+            let (a, b) = (ops::silu(&x).unwrap(), ops::silu(&y).unwrap());
+            let z = f(&a, &b, ours);
+            let weights = Tensor::arange(0f32, z.elem_count() as f32, &Device::Cpu);
+            let weights = weights.unwrap().reshape(z.shape()).unwrap();
+            let loss = (&z * weights).unwrap().sum_all().unwrap();
+            let plain = loss.backward().unwrap();
+            let ours = backward(&loss).unwrap();
+            let both = [x.as_tensor(), y.as_tensor()].map(|v| {
+                let (one, two) = (
+                    numbers(plain.get(v).unwrap()),
+                    numbers(ours.get(v).unwrap()),
+                );
+                assert_eq!(one, two, "candle's backward and ours");
+                one
+            });
+            (numbers(&z), both)
+        };
+        let (ours, candles) = (of(true), of(false));
+        assert_eq!(ours.0, candles.0);
+        for (ours, candles) in ours.1.iter().zip(&candles.1) {
+            for (a, b) in ours.iter().zip(candles) {
+                assert!((a - b).abs() <= 1e-5 * b.abs().max(1.0), "{a} and {b}");
+            }
+        }
+    }
+
+    #[test]
+    fn sums_parts_and_joins_have_candles_values_and_gradients() {
+        // A tensor that is used in many ways at once: by our functions, by fused operations and by candle's own.
+        compare(|x, y, ours| {
+            let long = match ours {
+                true => join(x, y, 1).unwrap(),
+                false => Tensor::cat(&[x, y], 1).unwrap(),
+            };
+            let part = |start, count| match ours {
+                true => rows(&long, start, count).unwrap(),
+                false => long.narrow(1, start, count).unwrap().contiguous().unwrap(),
+            };
+            let (one, two) = (part(0, 4), part(4, 4));
+            let sum = match ours {
+                true => add(&one, &two).unwrap(),
+                false => (&one + &two).unwrap(),
+            };
+            let again = ops::silu(&one).unwrap();
+            (sum + (again * &two).unwrap()).unwrap()
+        });
+    }
+
+    #[test]
+    fn heads_have_candles_values_and_gradients() {
+        compare(|x, y, ours| {
+            let heads = |x: &Tensor, start: usize, heads: usize| match ours {
+                true => split_heads(x, start, heads, 2).unwrap(),
+                false => {
+                    let (b, n, _) = x.dims3().unwrap();
+                    let part = x.narrow(2, start, 2 * heads).unwrap();
+                    part.reshape((b, n, heads, 2))
+                        .unwrap()
+                        .transpose(1, 2)
+                        .unwrap()
+                }
+            };
+            // Keys overlap with queries, and candle takes one view as well.
+            let (q, k, v) = (heads(x, 0, 2), heads(y, 2, 2), heads(y, 4, 2));
+            let z = ops::attention(&q, &k, &v, 0.7, &ops::Mask::None).unwrap();
+            let z = (z + &q).unwrap();
+            match ours {
+                true => merge_heads(&z).unwrap(),
+                false => z
+                    .transpose(1, 2)
+                    .unwrap()
+                    .contiguous()
+                    .unwrap()
+                    .reshape((2, 3, 4))
+                    .unwrap(),
+            }
+        });
+    }
+}
