@@ -1,12 +1,12 @@
-//! The pre-norm transformer layer that CLIP's towers and the ViT share, and the activations their configs name.
+//! The pre-norm transformer layer that CLIP's towers and the ViT share, and the activations that configs name.
 
 use candle_core::Tensor;
 use serde::Deserialize;
 
 use crate::Result;
-use crate::nn::{Init, LayerNorm, Linear, Mask, Weights, ops};
+use crate::nn::{GroupNorm, Init, LayerNorm, Linear, Mask, Weights, ops};
 
-/// An activation by its name in Hugging Face configs.
+/// An activation by its name in configs of transformers and diffusers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Activation {
@@ -28,6 +28,8 @@ pub enum Activation {
     Silu,
     Tanh,
     Sigmoid,
+    /// `x · tanh(ln(1 + eˣ))`.
+    Mish,
 }
 
 impl Activation {
@@ -41,6 +43,28 @@ impl Activation {
             Self::Silu => ops::silu(x),
             Self::Tanh => Ok(x.tanh()?),
             Self::Sigmoid => Ok(candle_nn::ops::sigmoid(x)?),
+            Self::Mish => {
+                // ln(1 + eˣ) without overflow.
+                let softplus = (x.relu()? + (x.abs()?.neg()?.exp()? + 1.0)?.log()?)?;
+                Ok((x * softplus.tanh()?)?)
+            }
+        }
+    }
+
+    /// `activation(gate) · value`, elementwise.
+    pub fn gate(self, gate: &Tensor, value: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Silu => ops::swiglu(gate, value),
+            Self::GeluNew => ops::geglu_tanh(value, gate),
+            _ => Ok((self.forward(gate)? * value)?),
+        }
+    }
+
+    /// Of what `norm` makes of `x` (b, c, h, w).
+    pub fn of_norm(self, norm: &GroupNorm, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Silu => norm.forward_silu(x),
+            _ => self.forward(&norm.forward(x)?),
         }
     }
 }
