@@ -353,9 +353,8 @@ impl Weights {
     /// Notes for [`Weights::finish`] every name in the checkpoint that the model has not asked for: a backbone that
     /// leaves weights out computes something else.
     pub fn expect_no_others(&self) {
-        let mut others = self.unused();
-        others.sort();
-        let named = others
+        let named = self
+            .unused()
             .into_iter()
             .map(|name| format!("{name} is not expected"));
         lock(&self.inner.faults).extend(named);
@@ -396,7 +395,7 @@ impl Weights {
         })
     }
 
-    /// Names in the checkpoint that no model has asked for.
+    /// Names in the checkpoint that no model has asked for, sorted.
     pub fn unused(&self) -> Vec<String> {
         let used = lock(&self.inner.used);
         let names: Vec<String> = match &self.inner.source {
@@ -404,10 +403,12 @@ impl Weights {
             Source::Memory(tensors) => lock(tensors).keys().cloned().collect(),
             Source::Nothing => Vec::new(),
         };
-        names
+        let mut unused: Vec<String> = names
             .into_iter()
             .filter(|name| !used.contains(name))
-            .collect()
+            .collect();
+        unused.sort();
+        unused
     }
 
     /// All trainable weights and buffers by name, in the order of their names; empty when frozen.
