@@ -13,7 +13,7 @@ pub use component::Component;
 pub use report::{GradientResult, OutputResult, Report, Tokens};
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
@@ -21,7 +21,7 @@ use candle_core::{Device, Tensor};
 use self::reference::Reference;
 use self::runners::{Output, Place, Value};
 use crate::models::lora_file::LoraFile;
-use crate::nn::{Adapter, Factors, no_grad};
+use crate::nn::{Adapter, Factors, Weights, no_grad};
 use crate::{Error, Result};
 
 /// The type in which frozen weights and inputs are taken. On the CPU arithmetic is in f32 either way.
@@ -103,10 +103,10 @@ pub fn verify(request: &Request) -> Result<Report> {
             "name the adapter that they belong to with --adapter",
         ));
     }
-    let adapter = request
-        .adapter
-        .as_deref()
-        .map(|path| read_adapter(path, request.component))
+    let file = request.adapter.as_deref().map(LoraFile::read).transpose()?;
+    let adapter = file
+        .as_ref()
+        .map(|file| renamed(file, request.component))
         .transpose()?;
     let place = Place {
         folder: folder::find(request.component, &request.model)?,
@@ -118,6 +118,9 @@ pub fn verify(request: &Request) -> Result<Report> {
     weights.finish().map_err(|error| place.name(error))?;
     if let Some(adapter) = &adapter {
         adapter.finish()?;
+    }
+    if let Some(file) = &file {
+        file.check_whole(|name| base(name, request.component, &weights))?;
     }
     let inputs = reference.inputs(&request.device, request.precision, weights.dtype());
     let run = || runner.run(&inputs);
@@ -169,13 +172,26 @@ pub fn verify(request: &Request) -> Result<Report> {
     })
 }
 
+/// The tensor of the checkpoint that an adapter's file calls `name`.
+fn base(name: &str, component: Component, weights: &Weights) -> Result<Option<Tensor>> {
+    let layer = |name: &str| {
+        name.strip_suffix(".weight")
+            .map(|path| component.layer(path))
+    };
+    let wanted = layer(name);
+    let found = weights.names().into_iter().find(|own| layer(own) == wanted);
+    match found {
+        Some(own) => weights.stored(&own),
+        None => Ok(None),
+    }
+}
+
 /// The adapter with its layers under the names that `component` gives them.
-fn read_adapter(path: &Path, component: Component) -> Result<Arc<Adapter>> {
-    let file = LoraFile::read(path)?;
+fn renamed(file: &LoraFile, component: Component) -> Result<Arc<Adapter>> {
     let factors: BTreeMap<String, Factors> = file
         .layers
-        .into_iter()
-        .map(|(layer, factors)| (component.layer(&layer), factors))
+        .iter()
+        .map(|(layer, factors)| (component.layer(layer), factors.clone()))
         .filter(|(layer, _)| !component.is_without(layer))
         .collect();
     if factors.is_empty() {
