@@ -1,6 +1,6 @@
 //! `proxytune verify` on every case in `tests/golden`: the real program finds what the reference libraries computed,
 //! and names what is wrong with cases that were tampered with. The cases are made by `golden/ar`, `golden/diffusion.py`
-//! and `golden/verify.py`.
+//! `golden/verify.py` and `golden/settings.py`.
 
 mod support;
 
