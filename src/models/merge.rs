@@ -303,3 +303,62 @@ fn link_or_copy(from: &Path, to: &Path) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layers_of_any_rank_scale_and_kernel_are_merged_and_whole_weights_compared() {
+        let place = tempfile::tempdir().unwrap();
+        let at = |name: &str| place.path().join(name);
+        let full = |value: f32, shape: &[usize]| Tensor::full(value, shape, &Device::Cpu).unwrap();
+        let save = |file: &Path, tensors: &[(&str, Tensor)]| {
+            let tensors = tensors
+                .iter()
+                .map(|(name, tensor)| (name.to_string(), tensor.clone()));
+            files::write_tensors(file, &tensors.collect(), &[]).unwrap();
+        };
+        let base = [
+            ("one.weight", full(1.0, &[2, 3])),
+            ("two.weight", full(1.0, &[4, 3])),
+            ("conv.weight", full(1.0, &[2, 3, 2, 2])),
+            ("lm_head.weight", full(5.0, &[4, 2])),
+        ];
+        save(&at("base/model.safetensors"), &base);
+        files::write(&at("base/config.json"), b"{}").unwrap();
+        let adapter = [
+            ("one.lora_A.weight", full(0.5, &[1, 3])),
+            ("one.lora_B.weight", full(1.0, &[2, 1])),
+            ("two.lora_A.weight", full(0.5, &[4, 3])),
+            ("two.lora_B.weight", full(1.0, &[4, 4])),
+            ("conv.lora_A.weight", full(0.5, &[2, 3, 2, 2])),
+            ("conv.lora_B.weight", full(1.0, &[2, 2, 1, 1])),
+            ("lm_head.weight", full(5.0, &[4, 2])),
+        ];
+        save(&at("adapter/adapter_model.safetensors"), &adapter);
+        let config = json!({"lora_alpha": 2, "alpha_pattern": {"two": 8}});
+        let file = at("adapter/adapter_config.json");
+        files::write(&file, config.to_string().as_bytes()).unwrap();
+        let run = |out: &str| {
+            let adapter = LoraFile::read(&at("adapter"))?;
+            merge(&at("base"), Family::Lumina, None, &adapter, &at(out), None)
+        };
+        assert_eq!(run("out").unwrap().layers, 3);
+        let (merged, _) = files::read_tensors(&at("out/model.safetensors")).unwrap();
+        // 1 + alpha/rank · rank · 0.5
+        for (name, value) in [("one", 2.0), ("two", 5.0), ("conv", 2.0), ("lm_head", 5.0)] {
+            let weight = &merged[&format!("{name}.weight")];
+            let values = weight.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            assert!(values.iter().all(|v| *v == value), "{name}: {values:?}");
+        }
+        let mut trained = adapter;
+        trained[6].1 = full(5.1, &[4, 2]);
+        save(&at("adapter/adapter_model.safetensors"), &trained);
+        let error = run("no").unwrap_err().to_string();
+        assert!(
+            error.contains("lm_head.weight is not the base's"),
+            "{error}"
+        );
+    }
+}

@@ -359,3 +359,53 @@ impl Vit {
         self.norm.forward(&class.reshape((b, c.hidden_size))?)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use super::*;
+
+    #[test]
+    fn sizes_of_timms_checkpoint_are_read_from_its_weights() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = folder.path().join("config.json");
+        let timms =
+            r#"{"architecture": "vit_small_patch16_224", "num_classes": 0, "num_features": 384}"#;
+        std::fs::write(&config, timms).unwrap();
+        let names: [(&str, &[usize]); 7] = [
+            ("cls_token", &[1, 1, 128]),
+            ("pos_embed", &[1, 10, 128]),
+            ("patch_embed.proj.weight", &[128, 3, 4, 4]),
+            ("blocks.0.attn.qkv.weight", &[384, 128]),
+            ("blocks.0.attn.qkv.bias", &[384]),
+            ("blocks.0.norm1.weight", &[128]),
+            ("blocks.1.norm1.weight", &[128]),
+        ];
+        let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+        let mut tensors: HashMap<String, Tensor> = names
+            .into_iter()
+            .map(|(name, shape)| (name.to_string(), zeros(shape)))
+            .collect();
+        tensors.insert("blocks.0.mlp.fc1.weight".into(), zeros(&[96, 128]));
+        let file = folder.path().join("model.safetensors");
+        candle_core::safetensors::save(&tensors, &file).unwrap();
+        let expected = Config {
+            hidden_size: 128,
+            num_hidden_layers: 2,
+            num_attention_heads: 2,
+            intermediate_size: 96,
+            layer_norm_eps: 1e-6,
+            image_size: Size::square(12),
+            patch_size: Size::square(4),
+            ..Config::default()
+        };
+        assert_eq!(Config::read(folder.path()).unwrap(), expected);
+        // A config of transformers is taken at its word.
+        std::fs::write(&config, r#"{"hidden_size": 64, "image_size": [20, 12]}"#).unwrap();
+        let read = Config::read(folder.path()).unwrap();
+        assert_eq!((read.hidden_size, read.num_hidden_layers), (64, 12));
+        assert_eq!((read.image_size.height, read.image_size.width), (20, 12));
+        assert_eq!(read.image_size.side(), None);
+    }
+}
