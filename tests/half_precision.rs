@@ -173,6 +173,59 @@ fn the_frozen_weight_gets_no_gradient_and_other_types_are_computed_plainly() {
     assert!(apart(&y.to_dtype(DType::F32).unwrap(), &narrow) < 1e-6);
 }
 
+#[test]
+fn norms_and_softmax_in_half_precision_lose_no_more_than_their_result_is_rounded() {
+    // A mean far from zero, and more elements than half precision can count.
+    let x = (random(&[2, 8, 600], 1) + 3.0).unwrap();
+    let (weight, bias) = (random(&[8], 2), random(&[8], 3));
+    let (scale, shift) = (random(&[600], 4), random(&[600], 5));
+    for kind in [DType::BF16, DType::F16] {
+        let half = |t: &Tensor| t.to_dtype(kind).unwrap();
+        let wide = |t: &Tensor| half(t).to_dtype(DType::F32).unwrap();
+        let computed = |as_kind: &dyn Fn(&Tensor) -> Tensor| {
+            let [x, weight, bias] = [&x, &weight, &bias].map(as_kind);
+            let [scale, shift] = [&scale, &shift].map(as_kind);
+            [
+                ops::layer_norm(&x, Some(&scale), Some(&shift), 1e-5).unwrap(),
+                ops::group_norm(&x, 2, &weight, &bias, 1e-5).unwrap(),
+                ops::softmax(&x).unwrap(),
+            ]
+        };
+        for (narrow, exact) in computed(&half).iter().zip(&computed(&wide)) {
+            assert_eq!(narrow.dtype(), kind);
+            let narrow = narrow.to_dtype(DType::F32).unwrap();
+            let rounding = if kind == DType::BF16 { 4e-3 } else { 5e-4 };
+            assert!(apart(&narrow, exact) <= rounding, "{kind:?}");
+        }
+    }
+}
+
+#[test]
+fn a_convolutions_adapter_is_computed_in_the_type_of_its_input() {
+    let (weight, bias) = (random(&[4, 3, 3, 3], 1), random(&[4], 2));
+    let factors = proxytune::nn::Factors {
+        a: random(&[2, 3, 3, 3], 3),
+        b: random(&[4, 2, 1, 1], 4),
+        scale: 0.5,
+    };
+    let x = random(&[1, 3, 5, 6], 5);
+    let computed = |dtype: DType| {
+        let tensors = HashMap::from([
+            ("conv.weight".to_string(), weight.clone()),
+            ("conv.bias".to_string(), bias.clone()),
+        ]);
+        let layers = BTreeMap::from([("conv".to_string(), factors.clone())]);
+        let adapter = Arc::new(Adapter::from_factors(layers, str::to_string));
+        let weights = Weights::from_tensors(tensors, dtype, &CPU).with_adapter(adapter);
+        let padding = ops::Padding::Same(1);
+        let conv = proxytune::nn::Conv2d::new(3, 4, 3, 1, padding, &weights.pp("conv")).unwrap();
+        let y = conv.forward(&x.to_dtype(dtype).unwrap()).unwrap();
+        assert_eq!(y.dtype(), dtype);
+        y.to_dtype(DType::F32).unwrap()
+    };
+    assert!(apart(&computed(DType::F64), &computed(DType::F32)) < 1e-5);
+}
+
 fn write(dir: &Path, name: &str, tensors: &[(&str, Tensor)]) -> PathBuf {
     let path = dir.join(name);
     let tensors: HashMap<String, Tensor> = tensors

@@ -9,8 +9,9 @@ use std::time::{Duration, SystemTime};
 
 use candle_core::{DType, Device, Tensor};
 use proxytune::config::{Dtype, Family, Memory};
-use proxytune::models::adapters::{AdapterFile, write_peft};
+use proxytune::models::adapters::write_peft;
 use proxytune::models::checkpoint_files::converted;
+use proxytune::models::lora_file::LoraFile;
 use proxytune::models::pickle::Pickle;
 use proxytune::models::{Learner, Opening, Request, Sampling, Tuning, merge, open};
 use proxytune::nn::LoraConfig;
@@ -281,7 +282,7 @@ fn shards_stay_shards_when_an_adapter_is_merged_and_every_misfit_is_named() {
         .collect();
     write_peft(&adapter, &tensors, &config, "base").unwrap();
     let out = place.path().join("out");
-    let read = AdapterFile::read(&adapter).unwrap();
+    let read = LoraFile::read(&adapter).unwrap();
     let merged = merge::merge(&base, Family::Lumina, None, &read, &out, None).unwrap();
     assert_eq!((merged.layers, merged.bytes), (2, 2 * (6 + 8 + 1)));
     let shards =
@@ -304,7 +305,7 @@ fn shards_stay_shards_when_an_adapter_is_merged_and_every_misfit_is_named() {
         .into_iter()
         .collect();
     write_peft(&adapter, &tensors, &config, "base").unwrap();
-    let read = AdapterFile::read(&adapter).unwrap();
+    let read = LoraFile::read(&adapter).unwrap();
     let error = merge::merge(
         &base,
         Family::Lumina,

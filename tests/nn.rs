@@ -447,8 +447,8 @@ fn elementwise_cases(seed: u64, b: usize, n: usize, c: usize) -> Vec<Case> {
         case(
             "geglu of two views",
             inputs(&[&[b, n, 2 * c]], seed),
-            move |t| ops::geglu(&t[0].narrow(2, 0, c)?, &t[0].narrow(2, c, c)?),
-            move |t| plain::geglu(&t[0].narrow(2, 0, c)?, &t[0].narrow(2, c, c)?),
+            move |t| ops::geglu_tanh(&t[0].narrow(2, 0, c)?, &t[0].narrow(2, c, c)?),
+            move |t| plain::geglu_tanh(&t[0].narrow(2, 0, c)?, &t[0].narrow(2, c, c)?),
         ),
         case(
             "geglu with tanh",

@@ -165,7 +165,7 @@ fn dino_class_tokens_equal_transformers_under_all_names() {
 fn position_embeddings_of_another_size_are_refused() {
     let case = case("dino", "classifier");
     let mut config: vit::Config = config(&case);
-    config.image_size = 20;
+    config.image_size = vit::Size::square(20);
     let weights = frozen(&case);
     vit::Vit::new(&config, &weights).unwrap();
     let error = weights.finish().unwrap_err().to_string();

@@ -1,6 +1,6 @@
 //! `proxytune verify` on every case in `tests/golden`: the real program finds what the reference libraries computed,
-//! and names what is wrong with cases that were tampered with. The cases are made by `golden/ar`, `golden/diffusion.py`
-//! and `golden/verify.py`.
+//! and names what is wrong with cases that were tampered with. The cases are made by `golden/ar`, `golden/diffusion.py`,
+//! `golden/verify.py` and `golden/settings.py`.
 
 mod support;
 
@@ -289,6 +289,16 @@ fn equally_near_codes_stand_for_each_other_and_are_counted_as_ties() {
         said.out.contains("90 tokens, 0 different, 90 ties"),
         "{said:?}"
     );
+    // A tie excuses neither of the other codes.
+    let case = case.tampered(place.path(), |tensors| {
+        let output = &tensors["output"];
+        let mut tokens = output.flatten_all().unwrap().to_vec1::<i64>().unwrap();
+        tokens[7] = 90 + (tokens[7] + 1) % 90;
+        let tokens = Tensor::from_vec(tokens, output.dims(), &Device::Cpu).unwrap();
+        tensors.insert("output".into(), tokens);
+    });
+    case.run(&[])
+        .says(1, &["1 different, 89 ties; the first is token 7"]);
 }
 
 const WO: &str = "layers.1.attention.wo.lora_B.weight";
@@ -423,6 +433,50 @@ fn a_scalar_alpha_beside_the_factors_scales_its_layer() {
     assert_eq!(said.code, Some(0), "{said:?}");
 }
 
+/// Cuts `names` to three positions.
+fn shorten(tensors: &mut Tensors, names: &[&str]) {
+    for name in names {
+        let short = tensors[*name].narrow(1, 0, 3).unwrap();
+        tensors.insert(name.to_string(), short.contiguous().unwrap());
+    }
+}
+
+#[test]
+fn whole_weights_beside_the_factors_must_be_the_checkpoints() {
+    let case = Case::named("chameleon", "gelu-beyond-its-positions", "logits");
+    let checkpoint = load(&case.model.join("model.safetensors"));
+    let place = tempfile::tempdir().unwrap();
+    let file = "adapter_model.safetensors";
+    let own = case.adapter.clone().unwrap();
+    let config = "adapter_config.json";
+    std::fs::copy(own.join(config), place.path().join(config)).unwrap();
+    let beside = |factor: f64, dtype: &str| {
+        let mut tensors: std::collections::HashMap<_, _> =
+            load(&own.join(file)).into_iter().collect();
+        let name = "model.embed_tokens.weight";
+        let whole = (&checkpoint[name] * factor).unwrap();
+        tensors.insert(format!("base_model.model.{name}"), whole);
+        candle_core::safetensors::save(&tensors, place.path().join(file)).unwrap();
+        Case {
+            adapter: Some(place.path().to_path_buf()),
+            ..case.clone()
+        }
+        .run(&[
+            "--dtype",
+            dtype,
+            "--tolerance",
+            "1",
+            "--gradient-tolerance",
+            "9",
+        ])
+    };
+    for dtype in ["f32", "bf16"] {
+        let said = beside(1.0, dtype);
+        assert_eq!(said.code, Some(0), "{said:?}");
+        beside(1.05, dtype).says(2, &["model.embed_tokens.weight is not the base's"]);
+    }
+}
+
 #[test]
 fn what_cannot_be_compared_ends_with_2_and_says_why() {
     let place = tempfile::tempdir().unwrap();
@@ -435,15 +489,7 @@ fn what_cannot_be_compared_ends_with_2_and_says_why() {
         .says(2, &["does not take input.pixels"]);
     with(|t| drop(t.insert("output.pooled".into(), t["output"].clone())))
         .says(2, &["output.pooled", "does not give"]);
-    with(|t| {
-        let short = t["cotangent"]
-            .narrow(1, 0, 3)
-            .unwrap()
-            .contiguous()
-            .unwrap();
-        t.insert("cotangent".into(), short);
-    })
-    .says(
+    with(|t| shorten(t, &["cotangent"])).says(
         2,
         &["cotangent has shape [2, 3, 48], the output [2, 14, 48]"],
     );
@@ -468,15 +514,23 @@ fn what_cannot_be_compared_ends_with_2_and_says_why() {
             "no weight of the adapter",
         ],
     );
-    // An output of another shape is a difference.
-    with(|t| {
-        let short = t["output"].narrow(1, 0, 3).unwrap().contiguous().unwrap();
-        t.insert("output".into(), short);
-    })
-    .says(
-        1,
-        &["output has shape [2, 3, 48] in the reference, [2, 14, 48] here"],
-    );
+    // An output of another shape is a difference, also where the cotangent has it.
+    let shortened: [fn(&mut Tensors); 2] = [
+        |t| shorten(t, &["output"]),
+        |t| shorten(t, &["output", "cotangent"]),
+    ];
+    for edit in shortened {
+        let different = "output has shape [2, 3, 48] in the reference, [2, 14, 48] here";
+        with(edit).says(1, &[different]);
+    }
+    let t5 = Case::named("t5", "gated-gelu", "");
+    let masked = t5.tampered(place.path(), |t| {
+        let mask = t["input.attention_mask"].zeros_like().unwrap();
+        t.insert("input.attention_mask".into(), mask);
+    });
+    masked
+        .run(&[])
+        .says(2, &["output has no values to compare"]);
 
     Case {
         adapter: None,

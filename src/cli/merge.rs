@@ -7,7 +7,8 @@ use super::{MergeArgs, output_failed};
 use crate::config::models::known;
 use crate::config::{family, locate};
 use crate::hub::human_bytes;
-use crate::models::adapters::{AdapterFile, CHECKPOINT_WEIGHTS};
+use crate::models::adapters::CHECKPOINT_WEIGHTS;
+use crate::models::lora_file::LoraFile;
 use crate::models::merge;
 use crate::{Error, Result};
 
@@ -19,7 +20,7 @@ pub(super) fn merge(args: &MergeArgs, out: &mut impl Write) -> Result<()> {
             "use it as it is; only adapters are merged",
         ));
     }
-    let adapter = AdapterFile::read(&args.adapter)?;
+    let adapter = LoraFile::read(&args.adapter)?;
     let side = known(&args.model).and_then(|model| model.resolution);
     let merged = merge::merge(
         &locate(&args.model)?,

@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use image::RgbImage;
-use serde::de::DeserializeOwned;
 
 use super::embed::{ImageEmbedder, TextEmbedder};
 use super::preprocess::Preprocessing;
+use crate::files::read_json;
 use crate::models::checkpoint_files;
 use crate::models::clip::{self, Clip};
 use crate::models::tokenizer::TextTokenizer;
@@ -33,7 +33,7 @@ impl ClipEmbedder {
     /// Reads `config.json`, the weights, the tokenizer and, where there is one, `preprocessor_config.json`
     /// from the folder of a `CLIPModel`. Computes in f32. Fails when a file is missing or does not fit the others.
     pub fn load(directory: &Path, device: &Device) -> Result<Self> {
-        let config: clip::Config = read_config(directory)?;
+        let config: clip::Config = read_json(&directory.join("config.json"))?;
         let weights = read_weights(directory, device)?;
         let model = Clip::new(&config, &weights)?;
         weights.finish()?;
@@ -88,13 +88,21 @@ pub struct DinoEmbedder {
 
 impl DinoEmbedder {
     /// Reads `config.json`, the weights and, where there is one, `preprocessor_config.json` from the folder of
-    /// a `ViTModel`. Computes in f32. Fails when a file is missing or does not fit the others.
+    /// a `ViTModel` or of timm. Computes in f32. Fails when a file is missing or does not fit the others, or images are
+    /// no squares.
     pub fn load(directory: &Path, device: &Device) -> Result<Self> {
-        let config: vit::Config = read_config(directory)?;
+        let config = vit::Config::read(directory)?;
+        let vit::Size { height, width } = config.image_size;
+        let side = config.image_size.side().ok_or_else(|| {
+            Error::invalid(
+                format!("a DINO for images of {height} by {width} pixels"),
+                "scores are taken with one for square images",
+            )
+        })?;
         let weights = read_weights(directory, device)?;
         let model = Vit::new(&config, &weights)?;
         weights.finish()?;
-        let official = Preprocessing::dino(config.image_size as u32);
+        let official = Preprocessing::dino(side as u32);
         Ok(Self {
             model,
             preprocessing: Preprocessing::from_checkpoint(directory, official)?,
@@ -157,15 +165,6 @@ fn name_of(directory: &Path) -> String {
         .map(name)
         .and_then(|folder| Some(folder.strip_prefix("models--")?.replace("--", "/")));
     repository.unwrap_or_else(|| name(directory))
-}
-
-fn read_config<T: DeserializeOwned>(directory: &Path) -> Result<T> {
-    let path = directory.join("config.json");
-    let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
-    serde_json::from_str(&text).map_err(|e| Error::Checkpoint {
-        path,
-        faults: vec![e.to_string()],
-    })
 }
 
 fn read_weights(directory: &Path, device: &Device) -> Result<Weights> {

@@ -7,7 +7,7 @@ use hf_hub::api::tokio::{Api, ApiBuilder, ApiError};
 use hf_hub::{Cache, Repo, RepoType};
 
 use super::progress::Meter;
-use super::published::{Presence, Published, Wanted, is_index, shards_named};
+use super::published::{Presence, Published, is_index, shards_named};
 use super::snapshot::{RepoId, Snapshot, choose};
 use super::{Settings, human_bytes};
 use crate::{Error, Result};
@@ -91,11 +91,7 @@ pub fn download(
     for repository in repositories {
         let hub = Hub::new(settings, RepoId::main(repository.id));
         for wanted in repository.files {
-            let (choices, needed) = match wanted {
-                Wanted::Needed(path) => (std::slice::from_ref(path), true),
-                Wanted::Useful(path) => (std::slice::from_ref(path), false),
-                Wanted::OneOf(paths) => (*paths, true),
-            };
+            let (choices, needed) = wanted.choices();
             let mut found = None;
             for path in choices {
                 found = hub.get(path)?.map(|at| (*path, at));

@@ -48,6 +48,17 @@ pub enum Wanted {
     OneOf(&'static [&'static str]),
 }
 
+impl Wanted {
+    /// The paths that do, best first, and whether one of them must be there.
+    pub(super) fn choices(&self) -> (&[&'static str], bool) {
+        match self {
+            Wanted::Needed(path) => (std::slice::from_ref(path), true),
+            Wanted::Useful(path) => (std::slice::from_ref(path), false),
+            Wanted::OneOf(paths) => (paths, true),
+        }
+    }
+}
+
 /// A file to be placed by hand.
 #[derive(Debug, PartialEq, Eq)]
 pub struct ByHand {
@@ -133,11 +144,7 @@ impl Published {
             };
             let before = presence.missing.len();
             for wanted in repository.files {
-                let (choices, needed) = match wanted {
-                    Wanted::Needed(path) => (std::slice::from_ref(path), true),
-                    Wanted::Useful(path) => (std::slice::from_ref(path), false),
-                    Wanted::OneOf(paths) => (*paths, true),
-                };
+                let (choices, needed) = wanted.choices();
                 let found = choices
                     .iter()
                     .find_map(|path| Some((*path, look(repository, path)?)));

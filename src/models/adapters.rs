@@ -37,23 +37,32 @@ impl AdapterFile {
     }
 
     /// Reads a folder (PEFT's or diffusers' layout) or a file; see [`LoraFile::read`]. All layers must be linear and
-    /// of one rank. Where they differ in alpha, B is scaled so that alpha = rank holds for all.
+    /// of one rank, without whole weights beside them. Where they differ in alpha, B is scaled so that alpha = rank
+    /// holds for all.
     pub fn read(path: &Path) -> Result<Self> {
-        let LoraFile { path, layers } = LoraFile::read(path)?;
+        let LoraFile {
+            path,
+            layers,
+            whole,
+        } = LoraFile::read(path)?;
         let modules: Vec<String> = layers.keys().cloned().collect();
         let first = layers.values().next().map(|f| (f.a.dims()[0], f.scale));
         // A file of LoRA has at least one layer.
         let (rank, scale) = first.unwrap_or((1, 1.0));
-        let faults: Vec<String> = layers
+        let mut faults: Vec<String> = layers
             .iter()
             .filter(|(_, f)| f.a.dims().len() != 2 || f.a.dims()[0] != rank)
             .map(|(module, f)| {
                 format!(
-                    "{module} has a factor of shape {:?}: linear layers of one rank, here {rank}, can be trained on",
+                    "{module} has a factor of shape {:?}: linear layers of one rank, here {rank}, are taken; merge \
+                     takes others too",
                     f.a.dims()
                 )
             })
             .collect();
+        faults.extend(whole.keys().map(|name| {
+            format!("{name} is a whole weight: merge compares it with the checkpoint's and takes the rest")
+        }));
         if !faults.is_empty() {
             return Err(Error::Checkpoint { path, faults });
         }

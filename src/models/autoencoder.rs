@@ -4,8 +4,10 @@
 //! checkpoint, for example `stabilityai/stable-diffusion-3-medium-diffusers`.
 
 use candle_core::Tensor;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
+use super::encoder::Activation;
+use super::vqgan::{ResnetBlock, halving, images_at_once, in_slices};
 use crate::nn::ops::Padding;
 use crate::nn::{Conv2d, GroupNorm, Linear, Mask, Weights, ops};
 use crate::{Error, Result};
@@ -42,9 +44,9 @@ pub struct Config {
     /// Kinds of the decoder's levels; only diffusers' default, `UpDecoderBlock2D`, is known here.
     #[serde(skip_serializing)]
     pub up_block_types: Vec<UpBlock>,
-    /// The activation; only diffusers' default, SiLU, is known here.
-    #[serde(skip_serializing)]
-    pub act_fn: ActFn,
+    /// The activation of the residual blocks.
+    #[serde(skip_serializing, deserialize_with = "act_fn")]
+    pub act_fn: Activation,
 }
 
 /// A level of the encoder.
@@ -61,13 +63,18 @@ pub enum UpBlock {
     UpDecoderBlock2D,
 }
 
-/// The activation of the residual blocks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ActFn {
-    /// `x · sigmoid(x)`.
-    #[serde(alias = "swish")]
-    Silu,
+/// An activation as diffusers reads it.
+fn act_fn<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Activation, D::Error> {
+    let name = String::deserialize(deserializer)?;
+    match name.to_lowercase().as_str() {
+        "silu" | "swish" => Ok(Activation::Silu),
+        "gelu" => Ok(Activation::Gelu),
+        "mish" => Ok(Activation::Mish),
+        "relu" => Ok(Activation::Relu),
+        _ => Err(serde::de::Error::custom(format!(
+            "act_fn {name}: silu, swish, gelu, mish or relu is expected"
+        ))),
+    }
 }
 
 impl Default for Config {
@@ -86,7 +93,7 @@ impl Default for Config {
             mid_block_add_attention: true,
             down_block_types: vec![DownBlock::DownEncoderBlock2D],
             up_block_types: vec![UpBlock::UpDecoderBlock2D],
-            act_fn: ActFn::Silu,
+            act_fn: Activation::Silu,
         }
     }
 }
@@ -108,52 +115,6 @@ impl Config {
 }
 
 const EPS: f64 = 1e-6;
-
-/// Images that are computed together hold at most this many pixels: activations of the finest level grow with it.
-const PIXELS_AT_ONCE: usize = 1 << 18;
-
-struct ResnetBlock {
-    norm1: GroupNorm,
-    conv1: Conv2d,
-    norm2: GroupNorm,
-    conv2: Conv2d,
-    conv_shortcut: Option<Conv2d>,
-}
-
-impl ResnetBlock {
-    fn new(inputs: usize, outputs: usize, groups: usize, weights: &Weights) -> Result<Self> {
-        let same = Padding::Same(1);
-        let conv_shortcut = if inputs == outputs {
-            None
-        } else {
-            let place = weights.pp("conv_shortcut");
-            Some(Conv2d::new(
-                inputs,
-                outputs,
-                1,
-                1,
-                Padding::Same(0),
-                &place,
-            )?)
-        };
-        Ok(Self {
-            norm1: GroupNorm::new(groups, inputs, EPS, &weights.pp("norm1"))?,
-            conv1: Conv2d::new(inputs, outputs, 3, 1, same, &weights.pp("conv1"))?,
-            norm2: GroupNorm::new(groups, outputs, EPS, &weights.pp("norm2"))?,
-            conv2: Conv2d::new(outputs, outputs, 3, 1, same, &weights.pp("conv2"))?,
-            conv_shortcut,
-        })
-    }
-
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = self.conv1.forward(&self.norm1.forward_silu(x)?)?;
-        let y = self.conv2.forward(&self.norm2.forward_silu(&y)?)?;
-        Ok(match &self.conv_shortcut {
-            Some(shortcut) => (shortcut.forward(x)? + y)?,
-            None => (x + y)?,
-        })
-    }
-}
 
 /// Self-attention over the pixels, one head.
 struct AttentionBlock {
@@ -196,6 +157,11 @@ impl AttentionBlock {
     }
 }
 
+fn resnet(widths: (usize, usize), config: &Config, weights: &Weights) -> Result<ResnetBlock> {
+    let groups = config.norm_num_groups;
+    ResnetBlock::with(widths, groups, config.act_fn, "conv_shortcut", weights)
+}
+
 struct MidBlock {
     first: ResnetBlock,
     attention: Option<AttentionBlock>,
@@ -204,17 +170,16 @@ struct MidBlock {
 
 impl MidBlock {
     fn new(channels: usize, config: &Config, weights: &Weights) -> Result<Self> {
-        let groups = config.norm_num_groups;
         let attention = if config.mid_block_add_attention {
-            let place = weights.pp("attentions.0");
+            let (groups, place) = (config.norm_num_groups, weights.pp("attentions.0"));
             Some(AttentionBlock::new(channels, groups, &place)?)
         } else {
             None
         };
         Ok(Self {
-            first: ResnetBlock::new(channels, channels, groups, &weights.pp("resnets.0"))?,
+            first: resnet((channels, channels), config, &weights.pp("resnets.0"))?,
             attention,
-            second: ResnetBlock::new(channels, channels, groups, &weights.pp("resnets.1"))?,
+            second: resnet((channels, channels), config, &weights.pp("resnets.1"))?,
         })
     }
 
@@ -235,18 +200,16 @@ struct Level {
 
 impl Level {
     fn new(
-        inputs: usize,
-        outputs: usize,
+        (inputs, outputs): (usize, usize),
         layers: usize,
-        groups: usize,
+        config: &Config,
         resample: Option<Conv2d>,
         weights: &Weights,
     ) -> Result<Self> {
         let resnets = (0..layers)
             .map(|i| {
                 let inputs = if i == 0 { inputs } else { outputs };
-                let place = weights.pp("resnets").pp(i);
-                ResnetBlock::new(inputs, outputs, groups, &place)
+                resnet((inputs, outputs), config, &weights.pp("resnets").pp(i))
             })
             .collect::<Result<_>>()?;
         Ok(Self { resnets, resample })
@@ -283,14 +246,10 @@ impl Encoder {
             let resample = if i + 1 == levels {
                 None
             } else {
-                let place = place.pp("downsamplers.0.conv");
-                let padding = Padding::RightBottom;
-                Some(Conv2d::new(outputs, outputs, 3, 2, padding, &place)?)
+                Some(halving(outputs, &place.pp("downsamplers.0.conv"))?)
             };
-            let layers = config.layers_per_block;
-            down_blocks.push(Level::new(
-                inputs, outputs, layers, groups, resample, &place,
-            )?);
+            let (widths, layers) = ((inputs, outputs), config.layers_per_block);
+            down_blocks.push(Level::new(widths, layers, config, resample, &place)?);
             inputs = outputs;
         }
         let place = weights.pp("conv_in");
@@ -342,10 +301,8 @@ impl Decoder {
                 let place = place.pp("upsamplers.0.conv");
                 Some(Conv2d::new(outputs, outputs, 3, 1, same, &place)?)
             };
-            let layers = config.layers_per_block + 1;
-            up_blocks.push(Level::new(
-                inputs, outputs, layers, groups, resample, &place,
-            )?);
+            let (widths, layers) = ((inputs, outputs), config.layers_per_block + 1);
+            up_blocks.push(Level::new(widths, layers, config, resample, &place)?);
             inputs = outputs;
         }
         let place = weights.pp("conv_in");
@@ -423,7 +380,7 @@ impl AutoencoderKl {
                 format!("use a width and a height of at least {f}"),
             ));
         }
-        let moments = in_slices(image, h * w, |image| {
+        let moments = in_slices(image, images_at_once(h * w), |image| {
             let moments = self.encoder.forward(image)?;
             match &self.quant_conv {
                 Some(conv) => conv.forward(&moments),
@@ -441,12 +398,14 @@ impl AutoencoderKl {
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
         let (_, _, h, w) = latents.dims4()?;
         let f = self.config.downscale();
-        in_slices(latents, h * f * w * f, |latents| {
-            match &self.post_quant_conv {
+        in_slices(
+            latents,
+            images_at_once(h * f * w * f),
+            |latents| match &self.post_quant_conv {
                 Some(conv) => self.decoder.forward(&conv.forward(latents)?),
                 None => self.decoder.forward(latents),
-            }
-        })
+            },
+        )
     }
 
     /// Latents as the denoiser sees them: `(latents − shift_factor) · scaling_factor`.
@@ -461,22 +420,4 @@ impl AutoencoderKl {
         let shift = self.config.shift_factor.unwrap_or(0.0);
         Ok(latents.affine(1.0 / self.config.scaling_factor, shift)?)
     }
-}
-
-/// `body` over as many images of `x` at a time as hold [`PIXELS_AT_ONCE`] pixels, at least one.
-fn in_slices(
-    x: &Tensor,
-    pixels: usize,
-    body: impl Fn(&Tensor) -> Result<Tensor>,
-) -> Result<Tensor> {
-    let images = x.dim(0)?;
-    let step = (PIXELS_AT_ONCE / pixels.max(1)).max(1);
-    if images <= step {
-        return body(x);
-    }
-    let slices = (0..images)
-        .step_by(step)
-        .map(|start| body(&x.narrow(0, start, step.min(images - start))?))
-        .collect::<Result<Vec<_>>>()?;
-    Ok(Tensor::cat(&slices, 0)?)
 }

@@ -1,5 +1,5 @@
-//! CLIP (Radford et al. 2021, arXiv 2103.00020): both towers, or one alone, in the Hugging Face layout
-//! (`CLIPModel`, `CLIPTextModel`, `CLIPTextModelWithProjection`, `CLIPVisionModelWithProjection`).
+//! CLIP (Radford et al. 2021, arXiv 2103.00020): both towers, or the text's alone, in the Hugging Face layout
+//! (`CLIPModel`, `CLIPTextModel`, `CLIPTextModelWithProjection`).
 //!
 //! Checkpoints: `openai/clip-vit-base-patch32`; the `text_encoder` folders of diffusion models.
 
@@ -62,8 +62,6 @@ pub struct VisionConfig {
     pub hidden_size: usize,
     /// Width of the feed-forward's hidden layer. Default 3072.
     pub intermediate_size: usize,
-    /// Width of the projection, where the tower stands alone. Default 512.
-    pub projection_dim: usize,
     /// Number of layers. Default 12.
     pub num_hidden_layers: usize,
     /// Heads of each attention; they divide `hidden_size`. Default 12.
@@ -85,7 +83,6 @@ impl Default for VisionConfig {
         Self {
             hidden_size: 768,
             intermediate_size: 3072,
-            projection_dim: 512,
             num_hidden_layers: 12,
             num_attention_heads: 12,
             num_channels: 3,
@@ -284,7 +281,7 @@ fn end_of_text(ids: &[u32], eos_token_id: u32) -> usize {
 }
 
 /// The vision tower with its projection.
-pub struct VisionModel {
+struct VisionModel {
     class_embedding: Tensor,
     patch_embedding: Conv2d,
     position_embedding: Tensor,
@@ -296,12 +293,8 @@ pub struct VisionModel {
 }
 
 impl VisionModel {
-    /// `weights` is the root of a `CLIPVisionModelWithProjection`'s checkpoint.
-    pub fn new(config: &VisionConfig, weights: &Weights) -> Result<Self> {
-        Self::with_projection(config, config.projection_dim, weights)
-    }
-
-    fn with_projection(c: &VisionConfig, outputs: usize, weights: &Weights) -> Result<Self> {
+    /// `weights` is the root of a `CLIPModel`'s checkpoint.
+    fn new(c: &VisionConfig, outputs: usize, weights: &Weights) -> Result<Self> {
         let sizes = Sizes {
             width: c.hidden_size,
             hidden: c.intermediate_size,
@@ -348,7 +341,7 @@ impl VisionModel {
 
     /// Projected, not normalised embeddings (b, projection_dim) of `pixel_values` (b, 3, image_size, image_size),
     /// normalised by CLIP's channel means and deviations.
-    pub fn forward(&self, pixel_values: &Tensor) -> Result<Tensor> {
+    fn forward(&self, pixel_values: &Tensor) -> Result<Tensor> {
         let c = &self.config;
         let (b, channels, h, w) = pixel_values.dims4()?;
         if (channels, h, w) != (c.num_channels, c.image_size, c.image_size) {
@@ -396,27 +389,13 @@ impl Clip {
         )?);
         Ok(Self {
             text: tower,
-            vision: VisionModel::with_projection(
-                &config.vision_config,
-                config.projection_dim,
-                weights,
-            )?,
+            vision: VisionModel::new(&config.vision_config, config.projection_dim, weights)?,
             logit_scale: weights.get(
                 (),
                 "logit_scale",
                 Init::Constant(config.logit_scale_init_value),
             )?,
         })
-    }
-
-    /// The text tower with its projection.
-    pub fn text(&self) -> &TextModel {
-        &self.text
-    }
-
-    /// The vision tower with its projection.
-    pub fn vision(&self) -> &VisionModel {
-        &self.vision
     }
 
     /// Logarithm of the factor on similarities, a scalar; training the towers trains it.
@@ -429,7 +408,8 @@ impl Clip {
         normalised(&self.text.forward(input_ids)?.pooled)
     }
 
-    /// Embeddings (b, projection_dim) of unit length of images; `pixel_values` as in [`VisionModel::forward`].
+    /// Embeddings (b, projection_dim) of unit length of images; `pixel_values` (b, 3, image_size, image_size),
+    /// normalised by CLIP's channel means and deviations.
     pub fn encode_image(&self, pixel_values: &Tensor) -> Result<Tensor> {
         normalised(&self.vision.forward(pixel_values)?)
     }

@@ -1,12 +1,12 @@
-//! The pre-norm transformer layer that CLIP's towers and the ViT share, and the activations their configs name.
+//! The pre-norm transformer layer that CLIP's towers and the ViT share, and the activations that configs name.
 
 use candle_core::Tensor;
 use serde::Deserialize;
 
 use crate::Result;
-use crate::nn::{Init, LayerNorm, Linear, Mask, Weights, layout, ops};
+use crate::nn::{GroupNorm, Init, LayerNorm, Linear, Mask, Weights, layout, ops};
 
-/// An activation by its name in Hugging Face configs.
+/// An activation by its name in configs of transformers and diffusers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Activation {
@@ -28,6 +28,8 @@ pub enum Activation {
     Silu,
     Tanh,
     Sigmoid,
+    /// `x · tanh(ln(1 + eˣ))`.
+    Mish,
 }
 
 impl Activation {
@@ -41,6 +43,28 @@ impl Activation {
             Self::Silu => ops::silu(x),
             Self::Tanh => Ok(x.tanh()?),
             Self::Sigmoid => Ok(candle_nn::ops::sigmoid(x)?),
+            Self::Mish => {
+                // ln(1 + eˣ) without overflow.
+                let softplus = (x.relu()? + (x.abs()?.neg()?.exp()? + 1.0)?.log()?)?;
+                Ok((x * softplus.tanh()?)?)
+            }
+        }
+    }
+
+    /// `activation(gate) · value`, elementwise.
+    pub fn gate(self, gate: &Tensor, value: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Silu => ops::swiglu(gate, value),
+            Self::GeluNew => ops::geglu_tanh(value, gate),
+            _ => Ok((self.forward(gate)? * value)?),
+        }
+    }
+
+    /// Of what `norm` makes of `x` (b, c, h, w).
+    pub fn of_norm(self, norm: &GroupNorm, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Silu => norm.forward_silu(x),
+            _ => self.forward(&norm.forward(x)?),
         }
     }
 }
@@ -156,4 +180,57 @@ pub(super) fn with_class_token(patches: &Tensor, class: &Tensor) -> Result<Tenso
         .contiguous()?;
     let class = class.reshape((1, 1, width))?.broadcast_as((b, 1, width))?;
     Ok(Tensor::cat(&[class.contiguous()?, patches], 1)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn activations_are_those_of_transformers_by_their_names_alone_and_as_gates() {
+        let x = [-3.0f32, -0.7, 0.0, 0.4, 2.5, 30.0];
+        let sigmoid = [0.0474259, 0.3318122, 0.5, 0.5986876, 0.9241418, 1.0];
+        let table: [(&str, [f32; 6]); 8] = [
+            (
+                "quick_gelu",
+                [-0.0180713, -0.163106, 0.0, 0.2655669, 2.465014, 30.0],
+            ),
+            (
+                "gelu",
+                [-0.0040502, -0.1693746, 0.0, 0.2621687, 2.4844759, 30.0],
+            ),
+            (
+                "gelu_new",
+                [-0.0036374, -0.1694299, 0.0, 0.2621612, 2.4849157, 30.0],
+            ),
+            ("relu", [0.0, 0.0, 0.0, 0.4, 2.5, 30.0]),
+            (
+                "swish",
+                [-0.1422776, -0.2322686, 0.0, 0.2394751, 2.3103545, 30.0],
+            ),
+            (
+                "tanh",
+                [-0.9950548, -0.6043678, 0.0, 0.379949, 0.9866143, 1.0],
+            ),
+            ("sigmoid", sigmoid),
+            (
+                "mish",
+                [-0.1456475, -0.2678702, 0.0, 0.2890305, 2.4713924, 30.0],
+            ),
+        ];
+        let gate = Tensor::new(&x, &Device::Cpu).unwrap();
+        let two = (gate.ones_like().unwrap() * 2.0).unwrap();
+        for (name, expected) in table {
+            let activation: Activation = serde_json::from_value(name.into()).unwrap();
+            let alone = activation.forward(&gate).unwrap();
+            let gated = (activation.gate(&gate, &two).unwrap() * 0.5).unwrap();
+            for y in [alone, gated] {
+                let y = y.to_vec1::<f32>().unwrap();
+                let apart = y.iter().zip(expected).map(|(a, b)| (a - b).abs());
+                assert!(apart.fold(0.0, f32::max) < 3e-6, "{name}: {y:?}");
+            }
+        }
+    }
 }

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use candle_core::DType;
+use candle_core::{DType, Tensor};
 use serde_json::{Map, Value};
 use tokenizers::utils::SysRegex;
 
@@ -44,9 +44,12 @@ const UNSUPPORTED: [(&str, &str); 12] = [
 pub struct LoraFile {
     /// The file that holds the factors.
     pub path: PathBuf,
-    /// Never empty. The base's own weights, of which peft stores copies beside the factors when an adapter reaches the
-    /// embeddings or the head, are not read: the checkpoint has them.
+    /// Never empty.
     pub layers: BTreeMap<String, Factors>,
+    /// Whole weights beside the factors, by name: peft stores those of embeddings and heads, as they are or trained.
+    /// See [`LoraFile::check_whole`]. What it stores of an adapted layer's own weight is left out: that is always the
+    /// base's.
+    pub whole: BTreeMap<String, Tensor>,
 }
 
 impl LoraFile {
@@ -71,7 +74,7 @@ impl LoraFile {
         let settings = Settings::find(&file, &metadata)?;
         let mut faults = settings.unsupported();
         let (mut downs, mut ups) = (BTreeMap::new(), BTreeMap::new());
-        let mut alphas = BTreeMap::new();
+        let (mut alphas, mut whole) = (BTreeMap::new(), BTreeMap::new());
         for (original, tensor) in raw {
             let name = normalise(&original);
             if let Some(layer) = name.strip_suffix(".lora_A.weight") {
@@ -81,7 +84,11 @@ impl LoraFile {
             } else if let Some(layer) = name.strip_suffix(".alpha") {
                 let alpha = tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?;
                 alphas.extend(alpha.first().map(|&alpha: &f64| (layer.to_string(), alpha)));
-            } else if !is_copy(&name) {
+            } else if name.contains(".base_layer.") {
+                continue;
+            } else if name.ends_with(".weight") && !name.contains(".lora_") {
+                whole.insert(name, tensor);
+            } else {
                 faults.push(format!("{original} is not a factor of LoRA"));
             }
         }
@@ -112,19 +119,55 @@ impl LoraFile {
             faults.push("no lora_A tensor in it".into());
         }
         if faults.is_empty() {
-            Ok(Self { path: file, layers })
+            Ok(Self {
+                path: file,
+                layers,
+                whole,
+            })
         } else {
             Err(fault(faults))
         }
     }
-}
 
-/// Whether `name` is that of a weight of the base, which peft stores when it adapts an embedding or the head.
-fn is_copy(name: &str) -> bool {
-    name.contains(".base_layer.")
-        || ["embed_tokens.weight", "lm_head.weight"]
-            .iter()
-            .any(|end| name.ends_with(end))
+    /// Fails unless each whole weight is the base's own, which `base` gives by name, in the type that it is kept in.
+    pub fn check_whole(&self, base: impl Fn(&str) -> Result<Option<Tensor>>) -> Result<()> {
+        let mut faults = Vec::new();
+        for (name, tensor) in &self.whole {
+            let own = match base(name)? {
+                // Tied to the embeddings, it is stored under their name alone.
+                None if name.ends_with("lm_head.weight") => {
+                    base(&name.replace("lm_head", "model.embed_tokens"))?
+                }
+                own => own,
+            };
+            let Some(own) = own else {
+                faults.push(format!("{name} is a whole weight, which the base lacks"));
+                continue;
+            };
+            if own.dims() != tensor.dims() {
+                faults.push(format!(
+                    "{name} has shape {:?}, the base's {:?}: resized weights cannot be carried",
+                    tensor.dims(),
+                    own.dims()
+                ));
+                continue;
+            }
+            let wide = |t: &Tensor| t.to_dtype(own.dtype())?.to_dtype(DType::F32);
+            let different = wide(tensor)?.ne(&wide(&own)?)?.flatten_all()?;
+            if different.elem_count() > 0 && different.max(0)?.to_scalar::<u8>()? > 0 {
+                faults.push(format!(
+                    "{name} is not the base's: weights trained whole cannot be carried"
+                ));
+            }
+        }
+        if faults.is_empty() {
+            return Ok(());
+        }
+        Err(Error::Checkpoint {
+            path: self.path.clone(),
+            faults,
+        })
+    }
 }
 
 fn weights_file(path: &Path) -> Result<PathBuf> {
@@ -260,7 +303,7 @@ impl Settings {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::{Device, Tensor};
+    use candle_core::Device;
     use serde_json::json;
 
     /// The scales by layer of an adapter with a layer of rank 4 at each of `layers`.
@@ -310,12 +353,44 @@ mod tests {
     }
 
     #[test]
-    fn copies_of_the_bases_weights_are_passed_over() {
-        for name in ["lm_head.base_layer.weight", "model.embed_tokens.weight"] {
-            assert!(is_copy(name), "{name}");
-        }
-        for name in ["lm_head.lora_embedding_A", "layers.0.norm.weight"] {
-            assert!(!is_copy(name), "{name}");
+    fn whole_weights_must_be_the_bases() {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join(PEFT_WEIGHTS);
+        let ones = |count: usize| Tensor::ones((count, 2), DType::F32, &Device::Cpu).unwrap();
+        let tensors = [
+            ("model.q_proj.lora_A.weight", ones(1)),
+            (
+                "model.q_proj.lora_B.weight",
+                ones(3).narrow(1, 0, 1).unwrap(),
+            ),
+            ("lm_head.base_layer.weight", ones(9)),
+            ("lm_head.weight", (ones(4) * 0.1).unwrap()),
+        ];
+        let tensors = tensors
+            .into_iter()
+            .map(|(name, tensor)| (format!("base_model.model.{name}"), tensor));
+        files::write_tensors(&path, &tensors.collect(), &[]).unwrap();
+        let file = LoraFile::read(&path).unwrap();
+        assert_eq!(file.whole.keys().collect::<Vec<_>>(), ["lm_head.weight"]);
+        let check = |at: &str, base: Tensor| {
+            file.check_whole(|name| Ok((name == at).then(|| base.clone())))
+                .map_err(|error| error.to_string())
+        };
+        let own = (ones(4) * 0.1).unwrap();
+        assert_eq!(check("lm_head.weight", own.clone()), Ok(()));
+        let rounded = own.to_dtype(DType::BF16).unwrap();
+        assert_eq!(check("lm_head.weight", rounded), Ok(()));
+        assert_eq!(check("model.embed_tokens.weight", own.clone()), Ok(()));
+        for (at, base, fault) in [
+            ("lm_head.weight", ones(4), "trained whole"),
+            ("lm_head.weight", ones(3), "resized"),
+            ("wte.weight", own, "the base lacks"),
+        ] {
+            let error = check(at, base).unwrap_err();
+            assert!(
+                error.contains("lm_head.weight") && error.contains(fault),
+                "{error}"
+            );
         }
     }
 

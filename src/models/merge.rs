@@ -1,5 +1,5 @@
-//! A checkpoint with an adapter worked into its weights: W + alpha/rank · B·A for every adapted layer, one tensor at a
-//! time.
+//! A checkpoint with an adapter worked into its weights: W + scale · B·A for every adapted layer, each of its own rank
+//! and scale, one tensor at a time.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -9,12 +9,13 @@ use candle_core::{DType, Device, Tensor};
 use safetensors::View;
 use serde_json::json;
 
-use super::adapters::AdapterFile;
 use super::checkpoint_files::WeightFiles;
 use super::llamagen;
+use super::lora_file::LoraFile;
 use super::tensor_writer::{Entry, TensorWriter, in_order};
 use crate::config::Family;
 use crate::files;
+use crate::nn::Factors;
 use crate::{Error, Result};
 
 /// What a merge has written.
@@ -44,13 +45,13 @@ struct Backbone {
 /// does not touch is linked where the file system can, else copied.
 ///
 /// # Errors
-/// When the adapter names layers that the backbone lacks, or has other shapes: all at once, before anything is
-/// written.
+/// When the adapter names layers that the backbone lacks, has other shapes, or holds whole weights that are not the
+/// backbone's: before anything is written.
 pub fn merge(
     dir: &Path,
     family: Family,
     resolution: Option<u32>,
-    adapter: &AdapterFile,
+    adapter: &LoraFile,
     out: &Path,
     dtype: Option<DType>,
 ) -> Result<Merged> {
@@ -63,6 +64,13 @@ pub fn merge(
     let backbone = backbone(dir, family, resolution)?;
     let sources = open(&backbone.files)?;
     let fitting = fit(adapter, &sources, dir)?;
+    adapter.check_whole(|name| {
+        let source = sources
+            .iter()
+            .find(|source| source.shapes.contains_key(name));
+        let load = |source: &Source| source.file.load(name, &Device::Cpu);
+        Ok(source.map(load).transpose()?)
+    })?;
     let mut bytes = 0;
     if let Some(parent) = out.parent().filter(|parent| !parent.as_os_str().is_empty()) {
         files::create_dir(parent)?;
@@ -91,10 +99,7 @@ pub fn merge(
             for entry in in_order(entries) {
                 let tensor = source.file.load(&entry.name, &Device::Cpu)?;
                 let tensor = match fitting.get(&entry.name) {
-                    Some((a, b)) => {
-                        let wide = tensor.to_dtype(DType::F32)?;
-                        (wide + (b.matmul(a)? * adapter.scale())?)?
-                    }
+                    Some(factors) => (tensor.to_dtype(DType::F32)? + addition(factors)?)?,
                     None => tensor,
                 };
                 writer.write(&entry.name, &tensor.to_dtype(entry.dtype)?.data())?;
@@ -157,30 +162,25 @@ fn open(paths: &[PathBuf]) -> Result<Vec<Source>> {
         .collect()
 }
 
-/// A and B in f32 by the name of the weight that they change.
-fn fit(
-    adapter: &AdapterFile,
+/// The factors by the name of the weight that they change.
+fn fit<'a>(
+    adapter: &'a LoraFile,
     sources: &[Source],
     dir: &Path,
-) -> Result<BTreeMap<String, (Tensor, Tensor)>> {
+) -> Result<BTreeMap<String, &'a Factors>> {
     let mut fitting = BTreeMap::new();
     let mut faults = Vec::new();
-    for module in &adapter.modules {
+    for (module, factors) in &adapter.layers {
         let weight = format!("{module}.weight");
-        let factor = |part: &str| adapter.tensors.get(&format!("{module}.{part}.weight"));
-        let (Some(a), Some(b)) = (factor("lora_A"), factor("lora_B")) else {
-            faults.push(format!("{module} lacks one of its factors"));
-            continue;
-        };
+        let wanted = changed(factors);
         let shape = sources.iter().find_map(|source| source.shapes.get(&weight));
         match shape {
             None => faults.push(format!("{weight}, which the adapter changes, is missing")),
-            Some(shape) if *shape != [b.dim(0)?, a.dim(1)?] => faults.push(format!(
-                "{weight} has shape {shape:?}, the adapter is for {:?}",
-                [b.dim(0)?, a.dim(1)?]
+            Some(shape) if *shape != wanted => faults.push(format!(
+                "{weight} has shape {shape:?}, the adapter is for {wanted:?}"
             )),
             Some(_) => {
-                fitting.insert(weight, (a.clone(), b.clone()));
+                fitting.insert(weight, factors);
             }
         }
     }
@@ -191,6 +191,19 @@ fn fit(
         path: dir.to_path_buf(),
         faults,
     })
+}
+
+/// The shape of the weight that `factors` change.
+fn changed(factors: &Factors) -> Vec<usize> {
+    let mut shape = factors.a.dims().to_vec();
+    shape[0] = factors.b.dims()[0];
+    shape
+}
+
+/// scale · B·A in the shape of the weight, f32; of a convolution, whose B has a kernel of one pixel, too.
+fn addition(factors: &Factors) -> Result<Tensor> {
+    let (a, b) = (factors.a.flatten_from(1)?, factors.b.flatten_from(1)?);
+    Ok((b.matmul(&a)? * factors.scale)?.reshape(changed(factors))?)
 }
 
 fn backbone(dir: &Path, family: Family, resolution: Option<u32>) -> Result<Backbone> {
@@ -289,4 +302,63 @@ fn link_or_copy(from: &Path, to: &Path) -> Result<()> {
         std::fs::copy(&from, to).map_err(Error::io(to))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn layers_of_any_rank_scale_and_kernel_are_merged_and_whole_weights_compared() {
+        let place = tempfile::tempdir().unwrap();
+        let at = |name: &str| place.path().join(name);
+        let full = |value: f32, shape: &[usize]| Tensor::full(value, shape, &Device::Cpu).unwrap();
+        let save = |file: &Path, tensors: &[(&str, Tensor)]| {
+            let tensors = tensors
+                .iter()
+                .map(|(name, tensor)| (name.to_string(), tensor.clone()));
+            files::write_tensors(file, &tensors.collect(), &[]).unwrap();
+        };
+        let base = [
+            ("one.weight", full(1.0, &[2, 3])),
+            ("two.weight", full(1.0, &[4, 3])),
+            ("conv.weight", full(1.0, &[2, 3, 2, 2])),
+            ("lm_head.weight", full(5.0, &[4, 2])),
+        ];
+        save(&at("base/model.safetensors"), &base);
+        files::write(&at("base/config.json"), b"{}").unwrap();
+        let adapter = [
+            ("one.lora_A.weight", full(0.5, &[1, 3])),
+            ("one.lora_B.weight", full(1.0, &[2, 1])),
+            ("two.lora_A.weight", full(0.5, &[4, 3])),
+            ("two.lora_B.weight", full(1.0, &[4, 4])),
+            ("conv.lora_A.weight", full(0.5, &[2, 3, 2, 2])),
+            ("conv.lora_B.weight", full(1.0, &[2, 2, 1, 1])),
+            ("lm_head.weight", full(5.0, &[4, 2])),
+        ];
+        save(&at("adapter/adapter_model.safetensors"), &adapter);
+        let config = json!({"lora_alpha": 2, "alpha_pattern": {"two": 8}});
+        let file = at("adapter/adapter_config.json");
+        files::write(&file, config.to_string().as_bytes()).unwrap();
+        let run = |out: &str| {
+            let adapter = LoraFile::read(&at("adapter"))?;
+            merge(&at("base"), Family::Lumina, None, &adapter, &at(out), None)
+        };
+        assert_eq!(run("out").unwrap().layers, 3);
+        let (merged, _) = files::read_tensors(&at("out/model.safetensors")).unwrap();
+        // 1 + alpha/rank · rank · 0.5
+        for (name, value) in [("one", 2.0), ("two", 5.0), ("conv", 2.0), ("lm_head", 5.0)] {
+            let weight = &merged[&format!("{name}.weight")];
+            let values = weight.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            assert!(values.iter().all(|v| *v == value), "{name}: {values:?}");
+        }
+        let mut trained = adapter;
+        trained[6].1 = full(5.1, &[4, 2]);
+        save(&at("adapter/adapter_model.safetensors"), &trained);
+        let error = run("no").unwrap_err().to_string();
+        assert!(
+            error.contains("lm_head.weight is not the base's"),
+            "{error}"
+        );
+    }
 }

@@ -244,7 +244,9 @@ pub fn open_image_tokenizer(
         Family::LlamaGen => Ok(Box::new(llamagen::VqTokenizer::open(
             dir, resolution, device,
         )?)),
-        Family::Lumina => Ok(Box::new(chameleon::VqTokenizer::open(dir, device)?)),
+        Family::Lumina => Ok(Box::new(chameleon::VqTokenizer::open(
+            dir, resolution, device,
+        )?)),
         Family::Sdxl | Family::Sd3 | Family::Flux | Family::Clip | Family::Dino => {
             Err(Error::Invalid {
                 what: format!("{family} has no image tokenizer"),

@@ -122,7 +122,7 @@ impl FeedForward {
                 wi_1,
                 wo,
                 activation,
-            } => wo.forward(&(activation.forward(&wi_0.forward(x)?)? * wi_1.forward(x)?)?),
+            } => wo.forward(&activation.gate(&wi_0.forward(x)?, &wi_1.forward(x)?)?),
         }
     }
 }

@@ -1,14 +1,16 @@
 //! What VQGANs (Esser et al. 2021, arXiv 2012.09841) are made of, as taming-transformers wrote them and as LlamaGen and
-//! Chameleon took them over: residual and attention blocks, and the codebook with its nearest-neighbour quantisation.
+//! Chameleon took them over: residual and attention blocks, the order of both directions, and the codebook with its
+//! nearest-neighbour quantisation.
 //! Reference: `taming/modules/diffusionmodules/model.py` and `taming/modules/vqvae/quantize.py`.
 
-use candle_core::{D, DType, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 
+use super::encoder::Activation;
 use crate::nn::ops::{self, Padding};
 use crate::nn::{Conv2d, GroupNorm, Init, Mask, Weights, parameter};
 use crate::{Error, Result};
 
-/// Images are decoded in slices of about this many pixels, which bounds the memory of the widest layer.
+/// Images are computed in slices of about this many pixels, which bounds the memory of the widest layer.
 const PIXELS_AT_ONCE: usize = 4 * 256 * 256;
 
 /// A convolution that keeps the size.
@@ -28,36 +30,60 @@ pub fn norm(groups: usize, channels: usize, weights: &Weights) -> Result<GroupNo
     GroupNorm::new(groups, channels, 1e-6, weights)
 }
 
-/// Two convolutions, each after a norm and SiLU, beside a shortcut.
+/// Two convolutions, each after a norm and an activation, beside a shortcut.
 pub struct ResnetBlock {
     norm1: GroupNorm,
     conv1: Conv2d,
     norm2: GroupNorm,
     conv2: Conv2d,
-    nin_shortcut: Option<Conv2d>,
+    shortcut: Option<Conv2d>,
+    activation: Activation,
 }
 
 impl ResnetBlock {
-    /// Takes `norm1`, `conv1`, `norm2`, `conv2`, and `nin_shortcut` where the widths differ.
+    /// As VQGANs have it: with SiLU, and `nin_shortcut` where the widths differ.
     pub fn new(inputs: usize, outputs: usize, groups: usize, weights: &Weights) -> Result<Self> {
+        let activation = Activation::Silu;
+        Self::with(
+            (inputs, outputs),
+            groups,
+            activation,
+            "nin_shortcut",
+            weights,
+        )
+    }
+
+    /// Takes `norm1`, `conv1`, `norm2`, `conv2`, and what is called `shortcut` where the widths differ.
+    pub fn with(
+        (inputs, outputs): (usize, usize),
+        groups: usize,
+        activation: Activation,
+        shortcut: &str,
+        weights: &Weights,
+    ) -> Result<Self> {
         Ok(Self {
             norm1: norm(groups, inputs, &weights.pp("norm1"))?,
             conv1: conv(inputs, outputs, 3, &weights.pp("conv1"))?,
             norm2: norm(groups, outputs, &weights.pp("norm2"))?,
             conv2: conv(outputs, outputs, 3, &weights.pp("conv2"))?,
-            nin_shortcut: if inputs == outputs {
+            shortcut: if inputs == outputs {
                 None
             } else {
-                Some(conv(inputs, outputs, 1, &weights.pp("nin_shortcut"))?)
+                Some(conv(inputs, outputs, 1, &weights.pp(shortcut))?)
             },
+            activation,
         })
     }
 
     /// `x` (b, inputs, h, w) to (b, outputs, h, w).
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let h = self.conv1.forward(&self.norm1.forward_silu(x)?)?;
-        let h = self.conv2.forward(&self.norm2.forward_silu(&h)?)?;
-        match &self.nin_shortcut {
+        let h = self
+            .conv1
+            .forward(&self.activation.of_norm(&self.norm1, x)?)?;
+        let h = self
+            .conv2
+            .forward(&self.activation.of_norm(&self.norm2, &h)?)?;
+        match &self.shortcut {
             Some(shortcut) => Ok((shortcut.forward(x)? + h)?),
             None => Ok((x + h)?),
         }
@@ -104,13 +130,155 @@ impl AttnBlock {
     }
 }
 
-/// The nearest code of each encoding.
-#[derive(Debug, Clone)]
-pub struct Quantized {
-    /// Codes (b, n) of u32, row by row.
-    pub tokens: Tensor,
-    /// For each code in the same order, how much further away the second nearest is, in squared distance.
-    pub gaps: Vec<f32>,
+/// Residual blocks of one resolution, all or none of them followed by attention, and then perhaps a change of
+/// resolution.
+pub struct Level {
+    blocks: Vec<ResnetBlock>,
+    attn: Vec<AttnBlock>,
+    resample: Option<Conv2d>,
+}
+
+impl Level {
+    /// As many residual blocks as `blocks` says, which the checkpoint has under that name, and attention at `attn`.
+    pub fn new(
+        (inputs, outputs): (usize, usize),
+        (name, blocks): (&str, usize),
+        attends: bool,
+        resample: Option<Conv2d>,
+        groups: usize,
+        weights: &Weights,
+    ) -> Result<Self> {
+        Ok(Self {
+            blocks: (0..blocks)
+                .map(|i| {
+                    let inputs = if i == 0 { inputs } else { outputs };
+                    ResnetBlock::new(inputs, outputs, groups, &weights.pp(name).pp(i))
+                })
+                .collect::<Result<_>>()?,
+            attn: (0..if attends { blocks } else { 0 })
+                .map(|i| AttnBlock::new(outputs, groups, &weights.pp("attn").pp(i)))
+                .collect::<Result<_>>()?,
+            resample,
+        })
+    }
+
+    fn forward(&self, mut h: Tensor) -> Result<Tensor> {
+        for (i, block) in self.blocks.iter().enumerate() {
+            h = block.forward(&h)?;
+            if let Some(attn) = self.attn.get(i) {
+                h = attn.forward(&h)?;
+            }
+        }
+        Ok(h)
+    }
+}
+
+/// The blocks at the lowest resolution.
+pub struct Middle {
+    first: ResnetBlock,
+    attn: Option<AttnBlock>,
+    last: ResnetBlock,
+}
+
+impl Middle {
+    /// `names` are those of the first block, the attention and the last block.
+    pub fn new(
+        channels: usize,
+        groups: usize,
+        attends: bool,
+        names: [&str; 3],
+        weights: &Weights,
+    ) -> Result<Self> {
+        let block = |name| ResnetBlock::new(channels, channels, groups, &weights.pp(name));
+        Ok(Self {
+            first: block(names[0])?,
+            attn: attends
+                .then(|| AttnBlock::new(channels, groups, &weights.pp(names[1])))
+                .transpose()?,
+            last: block(names[2])?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let mut h = self.first.forward(x)?;
+        if let Some(attn) = &self.attn {
+            h = attn.forward(&h)?;
+        }
+        self.last.forward(&h)
+    }
+}
+
+/// From images to what is quantised.
+pub struct Encoder {
+    pub conv_in: Conv2d,
+    /// From the highest resolution to the lowest.
+    pub levels: Vec<Level>,
+    pub mid: Middle,
+    pub norm_out: GroupNorm,
+    pub conv_out: Conv2d,
+}
+
+impl Encoder {
+    /// `x` (b, 3, h, w) to (b, z_channels, h / f, w / f).
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let mut h = self.conv_in.forward(x)?;
+        for level in &self.levels {
+            h = level.forward(h)?;
+            if let Some(halve) = &level.resample {
+                h = halve.forward(&h)?;
+            }
+        }
+        let h = self.mid.forward(&h)?;
+        self.conv_out.forward(&self.norm_out.forward_silu(&h)?)
+    }
+}
+
+/// From codes to images.
+pub struct Decoder {
+    pub conv_in: Conv2d,
+    pub mid: Middle,
+    /// From the lowest resolution to the highest.
+    pub levels: Vec<Level>,
+    pub norm_out: GroupNorm,
+    pub conv_out: Conv2d,
+}
+
+impl Decoder {
+    /// `z` (b, z_channels, h, w) to (b, 3, h · f, w · f).
+    pub fn forward(&self, z: &Tensor) -> Result<Tensor> {
+        let mut h = self.mid.forward(&self.conv_in.forward(z)?)?;
+        for level in &self.levels {
+            h = level.forward(h)?;
+            if let Some(double) = &level.resample {
+                h = double.forward(&ops::upsample_nearest2x(&h)?)?;
+            }
+        }
+        self.conv_out.forward(&self.norm_out.forward_silu(&h)?)
+    }
+}
+
+/// A convolution that halves the size, with the zeros on the right and at the bottom.
+pub fn halving(channels: usize, weights: &Weights) -> Result<Conv2d> {
+    Conv2d::new(channels, channels, 3, 2, Padding::RightBottom, weights)
+}
+
+/// Encodings and codes as a codebook compares them, for questions about single places.
+pub struct Compared {
+    /// (places, width), of f64 on the CPU, as `codes` (codes, width).
+    encodings: Vec<Vec<f64>>,
+    codes: Vec<Vec<f64>>,
+}
+
+impl Compared {
+    /// The Euclidean distance of the encoding at `place`, counted row by row through the batch, to every code.
+    pub fn distances(&self, place: usize) -> Vec<f64> {
+        let encoding = &self.encodings[place];
+        let distance = |code: &Vec<f64>| -> f64 {
+            let pairs = encoding.iter().zip(code);
+            pairs.map(|(z, e)| (z - e).powi(2)).sum::<f64>().sqrt()
+        };
+        self.codes.iter().map(distance).collect()
+    }
 }
 
 /// What training needs of a quantisation.
@@ -176,28 +344,30 @@ impl Codebook {
         &self.embedding
     }
 
-    /// The nearest code for each place of `z` (b, width, h, w), the first of equals.
-    pub fn quantize(&self, z: &Tensor) -> Result<Quantized> {
+    /// The nearest code for each place of `z` (b, width, h, w), the first of equals: (b, h·w) of u32, row by row.
+    pub fn quantize(&self, z: &Tensor) -> Result<Tensor> {
         let (b, _, h, w) = z.dims4()?;
         let rows = self.rows(&z.detach())?.to_dtype(DType::F32)?;
         let codebook = self.codes()?.detach().to_dtype(DType::F32)?;
         let lengths = codebook.sqr()?.sum_keepdim(1)?.t()?;
         let transposed = codebook.t()?.contiguous()?;
-        let (mut tokens, mut gaps) = (Vec::new(), Vec::new());
+        let mut tokens = Vec::with_capacity(b * h * w);
         // A slice of rows at a time: the table of distances is rows times codes.
         for start in (0..b * h * w).step_by(1024) {
             let rows = rows.narrow(0, start, 1024.min(b * h * w - start))?;
             let distances = (rows.sqr()?.sum_keepdim(1)?.broadcast_add(&lengths)?
                 - (rows.matmul(&transposed)? * 2.0)?)?;
-            for row in distances.to_vec2::<f32>()? {
-                let (token, gap) = nearest(&row);
-                tokens.push(token);
-                gaps.push(gap);
-            }
+            tokens.extend(distances.to_vec2::<f32>()?.iter().map(|row| nearest(row)));
         }
-        Ok(Quantized {
-            tokens: Tensor::from_vec(tokens, (b, h * w), z.device())?,
-            gaps,
+        Ok(Tensor::from_vec(tokens, (b, h * w), z.device())?)
+    }
+
+    /// What [`Codebook::quantize`] compares for `z` (b, width, h, w), in f64.
+    pub fn compared(&self, z: &Tensor) -> Result<Compared> {
+        let wide = |t: &Tensor| t.detach().to_device(&Device::Cpu)?.to_dtype(DType::F64);
+        Ok(Compared {
+            encodings: self.rows(&wide(z)?)?.to_vec2()?,
+            codes: self.normalised(wide(&self.embedding)?)?.to_vec2()?,
         })
     }
 
@@ -216,7 +386,7 @@ impl Codebook {
     /// Quantises `z` (b, width, h, w) for training, with the commitment loss weighted by `beta`.
     pub fn train(&self, z: &Tensor, beta: f64) -> Result<Quantization> {
         let (b, c, h, w) = z.dims4()?;
-        let indices = self.quantize(z)?.tokens;
+        let indices = self.quantize(z)?;
         let codes = self.look_up(&indices, h, w)?;
         let z = self
             .rows(z)?
@@ -282,7 +452,7 @@ pub fn square(tokens: &Tensor) -> Result<usize> {
     ))
 }
 
-/// How many images of `pixels` pixels are decoded at once.
+/// How many images of `pixels` pixels are computed at once.
 pub fn images_at_once(pixels: usize) -> usize {
     (PIXELS_AT_ONCE / pixels.max(1)).max(1)
 }
@@ -304,18 +474,15 @@ pub fn in_slices(
     }
 }
 
-/// The place of the smallest of `distances` and how much larger the second smallest is.
-fn nearest(distances: &[f32]) -> (u32, f32) {
-    let (mut best, mut smallest, mut second) = (0, f32::INFINITY, f32::INFINITY);
-    for (i, &distance) in distances.iter().enumerate() {
-        if distance < smallest {
-            second = smallest;
-            (best, smallest) = (i as u32, distance);
-        } else if distance < second {
-            second = distance;
+/// The place of the smallest of `distances`, the first of equals.
+fn nearest(distances: &[f32]) -> u32 {
+    let mut best = 0;
+    for (i, distance) in distances.iter().enumerate() {
+        if *distance < distances[best] {
+            best = i;
         }
     }
-    (best, second - smallest)
+    best as u32
 }
 
 #[cfg(test)]
@@ -323,8 +490,32 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_second_nearest_code_gives_the_gap() {
-        assert_eq!(nearest(&[3.0, 1.0, 1.5, 9.0]), (1, 0.5));
-        assert_eq!(nearest(&[2.0, 2.0]), (0, 0.0));
+    fn the_nearest_code_is_the_first_of_equals() {
+        assert_eq!(nearest(&[3.0, 1.0, 1.5, 1.0]), 1);
+    }
+
+    #[test]
+    fn distances_are_those_of_encodings_and_codes_of_unit_length_where_the_codebook_has_it() {
+        let place = |values: &[f32]| Tensor::new(values, &Device::Cpu).unwrap();
+        let codebook = |unit_length| Codebook {
+            embedding: place(&[3.0, 4.0, 0.0, 2.0]).reshape((2, 2)).unwrap(),
+            unit_length,
+        };
+        // Two places of two channels each: (0, 5) and (0, −1).
+        let z = place(&[0.0, 0.0, 5.0, -1.0]).reshape((1, 2, 1, 2)).unwrap();
+        let distances = |unit_length, place| {
+            let compared = codebook(unit_length).compared(&z).unwrap();
+            compared.distances(place)
+        };
+        let is = |found: Vec<f64>, wanted: [f64; 2]| {
+            let apart = found.iter().zip(wanted).map(|(a, b)| (a - b).abs());
+            assert!(apart.fold(0.0, f64::max) < 1e-9, "{found:?}");
+        };
+        is(distances(false, 0), [10f64.sqrt(), 3.0]);
+        is(distances(false, 1), [34f64.sqrt(), 3.0]);
+        is(distances(true, 0), [0.4f64.sqrt(), 0.0]);
+        is(distances(true, 1), [3.6f64.sqrt(), 2.0]);
+        let tokens = codebook(true).quantize(&z).unwrap();
+        assert_eq!(tokens.to_vec2::<u32>().unwrap(), [[1, 0]]);
     }
 }

@@ -136,8 +136,10 @@ impl Conv2d {
         let Some(lora) = &self.lora else {
             return Ok(y);
         };
-        let low = ops::conv2d(x, &lora.a, None, self.stride, self.padding)?;
-        let addition = ops::conv2d(&low, &lora.b, None, 1, ops::Padding::Same(0))?;
+        // The factors are f32, whatever is computed in.
+        let (a, b) = (lora.a.to_dtype(x.dtype())?, lora.b.to_dtype(x.dtype())?);
+        let low = ops::conv2d(x, &a, None, self.stride, self.padding)?;
+        let addition = ops::conv2d(&low, &b, None, 1, ops::Padding::Same(0))?;
         Ok((y + (addition * lora.scale)?)?)
     }
 }

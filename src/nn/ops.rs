@@ -227,14 +227,6 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     plain::swiglu(gate, up)
 }
 
-/// `value · gelu_erf(gate)`, elementwise.
-pub fn geglu(value: &Tensor, gate: &Tensor) -> Result<Tensor> {
-    if takes([value, gate]) {
-        return Ok(gated::<GeluErf>(gate, value)?);
-    }
-    plain::geglu(value, gate)
-}
-
 /// `value · gelu(gate)` with the tanh approximation, elementwise: the feed-forward of T5 1.1.
 pub fn geglu_tanh(value: &Tensor, gate: &Tensor) -> Result<Tensor> {
     if takes([value, gate]) {
@@ -257,6 +249,19 @@ pub fn rope_halves(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
         return Ok(rope(x, cos, sin, Pairing::Halves)?);
     }
     plain::rope_halves(x, cos, sin)
+}
+
+/// Heads of `x` (b, h, m, d), each `times` over in its place: (b, h · times, m, d). Keys and values that serve several
+/// query heads.
+pub fn repeat_heads(x: &Tensor, times: usize) -> Result<Tensor> {
+    if times == 1 {
+        return Ok(x.clone());
+    }
+    let (b, h, m, d) = x.dims4()?;
+    Ok(x.unsqueeze(2)?
+        .broadcast_as((b, h, times, m, d))?
+        .contiguous()?
+        .reshape((b, h * times, m, d))?)
 }
 
 /// −log softmax(logits)[target] for each row. `logits` (n, v), `targets` (n) of u32; result (n), f32.

@@ -88,7 +88,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
         }
         Mask::Additive(bias) => scores.broadcast_add(&bias.to_dtype(q.dtype())?)?,
     };
-    let probabilities = candle_nn::ops::softmax(&scores, D::Minus1)?;
+    let probabilities = softmax(&scores)?;
     Ok(probabilities.matmul(&v.contiguous()?)?)
 }
 
@@ -113,25 +113,34 @@ pub fn layer_norm(
     bias: Option<&Tensor>,
     eps: f64,
 ) -> Result<Tensor> {
-    let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
-    let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
-    let mut y = centred.broadcast_div(&(variance + eps)?.sqrt()?)?;
+    let mut y = standardised(&widened(x)?, eps)?;
     if let Some(weight) = weight {
-        y = y.broadcast_mul(weight)?;
+        y = y.broadcast_mul(&weight.to_dtype(y.dtype())?)?;
     }
     if let Some(bias) = bias {
-        y = y.broadcast_add(bias)?;
+        y = y.broadcast_add(&bias.to_dtype(y.dtype())?)?;
     }
-    Ok(y)
+    Ok(y.to_dtype(x.dtype())?)
+}
+
+/// `(x − mean) / √(variance + eps)` over the last dimension.
+fn standardised(x: &Tensor, eps: f64) -> Result<Tensor> {
+    let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+    let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
+    Ok(centred.broadcast_div(&(variance + eps)?.sqrt()?)?)
+}
+
+/// `x` in f32 where its type is narrower: in half precision sums over many elements lose most of their digits.
+fn widened(x: &Tensor) -> Result<Tensor> {
+    Ok(match x.dtype() {
+        DType::BF16 | DType::F16 => x.to_dtype(DType::F32)?,
+        _ => x.clone(),
+    })
 }
 
 /// See [`super::ops::rms_norm`].
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
-    let wide = if x.dtype() == DType::F64 {
-        x.clone()
-    } else {
-        x.to_dtype(DType::F32)?
-    };
+    let wide = widened(x)?;
     let norm = (wide.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?;
     Ok(wide
         .broadcast_div(&norm)?
@@ -150,12 +159,14 @@ pub fn group_norm(
     let dims = x.dims().to_vec();
     let (b, c) = (dims[0], dims[1]);
     let flat = x.reshape((b, groups, x.elem_count() / (b * groups)))?;
-    let normed = layer_norm(&flat, None, None, eps)?.reshape(dims.clone())?;
+    let normed = standardised(&widened(&flat)?, eps)?.reshape(dims.clone())?;
     let mut shape = vec![1; dims.len()];
     shape[1] = c;
+    let channels = |t: &Tensor| t.reshape(shape.clone())?.to_dtype(normed.dtype());
     Ok(normed
-        .broadcast_mul(&weight.reshape(shape.clone())?)?
-        .broadcast_add(&bias.reshape(shape)?)?)
+        .broadcast_mul(&channels(weight)?)?
+        .broadcast_add(&channels(bias)?)?
+        .to_dtype(x.dtype())?)
 }
 
 /// See [`super::ops::swiglu`].
@@ -211,12 +222,7 @@ pub fn upsample_nearest2x(x: &Tensor) -> Result<Tensor> {
 
 /// See [`super::ops::softmax`].
 pub fn softmax(x: &Tensor) -> Result<Tensor> {
-    Ok(candle_nn::ops::softmax(x, D::Minus1)?)
-}
-
-/// See [`super::ops::geglu`].
-pub fn geglu(value: &Tensor, gate: &Tensor) -> Result<Tensor> {
-    Ok((value * gate.gelu_erf()?)?)
+    Ok(candle_nn::ops::softmax(&widened(x)?, D::Minus1)?.to_dtype(x.dtype())?)
 }
 
 /// See [`super::ops::geglu_tanh`].

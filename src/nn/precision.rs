@@ -85,7 +85,8 @@ impl HalfKind {
         }
     }
 
-    fn dtype(self) -> DType {
+    /// The type itself.
+    pub fn dtype(self) -> DType {
         match self {
             HalfKind::Bf16 => DType::BF16,
             HalfKind::F16 => DType::F16,

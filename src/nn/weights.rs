@@ -353,9 +353,8 @@ impl Weights {
     /// Notes for [`Weights::finish`] every name in the checkpoint that the model has not asked for: a backbone that
     /// leaves weights out computes something else.
     pub fn expect_no_others(&self) {
-        let mut others = self.unused();
-        others.sort();
-        let named = others
+        let named = self
+            .unused()
             .into_iter()
             .map(|name| format!("{name} is not expected"));
         lock(&self.inner.faults).extend(named);
@@ -396,18 +395,38 @@ impl Weights {
         })
     }
 
-    /// Names in the checkpoint that no model has asked for.
-    pub fn unused(&self) -> Vec<String> {
-        let used = lock(&self.inner.used);
-        let names: Vec<String> = match &self.inner.source {
+    /// All names in the checkpoint, sorted.
+    pub fn names(&self) -> Vec<String> {
+        let mut names: Vec<String> = match &self.inner.source {
             Source::Files(files) => files.tensors().into_iter().map(|(name, _)| name).collect(),
             Source::Memory(tensors) => lock(tensors).keys().cloned().collect(),
             Source::Nothing => Vec::new(),
         };
+        names.sort();
         names
-            .into_iter()
-            .filter(|name| !used.contains(name))
-            .collect()
+    }
+
+    /// The tensor `full` of the checkpoint, on the CPU and in the type that it is kept in, if it is there.
+    pub fn stored(&self, full: &str) -> Result<Option<Tensor>> {
+        Ok(match &self.inner.source {
+            Source::Files(files) if files.get(full).is_ok() => {
+                Some(files.load(full, &Device::Cpu)?)
+            }
+            Source::Memory(tensors) => match lock(tensors).get(full) {
+                Some(Held::Tensor(tensor)) => Some(tensor.to_device(&Device::Cpu)?),
+                Some(Held::Half(half)) => Some(half.to_tensor()?.to_dtype(half.kind().dtype())?),
+                None => None,
+            },
+            Source::Files(_) | Source::Nothing => None,
+        })
+    }
+
+    /// Names in the checkpoint that no model has asked for, sorted.
+    pub fn unused(&self) -> Vec<String> {
+        let used = lock(&self.inner.used);
+        let mut names = self.names();
+        names.retain(|name| !used.contains(name));
+        names
     }
 
     /// All trainable weights and buffers by name, in the order of their names; empty when frozen.

@@ -242,7 +242,7 @@ fn evaluator(resolved: &Resolved) -> Result<LazyEvaluator> {
     let evaluation = &resolved.evaluation;
     let (clip_dir, dino_dir) = (locate(&evaluation.clip)?, locate(&evaluation.dino)?);
     let clip_config: clip::Config = read_json(&clip_dir.join("config.json"))?;
-    let dino_config: vit::Config = read_json(&dino_dir.join("config.json"))?;
+    let dino_config = vit::Config::read(&dino_dir)?;
     let digest = evaluators_key(&clip_dir, &dino_dir)?;
     let on = device(evaluation.device)?;
     let build = move || {

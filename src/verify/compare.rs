@@ -5,11 +5,12 @@ use candle_core::{DType, Device, Tensor};
 
 use super::reference::Reference;
 use super::report::{GradientResult, OutputResult, Tokens};
+use crate::models::vqgan::Compared;
 use crate::nn::Adapter;
 use crate::{Error, Result};
 
-/// Two codes closer than this, in squared distance, may stand for each other.
-pub const TIE: f32 = 1e-5;
+/// Where the distances of an encoding to two codes differ by less than this, either may stand for the other.
+pub const TIE: f64 = 1e-5;
 
 /// A gradient may be off by this share of the whole gradient's norm, however small it is itself.
 const FLOOR: f64 = 1e-6;
@@ -34,6 +35,31 @@ fn relative(apart: f64, size: f64) -> f64 {
     if apart == 0.0 { 0.0 } else { apart / size }
 }
 
+/// Fails unless something is left to compare.
+fn some(name: &str, count: usize) -> Result<()> {
+    if count > 0 {
+        return Ok(());
+    }
+    Err(Error::invalid(
+        format!("{name} has no values to compare"),
+        "give an output that is not empty, and a mask that leaves some of it",
+    ))
+}
+
+impl OutputResult {
+    /// Of an output that has another shape here.
+    pub(super) fn misshapen(name: String, theirs: &Tensor, ours: &Tensor) -> Self {
+        Self {
+            name,
+            shape: theirs.dims().to_vec(),
+            computed_shape: ours.dims().to_vec(),
+            error: f64::INFINITY,
+            tokens: None,
+            passed: false,
+        }
+    }
+}
+
 /// The relative L2 error of `ours`, over the places where `valid` (of the first dimensions) is not zero.
 pub(super) fn numbers(
     name: String,
@@ -42,17 +68,11 @@ pub(super) fn numbers(
     valid: Option<&Tensor>,
     tolerance: f64,
 ) -> Result<OutputResult> {
-    let shape = theirs.dims().to_vec();
+    some(&name, theirs.elem_count())?;
     if ours.dims() != theirs.dims() {
-        return Ok(OutputResult {
-            name,
-            shape,
-            computed_shape: ours.dims().to_vec(),
-            error: f64::INFINITY,
-            tokens: None,
-            passed: false,
-        });
+        return Ok(OutputResult::misshapen(name, theirs, ours));
     }
+    let shape = theirs.dims().to_vec();
     let (mut a, mut b) = (values(ours)?, values(theirs)?);
     if let Some(valid) = valid {
         let valid = values(valid)?;
@@ -64,6 +84,7 @@ pub(super) fn numbers(
             values.retain(|_| places.next().unwrap_or(true));
         }
     }
+    some(&name, b.len())?;
     let (apart, size) = distance(&a, &b);
     let error = relative(apart, size);
     Ok(OutputResult {
@@ -77,32 +98,27 @@ pub(super) fn numbers(
     })
 }
 
-/// Equal tokens, or different ones where the two nearest codes are as good as equally near.
+/// Equal tokens, or different ones where the two nearest codes are as good as equally near and these are among the
+/// nearest.
 pub(super) fn tokens(
     name: String,
     ours: &Tensor,
-    gaps: &[f32],
+    compared: &Compared,
     theirs: &Tensor,
 ) -> Result<OutputResult> {
+    some(&name, theirs.elem_count())?;
     let shape = theirs.dims().to_vec();
     let computed_shape = ours.dims().to_vec();
     let (a, b) = (values(ours)?, values(theirs)?);
     if a.len() != b.len() || (shape.len() > 1 && shape[0] != computed_shape[0]) {
-        return Ok(OutputResult {
-            name,
-            shape,
-            computed_shape,
-            error: f64::INFINITY,
-            tokens: None,
-            passed: false,
-        });
+        return Ok(OutputResult::misshapen(name, theirs, ours));
     }
     let (mut ties, mut different) = (0, Vec::new());
-    for (i, ((a, b), gap)) in a.iter().zip(&b).zip(gaps).enumerate() {
+    for (i, (a, b)) in a.iter().zip(&b).enumerate() {
         if a == b {
             continue;
         }
-        if *gap < TIE {
+        if is_tie(&compared.distances(i), *a, *b) {
             ties += 1;
         } else {
             different.push(i);
@@ -112,7 +128,7 @@ pub(super) fn tokens(
         name,
         shape,
         computed_shape,
-        error: different.len() as f64 / a.len().max(1) as f64,
+        error: different.len() as f64 / a.len() as f64,
         passed: different.is_empty(),
         tokens: Some(Tokens {
             count: a.len(),
@@ -120,6 +136,16 @@ pub(super) fn tokens(
             different: different.len(),
             first_different: different.first().copied(),
         }),
+    })
+}
+
+/// Whether codes `ours` and `theirs`, which differ, are both as good as nearest by their `distances`.
+fn is_tie(distances: &[f64], ours: f64, theirs: f64) -> bool {
+    let nearest = distances.iter().copied().fold(f64::INFINITY, f64::min);
+    [ours, theirs].iter().all(|&code| {
+        let known = code >= 0.0 && code.fract() == 0.0;
+        let distance = distances.get(code as usize).filter(|_| known);
+        distance.is_some_and(|distance| distance - nearest < TIE)
     })
 }
 
@@ -200,4 +226,31 @@ pub(super) fn gradients(
         });
     }
     Ok(results)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_codes_that_are_as_good_as_nearest_are_tied() {
+        let distances = [0.3, 0.1 + 0.9e-5, 0.1, 0.1 + 1.1e-5];
+        assert!(is_tie(&distances, 2.0, 1.0) && is_tie(&distances, 1.0, 2.0));
+        // The two nearest are tied, but the reference took neither.
+        for theirs in [0.0, 3.0, 4.0, -1.0, 1.5, f64::NAN] {
+            assert!(!is_tie(&distances, 2.0, theirs), "{theirs}");
+        }
+    }
+
+    #[test]
+    fn an_output_without_values_is_not_equal_but_unusable() {
+        let ones = |shape: (usize, usize)| Tensor::ones(shape, DType::F32, &Device::Cpu).unwrap();
+        let result = |shape, valid: Option<&Tensor>| {
+            numbers("output".into(), &ones(shape), &ones(shape), valid, 1e-4)
+        };
+        assert!(result((2, 3), None).unwrap().passed);
+        assert!(result((2, 0), None).is_err());
+        let nowhere = ones((2, 3)).zeros_like().unwrap();
+        assert!(result((2, 3), Some(&nowhere)).is_err());
+    }
 }

@@ -13,7 +13,7 @@ pub use component::Component;
 pub use report::{GradientResult, OutputResult, Report, Tokens};
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
@@ -21,7 +21,7 @@ use candle_core::{Device, Tensor};
 use self::reference::Reference;
 use self::runners::{Output, Place, Value};
 use crate::models::lora_file::LoraFile;
-use crate::nn::{Adapter, Factors, backward, no_grad};
+use crate::nn::{Adapter, Factors, Weights, backward, no_grad};
 use crate::{Error, Result};
 
 /// The type in which frozen weights and inputs are taken. On the CPU arithmetic is in f32 either way.
@@ -103,10 +103,10 @@ pub fn verify(request: &Request) -> Result<Report> {
             "name the adapter that they belong to with --adapter",
         ));
     }
-    let adapter = request
-        .adapter
-        .as_deref()
-        .map(|path| read_adapter(path, request.component))
+    let file = request.adapter.as_deref().map(LoraFile::read).transpose()?;
+    let adapter = file
+        .as_ref()
+        .map(|file| renamed(file, request.component))
         .transpose()?;
     let place = Place {
         folder: folder::find(request.component, &request.model)?,
@@ -119,6 +119,9 @@ pub fn verify(request: &Request) -> Result<Report> {
     if let Some(adapter) = &adapter {
         adapter.finish()?;
     }
+    if let Some(file) = &file {
+        file.check_whole(|name| base(name, request.component, &weights))?;
+    }
     let inputs = reference.inputs(&request.device, request.precision, weights.dtype());
     let run = || runner.run(&inputs);
     let outputs = if reference.cotangents.is_empty() {
@@ -128,15 +131,17 @@ pub fn verify(request: &Request) -> Result<Report> {
     };
     inputs.all_used()?;
     let results = compare_outputs(&outputs, &reference, request.tolerance)?;
-    let gradients = match (&adapter, reference.gradients.is_empty()) {
-        (Some(adapter), false) => {
-            let loss = loss(&outputs, &reference)?;
-            let ours = backward(&loss)?;
-            compare::gradients(adapter, &ours, &reference, request.gradient_tolerance)?
+    let (mut gradients, mut notes) = (Vec::new(), Vec::new());
+    if let Some(adapter) = adapter.as_ref().filter(|_| !reference.gradients.is_empty()) {
+        match loss(&outputs, &reference)? {
+            Some(loss) => {
+                let ours = backward(&loss)?;
+                let tolerance = request.gradient_tolerance;
+                gradients = compare::gradients(adapter, &ours, &reference, tolerance)?;
+            }
+            None => notes.push("gradients are not compared where shapes differ".to_string()),
         }
-        _ => Vec::new(),
-    };
-    let mut notes = Vec::new();
+    }
     let unused = weights.unused();
     if let Some(first) = unused.first() {
         notes.push(format!(
@@ -167,13 +172,26 @@ pub fn verify(request: &Request) -> Result<Report> {
     })
 }
 
+/// The tensor of the checkpoint that an adapter's file calls `name`.
+fn base(name: &str, component: Component, weights: &Weights) -> Result<Option<Tensor>> {
+    let layer = |name: &str| {
+        name.strip_suffix(".weight")
+            .map(|path| component.layer(path))
+    };
+    let wanted = layer(name);
+    let found = weights.names().into_iter().find(|own| layer(own) == wanted);
+    match found {
+        Some(own) => weights.stored(&own),
+        None => Ok(None),
+    }
+}
+
 /// The adapter with its layers under the names that `component` gives them.
-fn read_adapter(path: &Path, component: Component) -> Result<Arc<Adapter>> {
-    let file = LoraFile::read(path)?;
+fn renamed(file: &LoraFile, component: Component) -> Result<Arc<Adapter>> {
     let factors: BTreeMap<String, Factors> = file
         .layers
-        .into_iter()
-        .map(|(layer, factors)| (component.layer(&layer), factors))
+        .iter()
+        .map(|(layer, factors)| (component.layer(layer), factors.clone()))
         .filter(|(layer, _)| !component.is_without(layer))
         .collect();
     if factors.is_empty() {
@@ -203,7 +221,9 @@ fn compare_outputs(
                 Value::Numbers { tensor, valid } => {
                     compare::numbers(name, tensor, theirs, valid.as_ref(), tolerance)
                 }
-                Value::Tokens { tokens, gaps } => compare::tokens(name, tokens, gaps, theirs),
+                Value::Tokens { tokens, compared } => {
+                    compare::tokens(name, tokens, compared, theirs)
+                }
             }
         })
         .collect()
@@ -233,8 +253,11 @@ fn named<'a>(outputs: &'a [Output], name: &str, kind: &str) -> Result<&'a Output
     })
 }
 
-/// The sum over all outputs of output × cotangent.
-fn loss(outputs: &[Output], reference: &Reference) -> Result<Tensor> {
+/// The sum over all outputs of output × cotangent; `None` where an output has another shape than the reference's.
+///
+/// # Errors
+/// When a cotangent alone has another shape, or there is none.
+fn loss(outputs: &[Output], reference: &Reference) -> Result<Option<Tensor>> {
     let mut total: Option<Tensor> = None;
     for (name, cotangent) in &reference.cotangents {
         let key = reference::key("cotangent", name);
@@ -245,6 +268,10 @@ fn loss(outputs: &[Output], reference: &Reference) -> Result<Tensor> {
             ));
         };
         if tensor.dims() != cotangent.dims() {
+            let theirs = reference.outputs.get(name);
+            if theirs.is_some_and(|theirs| theirs.dims() != tensor.dims()) {
+                return Ok(None);
+            }
             return Err(Error::invalid(
                 format!(
                     "{key} has shape {:?}, the output {:?}",
@@ -263,12 +290,13 @@ fn loss(outputs: &[Output], reference: &Reference) -> Result<Tensor> {
             None => part,
         });
     }
-    total.ok_or_else(|| {
-        Error::invalid(
+    match total {
+        Some(_) => Ok(total),
+        None => Err(Error::invalid(
             "the reference file has gradients but no cotangent",
             "store the tensor that the output was multiplied with as cotangent",
-        )
-    })
+        )),
+    }
 }
 
 /// A note on weights of the adapter that the reference file says nothing about, where it has gradients at all.

@@ -31,7 +31,7 @@ pub struct OutputResult {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tokens {
     pub count: usize,
-    /// Different, where the two nearest codes are as good as equally near.
+    /// Different, where both codes are as good as nearest.
     pub ties: usize,
     /// Different without such a reason.
     pub different: usize,

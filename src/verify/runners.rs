@@ -21,8 +21,8 @@ use crate::models::llamagen::{Gpt, VqModel};
 use crate::models::pickle::Pickle;
 use crate::models::sd3::Sd3Transformer;
 use crate::models::t5::T5Encoder;
-use crate::models::vit::Vit;
-use crate::models::vqgan::Quantized;
+use crate::models::vit::{self, Vit};
+use crate::models::vqgan::Compared;
 use crate::nn::{Adapter, Weights};
 use crate::{Error, Result};
 
@@ -43,8 +43,8 @@ pub(super) enum Value {
     Tokens {
         /// (b, n) of u32.
         tokens: Tensor,
-        /// How much further away than the nearest code the second nearest is, in squared distance, for each token.
-        gaps: Vec<f32>,
+        /// What they were chosen by.
+        compared: Compared,
     },
 }
 
@@ -175,7 +175,10 @@ impl Runner for VqModel {
         image_tokens(
             inputs,
             self.config().codebook_size,
-            |image| self.quantize(&self.encode_continuous(image)?),
+            |image| {
+                let z = self.encode_continuous(image)?;
+                Ok((self.quantize(&z)?, self.compared(&z)?))
+            },
             |tokens| self.decode(tokens),
         )
     }
@@ -185,15 +188,15 @@ impl Runner for VqModel {
 fn image_tokens(
     inputs: &Inputs<'_>,
     codes: usize,
-    encode: impl Fn(&Tensor) -> Result<Quantized>,
+    encode: impl Fn(&Tensor) -> Result<(Tensor, Compared)>,
     decode: impl Fn(&Tensor) -> Result<Tensor>,
 ) -> Result<Vec<Output>> {
     let mut outputs = Vec::new();
     if inputs.has("image") {
-        let Quantized { tokens, gaps } = encode(&inputs.numbers("image")?)?;
+        let (tokens, compared) = encode(&inputs.numbers("image")?)?;
         outputs.push(Output {
             names: &["tokens"],
-            value: Value::Tokens { tokens, gaps },
+            value: Value::Tokens { tokens, compared },
         });
     }
     if inputs.has("tokens") {
@@ -237,7 +240,10 @@ impl Runner for VqGan {
         image_tokens(
             inputs,
             self.config().n_embed,
-            |image| self.quantize(&self.encode_continuous(image)?),
+            |image| {
+                let z = self.encode_continuous(image)?;
+                Ok((self.quantize(&z)?, self.compared(&z)?))
+            },
             |tokens| self.decode(tokens),
         )
     }
@@ -330,7 +336,7 @@ impl Runner for T5Encoder {
 
 pub(super) fn dino(place: &Place) -> Opened {
     let weights = place.weights("model")?;
-    let vit = Vit::new(&place.config()?, &weights)?;
+    let vit = Vit::new(&vit::Config::read(&place.folder)?, &weights)?;
     Ok((Box::new(vit), weights))
 }
 

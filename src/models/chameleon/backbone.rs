@@ -12,6 +12,7 @@ use rand_chacha::ChaCha8Rng;
 
 use super::cache::{Cache, RowCache};
 pub use super::config::Config;
+use crate::models::encoder::Activation;
 use crate::nn::{
     Embedding, Init, LayerNorm, Linear, Mask, RmsNorm, Weights, layout, no_grad, ops, parameter,
     recompute,
@@ -79,7 +80,7 @@ impl HeadNorm {
     }
 }
 
-/// Rotary tables of all positions: cosines and sines, each (positions, head_dim / 2), f32.
+/// Rotary tables of the first positions: cosines and sines, each (positions, head_dim / 2), f32.
 #[derive(Clone)]
 struct Rotary {
     cos: Tensor,
@@ -87,8 +88,8 @@ struct Rotary {
 }
 
 impl Rotary {
-    fn new(c: &Config, device: &Device) -> Result<Self> {
-        let (n, half) = (c.max_position_embeddings, c.head_dim() / 2);
+    fn new(c: &Config, n: usize, device: &Device) -> Result<Self> {
+        let half = c.head_dim() / 2;
         let frequencies: Vec<f32> = (0..half)
             .map(|i| 1.0 / (c.rope_base() as f32).powf(i as f32 / half as f32))
             .collect();
@@ -178,15 +179,7 @@ impl Attention {
 
     /// Each key or value head once for every query head that it serves.
     fn repeat(&self, x: &Tensor) -> Result<Tensor> {
-        let times = self.heads / self.kv_heads;
-        if times == 1 {
-            return Ok(x.clone());
-        }
-        let (b, h, m, d) = x.dims4()?;
-        Ok(x.unsqueeze(2)?
-            .broadcast_as((b, h, times, m, d))?
-            .contiguous()?
-            .reshape((b, h * times, m, d))?)
+        ops::repeat_heads(x, self.heads / self.kv_heads)
     }
 }
 
@@ -194,6 +187,7 @@ struct Mlp {
     gate_proj: Linear,
     up_proj: Linear,
     down_proj: Linear,
+    activation: Activation,
 }
 
 impl Mlp {
@@ -207,12 +201,13 @@ impl Mlp {
             gate_proj: linear(hidden, inner, "gate_proj")?,
             up_proj: linear(hidden, inner, "up_proj")?,
             down_proj: linear(inner, hidden, "down_proj")?,
+            activation: c.hidden_act,
         })
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let gated = ops::swiglu(&self.gate_proj.forward(x)?, &self.up_proj.forward(x)?)?;
-        self.down_proj.forward(&gated)
+        let (gate, up) = (self.gate_proj.forward(x)?, self.up_proj.forward(x)?);
+        self.down_proj.forward(&self.activation.gate(&gate, &up)?)
     }
 }
 
@@ -312,7 +307,7 @@ impl Backbone {
                 .collect::<Result<_>>()?,
             norm: RmsNorm::new(c.hidden_size, c.rms_norm_eps, &body.pp("norm"))?,
             lm_head: Linear::with_init(c.hidden_size, c.vocab_size, false, init, &head)?,
-            rotary: Rotary::new(c, weights.device())?,
+            rotary: Rotary::new(c, c.max_position_embeddings, weights.device())?,
             dtype: weights.dtype(),
             device: weights.device().clone(),
             config: c.clone(),
@@ -329,7 +324,8 @@ impl Backbone {
         &self.device
     }
 
-    /// Logits (b, n, vocab_size) in f32 of the tokens that follow each of `ids` (b, n) of u32.
+    /// Logits (b, n, vocab_size) in f32 of the tokens that follow each of `ids` (b, n) of u32. Like the reference, it
+    /// computes sequences longer than `max_position_embeddings` too.
     pub fn forward(&self, ids: &Tensor) -> Result<Tensor> {
         self.logits(&self.hidden(ids, None)?)
     }
@@ -338,8 +334,11 @@ impl Backbone {
     /// left.
     pub fn hidden(&self, ids: &Tensor, mut dropout: Option<Dropout>) -> Result<Tensor> {
         let (_, n) = ids.dims2()?;
-        self.check_length(n)?;
-        let rotary = self.rotary.narrow(0, n)?;
+        let rotary = if n <= self.config.max_position_embeddings {
+            self.rotary.narrow(0, n)?
+        } else {
+            Rotary::new(&self.config, n, &self.device)?
+        };
         let mut h = self.embed(ids)?;
         let p = dropout.as_ref().map_or(0.0, |dropout| dropout.p);
         for layer in &self.layers {
@@ -417,7 +416,8 @@ impl Backbone {
         Ok(self.embed_tokens.forward(ids)?.to_dtype(self.dtype)?)
     }
 
-    fn check_length(&self, n: usize) -> Result<()> {
+    /// Fails where `n` tokens are more than the model was made for.
+    pub(super) fn check_length(&self, n: usize) -> Result<()> {
         let most = self.config.max_position_embeddings;
         if n <= most {
             return Ok(());

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use serde::Deserialize;
 
+use crate::models::encoder::Activation;
 use crate::{Error, Result};
 
 /// `config.json` of a Hugging Face `ChameleonForConditionalGeneration`, transformers 4 or 5, with Chameleon-7B's
@@ -23,18 +24,18 @@ pub struct Config {
     pub num_attention_heads: usize,
     /// Number of key and value heads; as many as there are query heads where absent.
     pub num_key_value_heads: Option<usize>,
-    /// The feed-forward's activation; only `silu` is supported.
-    pub hidden_act: String,
-    /// The longest sequence in tokens. Default 4096.
+    /// The feed-forward's activation. Default Silu.
+    pub hidden_act: Activation,
+    /// The longest sequence in tokens that the model learns and draws. Default 4096.
     pub max_position_embeddings: usize,
     /// Added to the mean square in norms. Default 1e-5.
     pub rms_norm_eps: f64,
-    /// Base of the rotary frequencies, as transformers 4 writes it. Default 10000.
+    /// Base of the rotary frequencies where the next two name none. Default 10000.
     pub rope_theta: f64,
-    /// The same as transformers 5 writes it, which stands above `rope_theta`.
+    /// Kind and base of the rotary embeddings, as transformers 5 writes them.
     pub rope_parameters: Option<Rope>,
-    /// Other rotary embeddings of transformers 4; none is supported.
-    pub rope_scaling: Option<serde_json::Value>,
+    /// The same as transformers 4 writes them, which stands above `rope_parameters`.
+    pub rope_scaling: Option<Rope>,
     /// Whether the projections of attention have a bias. Default false.
     pub attention_bias: bool,
     /// Whether those of the feed-forward have one. Default false.
@@ -54,22 +55,21 @@ pub struct Config {
     pub image_size: usize,
 }
 
-/// Rotary embeddings as transformers 5 describes them.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
+/// Rotary embeddings as transformers describes them.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct Rope {
-    /// `default`; nothing else is supported.
-    pub rope_type: String,
+    /// Only `default` is supported, which is also what an absent kind means.
+    pub rope_type: Option<String>,
+    /// The older name of `rope_type`.
+    pub r#type: Option<String>,
     /// Base of the frequencies.
-    pub rope_theta: f64,
+    pub rope_theta: Option<f64>,
 }
 
-impl Default for Rope {
-    fn default() -> Self {
-        Self {
-            rope_type: "default".into(),
-            rope_theta: 10000.0,
-        }
+impl Rope {
+    fn kind(&self) -> Option<&str> {
+        self.rope_type.as_deref().or(self.r#type.as_deref())
     }
 }
 
@@ -82,7 +82,7 @@ impl Default for Config {
             num_hidden_layers: 32,
             num_attention_heads: 32,
             num_key_value_heads: None,
-            hidden_act: "silu".into(),
+            hidden_act: Activation::Silu,
             max_position_embeddings: 4096,
             rms_norm_eps: 1e-5,
             rope_theta: 10000.0,
@@ -113,23 +113,23 @@ impl Config {
 
     /// Base of the rotary frequencies.
     pub fn rope_base(&self) -> f64 {
-        self.rope_parameters
-            .as_ref()
-            .map_or(self.rope_theta, |rope| rope.rope_theta)
+        let named = self.rope().and_then(|rope| rope.rope_theta);
+        named.unwrap_or(self.rope_theta)
+    }
+
+    fn rope(&self) -> Option<&Rope> {
+        // An empty map says as little as none.
+        let scaling = self.rope_scaling.as_ref();
+        let scaling = scaling.filter(|rope| **rope != Rope::default());
+        scaling.or(self.rope_parameters.as_ref())
     }
 
     /// Fails where the config asks for what [`super::Backbone`] is not, with all reasons.
     pub(super) fn validate(&self) -> Result<()> {
         let mut faults = Vec::new();
-        if self.hidden_act != "silu" {
-            faults.push(format!(
-                "hidden_act is {:?}, silu expected",
-                self.hidden_act
-            ));
-        }
-        let kind = self.rope_parameters.as_ref().map(|rope| &rope.rope_type);
-        if kind.is_some_and(|kind| kind != "default") || self.rope_scaling.is_some() {
-            faults.push("rotary embeddings are scaled".into());
+        let kind = self.rope().and_then(Rope::kind);
+        if let Some(kind) = kind.filter(|kind| *kind != "default") {
+            faults.push(format!("rotary embeddings are {kind}, default expected"));
         }
         let (heads, kv_heads) = (self.num_attention_heads, self.kv_heads());
         if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
@@ -149,5 +149,53 @@ impl Config {
             format!("config of a Chameleon model: {}", faults.join("; ")),
             "only Chameleon's and Lumina-mGPT's architecture is supported",
         ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(json: serde_json::Value) -> Config {
+        serde_json::from_value(json).unwrap()
+    }
+
+    #[test]
+    fn the_rotary_base_is_found_wherever_transformers_looks_for_it() {
+        for (json, base) in [
+            (serde_json::json!({}), 1e4),
+            (serde_json::json!({"rope_theta": 500.0}), 500.0),
+            (
+                serde_json::json!({"rope_theta": 500.0, "rope_parameters": {"rope_type": "default"}}),
+                500.0,
+            ),
+            (
+                serde_json::json!({"rope_theta": 500.0, "rope_parameters": {"rope_theta": 20}}),
+                20.0,
+            ),
+            (
+                serde_json::json!({"rope_scaling": {"type": "default", "rope_theta": 7}, "rope_theta": 1}),
+                7.0,
+            ),
+            (
+                serde_json::json!({"rope_scaling": {}, "rope_parameters": {"rope_theta": 20}}),
+                20.0,
+            ),
+        ] {
+            let config = config(json.clone());
+            config.validate().unwrap();
+            assert_eq!(config.rope_base(), base, "{json}");
+        }
+    }
+
+    #[test]
+    fn other_rotary_embeddings_are_refused_by_their_name() {
+        for json in [
+            serde_json::json!({"rope_parameters": {"type": "linear", "factor": 2.0}}),
+            serde_json::json!({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+        ] {
+            let error = config(json).validate().unwrap_err().to_string();
+            assert!(error.contains("linear"), "{error}");
+        }
     }
 }

@@ -54,7 +54,9 @@ impl Backbone {
         if guided {
             tokens.extend(vec![opening.to_vec(); b]);
         }
-        let mut cache = self.cache(tokens.len(), longest + format.answer_len())?;
+        // The last code is drawn, not fed.
+        let fed = format.tokens_of(count - 1);
+        let mut cache = self.cache(tokens.len(), longest + fed)?;
         let codes = Tensor::new(format.code_ids(), self.device())?;
         for index in 0..count {
             let logits = self.extend(&tokens, &mut cache)?.index_select(&codes, 1)?;

@@ -253,9 +253,9 @@ impl Format {
         Ok(codes)
     }
 
-    /// Tokens of an answer.
-    pub fn answer_len(&self) -> usize {
-        self.opening.len() + self.rows * (self.columns + 1) + 2
+    /// Number of tokens that the first `codes` codes stand for, new lines included.
+    pub fn tokens_of(&self, codes: usize) -> usize {
+        codes + codes / self.columns
     }
 }
 
@@ -291,7 +291,8 @@ mod tests {
         let codes: Vec<u32> = (0..2304).collect();
         let answer = format.answer(&codes).unwrap();
         // The separator after the image is not the image's own.
-        assert_eq!((answer.len(), format.answer_len()), (2357, 2357));
+        assert_eq!((answer.len(), format.tokens_of(2304)), (2357, 2352));
+        assert_eq!((format.tokens_of(47), format.tokens_of(48)), (47, 49));
         assert_eq!(answer[..4], [8197, 8828, 8828, 4]);
         assert_eq!(answer[3 + 48], 8803);
         assert_eq!(answer[2354..], [8803, 8196, 8710]);

@@ -26,10 +26,10 @@ use crate::models::{
 use crate::nn::{Adapter, Weights, merged, no_grad, recomputing};
 use crate::{Error, Result, images};
 
-/// Side in pixels of the square images of the checkpoint in `dir`: what is `asked` for, or its own.
+/// Side in pixels of the square images of a checkpoint with this `config`: what is `asked` for, or its own.
 ///
 /// # Errors
-/// When the side is no whole number of the checkpoint's units.
+/// When the side is no multiple of [`Config::patch_size`].
 pub fn resolution(config: &Config, asked: Option<u32>) -> Result<usize> {
     let side = asked.map_or(config.image_size, |side| side as usize);
     if side > 0 && side.is_multiple_of(config.patch_size.max(1)) {
@@ -41,16 +41,20 @@ pub fn resolution(config: &Config, asked: Option<u32>) -> Result<usize> {
     ))
 }
 
-/// The image tokenizer of the checkpoint in `dir`, for images of `resolution` pixels a side.
+/// The image tokenizer alone, for square images of one size.
 pub struct VqTokenizer {
     model: VqGan,
+    resolution: u32,
 }
 
 impl VqTokenizer {
-    /// Opens it; see [`files::open_image_tokenizer`].
-    pub fn open(dir: &Path, device: &Device) -> Result<Self> {
+    /// Opens the tokenizer of the checkpoint in `dir`, see [`files::open_image_tokenizer`], for images of the side that
+    /// is `asked` for, or the checkpoint's own.
+    pub fn open(dir: &Path, asked: Option<u32>, device: &Device) -> Result<Self> {
+        let config: Config = read_json(&dir.join("config.json"))?;
         Ok(Self {
             model: files::open_image_tokenizer(dir, device)?,
+            resolution: resolution(&config, asked)? as u32,
         })
     }
 
@@ -65,6 +69,7 @@ impl VqTokenizer {
 
 impl ImageTokenizer for VqTokenizer {
     fn encode(&self, images: &[RgbImage]) -> Result<Vec<Vec<u32>>> {
+        images::check_side(images, self.resolution, "Chameleon's image tokenizer")?;
         let pixels = images::to_tensor(images, self.model.device())?;
         Ok(no_grad(|| self.model.encode(&pixels))?.to_vec2::<u32>()?)
     }
@@ -88,7 +93,6 @@ pub struct Lumina {
     adapter: Option<Arc<Adapter>>,
     config_text: String,
     base: String,
-    resolution: u32,
     dropout: f64,
     condition_dropout: f64,
     recomputes: bool,
@@ -109,9 +113,9 @@ impl Lumina {
         let (weights, adapter) = opening.attach(weights);
         let backbone = Backbone::new(&config, &weights)?;
         weights.finish()?;
-        let tokenizer = VqTokenizer::open(dir, device)?;
+        let tokenizer = VqTokenizer::open(dir, opening.resolution, device)?;
         let text = files::text_tokenizer(dir)?;
-        let side = resolution(&config, opening.resolution)?;
+        let side = tokenizer.resolution as usize;
         let sizes = tokenizer.model.config();
         let vocabulary = Vocabulary::of(&text, &config, sizes.n_embed)?;
         let format = Format::new(
@@ -130,7 +134,6 @@ impl Lumina {
             adapter,
             config_text,
             base: opening.name.clone(),
-            resolution: side as u32,
             dropout: opening.dropout,
             condition_dropout: opening.condition_dropout,
         })
@@ -161,7 +164,7 @@ impl Lumina {
 
 impl Learner for Lumina {
     fn resolution(&self) -> u32 {
-        self.resolution
+        self.tokenizer.resolution
     }
 
     fn tokens_per_image(&self) -> Option<usize> {

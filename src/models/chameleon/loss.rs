@@ -24,9 +24,13 @@ pub struct Sequence {
 impl Backbone {
     /// Cross-entropy plus 1e-5 times the squared log-sum-exp of the logits, a scalar: the mean over all labelled tokens
     /// of `batch`. Logits are computed for these alone, some at a time.
+    ///
+    /// # Errors
+    /// When a sequence is longer than the model was made for, or nothing of it is labelled.
     pub fn loss(&self, batch: &[Sequence], dropout: Option<Dropout>) -> Result<Tensor> {
         let n = batch.iter().map(|s| s.tokens.len()).max().unwrap_or(0);
         let n = n.saturating_sub(1);
+        self.check_length(n)?;
         let (mut ids, mut rows) = (Vec::<u32>::new(), Vec::<u32>::new());
         let mut targets = Vec::<u32>::new();
         for (index, sequence) in batch.iter().enumerate() {

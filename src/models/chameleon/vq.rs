@@ -7,203 +7,76 @@ use candle_core::{Device, Tensor};
 
 pub use super::vq_config::Config;
 use crate::models::vqgan::{
-    AttnBlock, Codebook, Quantized, ResnetBlock, TrainOutput, check_image, conv, images_at_once,
-    in_slices, norm, square,
+    Codebook, Compared, Decoder, Encoder, Level, Middle, TrainOutput, check_image, conv, halving,
+    images_at_once, in_slices, norm, square,
 };
-use crate::nn::ops::{self, Padding};
-use crate::nn::{Conv2d, GroupNorm, Weights};
+use crate::nn::{Conv2d, Weights};
 use crate::{Error, Result};
 
-/// Residual blocks, each followed by attention where the config says so, and then a change of resolution.
-struct Level {
-    block: Vec<ResnetBlock>,
-    attn: Vec<AttnBlock>,
-    resample: Option<Conv2d>,
+fn middle(c: &Config, channels: usize, weights: &Weights) -> Result<Middle> {
+    let names = ["block_1", "attn_1", "block_2"];
+    Middle::new(channels, c.norm_num_groups, c.attention, names, weights)
 }
 
-impl Level {
-    fn new(
-        c: &Config,
-        (inputs, outputs): (usize, usize),
-        blocks: usize,
-        attends: bool,
-        resample: Option<Conv2d>,
-        weights: &Weights,
-    ) -> Result<Self> {
-        let block = (0..blocks)
-            .map(|i| {
-                let inputs = if i == 0 { inputs } else { outputs };
-                ResnetBlock::new(
-                    inputs,
-                    outputs,
-                    c.norm_num_groups,
-                    &weights.pp("block").pp(i),
-                )
-            })
-            .collect::<Result<_>>()?;
-        let attn = (0..if attends { blocks } else { 0 })
-            .map(|i| AttnBlock::new(outputs, c.norm_num_groups, &weights.pp("attn").pp(i)))
-            .collect::<Result<_>>()?;
-        Ok(Self {
-            block,
-            attn,
-            resample,
-        })
+fn encoder(c: &Config, weights: &Weights) -> Result<Encoder> {
+    let groups = c.norm_num_groups;
+    let mut inputs = c.ch;
+    let mut levels = Vec::new();
+    for (i, factor) in c.ch_mult.iter().enumerate() {
+        let (outputs, lowest) = (c.ch * factor, i + 1 == c.ch_mult.len());
+        let here = weights.pp("down").pp(i);
+        let halve = (!lowest)
+            .then(|| halving(outputs, &here.pp("downsample").pp("conv")))
+            .transpose()?;
+        let (blocks, attends) = (("block", c.num_res_blocks), c.encoder_attends(i));
+        levels.push(Level::new(
+            (inputs, outputs),
+            blocks,
+            attends,
+            halve,
+            groups,
+            &here,
+        )?);
+        inputs = outputs;
     }
-
-    fn forward(&self, mut h: Tensor) -> Result<Tensor> {
-        for (i, block) in self.block.iter().enumerate() {
-            h = block.forward(&h)?;
-            if let Some(attn) = self.attn.get(i) {
-                h = attn.forward(&h)?;
-            }
-        }
-        Ok(h)
-    }
+    Ok(Encoder {
+        conv_in: conv(3, c.ch, 3, &weights.pp("conv_in"))?,
+        levels,
+        mid: middle(c, inputs, &weights.pp("mid"))?,
+        norm_out: norm(groups, inputs, &weights.pp("norm_out"))?,
+        conv_out: conv(inputs, c.z_channels, 3, &weights.pp("conv_out"))?,
+    })
 }
 
-struct Middle {
-    block_1: ResnetBlock,
-    attn_1: Option<AttnBlock>,
-    block_2: ResnetBlock,
-}
-
-impl Middle {
-    fn new(c: &Config, channels: usize, weights: &Weights) -> Result<Self> {
-        let groups = c.norm_num_groups;
-        Ok(Self {
-            block_1: ResnetBlock::new(channels, channels, groups, &weights.pp("block_1"))?,
-            attn_1: if c.attention {
-                Some(AttnBlock::new(channels, groups, &weights.pp("attn_1"))?)
-            } else {
-                None
-            },
-            block_2: ResnetBlock::new(channels, channels, groups, &weights.pp("block_2"))?,
-        })
+fn decoder(c: &Config, weights: &Weights) -> Result<Decoder> {
+    let groups = c.norm_num_groups;
+    let lowest = c.ch * c.ch_mult.last().copied().unwrap_or(1);
+    let mut inputs = lowest;
+    let mut levels = Vec::new();
+    for (i, factor) in c.ch_mult.iter().enumerate().rev() {
+        let outputs = c.ch * factor;
+        let here = weights.pp("up").pp(i);
+        let double = (i > 0)
+            .then(|| conv(outputs, outputs, 3, &here.pp("upsample").pp("conv")))
+            .transpose()?;
+        let (blocks, attends) = (("block", c.num_res_blocks + 1), c.decoder_attends(i));
+        levels.push(Level::new(
+            (inputs, outputs),
+            blocks,
+            attends,
+            double,
+            groups,
+            &here,
+        )?);
+        inputs = outputs;
     }
-
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let mut h = self.block_1.forward(x)?;
-        if let Some(attn) = &self.attn_1 {
-            h = attn.forward(&h)?;
-        }
-        self.block_2.forward(&h)
-    }
-}
-
-struct Encoder {
-    conv_in: Conv2d,
-    down: Vec<Level>,
-    mid: Middle,
-    norm_out: GroupNorm,
-    conv_out: Conv2d,
-}
-
-impl Encoder {
-    fn new(c: &Config, weights: &Weights) -> Result<Self> {
-        let mut inputs = c.ch;
-        let mut down = Vec::new();
-        for (i, factor) in c.ch_mult.iter().enumerate() {
-            let outputs = c.ch * factor;
-            let here = weights.pp("down").pp(i);
-            let halve = if i + 1 == c.ch_mult.len() {
-                None
-            } else {
-                let place = here.pp("downsample").pp("conv");
-                Some(Conv2d::new(
-                    outputs,
-                    outputs,
-                    3,
-                    2,
-                    Padding::RightBottom,
-                    &place,
-                )?)
-            };
-            down.push(Level::new(
-                c,
-                (inputs, outputs),
-                c.num_res_blocks,
-                c.attends(i),
-                halve,
-                &here,
-            )?);
-            inputs = outputs;
-        }
-        Ok(Self {
-            conv_in: conv(3, c.ch, 3, &weights.pp("conv_in"))?,
-            down,
-            mid: Middle::new(c, inputs, &weights.pp("mid"))?,
-            norm_out: norm(c.norm_num_groups, inputs, &weights.pp("norm_out"))?,
-            conv_out: conv(inputs, c.z_channels, 3, &weights.pp("conv_out"))?,
-        })
-    }
-
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let mut h = self.conv_in.forward(x)?;
-        for level in &self.down {
-            h = level.forward(h)?;
-            if let Some(halve) = &level.resample {
-                h = halve.forward(&h)?;
-            }
-        }
-        let h = self.mid.forward(&h)?;
-        self.conv_out.forward(&self.norm_out.forward_silu(&h)?)
-    }
-}
-
-struct Decoder {
-    conv_in: Conv2d,
-    mid: Middle,
-    /// From the lowest resolution to the highest, against the order of their names.
-    up: Vec<Level>,
-    norm_out: GroupNorm,
-    conv_out: Conv2d,
-}
-
-impl Decoder {
-    fn new(c: &Config, weights: &Weights) -> Result<Self> {
-        let lowest = c.ch * c.ch_mult.last().copied().unwrap_or(1);
-        let mut inputs = lowest;
-        let mut up = Vec::new();
-        for (i, factor) in c.ch_mult.iter().enumerate().rev() {
-            let outputs = c.ch * factor;
-            let here = weights.pp("up").pp(i);
-            let double = if i == 0 {
-                None
-            } else {
-                let place = here.pp("upsample").pp("conv");
-                Some(conv(outputs, outputs, 3, &place)?)
-            };
-            let blocks = c.num_res_blocks + 1;
-            up.push(Level::new(
-                c,
-                (inputs, outputs),
-                blocks,
-                c.attends(i),
-                double,
-                &here,
-            )?);
-            inputs = outputs;
-        }
-        Ok(Self {
-            conv_in: conv(c.z_channels, lowest, 3, &weights.pp("conv_in"))?,
-            mid: Middle::new(c, lowest, &weights.pp("mid"))?,
-            up,
-            norm_out: norm(c.norm_num_groups, inputs, &weights.pp("norm_out"))?,
-            conv_out: conv(inputs, 3, 3, &weights.pp("conv_out"))?,
-        })
-    }
-
-    fn forward(&self, z: &Tensor) -> Result<Tensor> {
-        let mut h = self.mid.forward(&self.conv_in.forward(z)?)?;
-        for level in &self.up {
-            h = level.forward(h)?;
-            if let Some(double) = &level.resample {
-                h = double.forward(&ops::upsample_nearest2x(&h)?)?;
-            }
-        }
-        self.conv_out.forward(&self.norm_out.forward_silu(&h)?)
-    }
+    Ok(Decoder {
+        conv_in: conv(c.z_channels, lowest, 3, &weights.pp("conv_in"))?,
+        mid: middle(c, lowest, &weights.pp("mid"))?,
+        levels,
+        norm_out: norm(groups, inputs, &weights.pp("norm_out"))?,
+        conv_out: conv(inputs, 3, 3, &weights.pp("conv_out"))?,
+    })
 }
 
 /// The tokenizer.
@@ -224,7 +97,7 @@ impl VqGan {
         let (width, channels) = (config.embed_dim, config.z_channels);
         model.decoder = Some((
             conv(width, channels, 1, &weights.pp("post_quant_conv"))?,
-            Decoder::new(config, &weights.pp("decoder"))?,
+            decoder(config, &weights.pp("decoder"))?,
         ));
         Ok(model)
     }
@@ -235,7 +108,7 @@ impl VqGan {
         let (width, channels) = (config.embed_dim, config.z_channels);
         let place = weights.pp("quantize").pp("embedding");
         Ok(Self {
-            encoder: Encoder::new(&config, &weights.pp("encoder"))?,
+            encoder: encoder(&config, &weights.pp("encoder"))?,
             quant_conv: conv(channels, width, 1, &weights.pp("quant_conv"))?,
             codebook: Codebook::new(config.n_embed, width, false, &place)?,
             decoder: None,
@@ -261,14 +134,19 @@ impl VqGan {
         self.quant_conv.forward(&self.encoder.forward(&image)?)
     }
 
-    /// The nearest code for each place of `z` (b, embed_dim, h, w), the first of equals.
-    pub fn quantize(&self, z: &Tensor) -> Result<Quantized> {
+    /// The nearest code for each place of `z` (b, embed_dim, h, w), the first of equals: (b, h·w) of u32.
+    pub fn quantize(&self, z: &Tensor) -> Result<Tensor> {
         self.codebook.quantize(z)
+    }
+
+    /// What [`VqGan::quantize`] compares.
+    pub fn compared(&self, z: &Tensor) -> Result<Compared> {
+        self.codebook.compared(z)
     }
 
     /// Codes (b, n) of u32, row by row, of `image` (b, 3, h, w) in [−1, 1].
     pub fn encode(&self, image: &Tensor) -> Result<Tensor> {
-        Ok(self.quantize(&self.encode_continuous(image)?)?.tokens)
+        self.quantize(&self.encode_continuous(image)?)
     }
 
     /// Images (b, 3, h, w), about [−1, 1] and not clamped, of `tokens` (b, n) of u32: codes of a square grid, row by

@@ -126,9 +126,12 @@ impl Default for Config {
 }
 
 impl Config {
-    /// From the `vq_config` of a Hugging Face `config.json`.
+    /// From the `vq_config` of a Hugging Face `config.json`; null stands for the defaults.
     pub fn from_vq_config(json: &serde_json::Value) -> Result<Self> {
-        let read = HuggingFace::deserialize(json).map_err(|e| unlike(&e.to_string()))?;
+        let read = match json {
+            serde_json::Value::Null => HuggingFace::default(),
+            json => HuggingFace::deserialize(json).map_err(|e| unlike(&e.to_string()))?,
+        };
         if read.double_latent || read.in_channels != 3 {
             return Err(unlike("double_latent or in_channels other than 3"));
         }
@@ -210,9 +213,21 @@ impl Config {
         1 << self.ch_mult.len().saturating_sub(1)
     }
 
-    /// Whether the residual blocks of `level`, counted from the highest resolution, are followed by attention.
-    pub(super) fn attends(&self, level: usize) -> bool {
-        self.attention && self.attn_resolutions.contains(&(self.resolution >> level))
+    /// Whether the encoder's residual blocks of `level`, counted from the highest resolution, are followed by attention.
+    pub(super) fn encoder_attends(&self, level: usize) -> bool {
+        self.attends_at(self.resolution >> level)
+    }
+
+    /// The same for the decoder, which counts its resolutions from the lowest: they differ from the encoder's where
+    /// `resolution` is no multiple of the downsampling.
+    pub(super) fn decoder_attends(&self, level: usize) -> bool {
+        let lowest = self.ch_mult.len().saturating_sub(1);
+        let above = lowest.saturating_sub(level);
+        self.attends_at((self.resolution >> lowest) << above)
+    }
+
+    fn attends_at(&self, resolution: usize) -> bool {
+        self.attention && self.attn_resolutions.contains(&resolution)
     }
 
     pub(super) fn validated(self) -> Result<Self> {
@@ -252,7 +267,33 @@ mod tests {
             ..Config::default()
         };
         assert_eq!(Config::from_yaml(&config.to_yaml()).unwrap(), config);
-        assert!(!config.attends(0) && config.downsampling() == 2);
+        assert!(!config.encoder_attends(0) && config.downsampling() == 2);
+    }
+
+    #[test]
+    fn the_decoder_counts_its_resolutions_from_the_lowest() {
+        let config = Config {
+            ch_mult: vec![1, 1, 2],
+            resolution: 50,
+            attn_resolutions: vec![25, 48],
+            ..Config::default()
+        };
+        let levels = [0, 1, 2];
+        // 50, 25, 12 on the way down; 12, 24, 48 on the way up.
+        assert_eq!(
+            levels.map(|i| config.encoder_attends(i)),
+            [false, true, false]
+        );
+        assert_eq!(
+            levels.map(|i| config.decoder_attends(i)),
+            [true, false, false]
+        );
+    }
+
+    #[test]
+    fn an_absent_vq_config_means_transformers_defaults() {
+        let config = Config::from_vq_config(&serde_json::Value::Null).unwrap();
+        assert_eq!(config, Config::default());
     }
 
     #[test]

@@ -71,16 +71,16 @@ impl Files {
                 None
             }
         });
-        let vq = Part::folder(&tokenizer_dir(dir)).or_else(|| {
-            let weights = files_like(dir, "vq_").into_iter().next()?;
-            Some(Part {
+        let vq = Part::folder(&tokenizer_dir(dir)).or_else(|| match published_vq(dir) {
+            Ok(weights) => Some(Part {
                 weights,
                 config: None,
-            })
+            }),
+            Err(fault) => {
+                faults.push(fault);
+                None
+            }
         });
-        if vq.is_none() {
-            faults.push("neither vq/config.json nor vq_ds16_t2i.pt is there".into());
-        }
         let t5 = ["t5", "flan-t5-xl", "t5-ckpt/flan-t5-xl"]
             .map(|name| dir.join(name))
             .into_iter()
@@ -216,6 +216,28 @@ fn published_gpt(dir: &Path, resolution: Option<u32>) -> Result<(PathBuf, u32), 
     }
 }
 
+/// The published image tokenizer in `dir`: the one for text to image, else the only one.
+fn published_vq(dir: &Path) -> Result<PathBuf, String> {
+    let all = files_like(dir, "vq_");
+    let name = |path: &Path| {
+        let name = path.file_name().unwrap_or_default();
+        name.to_string_lossy().into_owned()
+    };
+    let of_text: Vec<&PathBuf> = all.iter().filter(|p| name(p).contains("t2i")).collect();
+    match (of_text.as_slice(), all.as_slice()) {
+        ([one], _) => Ok(one.to_path_buf()),
+        ([], [one]) => Ok(one.clone()),
+        ([], []) => Err("neither vq/config.json nor vq_ds16_t2i.pt is there".to_string()),
+        _ => {
+            let names: Vec<String> = all.iter().map(|path| name(path)).collect();
+            Err(format!(
+                "several image tokenizers are there: {}; leave the one of the GPT",
+                names.join(", ")
+            ))
+        }
+    }
+}
+
 /// What the shapes of a published GPT tell of its config. The number of heads is that of LlamaGen's table of sizes:
 /// heads are 64 wide but in the 3B and 7B models, which have 32.
 fn gpt_config(weights: &Weights, block_size: usize) -> Result<gpt::Config> {
@@ -336,6 +358,29 @@ mod tests {
         assert!(error.contains("set resolution"), "{error}");
         let error = Files::find(both.path(), Some(384)).unwrap_err().to_string();
         assert!(error.contains("384"), "{error}");
+    }
+
+    #[test]
+    fn of_several_image_tokenizers_the_one_for_text_is_taken_or_none() {
+        let found = |tokenizers: &[&str]| {
+            let parts = ["t2i_XL_stage1_256.pt", "t5/config.json"];
+            let folder = place(&[&parts, tokenizers].concat());
+            let files = Files::find(folder.path(), None);
+            files.map(|files| name(files.tokenizer()))
+        };
+        let classes = "vq_ds16_c2i.pt";
+        assert_eq!(
+            found(&[classes, "vq_ds16_t2i.pt"]).unwrap(),
+            "vq_ds16_t2i.pt"
+        );
+        assert_eq!(found(&[classes]).unwrap(), classes);
+        for several in [
+            [classes, "vq_ds8_c2i.pt"],
+            ["vq_ds16_t2i.pt", "vq_ds16_t2i.safetensors"],
+        ] {
+            let error = found(&several).unwrap_err().to_string();
+            assert!(several.iter().all(|name| error.contains(name)), "{error}");
+        }
     }
 
     #[test]

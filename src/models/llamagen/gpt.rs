@@ -16,6 +16,8 @@ use crate::{Error, Result};
 struct CaptionEmbedder {
     fc1: Linear,
     fc2: Linear,
+    /// (rows, caption_dim): the reference stores 120 rows whatever `cls_token_num` is, and shorter captions meet the
+    /// first ones.
     uncond_embedding: Tensor,
 }
 
@@ -23,19 +25,15 @@ impl CaptionEmbedder {
     fn new(c: &Config, weights: &Weights) -> Result<Self> {
         let mlp = weights.pp("cap_proj");
         let init = Init::Normal(0.02);
-        // The reference stores 120 rows whatever cls_token_num is, and shorter captions meet the first ones.
         let rows = weights
             .dims("uncond_embedding")
             .and_then(|dims| dims.first().copied())
-            .unwrap_or(0)
-            .max(c.cls_token_num);
-        let uncond_embedding = weights
-            .buffer(
-                (rows, c.caption_dim),
-                "uncond_embedding",
-                Init::Normal((1.0 / c.caption_dim as f64).sqrt()),
-            )?
-            .narrow(0, 0, c.cls_token_num)?;
+            .unwrap_or(c.cls_token_num);
+        let uncond_embedding = weights.buffer(
+            (rows, c.caption_dim),
+            "uncond_embedding",
+            Init::Normal((1.0 / c.caption_dim as f64).sqrt()),
+        )?;
         Ok(Self {
             fc1: Linear::with_init(c.caption_dim, c.dim, false, init, &mlp.pp("fc1"))?,
             fc2: Linear::with_init(c.dim, c.dim, false, init, &mlp.pp("fc2"))?,
@@ -137,23 +135,11 @@ impl Attention {
             None => (k, v),
             Some((cache, position)) => cache.extend(&k, &v, position)?,
         };
-        let (k, v) = (self.repeat(k)?, self.repeat(v)?);
+        let times = self.heads / self.kv_heads;
+        let (k, v) = (ops::repeat_heads(&k, times)?, ops::repeat_heads(&v, times)?);
         let scale = 1.0 / (self.head_dim as f64).sqrt();
         let y = ops::attention(&q, &k, &v, scale, mask)?;
         self.wo.forward(&layout::merge_heads(&y)?)
-    }
-
-    /// Each key or value head once for every query head that it serves.
-    fn repeat(&self, x: Tensor) -> Result<Tensor> {
-        let times = self.heads / self.kv_heads;
-        if times == 1 {
-            return Ok(x);
-        }
-        let (b, h, m, d) = x.dims4()?;
-        Ok(x.unsqueeze(2)?
-            .broadcast_as((b, h, times, m, d))?
-            .contiguous()?
-            .reshape((b, h * times, m, d))?)
     }
 }
 
@@ -307,12 +293,26 @@ impl Gpt {
     }
 
     /// The null condition that stands for "no caption", (cls_token_num, caption_dim).
-    pub fn uncond_embedding(&self) -> &Tensor {
-        &self.cls_embedding.uncond_embedding
+    ///
+    /// # Errors
+    /// When the checkpoint stores fewer rows: it computes with captions only.
+    pub fn uncond_embedding(&self) -> Result<Tensor> {
+        let stored = &self.cls_embedding.uncond_embedding;
+        let (rows, wanted) = (stored.dim(0)?, self.config.cls_token_num);
+        if rows < wanted {
+            return Err(Error::invalid(
+                format!("a null condition of {rows} rows for captions of {wanted} tokens"),
+                "use captions alone: guidance 1, and no dropping of captions in training",
+            ));
+        }
+        Ok(stored.narrow(0, 0, wanted)?)
     }
 
     /// `caption_embeddings` (b, cls_token_num, caption_dim) with the null condition in place of sample i where
     /// `drop[i]`, as condition dropout in training does. The caption's mask stays as it is.
+    ///
+    /// # Errors
+    /// When a caption is dropped and there is no whole null condition, see [`Gpt::uncond_embedding`].
     pub fn drop_captions(&self, caption_embeddings: &Tensor, drop: &[bool]) -> Result<Tensor> {
         let b = caption_embeddings.dim(0)?;
         if drop.len() != b {
@@ -321,8 +321,11 @@ impl Gpt {
                 "give one for each caption",
             ));
         }
+        if !drop.contains(&true) {
+            return Ok(caption_embeddings.clone());
+        }
         let dtype = caption_embeddings.dtype();
-        let null = self.uncond_embedding().to_dtype(dtype)?;
+        let null = self.uncond_embedding()?.to_dtype(dtype)?;
         let rows = drop
             .iter()
             .enumerate()

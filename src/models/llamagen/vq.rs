@@ -8,11 +8,10 @@ use candle_core::{Device, Tensor};
 use serde::Deserialize;
 
 use crate::models::vqgan::{
-    AttnBlock, Codebook, Quantized, ResnetBlock, TrainOutput, check_image, conv, images_at_once,
-    in_slices, norm, square,
+    Codebook, Compared, Decoder, Encoder, Level, Middle, TrainOutput, check_image, conv, halving,
+    images_at_once, in_slices, norm, square,
 };
-use crate::nn::ops::{self, Padding};
-use crate::nn::{Conv2d, GroupNorm, Weights};
+use crate::nn::{Conv2d, Weights};
 use crate::{Error, Result};
 
 /// Residual blocks at each resolution of the encoder; the decoder has one more.
@@ -81,184 +80,69 @@ impl Config {
     }
 }
 
-/// Residual blocks, each followed by attention at the lowest resolution, and then a change of resolution.
-struct Level {
-    res: Vec<ResnetBlock>,
-    attn: Vec<AttnBlock>,
-    resample: Option<Conv2d>,
+fn middle(channels: usize, groups: usize, weights: &Weights) -> Result<Middle> {
+    Middle::new(channels, groups, true, ["0", "1", "2"], weights)
 }
 
-impl Level {
-    fn new(
-        (inputs, outputs): (usize, usize),
-        blocks: usize,
-        lowest: bool,
-        resample: Option<Conv2d>,
-        groups: usize,
-        weights: &Weights,
-    ) -> Result<Self> {
-        let res = (0..blocks)
-            .map(|i| {
-                let inputs = if i == 0 { inputs } else { outputs };
-                ResnetBlock::new(inputs, outputs, groups, &weights.pp("res").pp(i))
-            })
-            .collect::<Result<_>>()?;
-        let attn = (0..if lowest { blocks } else { 0 })
-            .map(|i| AttnBlock::new(outputs, groups, &weights.pp("attn").pp(i)))
-            .collect::<Result<_>>()?;
-        Ok(Self {
-            res,
-            attn,
-            resample,
-        })
+fn encoder(c: &Config, weights: &Weights) -> Result<Encoder> {
+    let groups = c.norm_num_groups;
+    let mut inputs = c.ch;
+    let mut levels = Vec::new();
+    for (i, factor) in c.encoder_ch_mult.iter().enumerate() {
+        let (outputs, lowest) = (c.ch * factor, i + 1 == c.encoder_ch_mult.len());
+        let here = weights.pp("conv_blocks").pp(i);
+        let halve = (!lowest)
+            .then(|| halving(outputs, &here.pp("downsample").pp("conv")))
+            .transpose()?;
+        let blocks = ("res", RES_BLOCKS);
+        levels.push(Level::new(
+            (inputs, outputs),
+            blocks,
+            lowest,
+            halve,
+            groups,
+            &here,
+        )?);
+        inputs = outputs;
     }
-
-    fn forward(&self, x: Tensor) -> Result<Tensor> {
-        let mut h = x;
-        for (i, res) in self.res.iter().enumerate() {
-            h = res.forward(&h)?;
-            if let Some(attn) = self.attn.get(i) {
-                h = attn.forward(&h)?;
-            }
-        }
-        Ok(h)
-    }
+    Ok(Encoder {
+        conv_in: conv(3, c.ch, 3, &weights.pp("conv_in"))?,
+        levels,
+        mid: middle(inputs, groups, &weights.pp("mid"))?,
+        norm_out: norm(groups, inputs, &weights.pp("norm_out"))?,
+        conv_out: conv(inputs, c.z_channels, 3, &weights.pp("conv_out"))?,
+    })
 }
 
-struct Middle {
-    first: ResnetBlock,
-    attn: AttnBlock,
-    last: ResnetBlock,
-}
-
-impl Middle {
-    fn new(channels: usize, groups: usize, weights: &Weights) -> Result<Self> {
-        Ok(Self {
-            first: ResnetBlock::new(channels, channels, groups, &weights.pp(0))?,
-            attn: AttnBlock::new(channels, groups, &weights.pp(1))?,
-            last: ResnetBlock::new(channels, channels, groups, &weights.pp(2))?,
-        })
+fn decoder(c: &Config, weights: &Weights) -> Result<Decoder> {
+    let groups = c.norm_num_groups;
+    let lowest = c.ch * c.decoder_ch_mult.last().copied().unwrap_or(1);
+    let mut inputs = lowest;
+    let mut levels = Vec::new();
+    for (i, factor) in c.decoder_ch_mult.iter().rev().enumerate() {
+        let (outputs, highest) = (c.ch * factor, i + 1 == c.decoder_ch_mult.len());
+        let here = weights.pp("conv_blocks").pp(i);
+        let double = (!highest)
+            .then(|| conv(outputs, outputs, 3, &here.pp("upsample").pp("conv")))
+            .transpose()?;
+        let blocks = ("res", RES_BLOCKS + 1);
+        levels.push(Level::new(
+            (inputs, outputs),
+            blocks,
+            i == 0,
+            double,
+            groups,
+            &here,
+        )?);
+        inputs = outputs;
     }
-
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.last
-            .forward(&self.attn.forward(&self.first.forward(x)?)?)
-    }
-}
-
-struct Encoder {
-    conv_in: Conv2d,
-    conv_blocks: Vec<Level>,
-    mid: Middle,
-    norm_out: GroupNorm,
-    conv_out: Conv2d,
-}
-
-impl Encoder {
-    fn new(c: &Config, weights: &Weights) -> Result<Self> {
-        let (levels, groups) = (c.encoder_ch_mult.len(), c.norm_num_groups);
-        let mut inputs = c.ch;
-        let mut conv_blocks = Vec::new();
-        for (i, factor) in c.encoder_ch_mult.iter().enumerate() {
-            let (outputs, lowest) = (c.ch * factor, i + 1 == levels);
-            let here = weights.pp("conv_blocks").pp(i);
-            let down = if lowest {
-                None
-            } else {
-                let place = here.pp("downsample").pp("conv");
-                Some(Conv2d::new(
-                    outputs,
-                    outputs,
-                    3,
-                    2,
-                    Padding::RightBottom,
-                    &place,
-                )?)
-            };
-            conv_blocks.push(Level::new(
-                (inputs, outputs),
-                RES_BLOCKS,
-                lowest,
-                down,
-                groups,
-                &here,
-            )?);
-            inputs = outputs;
-        }
-        Ok(Self {
-            conv_in: conv(3, c.ch, 3, &weights.pp("conv_in"))?,
-            conv_blocks,
-            mid: Middle::new(inputs, groups, &weights.pp("mid"))?,
-            norm_out: norm(groups, inputs, &weights.pp("norm_out"))?,
-            conv_out: conv(inputs, c.z_channels, 3, &weights.pp("conv_out"))?,
-        })
-    }
-
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let mut h = self.conv_in.forward(x)?;
-        for level in &self.conv_blocks {
-            h = level.forward(h)?;
-            if let Some(down) = &level.resample {
-                h = down.forward(&h)?;
-            }
-        }
-        let h = self.mid.forward(&h)?;
-        self.conv_out.forward(&self.norm_out.forward_silu(&h)?)
-    }
-}
-
-struct Decoder {
-    conv_in: Conv2d,
-    mid: Middle,
-    conv_blocks: Vec<Level>,
-    norm_out: GroupNorm,
-    conv_out: Conv2d,
-}
-
-impl Decoder {
-    fn new(c: &Config, weights: &Weights) -> Result<Self> {
-        let (levels, groups) = (c.decoder_ch_mult.len(), c.norm_num_groups);
-        let lowest = c.ch * c.decoder_ch_mult[levels - 1];
-        let mut inputs = lowest;
-        let mut conv_blocks = Vec::new();
-        for (i, factor) in c.decoder_ch_mult.iter().rev().enumerate() {
-            let outputs = c.ch * factor;
-            let here = weights.pp("conv_blocks").pp(i);
-            let up = if i + 1 == levels {
-                None
-            } else {
-                let place = here.pp("upsample").pp("conv");
-                Some(conv(outputs, outputs, 3, &place)?)
-            };
-            conv_blocks.push(Level::new(
-                (inputs, outputs),
-                RES_BLOCKS + 1,
-                i == 0,
-                up,
-                groups,
-                &here,
-            )?);
-            inputs = outputs;
-        }
-        Ok(Self {
-            conv_in: conv(c.z_channels, lowest, 3, &weights.pp("conv_in"))?,
-            mid: Middle::new(lowest, groups, &weights.pp("mid"))?,
-            conv_blocks,
-            norm_out: norm(groups, inputs, &weights.pp("norm_out"))?,
-            conv_out: conv(inputs, 3, 3, &weights.pp("conv_out"))?,
-        })
-    }
-
-    fn forward(&self, z: &Tensor) -> Result<Tensor> {
-        let mut h = self.mid.forward(&self.conv_in.forward(z)?)?;
-        for level in &self.conv_blocks {
-            h = level.forward(h)?;
-            if let Some(up) = &level.resample {
-                h = up.forward(&ops::upsample_nearest2x(&h)?)?;
-            }
-        }
-        self.conv_out.forward(&self.norm_out.forward_silu(&h)?)
-    }
+    Ok(Decoder {
+        conv_in: conv(c.z_channels, lowest, 3, &weights.pp("conv_in"))?,
+        mid: middle(lowest, groups, &weights.pp("mid"))?,
+        levels,
+        norm_out: norm(groups, inputs, &weights.pp("norm_out"))?,
+        conv_out: conv(inputs, 3, 3, &weights.pp("conv_out"))?,
+    })
 }
 
 /// The tokenizer.
@@ -279,8 +163,8 @@ impl VqModel {
         let width = c.codebook_embed_dim;
         let place = weights.pp("quantize").pp("embedding");
         Ok(Self {
-            encoder: Encoder::new(c, &weights.pp("encoder"))?,
-            decoder: Decoder::new(c, &weights.pp("decoder"))?,
+            encoder: encoder(c, &weights.pp("encoder"))?,
+            decoder: decoder(c, &weights.pp("decoder"))?,
             quant_conv: conv(c.z_channels, width, 1, &weights.pp("quant_conv"))?,
             post_quant_conv: conv(width, c.z_channels, 1, &weights.pp("post_quant_conv"))?,
             codebook: Codebook::new(c.codebook_size, width, c.codebook_l2_norm, &place)?,
@@ -309,12 +193,17 @@ impl VqModel {
 
     /// Tokens (b, n) of u32, row by row, of `image` (b, 3, h, w) in [−1, 1].
     pub fn encode(&self, image: &Tensor) -> Result<Tensor> {
-        Ok(self.quantize(&self.encode_continuous(image)?)?.tokens)
+        self.quantize(&self.encode_continuous(image)?)
     }
 
-    /// The nearest code for each place of `z` (b, codebook_embed_dim, h, w), the first of equals.
-    pub fn quantize(&self, z: &Tensor) -> Result<Quantized> {
+    /// The nearest code for each place of `z` (b, codebook_embed_dim, h, w), the first of equals: (b, h·w) of u32.
+    pub fn quantize(&self, z: &Tensor) -> Result<Tensor> {
         self.codebook.quantize(z)
+    }
+
+    /// What [`VqModel::quantize`] compares.
+    pub fn compared(&self, z: &Tensor) -> Result<Compared> {
+        self.codebook.compared(z)
     }
 
     /// Images (b, 3, h, w), about [−1, 1] and not clamped, of `tokens` (b, n) of u32: a square grid, row by row.

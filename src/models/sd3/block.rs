@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use candle_core::{D, Tensor};
 
-use super::transformer::Config;
+use super::transformer::{Config, QkNorm};
 use crate::Result;
 use crate::nn::{
     Init, LayerNorm, Linear, Mask, RmsNorm, Weights, is_recomputing, layout, ops, recompute,
@@ -39,8 +39,31 @@ struct Projections {
     q: Linear,
     k: Linear,
     v: Linear,
-    norms: Option<(RmsNorm, RmsNorm)>,
+    norms: Option<(HeadNorm, HeadNorm)>,
     heads: usize,
+}
+
+/// The norm of each head's queries or keys.
+enum HeadNorm {
+    Rms(RmsNorm),
+    Layer(LayerNorm),
+}
+
+impl HeadNorm {
+    fn new(kind: QkNorm, width: usize, weights: &Weights) -> Result<Self> {
+        Ok(match kind {
+            QkNorm::RmsNorm => Self::Rms(RmsNorm::new(width, EPS, weights)?),
+            QkNorm::LayerNorm => Self::Layer(LayerNorm::new(width, EPS, weights)?),
+            QkNorm::Fp32LayerNorm => Self::Layer(LayerNorm::plain(EPS)),
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Rms(norm) => norm.forward(x),
+            Self::Layer(norm) => norm.forward(x),
+        }
+    }
 }
 
 impl Projections {
@@ -48,9 +71,10 @@ impl Projections {
     fn new(config: &Config, names: [&str; 5], weights: &Weights) -> Result<Self> {
         let d = config.inner_dim();
         let linear = |name: &str| Linear::new(d, d, true, &weights.pp(name));
-        let norm = |name: &str| RmsNorm::new(config.attention_head_dim, EPS, &weights.pp(name));
+        let norm =
+            |kind, name: &str| HeadNorm::new(kind, config.attention_head_dim, &weights.pp(name));
         let norms = match config.qk_norm {
-            Some(super::QkNorm::RmsNorm) => Some((norm(names[3])?, norm(names[4])?)),
+            Some(kind) => Some((norm(kind, names[3])?, norm(kind, names[4])?)),
             None => None,
         };
         Ok(Self {

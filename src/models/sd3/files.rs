@@ -2,23 +2,10 @@
 
 use std::path::Path;
 
-use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::{Error, Result};
-
-/// Reads JSON into `T`; a file that is missing, unreadable or of another kind is named.
-pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
-    serde_json::from_str(&text).map_err(|e| fault(path, e))
-}
-
-fn fault(path: &Path, what: impl std::fmt::Display) -> Error {
-    Error::Checkpoint {
-        path: path.to_path_buf(),
-        faults: vec![what.to_string()],
-    }
-}
+use crate::Result;
+use crate::files::read_json;
 
 /// Whether `model_index.json` of `directory` names `component` with a class; `[null, null]` stands for none.
 pub(super) fn has_component(directory: &Path, component: &str) -> Result<bool> {

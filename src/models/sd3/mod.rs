@@ -24,6 +24,7 @@ use super::autoencoder::{self, AutoencoderKl};
 use super::checkpoint_files::{self, WeightFiles};
 use super::finish_all;
 use crate::diffusion::{self, FlowMatchEuler, LossForm};
+use crate::files::read_json;
 use crate::nn::{self, Weights};
 use crate::{Error, Result};
 
@@ -91,9 +92,9 @@ impl Sd3 {
     /// once.
     pub fn open(directory: &Path, transformer: &Weights) -> Result<Self> {
         let (dtype, device) = (transformer.dtype(), transformer.device().clone());
-        let config: Config = files::read_json(&directory.join("transformer/config.json"))?;
-        let vae_config: autoencoder::Config = files::read_json(&directory.join("vae/config.json"))?;
-        let scheduler = files::read_json(&directory.join("scheduler/scheduler_config.json"))?;
+        let config: Config = read_json(&directory.join("transformer/config.json"))?;
+        let vae_config: autoencoder::Config = read_json(&directory.join("vae/config.json"))?;
+        let scheduler = read_json(&directory.join("scheduler/scheduler_config.json"))?;
 
         let vae = directory.join("vae");
         let vae_weights =

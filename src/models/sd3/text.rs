@@ -6,7 +6,8 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
 use super::Conditioning;
-use super::files::{has_component, read_json};
+use super::files::has_component;
+use crate::files::read_json;
 use crate::models::{checkpoint_files, clip, t5, tokenizer::TextTokenizer};
 use crate::nn::Weights;
 use crate::{Error, Result};

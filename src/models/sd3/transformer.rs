@@ -26,12 +26,16 @@ pub const LORA_TARGETS: [&str; 8] = [
 /// Width of the sinusoidal embedding of the timestep.
 const TIMESTEP_CHANNELS: usize = 256;
 
-/// How queries and keys are normalised.
+/// How the queries and keys of each head are normalised; weights are each stream's own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum QkNorm {
-    /// Root mean square over each head, with a weight for each of the two streams.
+    /// Root mean square, with a weight.
     RmsNorm,
+    /// Mean and variance, with a weight and a bias.
+    LayerNorm,
+    /// Mean and variance alone.
+    Fp32LayerNorm,
 }
 
 /// `transformer/config.json`; the defaults are diffusers'.
@@ -62,7 +66,8 @@ pub struct Config {
     pub pos_embed_max_size: usize,
     /// Blocks with a second attention over the image alone (SD3.5 Medium).
     pub dual_attention_layers: Vec<usize>,
-    /// Normalisation of queries and keys; absent in SD3, `rms_norm` in SD3.5.
+    /// Normalisation of queries and keys; absent in SD3, `rms_norm` in SD3.5. diffusers' other kinds cannot be built
+    /// with both streams.
     pub qk_norm: Option<QkNorm>,
 }
 

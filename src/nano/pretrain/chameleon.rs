@@ -108,7 +108,7 @@ fn described(c: &Config) -> serde_json::Value {
         "num_hidden_layers": c.num_hidden_layers,
         "num_attention_heads": c.num_attention_heads,
         "num_key_value_heads": c.kv_heads(),
-        "hidden_act": c.hidden_act,
+        "hidden_act": "silu",
         "max_position_embeddings": c.max_position_embeddings,
         "rms_norm_eps": c.rms_norm_eps,
         "rope_theta": c.rope_theta,

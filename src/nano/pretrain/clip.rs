@@ -100,7 +100,6 @@ pub fn train(context: &Context) -> Result<()> {
         vision_config: VisionConfig {
             hidden_size: settings.vision.width,
             intermediate_size: 4 * settings.vision.width,
-            projection_dim: settings.projection,
             num_hidden_layers: settings.vision.layers,
             num_attention_heads: settings.vision.heads,
             image_size: context.settings.image_size,
@@ -204,7 +203,7 @@ fn write_configs(context: &Context, config: &Config) -> Result<()> {
                 "model_type": "clip_vision_model",
                 "hidden_size": vision.hidden_size,
                 "intermediate_size": vision.intermediate_size,
-                "projection_dim": vision.projection_dim,
+                "projection_dim": config.projection_dim,
                 "num_hidden_layers": vision.num_hidden_layers,
                 "num_attention_heads": vision.num_attention_heads,
                 "num_channels": vision.num_channels,

@@ -8,7 +8,7 @@ use super::context::Context;
 use super::course::Step;
 use super::{contrast, files};
 use crate::evaluation::preprocess::Preprocessing;
-use crate::models::vit::{Config, Vit};
+use crate::models::vit::{Config, Size, Vit};
 use crate::nano::identity::Class;
 use crate::{Error, Result};
 
@@ -39,8 +39,8 @@ pub fn train(context: &Context) -> Result<()> {
         num_hidden_layers: settings.vision.layers,
         num_attention_heads: settings.vision.heads,
         intermediate_size: 4 * settings.vision.width,
-        image_size: context.settings.image_size,
-        patch_size: settings.patch_size,
+        image_size: Size::square(context.settings.image_size),
+        patch_size: Size::square(settings.patch_size),
         ..Config::default()
     };
     write_configs(context, &config)?;
@@ -91,13 +91,13 @@ fn write_configs(context: &Context, config: &Config) -> Result<()> {
             "intermediate_size": config.intermediate_size,
             "hidden_act": "gelu",
             "layer_norm_eps": config.layer_norm_eps,
-            "image_size": config.image_size,
-            "patch_size": config.patch_size,
+            "image_size": config.image_size.width,
+            "patch_size": config.patch_size.width,
             "num_channels": config.num_channels,
             "qkv_bias": config.qkv_bias,
         }),
     )?;
-    let side = config.image_size;
+    let side = config.image_size.width;
     files::write_json(
         &folder.join("preprocessor_config.json"),
         &json!({
