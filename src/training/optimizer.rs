@@ -296,6 +296,8 @@ fn adamw(
 ) {
     let config = &update.config;
     let (b1, b2) = (config.beta1 as f32, config.beta2 as f32);
+    // 1 − β is taken before rounding, as torch does: 1 − 0.999f32 is off by one part in 40,000.
+    let (c1, c2) = ((1.0 - config.beta1) as f32, (1.0 - config.beta2) as f32);
     let (clip, decay, epsilon) = (
         update.clip as f32,
         update.decay as f32,
@@ -305,8 +307,8 @@ fn adamw(
     let moments = first.iter_mut().zip(second);
     for ((weight, gradient), (first, second)) in weights.iter_mut().zip(gradient).zip(moments) {
         let g = gradient * clip;
-        *first = b1 * *first + (1.0 - b1) * g;
-        *second = b2 * *second + (1.0 - b2) * g * g;
+        *first = b1 * *first + c1 * g;
+        *second = b2 * *second + c2 * g * g;
         *weight = *weight * decay - step_size * *first / (second.sqrt() / correction + epsilon);
     }
 }
@@ -349,8 +351,8 @@ fn squares(values: &[f32]) -> f64 {
     lanes.iter().sum()
 }
 
-/// The factor on the learning rate at `step` (0-based) of `steps`, in [0, 1], as the trainers of diffusers and
-/// transformers compute it.
+/// The factor on the learning rate of step `step` (0-based) of `steps`, in [0, 1], as transformers' and diffusers'
+/// `get_scheduler` give it. The warm-up rises by 1 / `warmup_steps` from 0, so that its first step moves nothing.
 pub fn learning_rate_factor(
     scheduler: LrScheduler,
     step: usize,
@@ -358,7 +360,7 @@ pub fn learning_rate_factor(
     warmup_steps: usize,
 ) -> f64 {
     if scheduler != LrScheduler::Constant && step < warmup_steps {
-        return (step + 1) as f64 / warmup_steps as f64;
+        return step as f64 / warmup_steps as f64;
     }
     let after = step.saturating_sub(warmup_steps) as f64;
     let progress = after / steps.saturating_sub(warmup_steps).max(1) as f64;
