@@ -5,6 +5,7 @@
 //! [`Resolved`], what it means. Faults of all steps are collected and reported together.
 
 mod defaults;
+mod effect;
 pub mod locate;
 pub mod models;
 pub mod prompts;
@@ -13,6 +14,7 @@ mod resolve;
 mod resolved;
 mod subjects;
 mod templates;
+mod training;
 mod tree;
 mod typed;
 
@@ -22,8 +24,9 @@ pub use locate::locate;
 pub use models::{Family, Kind, family};
 pub use prompts::PromptList;
 pub(crate) use reader::did_you_mean;
-pub use resolve::{Document, training_defaults};
+pub use resolve::Document;
 pub use resolved::*;
+pub use training::training_defaults;
 
 use crate::Result;
 

@@ -149,7 +149,7 @@ pub struct Proxies {
 pub struct DiffusionSampling {
     /// Denoising steps, at least 1. Default: 28, SDXL 50.
     pub num_inference_steps: usize,
-    /// Classifier-free guidance, at least 0; 1 is none. Default: SD3 7, SDXL 5, FLUX 3.5.
+    /// Classifier-free guidance, at least 1, which is none. Default: SD3 7, SDXL 5, FLUX 3.5.
     pub guidance_scale: f64,
     /// What guidance leads away from. Default "".
     pub negative_prompt: String,
@@ -158,7 +158,7 @@ pub struct DiffusionSampling {
 /// How an autoregressive model samples.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct AutoregressiveSampling {
-    /// Classifier-free guidance on logits, at least 0; 1 is none. Default: LlamaGen 7.5, Lumina 4.
+    /// Classifier-free guidance on logits, at least 1, which is none. Default: LlamaGen 7.5, Lumina 4.
     pub guidance_scale: f64,
     /// Only this many most likely tokens may be drawn; 0 is all. Default: LlamaGen 1000, Lumina 2000.
     pub top_k: usize,

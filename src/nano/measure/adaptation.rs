@@ -136,8 +136,11 @@ async fn run(
     let seed = 1 + number / CHOSEN.len();
     let overrides = [
         format!("seed={seed}"),
-        format!("subject.{subject}.images={}", photos.display()),
-        format!("subject.{subject}.class={class}"),
+        format!("subject.\"{subject}\".images={}", photos.display()),
+        format!("subject.\"{subject}\".class={class}"),
+        format!("supervisor.device={}", context.named_device),
+        format!("student.device={}", context.named_device),
+        format!("evaluation.device={}", context.named_device),
         format!("supervisor.model={}", checkpoint("sd3")),
         format!("student.model={}", checkpoint("llamagen")),
         format!("evaluation.clip={}", checkpoint("clip")),
