@@ -5,6 +5,7 @@
 //! [`Resolved`], what it means. Faults of all steps are collected and reported together.
 
 mod defaults;
+mod direct;
 mod effect;
 pub mod locate;
 pub mod models;
@@ -26,6 +27,7 @@ pub use prompts::PromptList;
 pub(crate) use reader::did_you_mean;
 pub use resolve::Document;
 pub use resolved::*;
+pub use templates::prompt_list;
 pub use training::training_defaults;
 
 use crate::Result;

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::defaults;
+use super::direct;
 use super::effect::{first_idle, unlike};
 use super::locate::locate;
 use super::models::{self, Family, Kind};
@@ -195,7 +196,7 @@ fn pipeline(typed: &typed::Pipeline, faults: &Faults) -> Option<Resolved> {
     }
     let evaluation = resolve_evaluation(&typed.evaluation, student.as_ref(), faults);
     let student = student?;
-    let direct = resolve_direct(typed, &student, faults);
+    let direct = direct::resolve(typed, &student, faults);
     let resolved = Resolved {
         seed: or(&typed.seed, 0) as u64,
         threads: threads(or(&typed.threads, 0)),
@@ -498,7 +499,7 @@ fn init_digest(typed: &typed::Student, faults: &Faults) -> Option<String> {
 }
 
 /// The dropout that was typed for `role`, or else the default; diffusion models have none.
-fn dropout(
+pub(super) fn dropout(
     (role, typed): (&str, &Typed<f64>),
     (family, default): (Family, f64),
     model: &Place,
@@ -517,67 +518,6 @@ fn dropout(
     default
 }
 
-fn resolve_direct(typed: &typed::Pipeline, student: &Student, faults: &Faults) -> Direct {
-    let section = &typed.direct;
-    if let Some(source) = &section.source
-        && source.value == Source::Proxies
-    {
-        faults.push(
-            &source.place,
-            "direct.source = \"proxies\" would not be direct",
-            "the choices here are \"references\" and \"augmented\"",
-        );
-    }
-    let model = typed.student.as_ref();
-    let inherited = model.map(|student| &student.training);
-    let model_place = model.map_or(&typed.start, |student| {
-        place_of(&student.model, &typed.start)
-    });
-    let meaning = |section: &typed::Direct, faults: &Faults| Direct {
-        enabled: or(&section.enabled, student.source == Source::Proxies),
-        source: or(&section.source, Source::References),
-        training: training(
-            "direct",
-            &section.training,
-            &student.training,
-            inherited,
-            false,
-            faults,
-        ),
-        condition_dropout: or(&section.condition_dropout, student.condition_dropout),
-        dropout: dropout(
-            ("direct", &section.dropout),
-            (student.family, student.dropout),
-            model_place,
-            faults,
-        ),
-    };
-    if or(&section.enabled, student.source == Source::Proxies) {
-        return meaning(section, faults);
-    }
-    let unheard = Faults::default();
-    let asked = meaning(section, &unheard);
-    let unasked = Direct {
-        enabled: false,
-        ..meaning(&typed::Direct::default(), &unheard)
-    };
-    let source = model.and_then(|student| student.source.as_ref());
-    let switch = match &section.enabled {
-        Some(enabled) => Some(&enabled.place),
-        None => source.map(|at| &at.place),
-    };
-    if asked != unasked
-        && let Some(place) = first_idle(switch, section.places())
-    {
-        faults.push(
-            place,
-            "[direct] has no effect: it is not enabled",
-            "remove what it says, or set direct.enabled = true",
-        );
-    }
-    unasked
-}
-
 fn resolve_evaluation(
     typed: &typed::Evaluation,
     student: Option<&Student>,
@@ -591,9 +531,7 @@ fn resolve_evaluation(
     });
     let prompts = match &typed.prompts {
         None => Some(PromptList::DreamBooth),
-        Some(typed::Prompts::Named(name)) => {
-            PromptList::named(&name.value).or_else(|| templates::read(name, faults))
-        }
+        Some(typed::Prompts::Named(name)) => templates::read(name, faults),
         Some(typed::Prompts::Listed(templates)) => {
             templates
                 .iter()

@@ -18,6 +18,8 @@ pub(super) enum Place {
     },
     /// An override, as it was typed.
     Override(String),
+    /// Another argument of the command line, as it was typed.
+    Argument(String),
 }
 
 impl fmt::Display for Place {
@@ -25,6 +27,7 @@ impl fmt::Display for Place {
         match self {
             Place::File { file, line, column } => write!(f, "{file}:{line}:{column}"),
             Place::Override(text) => write!(f, "--set {text}"),
+            Place::Argument(text) => f.write_str(text),
         }
     }
 }
