@@ -45,10 +45,10 @@ pub struct Training {
     /// AdamW's decay of the second moment.
     #[serde(default = "beta2")]
     pub beta2: f64,
-    /// AdamW's decoupled weight decay, on tensors of two or more dimensions.
+    /// Decoupled weight decay, on tensors of two or more dimensions.
     #[serde(default = "weight_decay")]
     pub weight_decay: f64,
-    /// Largest global norm of the gradient.
+    /// Largest global norm of the gradient, over all weights whatever moves them.
     #[serde(default = "max_grad_norm")]
     pub max_grad_norm: f64,
 }
