@@ -206,7 +206,26 @@ fn evaluate_prints_the_scores_of_a_folder_and_of_a_model() {
     for part in ["CLIP-I", "CLIP-T", "DINO", photos] {
         assert!(said.out.contains(part), "{part}: {}", said.out);
     }
+    assert!(said.out.contains("with \"a dog\""), "{}", said.out);
+    let own = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(photos).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, own.path().join(path.file_name().unwrap())).unwrap();
+        let caption = own.path().join(path.file_stem().unwrap());
+        std::fs::write(caption.with_extension("txt"), "a sks dog in the snow").unwrap();
+    }
+    let about = ["evaluate", "--references", photos, "--class", "dog"];
+    let own = [&about[..], &["--images", text(own.path())]].concat();
+    let said = proxytune(&own);
+    said.says(0, &[]);
+    assert!(!said.out.contains("with \"a dog\""), "{}", said.out);
+    for flag in [["--prompts", "nano-10"], ["--guidance-scale", "3"]] {
+        proxytune(&[&own[..], &flag].concat()).says(2, &["--images", flag[0]]);
+    }
     let list = run.join("prompts.txt");
+    std::fs::write(&list, "a {token}\na {clas} in the snow\n").unwrap();
+    let faulty = ["--model", "nano-llamagen", "--prompts", text(&list)];
+    proxytune(&[&about[..], &faulty].concat()).says(2, &["prompts.txt:2:1: {clas}", "hint: "]);
     std::fs::write(&list, "a {token} {class} in the snow\n").unwrap();
     let student = run.join("student");
     let said = proxytune(&[

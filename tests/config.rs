@@ -357,7 +357,7 @@ fn what_cannot_work_is_a_fault() {
         ),
         (
             vec!["evaluation.prompts=dreamboth"],
-            "neither a list that ships nor a file",
+            "neither a list of prompts that ships nor a file",
         ),
         (
             vec!["student.device=gpu"],
@@ -485,6 +485,10 @@ fn a_missing_checkpoint_says_which_files_go_where() {
         "{hint}"
     );
     assert!(hint.contains("datasets/checkpoints/llamagen-xl"), "{hint}");
+    // Nano Lumina is there once it has been trained.
+    if let Err(error) = locate("nano-lumina") {
+        assert!(error.hint().unwrap().contains("--only vqgan,chameleon"));
+    }
     let unknown = locate("no-such-thing").unwrap_err();
     assert!(unknown.hint().unwrap().contains("nano-sd3"));
 }
@@ -519,6 +523,18 @@ fn a_directory_with_nano_files_is_scored_by_the_nano_evaluators() {
         let folder = format!("{root}/datasets/nano/checkpoints/{checkpoint}");
         assert_eq!(evaluators(&folder), nano, "{checkpoint}");
     }
+    let merged = tempfile::tempdir().unwrap();
+    std::fs::write(
+        merged.path().join("config.json"),
+        r#"{"model_type": "chameleon"}"#,
+    )
+    .unwrap();
+    std::fs::write(
+        merged.path().join("tokenizer.json"),
+        r#"{"model": {"type": "WordLevel", "vocab": {}}}"#,
+    )
+    .unwrap();
+    assert_eq!(evaluators(merged.path().to_str().unwrap()), nano);
     let large = tempfile::tempdir().unwrap();
     let write = |name: &str, text: &str| {
         let path = large.path().join(name);
@@ -529,7 +545,8 @@ fn a_directory_with_nano_files_is_scored_by_the_nano_evaluators() {
         "config.json",
         r#"{"cls_token_num": 120, "block_size": 256}"#,
     );
-    write("vq/config.json", r#"{"encoder_ch_mult": [1, 1, 2, 2, 4]}"#);
+    write("vq/config.json", r#"{"encoder_ch_mult": [1, 1, 2]}"#);
+    write("t5/tokenizer.json", r#"{"model": {"type": "Unigram"}}"#);
     assert_eq!(
         evaluators(large.path().to_str().unwrap()).0,
         "clip-vit-base-patch32"

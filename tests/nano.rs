@@ -96,6 +96,7 @@ fn adaptation_is_measured_by_running_the_job_for_one_subject_after_another() {
 fn one_run_has_no_standard_error_and_photos_do_not_go_with_nano() {
     evaluate(&["--only", "dino", "--runs", "1"]).says(1, &["--runs 1", "hint:"]);
     evaluate(&["--class", "dog"]).says(2, &["--nano", "--class"]);
+    evaluate(&["--guidance-scale", "2"]).says(2, &["--nano", "--guidance-scale"]);
 }
 
 #[tokio::test]
@@ -116,6 +117,25 @@ async fn pretraining_goes_on_from_the_weights_alone_and_logs_its_curve() {
     };
     pretrain("128");
     pretrain("64");
+    // A pretraining of another size that fails leaves the configuration to the weights that are there.
+    let config = out.join("dino/config.json");
+    let before = std::fs::read(&config).unwrap();
+    let settings = std::fs::read_to_string(SETTINGS).unwrap();
+    let (size, rest) = (
+        "vision = { width = 128, layers = 4, heads = 4 }\nidentities_per_class = 8\n",
+        "temperature = 0.1",
+    );
+    let smaller = size.replace("layers = 4", "layers = 2") + "temperature = 1e-300";
+    let changed = settings.replace(&format!("{size}{rest}"), &smaller);
+    assert_ne!(changed, settings);
+    let other = dir.path().join("other.toml");
+    std::fs::write(&other, changed).unwrap();
+    let mut command: Command = program();
+    command.arg("pretrain").arg(&other);
+    command.args(["--only", "dino", "--threads", "1", "--images", "64"]);
+    command.arg("--out").arg(&out).arg("--store").arg(&store);
+    say(command).says(1, &["not finite"]);
+    assert!(std::fs::read(&config).unwrap() == before);
     let notes = std::fs::read_to_string(out.join("dino/training.json")).unwrap();
     let notes: Value = serde_json::from_str(&notes).unwrap();
     assert_eq!(notes["images"], 192);

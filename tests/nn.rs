@@ -646,5 +646,10 @@ fn wrong_shapes_are_errors() {
     assert!(ops::embedding(&t(&[2, 3]), &Tensor::new(&[2u32], &Device::Cpu).unwrap()).is_err());
     let target = Tensor::new(&[3u32, 0], &Device::Cpu).unwrap();
     assert!(ops::cross_entropy(&t(&[2, 3]), &target).is_err());
+    for (keys, mask) in [(0, Mask::None), (2, Mask::Causal)] {
+        let (q, k) = (t(&[1, 2, 3, 4]), t(&[1, 2, keys, 4]));
+        assert!(ops::attention(&q, &k, &k, 1.0, &mask).is_err());
+        assert!(plain::attention(&q, &k, &k, 1.0, &mask).is_err());
+    }
     assert!(ops::dropout(&t(&[2]), 1.0, &mut ChaCha8Rng::seed_from_u64(0)).is_err());
 }

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use candle_core::backprop::GradStore;
 use candle_core::{Device, Tensor, Var};
 use proxytune::Error;
-use proxytune::training::optimizer::{AdamW, AdamWConfig};
+use proxytune::config::LrScheduler;
+use proxytune::training::optimizer::{AdamW, AdamWConfig, learning_rate_factor};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
@@ -142,4 +143,80 @@ fn an_optimizer_continues_from_its_state_and_refuses_what_is_not_finite() {
     let error = first.step(&store, RATE).unwrap_err();
     assert!(matches!(error, Error::NotFinite { .. }), "{error}");
     assert_eq!(values(&one), before);
+}
+
+/// Schedulers, warm-up steps, and the factor of each step by `get_scheduler` of transformers 5.24, to nine digits.
+const SCHEDULES: [(LrScheduler, usize, &[f64]); 7] = [
+    (LrScheduler::Constant, 3, &[1.0, 1.0, 1.0, 1.0]),
+    (LrScheduler::ConstantWithWarmup, 1, &[0.0, 1.0, 1.0, 1.0]),
+    (LrScheduler::ConstantWithWarmup, 4, &[0.0, 0.25, 0.5, 0.75]),
+    (
+        LrScheduler::Linear,
+        0,
+        &[1.0, 0.833333333, 0.666666667, 0.5, 0.333333333, 0.166666667],
+    ),
+    (
+        LrScheduler::Linear,
+        3,
+        &[0.0, 0.333333333, 0.666666667, 1.0, 0.8, 0.6, 0.4, 0.2],
+    ),
+    (
+        LrScheduler::Cosine,
+        0,
+        &[1.0, 0.933012702, 0.75, 0.5, 0.25, 0.066987298],
+    ),
+    (
+        LrScheduler::Cosine,
+        3,
+        &[
+            0.0,
+            0.333333333,
+            0.666666667,
+            1.0,
+            0.904508497,
+            0.654508497,
+            0.345491503,
+            0.095491503,
+        ],
+    ),
+];
+
+#[test]
+fn learning_rates_are_those_of_transformers() {
+    for (scheduler, warmup_steps, factors) in SCHEDULES {
+        for (step, wanted) in factors.iter().enumerate() {
+            let factor = learning_rate_factor(scheduler, step, factors.len(), warmup_steps);
+            assert!(
+                (factor - wanted).abs() < 1e-9,
+                "{scheduler:?}, {warmup_steps} warm-up steps, step {step}: {factor}, {wanted}"
+            );
+        }
+    }
+}
+
+/// Two steps of torch 2's AdamW with a rate of 1e-2, β (0.9, 0.999) and a decay of 0.1.
+#[test]
+fn weights_and_moments_are_those_of_torch() {
+    let v = Var::new(&[0.5f32, -1.25, 2.0], &Device::Cpu).unwrap();
+    let variables = vec![("v".to_string(), v.clone())];
+    let config = AdamWConfig {
+        weight_decay: 0.1,
+        ..AdamWConfig::default()
+    };
+    let mut optimizer = AdamW::new(variables.clone(), config).unwrap();
+    for gradient in [[1e-3f32, -0.5, 2.0], [0.25, 0.5, -1.0]] {
+        let gradient = Tensor::new(&gradient, &Device::Cpu).unwrap();
+        let loss = (v.as_tensor() * gradient).unwrap().sum_all().unwrap();
+        optimizer.step(&loss.backward().unwrap(), RATE).unwrap();
+    }
+    let state = optimizer.state().unwrap();
+    let second = state["v.exp_avg_sq"].to_vec1::<f32>().unwrap();
+    let found = [values(&variables).concat(), second].concat();
+    let torch = [
+        [0.481_542_5f32, -1.238_037_6, 1.983_348_7],
+        [6.250_1e-5, 4.997_5e-4, 4.996_000_3e-3],
+    ];
+    for (found, torch) in found.iter().zip(torch.concat()) {
+        assert!((found / torch - 1.0).abs() < 1e-6, "{found}, {torch}");
+    }
 }

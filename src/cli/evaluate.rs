@@ -1,21 +1,35 @@
 //! `proxytune evaluate`: scores images, or a model with an adapter, against reference photos.
 
 use std::io::Write;
+use std::path::Path;
+
+use image::RgbImage;
 
 use super::models::make_ready;
 use super::sample::{Drawn, draw};
 use super::{Ended, EvaluateArgs, output_failed, runtime};
-use crate::config::{PromptList, locate, prompts};
+use crate::config::models::evaluators;
+use crate::config::{locate, prompt_list, prompts};
+use crate::evaluation::captions::{captions, without_token};
 use crate::evaluation::embed::{Evaluator, ImageEmbedder};
 use crate::evaluation::embedders::{ClipEmbedder, DinoEmbedder};
 use crate::evaluation::metrics::ScoredImage;
 use crate::evaluation::report::{ModelScores, Report};
-use crate::images::folder;
+use crate::images::{Photo, folder};
 use crate::models::Request;
-use crate::pipeline::device;
+use crate::pipeline::{device, use_threads};
 use crate::plan::derive_seed;
 use crate::stream::{Board, Worker};
 use crate::{Error, Result};
+
+/// Images to score: where they come from, each one's prompt and its text without the subject's token, and what the
+/// output says about these.
+struct Scored {
+    name: String,
+    prompts: Vec<(String, String)>,
+    images: Vec<RgbImage>,
+    note: Option<String>,
+}
 
 pub(super) fn evaluate(args: &EvaluateArgs, out: &mut impl Write) -> Result<Ended> {
     let (Some(references), Some(class)) = (&args.references, args.class.as_deref()) else {
@@ -24,68 +38,26 @@ pub(super) fn evaluate(args: &EvaluateArgs, out: &mut impl Write) -> Result<Ende
             "give --references and --class, or --nano",
         ));
     };
+    if args.compute.threads > 0 {
+        use_threads(args.compute.threads);
+    }
     let mut ended = Ended::Well;
-    let mut photos = |dir: &std::path::Path| -> Result<Vec<(String, image::RgbImage)>> {
-        let folder = folder(dir)?;
-        for fault in &folder.set_aside {
-            eprintln!("warning: set aside: {fault}");
-            ended = Ended::WithWarnings;
-        }
-        let name = |path: &std::path::Path| {
-            path.file_stem()
-                .unwrap_or_default()
-                .to_string_lossy()
-                .into_owned()
-        };
-        Ok(folder
-            .photos
-            .into_iter()
-            .map(|photo| (name(&photo.path), photo.image))
-            .collect())
-    };
-    let references: Vec<_> = photos(references)?
+    let references: Vec<_> = photos(references, &mut ended)?
         .into_iter()
-        .map(|(_, image)| image)
+        .map(|photo| photo.image)
         .collect();
-    make_ready([args.clip.as_str(), &args.dino])?;
-    let (name, prompts, images) = match (&args.images, &args.model) {
-        (Some(dir), _) => {
-            let named = photos(dir)?;
-            let prompt = prompts::fill_without_token("a {token} {class}", class);
-            let prompts: Vec<(String, String)> = named
-                .iter()
-                .map(|_| (prompt.clone(), prompt.clone()))
-                .collect();
-            (
-                dir.display().to_string(),
-                prompts,
-                named
-                    .into_iter()
-                    .map(|(_, image)| image)
-                    .collect::<Vec<_>>(),
-            )
-        }
-        (None, Some(model)) => {
-            let templates = templates(&args.prompts, class)?;
-            let mut requests = Vec::new();
-            let mut texts = Vec::new();
-            for template in &templates {
-                for index in 0..args.images_per_prompt {
-                    let prompt = prompts::fill(template, &args.token, class);
-                    texts.push((prompt.clone(), prompts::fill_without_token(template, class)));
-                    let seed = derive_seed(args.seed, &format!("evaluate/{template}"), index);
-                    requests.push(Request { prompt, seed });
-                }
-            }
-            let Drawn { images, .. } = draw(
-                model,
-                args.adapter.as_deref(),
-                &requests,
-                &args.compute,
-                &args.sampling,
-            )?;
-            (model.clone(), texts, images)
-        }
+    let [clip, dino] = evaluators(args.model.as_deref());
+    let clip = args.clip.as_deref().unwrap_or(clip);
+    let dino = args.dino.as_deref().unwrap_or(dino);
+    make_ready([clip, dino])?;
+    let Scored {
+        name,
+        prompts,
+        images,
+        note,
+    } = match (&args.images, &args.model) {
+        (Some(dir), _) => given(dir, photos(dir, &mut ended)?, &args.token, class)?,
+        (None, Some(model)) => drawn(model, args, class)?,
         (None, None) => {
             return Err(Error::invalid(
                 "nothing to score",
@@ -93,11 +65,7 @@ pub(super) fn evaluate(args: &EvaluateArgs, out: &mut impl Write) -> Result<Ende
             ));
         }
     };
-    let (clip, dino, on) = (
-        locate(&args.clip)?,
-        locate(&args.dino)?,
-        device(args.compute.device)?,
-    );
+    let (clip, dino, on) = (locate(clip)?, locate(dino)?, device(args.compute.device)?);
     let texts: Vec<String> = prompts.iter().map(|(_, text)| text.clone()).collect();
     let (scores, protocol) = runtime()?.block_on(async move {
         let board = Board::default();
@@ -137,24 +105,78 @@ pub(super) fn evaluate(args: &EvaluateArgs, out: &mut impl Write) -> Result<Ende
         ..Report::default()
     };
     write!(out, "{}", report.text()).map_err(output_failed)?;
-    for sentence in protocol {
+    for sentence in protocol.into_iter().chain(note) {
         writeln!(out, "{sentence}").map_err(output_failed)?;
     }
     Ok(ended)
 }
 
-fn templates(list: &str, class: &str) -> Result<Vec<String>> {
-    if let Some(list) = PromptList::named(list) {
-        return Ok(list.templates(class));
+/// The usable photos in `dir`; the others are named.
+fn photos(dir: &Path, ended: &mut Ended) -> Result<Vec<Photo>> {
+    let folder = folder(dir)?;
+    for fault in &folder.set_aside {
+        eprintln!("warning: set aside: {fault}");
+        *ended = Ended::WithWarnings;
     }
-    let path = std::path::Path::new(list);
-    let text = std::fs::read_to_string(path).map_err(|_| {
-        Error::invalid(
-            format!("{list:?} is no list of prompts"),
-            "dreambooth, nano-10, or a file with one prompt per line",
+    Ok(folder.photos)
+}
+
+/// Images that are there already.
+fn given(dir: &Path, photos: Vec<Photo>, token: &str, class: &str) -> Result<Scored> {
+    let (paths, images): (Vec<_>, Vec<_>) = photos
+        .into_iter()
+        .map(|photo| (photo.path, photo.image))
+        .unzip();
+    let captions = captions(dir, &paths)?;
+    let unnamed = prompts::fill_without_token("a {token} {class}", class);
+    let without = captions.iter().filter(|caption| caption.is_none()).count();
+    let note = (without > 0).then(|| {
+        format!(
+            "CLIP-T compares {without} of {} images, which have no prompt in metadata.jsonl or a .txt, with {unnamed:?}.",
+            images.len()
         )
-    })?;
-    Ok(prompts::lines(&text)
-        .map(|(_, line)| line.to_string())
-        .collect())
+    });
+    let prompts = captions.into_iter().map(|caption| match caption {
+        Some(prompt) => {
+            let text = without_token(&prompt, token);
+            (prompt, text)
+        }
+        None => (unnamed.clone(), unnamed.clone()),
+    });
+    Ok(Scored {
+        name: dir.display().to_string(),
+        prompts: prompts.collect(),
+        images,
+        note,
+    })
+}
+
+/// What `model` draws for the prompts that were asked for.
+fn drawn(model: &str, args: &EvaluateArgs, class: &str) -> Result<Scored> {
+    let mut requests = Vec::new();
+    let mut texts = Vec::new();
+    for template in prompt_list(&args.prompts)?.templates(class) {
+        for index in 0..args.images_per_prompt {
+            let prompt = prompts::fill(&template, &args.token, class);
+            texts.push((
+                prompt.clone(),
+                prompts::fill_without_token(&template, class),
+            ));
+            let seed = derive_seed(args.seed, &format!("evaluate/{template}"), index);
+            requests.push(Request { prompt, seed });
+        }
+    }
+    let Drawn { images, .. } = draw(
+        model,
+        args.adapter.as_deref(),
+        &requests,
+        &args.compute,
+        &args.sampling,
+    )?;
+    Ok(Scored {
+        name: model.to_string(),
+        prompts: texts,
+        images,
+        note: None,
+    })
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::pretrain::chosen;
-use super::{ComputeArgs, Ended, output_failed, runtime};
+use super::{ComputeArgs, Ended, FOR_DRAWING, output_failed, runtime};
 use crate::nano::measure::{Row, adaptation, models, table};
 use crate::nano::pretrain::{Context, Model, Settings};
 use crate::pipeline::{device, use_threads};
@@ -16,7 +16,11 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, Args)]
 pub struct NanoArgs {
     /// Measure the nano checkpoints on scenes that no training saw, beside what they aim at
-    #[arg(long, conflicts_with_all = ["references", "class", "images", "model", "adapter"])]
+    #[arg(
+        long,
+        conflicts_with_all = ["references", "class", "images", "model", "adapter", "token", "clip", "dino"],
+        conflicts_with_all = FOR_DRAWING
+    )]
     pub nano: bool,
     /// Only these checkpoints
     #[arg(long, value_name = "LIST", value_delimiter = ',', requires = "nano")]

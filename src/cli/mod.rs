@@ -180,8 +180,8 @@ pub struct SampleArgs {
 /// How to sample; what is not given has the default of the model's family.
 #[derive(Debug, Clone, Default, Args)]
 pub struct SamplingArgs {
-    /// Classifier-free guidance; 1 is none
-    #[arg(long, value_name = "X")]
+    /// Classifier-free guidance, at least 1, which is none
+    #[arg(long, value_name = "X", value_parser = guidance)]
     pub guidance_scale: Option<f64>,
     /// Denoising steps (diffusion models)
     #[arg(long, value_name = "N", value_parser = at_least_one)]
@@ -220,6 +220,22 @@ pub struct ComputeArgs {
     pub threads: usize,
 }
 
+/// What says how images are drawn: images that are there already have no use for it.
+const FOR_DRAWING: [&str; 12] = [
+    "prompts",
+    "images_per_prompt",
+    "seed",
+    "dtype",
+    "batch_size",
+    "guidance_scale",
+    "num_inference_steps",
+    "negative_prompt",
+    "top_k",
+    "top_p",
+    "temperature",
+    "guidance_interval",
+];
+
 /// `proxytune evaluate`
 #[derive(Debug, Clone, Args)]
 #[command(
@@ -235,11 +251,17 @@ pub struct EvaluateArgs {
     /// What kind of thing the subject is
     #[arg(long, value_name = "WORD", required_unless_present = "nano")]
     pub class: Option<String>,
-    /// The subject's token
+    /// The subject's token; the prompts of images are compared without it
     #[arg(long, value_name = "WORD", default_value = "sks")]
     pub token: String,
-    /// Folder with images to score; without it, the model draws them
-    #[arg(long, value_name = "DIR", required_unless_present_any = ["model", "nano"])]
+    /// Folder with images to score; without it, the model draws them. CLIP-T compares them with their prompts in
+    /// metadata.jsonl (file_name, text) or in a .txt beside each, or else with "a CLASS"
+    #[arg(
+        long,
+        value_name = "DIR",
+        required_unless_present_any = ["model", "nano"],
+        conflicts_with_all = FOR_DRAWING
+    )]
     pub images: Option<PathBuf>,
     /// A known model, a checkpoint directory, or a repository of the hub (owner/name)
     #[arg(long, value_name = "NAME|DIR|OWNER/NAME", conflicts_with = "images")]
@@ -247,7 +269,7 @@ pub struct EvaluateArgs {
     /// An adapter directory
     #[arg(long, value_name = "DIR", requires = "model")]
     pub adapter: Option<PathBuf>,
-    /// dreambooth, nano-10, or a file with one prompt per line
+    /// What the model draws: dreambooth, nano-10, or a file with one prompt per line
     #[arg(long, value_name = "LIST", default_value = "nano-10")]
     pub prompts: String,
     /// Images per prompt
@@ -256,12 +278,14 @@ pub struct EvaluateArgs {
     /// Where the randomness comes from
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub seed: u64,
-    /// CLIP checkpoint: a known name, a directory or a repository
-    #[arg(long, value_name = "NAME|DIR|OWNER/NAME", default_value = "nano-clip")]
-    pub clip: String,
-    /// DINO checkpoint: a known name, a directory or a repository
-    #[arg(long, value_name = "NAME|DIR|OWNER/NAME", default_value = "nano-dino")]
-    pub dino: String,
+    /// CLIP checkpoint: a known name, a directory or a repository; by default nano-clip for images and for what nano
+    /// models draw, clip-vit-base-patch32 for other models
+    #[arg(long, value_name = "NAME|DIR|OWNER/NAME")]
+    pub clip: Option<String>,
+    /// DINO checkpoint: a known name, a directory or a repository; by default nano-dino for images and for what nano
+    /// models draw, dino-vits16 for other models
+    #[arg(long, value_name = "NAME|DIR|OWNER/NAME")]
+    pub dino: Option<String>,
     #[command(flatten)]
     pub nano: evaluate_nano::NanoArgs,
     #[command(flatten)]
@@ -332,6 +356,13 @@ pub struct ModelsArgs {
     /// Download what is missing of this one
     #[arg(long, value_name = "NAME|OWNER/NAME", conflicts_with = "name")]
     pub download: Option<String>,
+}
+
+fn guidance(text: &str) -> std::result::Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(scale) if scale >= 1.0 && scale.is_finite() => Ok(scale),
+        _ => Err("a number of at least 1 is needed".to_string()),
+    }
 }
 
 fn at_least_one(text: &str) -> std::result::Result<usize, String> {

@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::models::{KnownModel, known, known_names};
+use super::models::{Family, KnownModel, known, known_names};
 use crate::hub::{self, Presence, Published, RepoId, Settings, Snapshot, human_bytes};
 use crate::{Error, Result};
 
@@ -204,13 +204,22 @@ fn absent(model: &KnownModel, presence: Option<&Presence>) -> Error {
             [] => "everything".to_string(),
             files => files.join(", "),
         };
+        let hint = match model.family {
+            Family::Lumina => {
+                "these files do not ship; make them with: proxytune pretrain pipelines/nano-pretrain.toml \
+                 --only vqgan,chameleon"
+            }
+            _ => {
+                "start in the repository that the program was built in: these files ship with it; or make them again \
+                 with: proxytune pretrain pipelines/nano-pretrain.toml"
+            }
+        };
         return Error::invalid(
             format!(
                 "model {}: missing in {}: {files}",
                 model.name, model.directory
             ),
-            "start in the repository that the program was built in: these files ship with it; or make them again \
-             with: proxytune pretrain pipelines/nano-pretrain.toml",
+            hint,
         );
     };
     let missing: Vec<&str> = presence

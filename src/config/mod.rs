@@ -5,6 +5,8 @@
 //! [`Resolved`], what it means. Faults of all steps are collected and reported together.
 
 mod defaults;
+mod direct;
+mod effect;
 pub mod locate;
 pub mod models;
 pub mod prompts;
@@ -13,6 +15,7 @@ mod resolve;
 mod resolved;
 mod subjects;
 mod templates;
+mod training;
 mod tree;
 mod typed;
 
@@ -22,8 +25,10 @@ pub use locate::locate;
 pub use models::{Family, Kind, family};
 pub use prompts::PromptList;
 pub(crate) use reader::did_you_mean;
-pub use resolve::{Document, training_defaults};
+pub use resolve::Document;
 pub use resolved::*;
+pub use templates::prompt_list;
+pub use training::training_defaults;
 
 use crate::Result;
 

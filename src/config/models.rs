@@ -73,9 +73,6 @@ pub struct KnownModel {
     pub files: &'static [&'static str],
 }
 
-/// Models that draw images of at most so many pixels on a side count as nano models.
-pub const NANO_SIDE: u64 = 64;
-
 /// Every model known by name.
 pub const KNOWN: &[KnownModel] = &[
     KnownModel {
@@ -255,32 +252,39 @@ fn has_published_llamagen(directory: &Path) -> bool {
         .any(|name| name.starts_with("t2i_") && name.ends_with(".pt"))
 }
 
-/// Whether the model called `name` draws so small that the evaluators for photographs say nothing about it: a nano
-/// model by name, or a checkpoint for images of at most [`NANO_SIDE`] pixels.
+/// The names of the CLIP and the DINO that score what the model called `drawer` draws, or images of which nothing is
+/// known, where nothing else is said: the nano evaluators, or for other models the published ones.
+pub fn evaluators(drawer: Option<&str>) -> [&'static str; 2] {
+    if drawer.is_none_or(is_nano) {
+        ["nano-clip", "nano-dino"]
+    } else {
+        ["clip-vit-base-patch32", "dino-vits16"]
+    }
+}
+
+/// Whether the model called `name` knows the drawn world alone, of which the evaluators for photographs say nothing: a
+/// nano model by name, or a checkpoint whose text tokenizer has whole words, as those trained by `pretrain` have and
+/// the published ones, which have pieces of words, have not.
 pub fn is_nano(name: &str) -> bool {
+    #[derive(serde::Deserialize)]
+    struct Tokenizer {
+        model: Model,
+    }
+    #[derive(serde::Deserialize)]
+    struct Model {
+        r#type: String,
+    }
     if known(name).is_some() {
         return name.starts_with("nano-");
     }
     let Ok(Some(folder)) = super::locate::look_for(name).map(|found| found.folder) else {
         return false;
     };
-    let number = |file: &str, key: &str| -> Option<u64> {
-        let json: serde_json::Value = crate::files::read_json(&folder.join(file)).ok()?;
-        let value = json.get(key)?;
-        value
-            .as_u64()
-            .or_else(|| Some(value.as_array()?.len() as u64))
-    };
-    // Each level below the first halves the sides.
-    let halved = |levels: u64| 1 << levels.saturating_sub(1).min(16);
-    let llamagen = number("config.json", "block_size")
-        .zip(number("vq/config.json", "encoder_ch_mult"))
-        .map(|(tokens, levels)| tokens.isqrt() * halved(levels));
-    let diffusion = ["transformer", "unet"].iter().find_map(|backbone| {
-        let latent = number(&format!("{backbone}/config.json"), "sample_size")?;
-        Some(latent * halved(number("vae/config.json", "block_out_channels")?))
-    });
-    llamagen.or(diffusion).is_some_and(|side| side <= NANO_SIDE)
+    let tokenizers = ["t5", "tokenizer", ""].map(|part| folder.join(part).join("tokenizer.json"));
+    tokenizers.iter().any(|file| {
+        let read = crate::files::read_json::<Tokenizer>(file);
+        read.is_ok_and(|tokenizer| tokenizer.model.r#type == "WordLevel")
+    })
 }
 
 fn text_at<'a>(json: &'a Option<serde_json::Value>, key: &str) -> Option<&'a str> {

@@ -46,7 +46,7 @@ impl Faults {
         let mut faults = self.0.into_inner();
         faults.sort_by_key(|fault| match &fault.place {
             Place::File { line, column, .. } => (*line, *column),
-            Place::Override(_) => (usize::MAX, 0),
+            Place::Override(_) | Place::Argument(_) => (usize::MAX, 0),
         });
         let mut lines: Vec<String> = faults.iter().map(Fault::to_string).collect();
         lines.dedup();

@@ -3,6 +3,8 @@
 use std::path::Path;
 
 use super::defaults;
+use super::direct;
+use super::effect::{first_idle, unlike};
 use super::locate::locate;
 use super::models::{self, Family, Kind};
 use super::prompts::PromptList;
@@ -10,6 +12,7 @@ use super::reader::{At, Fault, Faults, did_you_mean};
 use super::resolved::*;
 use super::subjects;
 use super::templates::{self, Token};
+use super::training::{check_dtype, family_training, training};
 use super::tree::{self, Place};
 use super::typed::{self, Typed};
 use crate::hub::RepoId;
@@ -34,7 +37,7 @@ impl Document {
 
     /// Reads `text`, which faults call `file`, and lays `overrides` over it.
     pub fn parse(text: &str, file: &str, overrides: &[String]) -> Self {
-        let (table, syntax) = tree::parse(text, file, overrides);
+        let (table, syntax, overriding) = tree::parse(text, file, overrides);
         let start = Place::File {
             file: file.to_string(),
             line: 1,
@@ -51,7 +54,7 @@ impl Document {
         };
         Document {
             typed,
-            faults,
+            faults: [faults, overriding].concat(),
             syntax_is_broken,
         }
     }
@@ -157,15 +160,19 @@ pub(super) fn place_of<'a, T>(typed: &'a Typed<T>, otherwise: &'a Place) -> &'a 
     typed.as_ref().map_or(otherwise, |at| &at.place)
 }
 
-fn or<T: Clone>(typed: &Typed<T>, default: T) -> T {
+/// What was typed, or else `default`.
+pub(super) fn or<T: Clone>(typed: &Typed<T>, default: T) -> T {
     typed.as_ref().map_or(default, |at| at.value.clone())
 }
+
+/// The student's `overlap` where nothing is typed.
+const OVERLAP: f64 = 0.5;
 
 /// `None` only with a fault.
 fn pipeline(typed: &typed::Pipeline, faults: &Faults) -> Option<Resolved> {
     let subjects = subjects::resolve(typed, faults);
     let student = match &typed.student {
-        Some(student) => resolve_student(student, faults),
+        Some(student) => resolve_student(student, &typed.direct, faults),
         None => {
             missing_section(faults, &typed.start, "student", "nano-llamagen");
             None
@@ -185,11 +192,11 @@ fn pipeline(typed: &typed::Pipeline, faults: &Faults) -> Option<Resolved> {
             proxies = Some(resolve_proxies(&typed.proxies, family, faults));
         }
         (None, Source::Proxies) => missing_section(faults, &typed.start, "supervisor", "nano-sd3"),
-        (_, Source::References | Source::Augmented) => {}
+        (_, Source::References | Source::Augmented) => no_effect_of_proxies(typed, faults),
     }
     let evaluation = resolve_evaluation(&typed.evaluation, student.as_ref(), faults);
     let student = student?;
-    let direct = resolve_direct(&typed.direct, &student, faults);
+    let direct = direct::resolve(typed, &student, faults);
     let resolved = Resolved {
         seed: or(&typed.seed, 0) as u64,
         threads: threads(or(&typed.threads, 0)),
@@ -211,6 +218,30 @@ fn missing_section(faults: &Faults, start: &Place, section: &str, model: &str) {
         format!("there is no [{section}]"),
         format!("add the lines [{section}] and model = \"{model}\""),
     );
+}
+
+/// Reports what only a student that learns from proxies has a use for.
+fn no_effect_of_proxies(typed: &typed::Pipeline, faults: &Faults) {
+    let student = typed.student.as_ref();
+    let switch = student.and_then(|student| student.source.as_ref());
+    let switch = switch.map(|at| &at.place);
+    let supervisor = typed.supervisor.iter();
+    let supervisor = supervisor
+        .flat_map(|section| std::iter::once(&section.place).chain(section.training.places()));
+    let overlap = student.and_then(|student| unlike(&student.overlap, &OVERLAP));
+    for (what, place) in [
+        ("[supervisor]", first_idle(switch, supervisor)),
+        ("[proxies]", first_idle(switch, &typed.proxies.place)),
+        ("student.overlap", first_idle(switch, overlap)),
+    ] {
+        if let Some(place) = place {
+            faults.push(
+                place,
+                format!("{what} has no effect without proxies"),
+                "remove it, or set student.source = \"proxies\"",
+            );
+        }
+    }
 }
 
 fn threads(typed: usize) -> usize {
@@ -309,119 +340,9 @@ fn resolve_supervisor(typed: &typed::Supervisor, faults: &Faults) -> Option<Supe
         dtype: or(&typed.dtype, Dtype::Auto),
         resolution: resolution(&typed.resolution, &model.value, faults),
         prompt: or(&typed.prompt, "a {token} {class}".to_string()),
-        training: training(&typed.training, &default, faults),
+        training: training("supervisor", &typed.training, &default, None, false, faults),
         prior_preservation,
     })
-}
-
-/// The training that a family gets when nothing is typed.
-fn family_training(
-    typed: &typed::Training,
-    family: Family,
-    model: &Place,
-    faults: &Faults,
-) -> Training {
-    let is_known = defaults::training(family).learning_rate.is_some();
-    if typed.learning_rate.is_none() && !is_known {
-        faults.push(
-            model,
-            format!("the paper trains {family} with Prodigy, which is not built yet"),
-            "set optimizer = \"adamw\" and a learning_rate, such as 1e-4",
-        );
-    }
-    training_defaults(family)
-}
-
-/// How a model of this family learns where nothing else is said. The learning rate is 0 where the paper names an
-/// optimizer that is not built.
-pub fn training_defaults(family: Family) -> Training {
-    let defaults = defaults::training(family);
-    Training {
-        tuning: Tuning::Lora,
-        steps: defaults.steps,
-        batch_size: defaults.batch_size,
-        learning_rate: defaults.learning_rate.unwrap_or_default(),
-        optimizer: Optimizer::Adamw,
-        adam_beta1: 0.9,
-        adam_beta2: defaults.adam_beta2,
-        adam_epsilon: 1e-8,
-        weight_decay: defaults.weight_decay,
-        max_grad_norm: defaults.max_grad_norm,
-        lr_scheduler: LrScheduler::Constant,
-        warmup_steps: 0,
-        rank: defaults::RANK,
-        alpha: defaults::RANK as f64,
-        targets: defaults::targets(family),
-        checkpoint_every: defaults::CHECKPOINT_EVERY,
-        memory: Memory::Auto,
-    }
-}
-
-/// Weights that are all trained are f32.
-fn check_dtype(dtype: &Typed<Dtype>, training: &typed::Training, role: &str, faults: &Faults) {
-    if let Some(at) = dtype
-        && matches!(at.value, Dtype::Bf16 | Dtype::F16)
-        && or(&training.tuning, Tuning::Lora) == Tuning::Full
-    {
-        faults.push(
-            &at.place,
-            format!("{role}.dtype has no effect with tuning = \"full\": trained weights are f32"),
-            "remove the line, or use tuning = \"lora\"",
-        );
-    }
-}
-
-/// What was typed, over `default`.
-fn training(typed: &typed::Training, default: &Training, faults: &Faults) -> Training {
-    let rank = or(&typed.rank, default.rank);
-    let alpha = if typed.rank.is_some() {
-        rank as f64
-    } else {
-        default.alpha
-    };
-    let targets = typed
-        .targets
-        .as_ref()
-        .map(|list| list.value.iter().map(|at| at.value.clone()).collect());
-    let training = Training {
-        tuning: or(&typed.tuning, default.tuning),
-        steps: or(&typed.steps, default.steps),
-        batch_size: or(&typed.batch_size, default.batch_size),
-        learning_rate: or(&typed.learning_rate, default.learning_rate),
-        optimizer: or(&typed.optimizer, default.optimizer),
-        adam_beta1: or(&typed.adam_beta1, default.adam_beta1),
-        adam_beta2: or(&typed.adam_beta2, default.adam_beta2),
-        adam_epsilon: or(&typed.adam_epsilon, default.adam_epsilon),
-        weight_decay: or(&typed.weight_decay, default.weight_decay),
-        max_grad_norm: or(&typed.max_grad_norm, default.max_grad_norm),
-        lr_scheduler: or(&typed.lr_scheduler, default.lr_scheduler),
-        warmup_steps: or(&typed.warmup_steps, default.warmup_steps),
-        rank,
-        alpha: or(&typed.alpha, alpha),
-        targets: targets.unwrap_or_else(|| default.targets.clone()),
-        checkpoint_every: or(&typed.checkpoint_every, default.checkpoint_every),
-        memory: or(&typed.memory, default.memory),
-    };
-    if let Some(warmup) = &typed.warmup_steps {
-        if warmup.value > training.steps {
-            faults.push(
-                &warmup.place,
-                format!(
-                    "{} warm-up steps are more than all {} steps",
-                    warmup.value, training.steps
-                ),
-                "lower warmup_steps, or raise steps",
-            );
-        }
-        if warmup.value > 0 && training.lr_scheduler == LrScheduler::Constant {
-            faults.push(
-                &warmup.place,
-                "warmup_steps has no effect with lr_scheduler = \"constant\"",
-                "use lr_scheduler = \"constant_with_warmup\"",
-            );
-        }
-    }
-    training
 }
 
 fn diffusion_sampling(typed: &typed::Sampling, family: Family) -> DiffusionSampling {
@@ -448,7 +369,11 @@ fn resolve_proxies(typed: &typed::Proxies, family: Family, faults: &Faults) -> P
     }
 }
 
-fn resolve_student(typed: &typed::Student, faults: &Faults) -> Option<Student> {
+fn resolve_student(
+    typed: &typed::Student,
+    direct: &typed::Direct,
+    faults: &Faults,
+) -> Option<Student> {
     let model = typed.model.as_ref()?;
     let family = family(
         model,
@@ -512,19 +437,35 @@ fn resolve_student(typed: &typed::Student, faults: &Faults) -> Option<Student> {
     };
     let default = family_training(&typed.training, family, &model.place, faults);
     check_dtype(&typed.dtype, &typed.training, "student", faults);
+    let source = or(&typed.source, Source::Proxies);
     Some(Student {
         model: model.value.clone(),
         family,
         device: or(&typed.device, Device::Cpu),
         dtype: or(&typed.dtype, Dtype::Auto),
         resolution: resolution(&typed.resolution, &model.value, faults),
-        source: or(&typed.source, Source::Proxies),
+        source,
         init: typed.init.as_ref().map(|at| at.value.clone().into()),
         init_digest: init_digest(typed, faults),
-        training: training(&typed.training, &default, faults),
+        training: training(
+            "student",
+            &typed.training,
+            &default,
+            None,
+            or(&direct.training.tuning, Tuning::Full) == Tuning::Lora,
+            faults,
+        ),
         condition_dropout: or(&typed.condition_dropout, 0.1),
-        dropout: or(&typed.dropout, defaults::training(family).dropout),
-        overlap: or(&typed.overlap, 0.5),
+        dropout: dropout(
+            ("student", &typed.dropout),
+            (family, defaults::training(family).dropout),
+            &model.place,
+            faults,
+        ),
+        overlap: match source {
+            Source::Proxies => or(&typed.overlap, OVERLAP),
+            Source::References | Source::Augmented => OVERLAP,
+        },
         sampling: resolved_sampling,
     })
 }
@@ -557,23 +498,24 @@ fn init_digest(typed: &typed::Student, faults: &Faults) -> Option<String> {
     }
 }
 
-fn resolve_direct(typed: &typed::Direct, student: &Student, faults: &Faults) -> Direct {
-    if let Some(source) = &typed.source
-        && source.value == Source::Proxies
-    {
+/// The dropout that was typed for `role`, or else the default; diffusion models have none.
+pub(super) fn dropout(
+    (role, typed): (&str, &Typed<f64>),
+    (family, default): (Family, f64),
+    model: &Place,
+    faults: &Faults,
+) -> f64 {
+    if family.kind() != Kind::Diffusion {
+        return or(typed, default);
+    }
+    if let Some(place) = first_idle(Some(model), unlike(typed, &default)) {
         faults.push(
-            &source.place,
-            "direct.source = \"proxies\" would not be direct",
-            "the choices here are \"references\" and \"augmented\"",
+            place,
+            format!("{role}.dropout has no effect on a {family} model"),
+            "remove the line",
         );
     }
-    Direct {
-        enabled: or(&typed.enabled, student.source == Source::Proxies),
-        source: or(&typed.source, Source::References),
-        training: training(&typed.training, &student.training, faults),
-        condition_dropout: or(&typed.condition_dropout, student.condition_dropout),
-        dropout: or(&typed.dropout, student.dropout),
-    }
+    default
 }
 
 fn resolve_evaluation(
@@ -581,12 +523,7 @@ fn resolve_evaluation(
     student: Option<&Student>,
     faults: &Faults,
 ) -> Option<Evaluation> {
-    let nano = student.is_some_and(|student| models::is_nano(&student.model));
-    let [clip, dino] = if nano {
-        ["nano-clip", "nano-dino"]
-    } else {
-        ["clip-vit-base-patch32", "dino-vits16"]
-    };
+    let [clip, dino] = models::evaluators(student.map(|student| student.model.as_str()));
     let fits = [(&typed.clip, Family::Clip), (&typed.dino, Family::Dino)].map(|(typed, wanted)| {
         let Some(model) = typed else { return true };
         let role = format!("{wanted} of the evaluation");
@@ -594,9 +531,7 @@ fn resolve_evaluation(
     });
     let prompts = match &typed.prompts {
         None => Some(PromptList::DreamBooth),
-        Some(typed::Prompts::Named(name)) => {
-            PromptList::named(&name.value).or_else(|| templates::read(name, faults))
-        }
+        Some(typed::Prompts::Named(name)) => templates::read(name, faults),
         Some(typed::Prompts::Listed(templates)) => {
             templates
                 .iter()

@@ -109,11 +109,15 @@ pub struct Training {
     pub adam_epsilon: f64,
     /// Decoupled weight decay, at least 0. Default: diffusion 1e-4, LlamaGen 0.05, Lumina 0.1.
     pub weight_decay: f64,
+    /// Whether norms and biases decay too, where all weights are trained. Decided by the family: diffusers and
+    /// Lumina-mGPT give AdamW all weights alike, LlamaGen only matrices to decay.
+    #[serde(skip)]
+    pub decay_vectors: bool,
     /// The gradient's norm is clipped to this; above 0. Default 1, Lumina 4.
     pub max_grad_norm: f64,
     /// Default "constant".
     pub lr_scheduler: LrScheduler,
-    /// Steps of linear rise at the start; 0 to `steps`. Default 0.
+    /// Steps of linear rise at the start, the first of which has the rate 0; 0 to `steps`. Default 0.
     pub warmup_steps: usize,
     /// LoRA rank, at least 1. Default 16.
     pub rank: usize,
@@ -145,7 +149,7 @@ pub struct Proxies {
 pub struct DiffusionSampling {
     /// Denoising steps, at least 1. Default: 28, SDXL 50.
     pub num_inference_steps: usize,
-    /// Classifier-free guidance, at least 0; 1 is none. Default: SD3 7, SDXL 5, FLUX 3.5.
+    /// Classifier-free guidance, at least 1, which is none. Default: SD3 7, SDXL 5, FLUX 3.5.
     pub guidance_scale: f64,
     /// What guidance leads away from. Default "".
     pub negative_prompt: String,
@@ -154,7 +158,7 @@ pub struct DiffusionSampling {
 /// How an autoregressive model samples.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct AutoregressiveSampling {
-    /// Classifier-free guidance on logits, at least 0; 1 is none. Default: LlamaGen 7.5, Lumina 4.
+    /// Classifier-free guidance on logits, at least 1, which is none. Default: LlamaGen 7.5, Lumina 4.
     pub guidance_scale: f64,
     /// Only this many most likely tokens may be drawn; 0 is all. Default: LlamaGen 1000, Lumina 2000.
     pub top_k: usize,
@@ -330,9 +334,9 @@ pub enum LrScheduler {
     Constant,
     /// Linear warm-up, then constant.
     ConstantWithWarmup,
-    /// Linear warm-up, then linear to 0 at the last step.
+    /// Linear warm-up, then linear to 0, which the step after the last would have.
     Linear,
-    /// Linear warm-up, then half a cosine to 0 at the last step.
+    /// Linear warm-up, then half a cosine to 0, which the step after the last would have.
     Cosine,
 }
 

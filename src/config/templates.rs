@@ -3,16 +3,38 @@
 use super::prompts::{self, PromptList};
 use super::reader::{At, Faults, did_you_mean};
 use super::tree::Place;
+use crate::{Error, Result};
 
-/// The templates in the file called `name`; `None`, with a fault, when it cannot be read.
+/// The list of prompts called `list`: one that ships, or a file with one template per line.
+///
+/// # Errors
+/// [`Error::Config`] with every fault of the file, each as `FILE:LINE:COLUMN: what` and `hint: …`, or that there is none.
+pub fn prompt_list(list: &str) -> Result<PromptList> {
+    let faults = Faults::default();
+    let name = At {
+        value: list.to_string(),
+        place: Place::Argument(format!("--prompts {list}")),
+    };
+    let templates = read(&name, &faults);
+    let lines = faults.into_lines();
+    match templates {
+        Some(templates) if lines.is_empty() => Ok(templates),
+        _ => Err(Error::Config(lines)),
+    }
+}
+
+/// The list of prompts called `name`; `None`, with a fault, when it is a file that cannot be read.
 pub(super) fn read(name: &At<String>, faults: &Faults) -> Option<PromptList> {
+    if let Some(list) = PromptList::named(&name.value) {
+        return Some(list);
+    }
     let text = match std::fs::read_to_string(&name.value) {
         Ok(text) => text,
         Err(error) => {
             faults.push(
                 &name.place,
                 format!(
-                    "evaluation.prompts = {:?} is neither a list that ships nor a file: {error}",
+                    "{:?} is neither a list of prompts that ships nor a file: {error}",
                     name.value
                 ),
                 did_you_mean(

@@ -18,6 +18,8 @@ pub(super) enum Place {
     },
     /// An override, as it was typed.
     Override(String),
+    /// Another argument of the command line, as it was typed.
+    Argument(String),
 }
 
 impl fmt::Display for Place {
@@ -25,6 +27,7 @@ impl fmt::Display for Place {
         match self {
             Place::File { file, line, column } => write!(f, "{file}:{line}:{column}"),
             Place::Override(text) => write!(f, "--set {text}"),
+            Place::Argument(text) => f.write_str(text),
         }
     }
 }
@@ -83,13 +86,18 @@ impl Table {
     }
 }
 
-/// Parses `text`, which is called `file` in faults, and lays `overrides` (`a.b=value`) over it.
+/// Parses `text`, which is called `file` in faults, and lays `overrides` (`a.b=value`) over it. Gives the faults of the
+/// text's syntax, then those of the overrides.
 ///
 /// The tree is whole even where there are faults; after a fault of syntax it may lack what followed.
-pub(super) fn parse(text: &str, file: &str, overrides: &[String]) -> (Table, Vec<Fault>) {
+pub(super) fn parse(
+    text: &str,
+    file: &str,
+    overrides: &[String],
+) -> (Table, Vec<Fault>, Vec<Fault>) {
     let places = Places::new(text, file);
     let (document, errors) = DeTable::parse_recoverable(text);
-    let mut faults: Vec<Fault> = errors
+    let faults: Vec<Fault> = errors
         .iter()
         .map(|error| Fault {
             place: places.at(error.span().map_or(0, |span| span.start)),
@@ -98,12 +106,11 @@ pub(super) fn parse(text: &str, file: &str, overrides: &[String]) -> (Table, Vec
         })
         .collect();
     let mut table = places.table(document.get_ref());
-    for text in overrides {
-        if let Err(fault) = lay_over(&mut table, text) {
-            faults.push(fault);
-        }
-    }
-    (table, faults)
+    let overriding = overrides
+        .iter()
+        .filter_map(|text| lay_over(&mut table, text).err());
+    let overriding = overriding.collect();
+    (table, faults, overriding)
 }
 
 fn syntax_hint(message: &str) -> &'static str {
@@ -192,13 +199,12 @@ fn lay_over(root: &mut Table, text: &str) -> Result<(), Fault> {
         what,
         hint: hint.to_string(),
     };
-    let Some((path, typed)) = text.split_once('=') else {
+    let Some((path, keys, typed)) = assignment(text) else {
         return Err(fault(
             "an override has the form PATH=VALUE".to_string(),
             "for example --set subject.dog1.images=photos/dog",
         ));
     };
-    let keys: Vec<&str> = path.split('.').map(str::trim).collect();
     let Some((last, tables)) = keys.split_last() else {
         return Err(fault(
             "the path is empty".to_string(),
@@ -228,6 +234,36 @@ fn lay_over(root: &mut Table, text: &str) -> Result<(), Fault> {
     entry.place = place.clone();
     entry.node = override_value(typed.trim(), &place);
     Ok(())
+}
+
+/// Path, keys and value of an override. A key in quotes may hold dots and equals signs, as TOML has it; a path that is
+/// no TOML key is cut at its dots.
+fn assignment(text: &str) -> Option<(&str, Vec<String>, &str)> {
+    let signs = text.match_indices('=').map(|(at, _)| at);
+    let as_toml = signs
+        .map(|at| (&text[..at], &text[at + 1..]))
+        .find_map(|(path, value)| Some((path, dotted_key(path)?, value)));
+    as_toml.or_else(|| {
+        let (path, value) = text.split_once('=')?;
+        let keys = path.split('.').map(|key| key.trim().to_string());
+        Some((path, keys.collect(), value))
+    })
+}
+
+/// The keys of a dotted TOML key.
+fn dotted_key(path: &str) -> Option<Vec<String>> {
+    let line = format!("{path} = 0");
+    let document = DeTable::parse(&line).ok()?;
+    let mut table = document.get_ref();
+    let mut keys = Vec::new();
+    loop {
+        let (key, value) = table.iter().next().filter(|_| table.len() == 1)?;
+        keys.push(key.get_ref().to_string());
+        match value.get_ref() {
+            DeValue::Table(inner) => table = inner,
+            _ => return Some(keys),
+        }
+    }
 }
 
 fn entry<'t>(table: &'t mut Table, key: &str, place: &Place) -> &'t mut Entry {

@@ -9,6 +9,7 @@ use super::tree::{Place, Table};
 type Bounds = (std::ops::Bound<f64>, std::ops::Bound<f64>);
 const ABOVE_ZERO: Bounds = (Excluded(0.0), Unbounded);
 const NOT_NEGATIVE: Bounds = (Included(0.0), Unbounded);
+const AT_LEAST_ONE: Bounds = (Included(1.0), Unbounded);
 const SHARE: Bounds = (Included(0.0), Included(1.0));
 const BELOW_ONE: Bounds = (Included(0.0), Excluded(1.0));
 const PROBABILITY: Bounds = (Excluded(0.0), Included(1.0));
@@ -40,6 +41,7 @@ pub(super) struct Subject {
 }
 
 pub(super) struct Supervisor {
+    pub place: Place,
     pub model: Typed<String>,
     pub device: Typed<Device>,
     pub dtype: Typed<Dtype>,
@@ -90,6 +92,8 @@ pub(super) struct Sampling {
 
 #[derive(Default)]
 pub(super) struct Proxies {
+    /// Where the section was opened, if it was.
+    pub place: Option<Place>,
     pub count: Typed<usize>,
     pub batch_size: Typed<usize>,
     pub prompts: Typed<Vec<At<String>>>,
@@ -251,6 +255,7 @@ impl Subject {
 impl Supervisor {
     fn read(section: Section<'_>) -> Self {
         let supervisor = Supervisor {
+            place: section.place().clone(),
             model: section.required_text("model", "\"nano-sd3\""),
             device: device(&section),
             dtype: section.choice("dtype"),
@@ -278,7 +283,36 @@ impl PriorPreservation {
     }
 }
 
+/// The place of a field, if it was typed.
+fn place<T>(typed: &Typed<T>) -> Option<&Place> {
+    typed.as_ref().map(|at| &at.place)
+}
+
 impl Training {
+    /// Where each field was typed.
+    pub fn places(&self) -> Vec<&Place> {
+        let places = [
+            place(&self.tuning),
+            place(&self.steps),
+            place(&self.batch_size),
+            place(&self.learning_rate),
+            place(&self.optimizer),
+            place(&self.adam_beta1),
+            place(&self.adam_beta2),
+            place(&self.adam_epsilon),
+            place(&self.weight_decay),
+            place(&self.max_grad_norm),
+            place(&self.lr_scheduler),
+            place(&self.warmup_steps),
+            place(&self.rank),
+            place(&self.alpha),
+            place(&self.targets),
+            place(&self.checkpoint_every),
+            place(&self.memory),
+        ];
+        places.into_iter().flatten().collect()
+    }
+
     fn read(section: &Section<'_>) -> Self {
         Training {
             tuning: section.choice("tuning"),
@@ -305,7 +339,7 @@ impl Training {
 impl Sampling {
     fn read_diffusion(section: &Section<'_>) -> Self {
         Sampling {
-            guidance_scale: section.number("guidance_scale", NOT_NEGATIVE),
+            guidance_scale: section.number("guidance_scale", AT_LEAST_ONE),
             num_inference_steps: section.count("num_inference_steps", 1),
             negative_prompt: section.any_text("negative_prompt"),
             ..Sampling::default()
@@ -326,6 +360,7 @@ impl Sampling {
 impl Proxies {
     fn read(section: Section<'_>) -> Self {
         let proxies = Proxies {
+            place: Some(section.place().clone()),
             count: section.count("count", 1),
             batch_size: section.count("batch_size", 1),
             prompts: section.texts("prompts"),
@@ -358,6 +393,17 @@ impl Student {
 }
 
 impl Direct {
+    /// Where each field but `enabled` was typed.
+    pub fn places(&self) -> Vec<&Place> {
+        let own = [
+            place(&self.source),
+            place(&self.condition_dropout),
+            place(&self.dropout),
+        ];
+        let own = own.into_iter().flatten();
+        own.chain(self.training.places()).collect()
+    }
+
     fn read(section: Section<'_>) -> Self {
         let direct = Direct {
             enabled: section.boolean("enabled"),

@@ -90,6 +90,10 @@ impl DinoEmbedder {
     /// Reads `config.json`, the weights and, where there is one, `preprocessor_config.json` from the folder of
     /// a `ViTModel` or of timm. Computes in f32. Fails when a file is missing or does not fit the others, or images are
     /// no squares.
+    ///
+    /// A checkpoint of Meta's DINO (its folder or repository is called `dino-vit…`, with 224 pixels and patches of 8 or
+    /// 16) takes [`Preprocessing::dino`] whatever its file says: on the hub that file is of `ViTFeatureExtractor`, which
+    /// squashes pictures, while DINO's scores in papers are those of its own steps.
     pub fn load(directory: &Path, device: &Device) -> Result<Self> {
         let config = vit::Config::read(directory)?;
         let vit::Size { height, width } = config.image_size;
@@ -103,21 +107,17 @@ impl DinoEmbedder {
         let model = Vit::new(&config, &weights)?;
         weights.finish()?;
         let official = Preprocessing::dino(side as u32);
+        let preprocessing = if is_official(directory, &config) {
+            official
+        } else {
+            Preprocessing::from_checkpoint(directory, official)?
+        };
         Ok(Self {
             model,
-            preprocessing: Preprocessing::from_checkpoint(directory, official)?,
+            preprocessing,
             directory: directory.to_path_buf(),
             device: device.clone(),
         })
-    }
-
-    /// With other steps, for example [`Preprocessing::dino`] where the checkpoint's own file says something else: DINO
-    /// scores in papers are mostly taken with the official ones.
-    pub fn with_preprocessing(self, preprocessing: Preprocessing) -> Self {
-        Self {
-            preprocessing,
-            ..self
-        }
     }
 }
 
@@ -150,6 +150,15 @@ fn describe(kind: &str, directory: &Path, preprocessing: &Preprocessing) -> Stri
     format!("{kind}: {} ({}).", name_of(directory), preprocessing.name)
 }
 
+/// Whether the checkpoint in `directory` is one that Meta published for DINO.
+fn is_official(directory: &Path, config: &vit::Config) -> bool {
+    let name = name_of(directory);
+    let own = name.rsplit('/').next().unwrap_or(&name);
+    own.starts_with("dino-vit")
+        && config.image_size.side() == Some(224)
+        && matches!(config.patch_size.side(), Some(8 | 16))
+}
+
 /// A folder's name; of a snapshot in the hub's cache, whose name is a commit, that of the repository.
 fn name_of(directory: &Path) -> String {
     let name = |path: &Path| {
@@ -169,4 +178,29 @@ fn name_of(directory: &Path) -> String {
 
 fn read_weights(directory: &Path, device: &Device) -> Result<Weights> {
     checkpoint_files::open(directory, "model", DType::F32, device)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_published_dino_is_known_by_its_name_and_sizes() {
+        let config = |image, patch| vit::Config {
+            image_size: vit::Size::square(image),
+            patch_size: vit::Size::square(patch),
+            ..vit::Config::default()
+        };
+        for directory in [
+            "datasets/checkpoints/dino-vits16",
+            "hub/models--facebook--dino-vitb8/snapshots/0123",
+        ] {
+            assert!(is_official(Path::new(directory), &config(224, 16)));
+            assert!(is_official(Path::new(directory), &config(224, 8)));
+            assert!(!is_official(Path::new(directory), &config(32, 4)));
+        }
+        for directory in ["datasets/nano/checkpoints/dino", "my-vit"] {
+            assert!(!is_official(Path::new(directory), &config(224, 16)));
+        }
+    }
 }

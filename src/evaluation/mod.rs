@@ -1,6 +1,7 @@
 //! How good an image is: CLIP-I, CLIP-T and DINO as the Proxy-Tuning paper reports them, and what shows it: a sheet of
 //! pictures, a page, a table.
 
+pub mod captions;
 pub mod contact;
 pub mod embed;
 pub mod embedders;

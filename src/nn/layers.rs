@@ -97,15 +97,10 @@ impl Conv2d {
         padding: ops::Padding,
         weights: &Weights,
     ) -> Result<Self> {
-        let init = Init::Normal((1.0 / (inputs * kernel * kernel) as f64).sqrt());
-        let weight = weights.get((outputs, inputs, kernel, kernel), "weight", init)?;
-        let bias = Some(weights.get(outputs, "bias", Init::Zeros)?);
+        let plain = Self::without_bias(inputs, outputs, kernel, stride, padding, weights)?;
         Ok(Self {
-            weight,
-            bias,
-            lora: weights.lora_conv(inputs, outputs, kernel)?,
-            stride,
-            padding,
+            bias: Some(weights.get(outputs, "bias", Init::Zeros)?),
+            ..plain
         })
     }
 
@@ -119,9 +114,8 @@ impl Conv2d {
         weights: &Weights,
     ) -> Result<Self> {
         let init = Init::Normal((1.0 / (inputs * kernel * kernel) as f64).sqrt());
-        let weight = weights.get((outputs, inputs, kernel, kernel), "weight", init)?;
         Ok(Self {
-            weight,
+            weight: weights.get((outputs, inputs, kernel, kernel), "weight", init)?,
             bias: None,
             lora: weights.lora_conv(inputs, outputs, kernel)?,
             stride,

@@ -9,7 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use super::cpu::activation::{Gelu, GeluErf, QuickGelu, Silu, activation, gated};
 use super::cpu::rope::{Pairing, rope};
 use super::cpu::takes;
-use super::{HalfMatrix, Lora, Weight, cpu, parameter, plain, vjp};
+use super::{HalfMatrix, Lora, Weight, cpu, parameter, plain};
 use crate::{Error, Result};
 
 /// Zeros around the two spatial dimensions of a convolution's input.
@@ -87,9 +87,7 @@ pub fn linear_lora(
         parameter(b),
     );
     let bias = bias.as_ref();
-    let all: Vec<&Tensor> = [x, &weight, &a, &b].into_iter().chain(bias).collect();
-    let tracked = all.iter().filter(|t| t.track_op()).count();
-    if takes(all) && tracked <= vjp::MOST_TRACKED {
+    if takes([x, &weight, &a, &b].into_iter().chain(bias)) {
         let weight = Weight::Tensor(weight);
         return Ok(cpu::linear::linear_lora(x, &weight, bias, &a, &b, scale)?);
     }

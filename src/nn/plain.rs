@@ -4,7 +4,7 @@
 use candle_core::{D, DType, Tensor};
 
 use super::ops::{Mask, Padding};
-use crate::Result;
+use crate::{Error, Result};
 
 /// See [`super::ops::linear`].
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
@@ -70,14 +70,21 @@ pub fn conv2d(
 
 /// See [`super::ops::attention`].
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) -> Result<Tensor> {
+    let (n, m) = (q.dim(2)?, k.dim(2)?);
+    let is_causal = matches!(mask, Mask::Causal | Mask::CausalKeys(_));
+    if (is_causal && m < n) || (m == 0 && n > 0) {
+        return Err(Error::invalid(
+            format!("attention of {n} queries and {m} keys"),
+            "give a key for every query",
+        ));
+    }
     let scores = (q.contiguous()?.matmul(&k.t()?.contiguous()?)? * scale)?;
     let scores = match mask {
         Mask::None => scores,
         Mask::Causal => scores.broadcast_add(&causal(q, k)?)?,
         Mask::CausalKeys(keys) => {
-            let (n, m) = (q.dim(2)?, k.dim(2)?);
             let own: Vec<u8> = (0..n)
-                .flat_map(|i| (0..m).map(move |j| u8::from(j == i + m - n)))
+                .flat_map(|i| (0..m).map(move |j| u8::from(j == i + (m - n))))
                 .collect();
             let own = Tensor::from_vec(own, (1, 1, n, m), q.device())?;
             let keys = keys.to_dtype(q.dtype())?;

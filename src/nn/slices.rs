@@ -4,6 +4,7 @@
 
 use candle_core::{DType, Tensor, Var};
 
+use super::is_no_grad;
 use super::recompute::backward;
 use super::vjp::{MOST_TRACKED, record};
 use crate::{Error, Result};
@@ -11,8 +12,9 @@ use crate::{Error, Result};
 /// The sum over slices of at most `at_once` rows of `x` (n, d) of `body(slice, first)`, a scalar in f32 of the slice and
 /// the number of its first row. `parameters` is everything else that may be tracked in `body`.
 ///
-/// On the CPU in f32, and with at most three tracked tensors in all, one slice's graph exists at a time; elsewhere all
-/// of them until the backward pass. Nothing is differentiated where nothing is tracked.
+/// On the CPU in f32, and with at most nine tracked tensors in all, one slice's graph exists at a time; elsewhere all
+/// of them until the backward pass. Nothing is differentiated where nothing is tracked, or inside
+/// [`no_grad`](super::no_grad).
 pub fn sum_over_rows(
     x: &Tensor,
     parameters: &[&Tensor],
@@ -33,7 +35,10 @@ pub fn sum_over_rows(
         .copied()
         .filter(|parameter| parameter.track_op())
         .collect();
-    let tracked = others.len() + usize::from(x.track_op());
+    let tracked = match is_no_grad() {
+        true => 0,
+        false => others.len() + usize::from(x.track_op()),
+    };
     let here = x.device().is_cpu() && x.dtype() == DType::F32;
     if tracked == 0 || tracked > MOST_TRACKED || !here {
         let parts = starts
@@ -123,6 +128,13 @@ mod tests {
                 }
             }
         }
+        let body = |x: &Tensor, _| {
+            Ok(x.detach()
+                .broadcast_mul(&crate::nn::parameter(&a))?
+                .sum_all()?)
+        };
+        let quiet = crate::nn::no_grad(|| sum_over_rows(&x, &[&a], 2, body).unwrap());
+        assert!(!quiet.track_op());
         let none = x.as_tensor().detach();
         assert!(sum_over_rows(&none, &[], 2, |x, _| Ok(x.sum_all()?)).is_ok());
         let empty = none.narrow(0, 0, 0).unwrap();

@@ -100,8 +100,14 @@ impl AdamW {
     /// One step. Returns the gradients' global L2 norm before clipping. A tensor without a gradient is an error: it
     /// means that some operation dropped it. If the norm is not finite nothing is changed.
     pub fn step(&mut self, gradients: &GradStore, learning_rate: f64) -> Result<f64> {
-        let gradients = self
-            .slots
+        let norm = self.squares(gradients)?.sqrt();
+        let clip = clip_factor(norm, self.config.max_grad_norm, self.steps)?;
+        self.step_clipped(gradients, learning_rate, clip)?;
+        Ok(norm)
+    }
+
+    fn gradients(&self, gradients: &GradStore) -> Result<Vec<Tensor>> {
+        self.slots
             .iter()
             .map(|slot| match gradients.get(slot.variable.as_tensor()) {
                 // Gradients remember the activations that they were computed from; moments must not keep these.
@@ -111,23 +117,34 @@ impl AdamW {
                     hint: None,
                 }),
             })
-            .collect::<Result<Vec<Tensor>>>()?;
+            .collect()
+    }
+
+    /// The sum of the squares of all gradients.
+    ///
+    /// # Errors
+    /// When a tensor has no gradient.
+    pub fn squares(&self, gradients: &GradStore) -> Result<f64> {
         // Partial sums of pieces, added in their order: the same on any number of threads.
-        let squares = gradients
+        let squares = self
+            .gradients(gradients)?
             .par_iter()
             .map(sum_of_squares)
             .collect::<Result<Vec<f64>>>()?;
-        let norm = squares.iter().sum::<f64>().sqrt();
-        if !norm.is_finite() {
-            return Err(Error::NotFinite {
-                what: "the gradient".into(),
-                step: self.steps as usize,
-            });
-        }
-        let clip = match self.config.max_grad_norm {
-            Some(limit) => (limit / (norm + 1e-6)).min(1.0),
-            None => 1.0,
-        };
+        Ok(squares.iter().sum())
+    }
+
+    /// One step on the gradients times `clip`: for a norm that is taken over more than these tensors.
+    ///
+    /// # Errors
+    /// When a tensor has no gradient.
+    pub fn step_clipped(
+        &mut self,
+        gradients: &GradStore,
+        learning_rate: f64,
+        clip: f64,
+    ) -> Result<()> {
+        let gradients = self.gradients(gradients)?;
         self.steps += 1;
         let (config, steps) = (self.config, self.steps as i32);
         self.slots
@@ -148,8 +165,7 @@ impl AdamW {
                     config,
                 };
                 update.apply(slot, gradient)
-            })?;
-        Ok(norm)
+            })
     }
 
     /// Moments and step count by name, for a checkpoint: `NAME.exp_avg`, `NAME.exp_avg_sq`, `step`.
@@ -213,6 +229,21 @@ impl AdamW {
         self.steps = step.first().copied().unwrap_or(0) as u64;
         Ok(())
     }
+}
+
+/// What gradients of the global L2 norm `norm` are multiplied with so that it is at most `limit`, as torch's
+/// `clip_grad_norm_` has it.
+///
+/// # Errors
+/// When `norm` is not finite; `step` is told.
+pub fn clip_factor(norm: f64, limit: Option<f64>, step: u64) -> Result<f64> {
+    if !norm.is_finite() {
+        return Err(Error::NotFinite {
+            what: "the gradient".into(),
+            step: step as usize,
+        });
+    }
+    Ok(limit.map_or(1.0, |limit| (limit / (norm + 1e-6)).min(1.0)))
 }
 
 struct Update {
@@ -296,6 +327,8 @@ fn adamw(
 ) {
     let config = &update.config;
     let (b1, b2) = (config.beta1 as f32, config.beta2 as f32);
+    // 1 − β is taken before rounding, as torch does: 1 − 0.999f32 is off by one part in 40,000.
+    let (c1, c2) = ((1.0 - config.beta1) as f32, (1.0 - config.beta2) as f32);
     let (clip, decay, epsilon) = (
         update.clip as f32,
         update.decay as f32,
@@ -305,8 +338,8 @@ fn adamw(
     let moments = first.iter_mut().zip(second);
     for ((weight, gradient), (first, second)) in weights.iter_mut().zip(gradient).zip(moments) {
         let g = gradient * clip;
-        *first = b1 * *first + (1.0 - b1) * g;
-        *second = b2 * *second + (1.0 - b2) * g * g;
+        *first = b1 * *first + c1 * g;
+        *second = b2 * *second + c2 * g * g;
         *weight = *weight * decay - step_size * *first / (second.sqrt() / correction + epsilon);
     }
 }
@@ -349,8 +382,8 @@ fn squares(values: &[f32]) -> f64 {
     lanes.iter().sum()
 }
 
-/// The factor on the learning rate at `step` (0-based) of `steps`, in [0, 1], as the trainers of diffusers and
-/// transformers compute it.
+/// The factor on the learning rate of step `step` (0-based) of `steps`, in [0, 1], as transformers' and diffusers'
+/// `get_scheduler` give it. The warm-up rises by 1 / `warmup_steps` from 0, so that its first step moves nothing.
 pub fn learning_rate_factor(
     scheduler: LrScheduler,
     step: usize,
@@ -358,7 +391,7 @@ pub fn learning_rate_factor(
     warmup_steps: usize,
 ) -> f64 {
     if scheduler != LrScheduler::Constant && step < warmup_steps {
-        return (step + 1) as f64 / warmup_steps as f64;
+        return step as f64 / warmup_steps as f64;
     }
     let after = step.saturating_sub(warmup_steps) as f64;
     let progress = after / steps.saturating_sub(warmup_steps).max(1) as f64;

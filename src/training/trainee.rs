@@ -39,8 +39,7 @@ impl Trainee {
             beta2: settings.adam_beta2,
             epsilon: settings.adam_epsilon,
             weight_decay: settings.weight_decay,
-            // The reference trainers decay matrices alone; LoRA has nothing else.
-            decay_vectors: false,
+            decay_vectors: settings.decay_vectors,
             max_grad_norm: Some(settings.max_grad_norm),
         };
         let variables = learner.variables();

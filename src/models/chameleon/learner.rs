@@ -168,7 +168,7 @@ impl Learner for Lumina {
     }
 
     fn tokens_per_image(&self) -> Option<usize> {
-        Some((self.resolution as usize / self.tokenizer.model.config().downsampling()).pow(2))
+        Some((self.resolution() as usize / self.tokenizer.model.config().downsampling()).pow(2))
     }
 
     fn encode(&mut self, images: &[RgbImage]) -> Result<Vec<Example>> {

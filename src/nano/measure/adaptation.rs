@@ -7,7 +7,7 @@ use super::{Row, Unit};
 use crate::config::{Document, Resolved, prompts};
 use crate::evaluation::embed::Evaluator;
 use crate::evaluation::embedders::{ClipEmbedder, DinoEmbedder};
-use crate::evaluation::metrics::Scores;
+use crate::evaluation::metrics::{Scores, mean, standard_error};
 use crate::images::folder;
 use crate::models::{Request, Sampling, open};
 use crate::nano::pretrain::Context;
@@ -55,10 +55,15 @@ pub async fn rows(context: &Context, file: &Path, runs: usize) -> Result<Vec<Row
     for number in 0..runs {
         eprintln!("adaptation {} of {runs}", number + 1);
         let measured = run(context, file, &folder, number).await;
-        std::fs::remove_dir_all(&folder).map_err(Error::io(&folder))?;
+        let removed = match std::fs::remove_dir_all(&folder) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(&folder)(e)),
+            _ => Ok(()),
+        };
+        // What stopped the run comes before what is wrong with its leftovers.
         for (pairs, pair) in pairs.iter_mut().zip(measured?) {
             pairs.push(pair);
         }
+        removed?;
     }
     let mut rows = Vec::new();
     for ((model, words, _, aimed), pairs) in COMPARED.into_iter().zip(&pairs) {
@@ -85,7 +90,7 @@ fn compared(model: &str, words: &str, aimed: bool, pairs: &[(Means, Means)]) -> 
                 }
             })
             .collect();
-        let (mean, error) = mean_and_error(&changes);
+        let (mean, error) = (mean(&changes), standard_error(&changes).unwrap_or_default());
         let (unit, measure, aim) = match relative {
             true => (Unit::Change, "beside the untouched model's", -LOSS),
             false => (
@@ -108,14 +113,6 @@ fn compared(model: &str, words: &str, aimed: bool, pairs: &[(Means, Means)]) -> 
     rows
 }
 
-/// The mean of two or more values, and its standard error.
-fn mean_and_error(values: &[f64]) -> (f64, f64) {
-    let count = values.len() as f64;
-    let mean = values.iter().sum::<f64>() / count;
-    let squares: f64 = values.iter().map(|v| (v - mean).powi(2)).sum();
-    (mean, (squares / (count - 1.0) / count).sqrt())
-}
-
 /// One run: for each of [`COMPARED`] its means and those of its untouched model.
 async fn run(
     context: &Context,
@@ -136,8 +133,11 @@ async fn run(
     let seed = 1 + number / CHOSEN.len();
     let overrides = [
         format!("seed={seed}"),
-        format!("subject.{subject}.images={}", photos.display()),
-        format!("subject.{subject}.class={class}"),
+        format!("subject.\"{subject}\".images={}", photos.display()),
+        format!("subject.\"{subject}\".class={class}"),
+        format!("supervisor.device={}", context.named_device),
+        format!("student.device={}", context.named_device),
+        format!("evaluation.device={}", context.named_device),
         format!("supervisor.model={}", checkpoint("sd3")),
         format!("student.model={}", checkpoint("llamagen")),
         format!("evaluation.clip={}", checkpoint("clip")),
@@ -226,10 +226,12 @@ fn untouched_supervisor(context: &Context, resolved: &Resolved, photos: PathBuf)
         &evaluator.embed(&images)?,
         &texts,
     )?;
-    let mean = |score: fn(&Scores) -> f64| {
-        scores.iter().map(score).sum::<f64>() / scores.len().max(1) as f64
-    };
-    Ok([mean(|s| s.dino), mean(|s| s.clip_i), mean(|s| s.clip_t)])
+    let mean_of = |score: fn(&Scores) -> f64| mean(&scores.iter().map(score).collect::<Vec<_>>());
+    Ok([
+        mean_of(|s| s.dino),
+        mean_of(|s| s.clip_i),
+        mean_of(|s| s.clip_t),
+    ])
 }
 
 #[cfg(test)]

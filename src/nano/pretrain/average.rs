@@ -4,8 +4,8 @@ use candle_core::{Tensor, Var};
 
 use crate::Result;
 
-/// The average is the power function of Karras et al. 2024 (arXiv 2312.02696, equation 4) with this exponent: it spans
-/// about the last tenth of the steps so far, however many these are.
+/// γ + 1 of the power function average of Karras et al. 2024 (arXiv 2312.02696, section 3.1), whose decay at step t is
+/// (1 − 1/t)^(γ + 1): with γ = 16 it spans about the last tenth of the steps so far, however many these are.
 const EXPONENT: i32 = 17;
 
 /// Running averages of some variables.

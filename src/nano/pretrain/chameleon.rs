@@ -9,7 +9,7 @@ use super::context::Context;
 use super::course::Step;
 use super::files;
 use super::pool::Pool;
-use crate::models::chameleon::files::{open_image_tokenizer, text_tokenizer};
+use crate::models::chameleon::files::open_image_tokenizer;
 use crate::models::chameleon::{Backbone, Config, Dropout, Format, Sequence, Vocabulary};
 use crate::nano::captions::caption;
 use crate::nano::vocabulary::chameleon_tokenizer;
@@ -32,8 +32,7 @@ pub fn train(context: &Context) -> Result<()> {
     let vq = open_image_tokenizer(&folder, device)?;
     let (side, codes) = (context.settings.image_size, vq.config().n_embed);
     let tokenizer = chameleon_tokenizer(codes, side / settings.patch_size);
-    files::write_json(&folder.join("tokenizer.json"), &tokenizer)?;
-    let text = text_tokenizer(&folder)?;
+    let text = files::tokenizer(&folder, &tokenizer)?;
     let config = Config {
         vocab_size: text.vocab_size(),
         hidden_size: settings.width,
@@ -46,7 +45,6 @@ pub fn train(context: &Context) -> Result<()> {
         image_size: side,
         ..Config::default()
     };
-    files::write_json(&folder.join("config.json"), &described(&config))?;
     let vocabulary = Vocabulary::of(&text, &config, codes)?;
     let downsampling = vq.config().downsampling();
     let format = Format::new(vocabulary, (side, side), settings.patch_size, downsampling)?;
@@ -94,7 +92,11 @@ pub fn train(context: &Context) -> Result<()> {
             figures: Vec::new(),
         })
     };
-    course.run(step, || files::write_weights(&file, &weights.variables()))
+    course.run(step, || {
+        files::write_json(&folder.join("tokenizer.json"), &tokenizer)?;
+        files::write_json(&folder.join("config.json"), &described(&config))?;
+        files::write_weights(&file, &weights.variables())
+    })
 }
 
 /// `config.json` as transformers 4 and 5 both read it, with what they do not know at the end.

@@ -10,7 +10,6 @@ use super::{contrast, files};
 use crate::Result;
 use crate::evaluation::preprocess::Preprocessing;
 use crate::models::clip::{Clip, Config, TextConfig, VisionConfig};
-use crate::models::tokenizer::TextTokenizer;
 use crate::nano::captions::Wording;
 use crate::nano::identity::Class;
 use crate::nano::vocabulary::clip_tokenizer;
@@ -82,8 +81,7 @@ pub fn train(context: &Context) -> Result<()> {
     let settings = &context.settings.clip;
     let folder = context.out.join("clip");
     let vocabulary = clip_tokenizer();
-    files::write_json(&folder.join("tokenizer.json"), &vocabulary)?;
-    let tokenizer = TextTokenizer::from_file(&folder.join("tokenizer.json"))?;
+    let tokenizer = files::tokenizer(&folder, &vocabulary)?;
     let end = tokenizer.id("<|endoftext|>").unwrap_or(0);
     let config = Config {
         text_config: TextConfig {
@@ -109,7 +107,6 @@ pub fn train(context: &Context) -> Result<()> {
         projection_dim: settings.projection,
         ..Config::default()
     };
-    write_configs(context, &config)?;
     let file = folder.join("model.safetensors");
     let opened = context.open("clip", &file, |weights| Clip::new(&config, weights))?;
     let (weights, model) = (opened.weights, opened.model);
@@ -143,7 +140,11 @@ pub fn train(context: &Context) -> Result<()> {
         figures.push(("scale", f64::from(scale.exp()?.to_scalar::<f32>()?)));
         Ok(Step { loss, figures })
     };
-    course.run(step, || files::write_weights(&file, &weights.variables()))
+    course.run(step, || {
+        files::write_json(&folder.join("tokenizer.json"), &vocabulary)?;
+        write_configs(context, &config)?;
+        files::write_weights(&file, &weights.variables())
+    })
 }
 
 /// `count` scenes, and which individual each shows, as numbers below `count`: first `pairs` individuals in two scenes

@@ -43,7 +43,6 @@ pub fn train(context: &Context) -> Result<()> {
         patch_size: Size::square(settings.patch_size),
         ..Config::default()
     };
-    write_configs(context, &config)?;
     let file = folder.join("model.safetensors");
     let opened = context.open("dino", &file, |weights| Vit::new(&config, weights))?;
     let (weights, model) = (opened.weights, opened.model);
@@ -66,7 +65,10 @@ pub fn train(context: &Context) -> Result<()> {
             figures: Vec::new(),
         })
     };
-    course.run(step, || files::write_weights(&file, &weights.variables()))
+    course.run(step, || {
+        write_configs(context, &config)?;
+        files::write_weights(&file, &weights.variables())
+    })
 }
 
 /// DINO's mean and deviation, without its larger short side: the drawn pictures fill their frame.

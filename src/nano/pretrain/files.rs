@@ -7,6 +7,7 @@ use candle_core::{DType, Var};
 use serde::Serialize;
 
 use crate::files;
+use crate::models::tokenizer::TextTokenizer;
 use crate::{Error, Result};
 
 /// Writes `value` as indented JSON.
@@ -17,6 +18,16 @@ pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     })?;
     text.push('\n');
     files::write(path, text.as_bytes())
+}
+
+/// The tokenizer that `vocabulary` describes. It passes through a file in `folder` that does not stay: what lies there
+/// belongs to the checkpoint until new weights are saved.
+pub fn tokenizer(folder: &Path, vocabulary: &serde_json::Value) -> Result<TextTokenizer> {
+    let aside = folder.join("tokenizer.fresh.json");
+    write_json(&aside, vocabulary)?;
+    let tokenizer = TextTokenizer::from_file(&aside);
+    std::fs::remove_file(&aside).map_err(Error::io(&aside))?;
+    tokenizer
 }
 
 /// Writes the current values of `variables` as safetensors in half precision.

@@ -13,7 +13,6 @@ use super::{files, frozen};
 use crate::Result;
 use crate::models::llamagen::gpt::{Config, Gpt};
 use crate::models::t5::{self, T5Encoder};
-use crate::models::tokenizer::TextTokenizer;
 use crate::nano::captions::caption;
 use crate::nano::vocabulary::t5_tokenizer;
 use crate::nn::{no_grad, ops};
@@ -26,9 +25,8 @@ pub fn train(context: &Context) -> Result<()> {
     let settings = &context.settings.gpt;
     let folder = context.out.join("llamagen");
     let device = &context.device;
-    let tokenizer_file = folder.join("t5/tokenizer.json");
-    files::write_json(&tokenizer_file, &t5_tokenizer())?;
-    let tokenizer = TextTokenizer::from_file(&tokenizer_file)?;
+    let vocabulary = t5_tokenizer();
+    let tokenizer = files::tokenizer(&folder.join("t5"), &vocabulary)?;
     let vq = frozen::vq(&folder.join("vq"), device)?;
     let grid = context.settings.image_size / vq.config().downsampling();
     let config = Config {
@@ -56,7 +54,6 @@ pub fn train(context: &Context) -> Result<()> {
         feed_forward_proj: t5::FeedForwardKind::Gated(crate::models::encoder::Activation::GeluNew),
         ..t5::Config::default()
     };
-    write_configs(context, &config, &t5_config)?;
     let file = folder.join("model.safetensors");
     let opened = context.open("gpt", &file, |weights| Gpt::new(&config, weights))?;
     let (weights, gpt) = (opened.weights, opened.model);
@@ -115,6 +112,8 @@ pub fn train(context: &Context) -> Result<()> {
         })
     };
     let save = || {
+        files::write_json(&folder.join("t5/tokenizer.json"), &vocabulary)?;
+        write_configs(context, &config, &t5_config)?;
         files::write_weights(&file, &weights.variables())?;
         files::write_weights(&t5_file, &t5_weights.variables())
     };

@@ -6,6 +6,7 @@
 
 mod average;
 pub mod chameleon;
+mod checks;
 pub mod clip;
 pub mod context;
 mod contrast;

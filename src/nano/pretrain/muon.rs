@@ -74,31 +74,36 @@ impl Muon {
         })
     }
 
-    /// One step. Returns the gradients' global L2 norm. A tensor without a gradient is an error: it means that some
-    /// operation dropped it. So is a norm that is not finite, and then nothing is changed.
-    pub fn step(&mut self, gradients: &GradStore, learning_rate: f64) -> Result<f64> {
-        let mut squares = 0.0;
-        let mut found = Vec::with_capacity(self.slots.len());
-        for slot in &self.slots {
-            let gradient = gradients
-                .get(slot.variable.as_tensor())
-                .ok_or_else(|| Error::Invalid {
+    fn gradients(&self, gradients: &GradStore) -> Result<Vec<Tensor>> {
+        self.slots
+            .iter()
+            .map(|slot| {
+                let gradient = gradients.get(slot.variable.as_tensor());
+                let gradient = gradient.ok_or_else(|| Error::Invalid {
                     what: format!("no gradient reached {}", slot.name),
                     hint: None,
-                })?
-                .detach()
-                .to_dtype(DType::F32)?
-                .reshape(sides(&slot.variable))?;
+                })?;
+                let gradient = gradient.detach().to_dtype(DType::F32)?;
+                Ok(gradient.reshape(sides(&slot.variable))?)
+            })
+            .collect()
+    }
+
+    /// The sum of the squares of all gradients. A tensor without a gradient is an error: it means that some operation
+    /// dropped it.
+    pub fn squares(&self, gradients: &GradStore) -> Result<f64> {
+        let mut squares = 0.0;
+        for gradient in self.gradients(gradients)? {
             squares += f64::from(gradient.sqr()?.sum_all()?.to_scalar::<f32>()?);
-            found.push(gradient);
         }
-        if !squares.is_finite() {
-            return Err(Error::NotFinite {
-                what: "the gradient".into(),
-                step: 0,
-            });
-        }
+        Ok(squares)
+    }
+
+    /// One step on the gradients times `clip`.
+    pub fn step(&mut self, gradients: &GradStore, learning_rate: f64, clip: f64) -> Result<()> {
+        let found = self.gradients(gradients)?;
         for (slot, gradient) in self.slots.iter_mut().zip(found) {
+            let gradient = (gradient * clip)?;
             slot.momentum = ((&slot.momentum * MOMENTUM)? + &gradient)?;
             let ahead = (gradient + (&slot.momentum * MOMENTUM)?)?;
             let steps = ahead
@@ -114,7 +119,7 @@ impl Muon {
             let weight = (weight - step.reshape(slot.variable.shape())?)?;
             slot.variable.set(&weight)?;
         }
-        Ok(squares.sqrt())
+        Ok(())
     }
 }
 
@@ -182,7 +187,7 @@ mod tests {
         let loss = || matrix.as_tensor().sqr().unwrap().sum_all().unwrap();
         let before = loss().to_scalar::<f32>().unwrap();
         for _ in 0..40 {
-            muon.step(&loss().backward().unwrap(), 0.02).unwrap();
+            muon.step(&loss().backward().unwrap(), 0.02, 1.0).unwrap();
         }
         let after = loss().to_scalar::<f32>().unwrap();
         assert!(after < 0.5 * before, "{before} {after}");

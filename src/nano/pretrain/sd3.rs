@@ -51,8 +51,7 @@ pub fn train(context: &Context) -> Result<()> {
         shift: settings.shift,
         ..SchedulerConfig::default()
     };
-    write_configs(context, &config, &schedule_config)?;
-    let schedule = FlowMatchEuler::new(schedule_config)?;
+    let schedule = FlowMatchEuler::new(schedule_config.clone())?;
     let file = folder.join("transformer/diffusion_pytorch_model.safetensors");
     let opened = context.open("sd3", &file, |weights| {
         Sd3Transformer::new(config.clone(), weights)
@@ -119,7 +118,10 @@ pub fn train(context: &Context) -> Result<()> {
             figures: Vec::new(),
         })
     };
-    course.run(step, || files::write_weights(&file, &weights.variables()))
+    course.run(step, || {
+        write_configs(context, &config, &schedule_config)?;
+        files::write_weights(&file, &weights.variables())
+    })
 }
 
 /// Puts CLIP's text tower where a diffusion model has its own, as a `CLIPTextModelWithProjection`.

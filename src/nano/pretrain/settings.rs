@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::checks;
 use crate::{Error, Result};
 
 /// The whole file. Unknown fields are refused.
@@ -45,10 +46,10 @@ pub struct Training {
     /// AdamW's decay of the second moment.
     #[serde(default = "beta2")]
     pub beta2: f64,
-    /// AdamW's decoupled weight decay, on tensors of two or more dimensions.
+    /// Decoupled weight decay, on tensors of two or more dimensions.
     #[serde(default = "weight_decay")]
     pub weight_decay: f64,
-    /// Largest global norm of the gradient.
+    /// Largest global norm of the gradient, over all weights whatever moves them.
     #[serde(default = "max_grad_norm")]
     pub max_grad_norm: f64,
 }
@@ -292,8 +293,22 @@ impl Settings {
     }
 
     /// Reads the text of such a file.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with the place of what cannot be read or, where everything can, with every value that cannot
+    /// be.
     pub fn parse(text: &str) -> Result<Self> {
-        toml::from_str(text).map_err(|e| Error::Config(vec![e.to_string()]))
+        let settings: Self = toml::from_str(text).map_err(|e| {
+            let hint = "pipelines/nano-pretrain.toml has every field";
+            Error::Config(vec![format!(
+                "{}\n  hint: {hint}",
+                e.to_string().trim_end()
+            )])
+        })?;
+        match checks::faults(&settings) {
+            faults if faults.is_empty() => Ok(settings),
+            faults => Err(Error::Config(faults)),
+        }
     }
 }
 
@@ -314,6 +329,29 @@ mod tests {
         let text = SHIPPED.replace("commitment =", "comitment =");
         let error = Settings::parse(&text).unwrap_err().to_string();
         assert!(error.contains("comitment"), "{error}");
+    }
+
+    #[test]
+    fn all_values_that_cannot_be_are_named_at_once_with_hints() {
+        let text = SHIPPED
+            .replacen("heads = 4", "heads = 3", 1)
+            .replacen("norm_groups = 8", "norm_groups = 5", 1)
+            .replacen("batch_size = 64", "batch_size = 0", 1)
+            .replacen("condition_dropout = 0.1", "condition_dropout = 1.5", 1);
+        let Err(Error::Config(faults)) = Settings::parse(&text) else {
+            panic!("faults expected")
+        };
+        let starts = [
+            "clip.training.batch_size = 0",
+            "clip.vision.width = 128",
+            "vq.channels = 32",
+            "gpt.condition_dropout = 1.5",
+        ];
+        assert_eq!(faults.len(), starts.len(), "{faults:#?}");
+        for (fault, start) in faults.iter().zip(starts) {
+            assert!(fault.starts_with(start), "{fault}");
+            assert!(fault.contains("\n  hint: "), "{fault}");
+        }
     }
 
     #[test]

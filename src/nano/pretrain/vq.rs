@@ -36,9 +36,7 @@ pub fn train(context: &Context) -> Result<()> {
         norm_num_groups: settings.norm_groups,
         ..Config::default()
     };
-    files::write_json(
-        &folder.join("config.json"),
-        &json!({
+    let described = json!({
             "codebook_size": config.codebook_size,
             "codebook_embed_dim": config.codebook_embed_dim,
             "codebook_l2_norm": config.codebook_l2_norm,
@@ -51,8 +49,7 @@ pub fn train(context: &Context) -> Result<()> {
             "ch": config.ch,
             "norm_num_groups": config.norm_num_groups,
             "dropout_p": 0.0,
-        }),
-    )?;
+    });
     let file = folder.join("model.safetensors");
     let opened = context.open("vq", &file, |weights| VqModel::new(&config, weights))?;
     let model = &opened.model;
@@ -72,6 +69,7 @@ pub fn train(context: &Context) -> Result<()> {
         &opened.weights,
         &|pixels| model.encode_continuous(pixels),
         &|pixels| model.forward_train(pixels),
+        &|| files::write_json(&folder.join("config.json"), &described),
     )
 }
 
@@ -91,7 +89,6 @@ pub fn train_chameleon(context: &Context) -> Result<()> {
         ..chameleon::vq::Config::default()
     };
     let yaml = folder.join(chameleon::files::VQ_CONFIG);
-    crate::files::write(&yaml, config.to_yaml().as_bytes())?;
     let file = folder.join(chameleon::files::VQ_WEIGHTS);
     let opened = context.open("vqgan", &file, |weights| VqGan::new(&config, weights))?;
     let model = &opened.model;
@@ -111,6 +108,7 @@ pub fn train_chameleon(context: &Context) -> Result<()> {
         &opened.weights,
         &|pixels| model.encode_continuous(pixels),
         &|pixels| model.forward_train(pixels, settings.commitment),
+        &|| crate::files::write(&yaml, config.to_yaml().as_bytes()),
     )
 }
 
@@ -136,6 +134,7 @@ impl Learning<'_> {
         weights: &Weights,
         encode: &dyn Fn(&Tensor) -> Result<Tensor>,
         forward: &dyn Fn(&Tensor) -> Result<TrainOutput>,
+        write_config: &dyn Fn() -> Result<()>,
     ) -> Result<()> {
         let scenes = context.scenes(self.name);
         let variables = weights.variables();
@@ -176,6 +175,7 @@ impl Learning<'_> {
             Ok(Step { loss, figures })
         };
         course.run(step, || {
+            write_config()?;
             files::write_weights(self.file, &weights.variables())
         })
     }

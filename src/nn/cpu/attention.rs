@@ -11,7 +11,7 @@ use multiversion::multiversion;
 use rayon::prelude::*;
 
 use super::gemm::{Matrix, Threads, multiply};
-use super::{Values, detached, simd, strided_values, tensor, values};
+use super::{Values, adjacent, detached, simd, strided_values, tensor, values};
 use crate::nn::ops::Mask;
 use crate::nn::vjp::record;
 
@@ -195,7 +195,11 @@ impl Call {
         let (b, h, n, d) = q.dims4()?;
         let m = k.dim(2)?;
         let causal = matches!(mask, Mask::Causal | Mask::CausalKeys(_));
-        if k.dims() != [b, h, m, d] || v.dims() != [b, h, m, d] || (causal && m < n) {
+        if k.dims() != [b, h, m, d]
+            || v.dims() != [b, h, m, d]
+            || (causal && m < n)
+            || (m == 0 && n > 0)
+        {
             candle_core::bail!(
                 "attention of queries {:?}, keys {:?} and values {:?}",
                 q.dims(),
@@ -361,15 +365,6 @@ impl Call {
             false,
             Threads::One,
         );
-    }
-}
-
-/// A detached (b, h, n, d) whose last dimension is adjacent in memory; the others may have any stride.
-fn adjacent(x: &Tensor) -> Result<Tensor> {
-    if x.stride().last() == Some(&1) {
-        Ok(x.detach())
-    } else {
-        detached(x)
     }
 }
 

@@ -44,7 +44,7 @@ pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tens
     })
 }
 
-/// See [`crate::nn::ops::linear_lora`]. At most three of the five tensors may be tracked.
+/// See [`crate::nn::ops::linear_lora`].
 pub fn linear_lora(
     x: &Tensor,
     weight: &Weight,

@@ -41,7 +41,7 @@ impl Deref for Values<'_> {
     fn deref(&self) -> &[f32] {
         match &*self.storage {
             Storage::Cpu(CpuStorage::F32(values)) => &values[self.range.clone()],
-            // `values` and `all_values` return an error instead of such a guard.
+            // `values` and `strided_values` return an error instead of such a guard.
             _ => &[],
         }
     }
@@ -76,6 +76,15 @@ pub fn strided_values(tensor: &Tensor) -> Result<Values<'_>> {
 /// `tensor` contiguous and off the tape: what a kernel reads and a backward pass keeps.
 pub fn detached(tensor: &Tensor) -> Result<Tensor> {
     tensor.detach().contiguous()
+}
+
+/// `tensor` off the tape with its last dimension adjacent in memory; the others may have any stride.
+pub fn adjacent(tensor: &Tensor) -> Result<Tensor> {
+    if tensor.stride().last() == Some(&1) {
+        Ok(tensor.detach())
+    } else {
+        detached(tensor)
+    }
 }
 
 /// A tensor on the CPU.

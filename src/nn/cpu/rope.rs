@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 use multiversion::multiversion;
 
-use super::{detached, each_piece, strided_values, tensor, values};
+use super::{adjacent, detached, each_piece, strided_values, tensor, values};
 use crate::nn::vjp::record;
 
 /// Which two components are turned together.
@@ -36,11 +36,7 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, pairing: Pairing) -> Result<
 }
 
 fn turn(x: &Tensor, cos: &Tensor, sin: &Tensor, sign: f32, pairing: Pairing) -> Result<Vec<f32>> {
-    let x = if x.stride().last() == Some(&1) {
-        x.detach()
-    } else {
-        detached(x)?
-    };
+    let x = adjacent(x)?;
     let (_, h, n, d) = x.dims4()?;
     let strides = [x.stride()[0], x.stride()[1], x.stride()[2]];
     let mut y = vec![0.0; x.elem_count()];

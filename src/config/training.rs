@@ -1,0 +1,181 @@
+//! How a backbone learns: what was typed over the family's defaults, and what of it has no effect.
+
+use super::defaults;
+use super::effect::{first_idle, unlike};
+use super::models::Family;
+use super::reader::{At, Faults};
+use super::resolve::or;
+use super::resolved::{Dtype, LrScheduler, Memory, Optimizer, Training, Tuning};
+use super::tree::Place;
+use super::typed::{self, Typed};
+
+/// The training that a family gets when nothing is typed.
+pub(super) fn family_training(
+    typed: &typed::Training,
+    family: Family,
+    model: &Place,
+    faults: &Faults,
+) -> Training {
+    let is_known = defaults::training(family).learning_rate.is_some();
+    if typed.learning_rate.is_none() && !is_known {
+        faults.push(
+            model,
+            format!("the paper trains {family} with Prodigy, which is not built yet"),
+            "set optimizer = \"adamw\" and a learning_rate, such as 1e-4",
+        );
+    }
+    training_defaults(family)
+}
+
+/// How a model of this family learns where nothing else is said. The learning rate is 0 where the paper names an
+/// optimizer that is not built.
+pub fn training_defaults(family: Family) -> Training {
+    let defaults = defaults::training(family);
+    Training {
+        tuning: Tuning::Lora,
+        steps: defaults.steps,
+        batch_size: defaults.batch_size,
+        learning_rate: defaults.learning_rate.unwrap_or_default(),
+        optimizer: Optimizer::Adamw,
+        adam_beta1: 0.9,
+        adam_beta2: defaults.adam_beta2,
+        adam_epsilon: 1e-8,
+        weight_decay: defaults.weight_decay,
+        decay_vectors: family != Family::LlamaGen,
+        max_grad_norm: defaults.max_grad_norm,
+        lr_scheduler: LrScheduler::Constant,
+        warmup_steps: 0,
+        rank: defaults::RANK,
+        alpha: defaults::RANK as f64,
+        targets: defaults::targets(family),
+        checkpoint_every: defaults::CHECKPOINT_EVERY,
+        memory: Memory::Auto,
+    }
+}
+
+/// Weights that are all trained are f32.
+pub(super) fn check_dtype(
+    dtype: &Typed<Dtype>,
+    training: &typed::Training,
+    role: &str,
+    faults: &Faults,
+) {
+    if let Some(at) = dtype
+        && matches!(at.value, Dtype::Bf16 | Dtype::F16)
+        && or(&training.tuning, Tuning::Lora) == Tuning::Full
+    {
+        faults.push(
+            &at.place,
+            format!("{role}.dtype has no effect with tuning = \"full\": trained weights are f32"),
+            "remove the line, or use tuning = \"lora\"",
+        );
+    }
+}
+
+/// What was typed for `role`, over `default`. `inherited` is what `default` itself was typed as, if it was. Where all
+/// weights are trained, what an adapter would be like has no effect, unless `keeps_adapter`: somebody inherits it.
+pub(super) fn training(
+    role: &str,
+    typed: &typed::Training,
+    default: &Training,
+    inherited: Option<&typed::Training>,
+    keeps_adapter: bool,
+    faults: &Faults,
+) -> Training {
+    let tuning = or(&typed.tuning, default.tuning);
+    let adapter = if tuning == Tuning::Full && !keeps_adapter {
+        let switch = typed
+            .tuning
+            .as_ref()
+            .or_else(|| inherited.and_then(|typed| typed.tuning.as_ref()));
+        let unlike = [
+            ("rank", unlike(&typed.rank, &default.rank)),
+            ("alpha", unlike(&typed.alpha, &default.alpha)),
+            ("targets", unlike_targets(&typed.targets, &default.targets)),
+        ];
+        for (field, place) in unlike {
+            let places = place.into_iter();
+            if let Some(place) = first_idle(switch.map(|at| &at.place), places) {
+                faults.push(
+                    place,
+                    format!("{role}.{field} has no effect with tuning = \"full\""),
+                    "remove the line, or use tuning = \"lora\"",
+                );
+            }
+        }
+        None
+    } else {
+        Some(typed)
+    };
+    let rank = adapter.map_or(default.rank, |typed| or(&typed.rank, default.rank));
+    let alpha = match adapter {
+        Some(typed) if typed.rank.is_some() => or(&typed.alpha, rank as f64),
+        Some(typed) => or(&typed.alpha, default.alpha),
+        None => default.alpha,
+    };
+    let targets = adapter
+        .and_then(|typed| typed.targets.as_ref())
+        .map(|list| list.value.iter().map(|at| at.value.clone()).collect());
+    let training = Training {
+        tuning,
+        steps: or(&typed.steps, default.steps),
+        batch_size: or(&typed.batch_size, default.batch_size),
+        learning_rate: or(&typed.learning_rate, default.learning_rate),
+        optimizer: or(&typed.optimizer, default.optimizer),
+        adam_beta1: or(&typed.adam_beta1, default.adam_beta1),
+        adam_beta2: or(&typed.adam_beta2, default.adam_beta2),
+        adam_epsilon: or(&typed.adam_epsilon, default.adam_epsilon),
+        weight_decay: or(&typed.weight_decay, default.weight_decay),
+        decay_vectors: default.decay_vectors,
+        max_grad_norm: or(&typed.max_grad_norm, default.max_grad_norm),
+        lr_scheduler: or(&typed.lr_scheduler, default.lr_scheduler),
+        warmup_steps: or(&typed.warmup_steps, default.warmup_steps),
+        rank,
+        alpha,
+        targets: targets.unwrap_or_else(|| default.targets.clone()),
+        checkpoint_every: or(&typed.checkpoint_every, default.checkpoint_every),
+        memory: or(&typed.memory, default.memory),
+    };
+    check_warmup(typed, default, &training, faults);
+    training
+}
+
+/// Reports a warm-up that is longer than its training, or that the scheduler does not have. What is wholly inherited
+/// has been reported where it was typed.
+fn check_warmup(typed: &typed::Training, default: &Training, training: &Training, faults: &Faults) {
+    let warms_up = training.lr_scheduler != LrScheduler::Constant;
+    let place = [
+        typed.warmup_steps.as_ref().map(|at| &at.place),
+        typed.steps.as_ref().map(|at| &at.place),
+        typed.lr_scheduler.as_ref().map(|at| &at.place),
+    ];
+    if let Some(place) = place.into_iter().flatten().next()
+        && warms_up
+        && training.warmup_steps > training.steps
+    {
+        faults.push(
+            place,
+            format!(
+                "{} warm-up steps are more than all {} steps",
+                training.warmup_steps, training.steps
+            ),
+            "lower warmup_steps, or raise steps",
+        );
+    }
+    if let Some(place) = unlike(&typed.warmup_steps, &default.warmup_steps)
+        && training.warmup_steps > 0
+        && !warms_up
+    {
+        faults.push(
+            place,
+            "warmup_steps has no effect with lr_scheduler = \"constant\"",
+            "use lr_scheduler = \"constant_with_warmup\"",
+        );
+    }
+}
+
+fn unlike_targets<'a>(typed: &'a Typed<Vec<At<String>>>, default: &[String]) -> Option<&'a Place> {
+    let typed = typed.as_ref()?;
+    let same = typed.value.iter().map(|at| &at.value).eq(default);
+    (!same).then_some(&typed.place)
+}
