@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 use proxytune::config::Document;
 use proxytune::pipeline;
 use proxytune::stream::Stop;
+use proxytune::watch::reconcile::reconcile;
+use proxytune::watch::remove::Leaving;
 use proxytune::watch::scan::{Scan, Scanner};
 use proxytune::watch::state::{Home, State};
 use proxytune::watch::{Options, watch};
@@ -242,6 +244,34 @@ fn bad_files_are_set_aside_by_name_and_tried_again_when_they_change() {
     assert_eq!(seen.folders["dog/rex"].photos.len(), 5);
 }
 
+#[cfg(target_os = "linux")]
+#[test]
+fn a_name_that_is_not_utf_8_is_set_aside_and_the_rest_comes_to_rest() {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+    let place = Place::new();
+    place.arrive("dog/rex", "dog1", 3);
+    place.arrive("cat/mia", "cat1", 3);
+    let folder = place.photos().join("dog/rex");
+    std::fs::copy(
+        folder.join("00.png"),
+        folder.join(OsStr::from_bytes(b"caf\xe9.png")),
+    )
+    .unwrap();
+    std::fs::rename(
+        place.photos().join("cat/mia"),
+        place.photos().join(OsStr::from_bytes(b"cat/mi\xe4")),
+    )
+    .unwrap();
+    let (mut scanner, start) = (Scanner::new(place.photos(), Duration::ZERO), Instant::now());
+    let seen = scan(&mut scanner, 0.0, start);
+    assert_eq!((seen.folders.len(), seen.settles_in), (1, None));
+    assert_eq!(seen.folders["dog/rex"].photos.len(), 3);
+    let set_aside: Vec<&str> = seen.set_aside.iter().map(|bad| bad.path.as_str()).collect();
+    assert_eq!(set_aside, ["cat/mi\u{fffd}", "dog/rex/caf\u{fffd}.png"]);
+    assert!(seen.set_aside[0].reason.contains("UTF-8"));
+}
+
 #[test]
 fn a_thousand_files_at_once_are_seen_once_each() {
     let place = Place::new();
@@ -390,20 +420,42 @@ async fn what_loses_more_than_the_margin_is_not_published_and_the_log_says_why()
         log.contains("run 2: not published, rex would lose"),
         "{log}"
     );
-    // It is not tried again by itself, but when its photos change; the student goes on from what is published.
-    assert_eq!(place.learn().await.history.len(), 2);
+    // It is not tried again by itself, but when its photos or the settings change; the student goes on from what is
+    // published.
+    let again = watch(&strict, Stop::default()).await.unwrap();
+    assert_eq!(again.history.len(), 2);
     place.arrive("cat/mia", "cat1", 4);
-    let last = place.learn().await;
-    assert_eq!(last.history.len(), 3);
+    let again = watch(&strict, Stop::default()).await.unwrap();
     assert_eq!(
-        last.history[2].init,
+        (again.history.len(), again.subjects[1].is_held()),
+        (3, true)
+    );
+    let mut status = program();
+    status.args(["watch", "--status"]).arg(place.photos());
+    let said = say(status);
+    assert!(said.out.contains("held back until"), "{}", said.out);
+    let last = place.learn().await;
+    assert_eq!(last.history.len(), 4);
+    assert_eq!(
+        last.history[3].init,
         Some(before.published.unwrap().adapter)
     );
-    assert_eq!(last.published.as_ref().unwrap().number, 3);
+    assert_eq!(last.published.as_ref().unwrap().number, 4);
     assert_eq!(
         std::fs::canonicalize(&published).unwrap(),
-        place.home().adapter(3)
+        place.home().adapter(4)
     );
+    // What runs need to be continued is gone with the last of them.
+    let left = find(&place.home().runs(), &|name| name == "checkpoints");
+    assert!(left.is_empty(), "{left:?}");
+    // The student is the watch's own.
+    let init = format!("student.init={:?}", place.home().adapter(4));
+    let foreign = Options {
+        overrides: vec![init],
+        ..place.options()
+    };
+    let error = watch(&foreign, Stop::default()).await.unwrap_err();
+    assert!(error.to_string().contains("student of its own"), "{error}");
     let scores = std::fs::read_to_string(published.join("evaluation/scores.json")).unwrap();
     assert!(
         scores.contains("\"rex\"") && scores.contains("\"mia\""),
@@ -530,6 +582,80 @@ fn bad_photos_show_in_status_and_exit_code_and_a_folder_that_was_never_watched_i
     ] {
         assert!(said.out.contains(part), "{part}: {}", said.out);
     }
+}
+
+#[test]
+fn what_leaves_is_found_where_it_lies_today_and_a_name_of_two_is_refused() {
+    let place = Place::new();
+    place.arrive("dog/rex", "dog1", 3);
+    place.arrive("cat/mia", "cat1", 3);
+    let mut state = State {
+        version: 1,
+        ..State::default()
+    };
+    let mut scanner = Scanner::new(place.photos(), Duration::ZERO);
+    reconcile(&mut state, &scan(&mut scanner, 0.0, Instant::now()));
+    drop(place.home().lock().unwrap());
+    place.home().save(&state).unwrap();
+    // Nobody watched when these moved.
+    place.rename("dog/rex", "dog/x");
+    place.rename("cat/mia", "cat/x");
+    let refused = Leaving::find(&place.photos(), "x").err().unwrap();
+    assert!(refused.to_string().contains("several"), "{refused}");
+    let hint = refused.hint().unwrap();
+    assert!(
+        hint.contains("rex in dog/x") && hint.contains("mia in cat/x"),
+        "{hint}"
+    );
+    let photos = place.photos();
+    std::fs::rename(photos.join("dog/x/00.png"), photos.join("lost.png")).unwrap();
+    std::fs::copy(photos.join("dog/x/01.png"), photos.join("cat/x/copy.png")).unwrap();
+    let leaving = Leaving::find(&photos, "rex").unwrap();
+    let root = std::fs::canonicalize(&photos).unwrap();
+    let below = |paths: &[PathBuf]| -> Vec<String> {
+        let below = |path: &PathBuf| path.strip_prefix(&root).unwrap().display().to_string();
+        paths.iter().map(below).collect()
+    };
+    assert_eq!(
+        below(leaving.photos()),
+        ["dog/x/01.png", "dog/x/02.png", "lost.png"]
+    );
+    assert_eq!(below(leaving.shared()), ["cat/x/copy.png"]);
+    leaving.remove().unwrap();
+    assert!(!photos.join("dog/x").exists() && !photos.join("lost.png").exists());
+    assert_eq!(std::fs::read_dir(photos.join("cat/x")).unwrap().count(), 4);
+}
+
+#[cfg(unix)]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_run_under_way_that_replays_who_leaves_is_dropped_and_the_chain_goes_on() {
+    let place = Place::new();
+    place.arrive("dog/rex", "dog1", 3);
+    place.learn().await;
+    place.arrive("cat/mia", "cat1", 3);
+    let mut run = Running::start(place.command(&["--once"]));
+    let has_begun = || find(&place.home().runs(), &|name| name.starts_with("run-0002-")).len();
+    assert!(run.runs_until(|| has_begun() == 1 && place.state().run.is_some()));
+    run.kill();
+    // As if it had been published just before it was killed.
+    let home = place.home();
+    std::fs::create_dir(home.adapter(2)).unwrap();
+    std::fs::remove_file(home.published()).unwrap();
+    std::os::unix::fs::symlink("adapters/0002", home.published()).unwrap();
+    Leaving::find(&place.photos(), "rex")
+        .unwrap()
+        .remove()
+        .unwrap();
+    assert_eq!(has_begun(), 0);
+    assert!(place.state().run.is_none() && !home.adapter(2).exists());
+    assert_eq!(
+        std::fs::canonicalize(home.published()).unwrap(),
+        home.adapter(1)
+    );
+    let state = place.learn().await;
+    let runs: Vec<&str> = state.history.iter().map(|e| e.subject.as_str()).collect();
+    assert_eq!(runs, ["rex", "mia"]);
+    assert_eq!(state.published.unwrap().number, 2);
 }
 
 #[test]

@@ -51,6 +51,12 @@ pub(super) fn remove(args: &RemoveArgs, out: &mut impl Write) -> Result<Ended> {
     for photo in leaving.iter().flat_map(|leaving| leaving.photos()) {
         say(format!("{}", photo.display()))?;
     }
+    for photo in leaving.iter().flat_map(|leaving| leaving.shared()) {
+        say(format!(
+            "{} stays: it lies in another subject's folder",
+            photo.display()
+        ))?;
+    }
     if !args.yes {
         let kept = "photos, proxies, tokens, scores, samples, curves and supervisors of it, in all versions";
         say(format!(

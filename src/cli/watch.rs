@@ -91,13 +91,8 @@ pub(super) fn watch(args: &WatchArgs, out: &mut impl Write) -> Result<Ended> {
         watch::watch(&options, stop).await
     })?;
     show(out)?;
-    let is_held = |subject: &watch::state::Subject| {
-        subject
-            .held
-            .as_ref()
-            .is_some_and(|(look, _)| *look == subject.look())
-    };
-    match state.set_aside.is_empty() && !state.subjects.iter().any(is_held) {
+    let mut subjects = state.subjects.iter();
+    match state.set_aside.is_empty() && !subjects.any(|subject| subject.is_held()) {
         true => Ok(Ended::Well),
         false => Ok(Ended::WithWarnings),
     }

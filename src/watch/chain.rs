@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use super::scan::Scan;
 use super::state::{Home, Look, Run, State, Subject};
 use crate::config::{Document, Resolved, Source, Subject as Learnt};
+use crate::plan::Digest;
 use crate::{Error, Result, files};
 
 /// What all runs of a watch have in common: a pipeline file whose subjects, baseline and untouched student do not
@@ -32,9 +33,30 @@ impl Recipe {
                 "remove student.source, and add [supervisor] where there is none",
             ));
         }
+        if resolved.student.init.is_some() {
+            return Err(Error::invalid(
+                format!(
+                    "{}: a watch begins with a student of its own",
+                    path.display()
+                ),
+                "remove student.init: every run goes on from the adapter that the one before it made",
+            ));
+        }
         resolved.direct.enabled = false;
         resolved.evaluation.untouched = false;
         Ok(Self { resolved, replay })
+    }
+
+    /// Digest of all settings of the chain, with the `margin` of what may be published.
+    ///
+    /// # Errors
+    /// When the pipeline cannot be written as text.
+    pub fn settings(&self, margin: f64) -> Result<String> {
+        Ok(Digest::new("watch settings 1")
+            .field("pipeline", self.resolved.to_toml()?)
+            .number("replay", self.replay as u64)
+            .number("margin", margin.to_bits())
+            .finish())
     }
 
     /// The resolved pipeline of the run that learns `subject`, going on from `init`, an adapter and its digest. The

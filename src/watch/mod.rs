@@ -75,8 +75,9 @@ pub struct Options {
 ///
 /// # Errors
 /// [`Error::Interrupted`] when `stop` was requested: the same call goes on. Faults of the pipeline file; a second watch
-/// on the same folder; what stops a run and will stop the next one too, such as a full disk. A run that fails for
-/// another reason is noted, and its subject not tried again until its photos change.
+/// on the same folder; what stops a run, such as a full disk: the same call goes on with it. A run that fails because of
+/// its subject (a loss that is not finite, a photo that cannot be read) is noted, and the subject not tried again until
+/// its photos or the settings change.
 pub fn watch<'a>(options: &'a Options, stop: Stop) -> BoxFuture<'a, Result<State>> {
     Box::pin(async move {
         let recipe = Recipe::open(&options.pipeline, &options.overrides, options.replay)?;
@@ -84,6 +85,7 @@ pub fn watch<'a>(options: &'a Options, stop: Stop) -> BoxFuture<'a, Result<State
         let _lock = home.lock()?;
         let mut state = home.load()?;
         state.store = std::path::absolute(&options.store).map_err(Error::io(&options.store))?;
+        state.use_settings(&recipe.settings(options.margin)?);
         home.save(&state)?;
         let watcher = Watching {
             options,
@@ -94,6 +96,7 @@ pub fn watch<'a>(options: &'a Options, stop: Stop) -> BoxFuture<'a, Result<State
             looks: watch::Sender::new(Looks::default()),
             stop,
         };
+        watcher.remove_checkpoints()?;
         watcher.say(&format!("watching {}", watcher.home.watched.display()))?;
         tokio::try_join!(watcher.follow(), watcher.work())?;
         let state = watcher.state().clone();
@@ -347,12 +350,25 @@ impl Watching<'_> {
             self.say(&format!("run {}: {warning}", run.number))?;
         }
         self.end(run, ended, published)?;
-        // A run that is over is not continued.
-        let checkpoints = outcome.dir.join("checkpoints");
-        match std::fs::remove_dir_all(&checkpoints) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(&checkpoints)(e)),
-            _ => Ok(()),
+        self.remove_checkpoints()
+    }
+
+    /// Removes the checkpoints of the runs that are over: they are not continued.
+    fn remove_checkpoints(&self) -> Result<()> {
+        let state = self.state().clone();
+        for (name, run) in files::list(&self.home.runs())? {
+            let mut over = state.history.iter();
+            if over.any(|ended| remove::is_of_run(&name, ended.number)) {
+                let checkpoints = run.join("checkpoints");
+                match std::fs::remove_dir_all(&checkpoints) {
+                    Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                        return Err(Error::io(&checkpoints)(e));
+                    }
+                    _ => {}
+                }
+            }
         }
+        Ok(())
     }
 
     /// Remembers how `run` ended.
@@ -395,12 +411,13 @@ fn ended(run: &Run, refused: Option<String>) -> Ended {
     }
 }
 
-/// Whether the next run would fail for the same reason, or the same run may succeed when it is continued later.
+/// Whether a run failed for a reason that is not its subject's: the next one would fail, too, or the same one succeeds
+/// when it is continued later.
 fn stops_the_watch(error: &Error) -> bool {
     match error {
         Error::Stage { source, .. } | Error::Unusable(source) => stops_the_watch(source),
+        Error::Image { .. } | Error::NotFinite { .. } => false,
         Error::Io { .. } | Error::Store { .. } | Error::Interrupted | Error::Config(_) => true,
-        Error::Image { .. } | Error::Checkpoint { .. } | Error::NotFinite { .. } => false,
-        Error::Invalid { .. } | Error::Tensor(_) => false,
+        Error::Checkpoint { .. } | Error::Invalid { .. } | Error::Tensor(_) => true,
     }
 }

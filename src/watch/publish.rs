@@ -142,7 +142,8 @@ pub fn publish(
     let student = outcome.dir.join("student");
     let adapter = files::digest_dir(&student)?;
     let to = home.adapter(run.number);
-    if !to.is_dir() {
+    // A run of the same number that was dropped may have left another adapter there.
+    if !to.is_dir() || files::digest_dir(&to)? != adapter {
         if let Some(parent) = to.parent() {
             files::create_dir(parent)?;
         }
@@ -172,7 +173,7 @@ pub fn publish(
 
 /// Lets `link` lead to the folder `to`, in one step.
 #[cfg(unix)]
-fn switch(link: &Path, to: &Path) -> Result<()> {
+pub(super) fn switch(link: &Path, to: &Path) -> Result<()> {
     let aside = link.with_file_name(".published.tmp");
     match std::fs::remove_file(&aside) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io(&aside)(e)),
@@ -185,7 +186,7 @@ fn switch(link: &Path, to: &Path) -> Result<()> {
 
 /// Lets `link` be a copy of the folder `to`, where links need rights of their own.
 #[cfg(not(unix))]
-fn switch(link: &Path, to: &Path) -> Result<()> {
+pub(super) fn switch(link: &Path, to: &Path) -> Result<()> {
     files::write_dir(link, |dir| copy_adapter(to, &to.join("evaluation"), dir))
 }
 

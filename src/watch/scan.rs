@@ -2,6 +2,7 @@
 //! and what has looked the same for a while counts.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -16,6 +17,8 @@ struct Stamp {
     modified: Option<SystemTime>,
     /// The inode, where there are such: a file that another was moved over has a new one.
     inode: u64,
+    /// When the inode changed, in seconds and nanoseconds: a file may be given the time of another, but not this.
+    changed: (i64, i64),
 }
 
 /// The files of a subject's folder by their names; `None` when the folder is not there.
@@ -32,6 +35,8 @@ struct Seen {
 enum Verdict {
     Photo(String),
     Bad(String),
+    /// It may not be read, which can change without the file.
+    Closed(String),
 }
 
 /// A subject's folder that has come to rest.
@@ -80,12 +85,16 @@ impl Scanner {
     /// there when this was last known, `class/subject`: they are gone when they have been missing for a while. Blocks.
     ///
     /// # Errors
-    /// When the watched folder itself cannot be listed.
+    /// When the watched folder cannot be listed, or a folder in it for another reason than missing rights.
     pub fn scan(&mut self, expected: &[String], now: Instant) -> Result<Scan> {
         let mut scan = Scan::default();
-        let mut listings = self.list(&mut scan.set_aside)?;
+        let (mut listings, closed) = self.list(&mut scan.set_aside)?;
         for folder in self.seen.keys().chain(expected) {
-            if !listings.contains_key(folder) {
+            let class = folder.split('/').next().unwrap_or_default();
+            if closed.contains(folder) || closed.contains(class) {
+                // What may not be listed is not known to be gone.
+                scan.unsettled.insert(folder.clone());
+            } else if !listings.contains_key(folder) {
                 listings.insert(folder.clone(), None);
             }
         }
@@ -131,34 +140,90 @@ impl Scanner {
         Ok(scan)
     }
 
-    /// Every subject's folder with its pictures; pictures that lie outside of one are set aside.
-    fn list(&self, set_aside: &mut Vec<SetAside>) -> Result<BTreeMap<String, Listing>> {
+    /// Every subject's folder with its pictures, and the folders of classes and subjects that may not be listed.
+    /// Pictures that lie outside of a subject's folder are set aside, and so is what has a name that cannot be kept.
+    fn list(
+        &self,
+        set_aside: &mut Vec<SetAside>,
+    ) -> Result<(BTreeMap<String, Listing>, BTreeSet<String>)> {
         let mut listings = BTreeMap::new();
+        let mut closed = BTreeSet::new();
         for class in entries(&self.root)? {
             if !class.is_dir() {
                 set_aside.extend(misplaced(&self.root, &class));
                 continue;
             }
-            // A class's folder may vanish between two looks at it.
-            for subject in entries(&class).unwrap_or_default() {
+            let Some(class_name) = self.kept_name(&class, set_aside) else {
+                continue;
+            };
+            let Some(subjects) = self.open_entries(&class, set_aside)? else {
+                closed.insert(class_name);
+                continue;
+            };
+            for subject in subjects {
                 if !subject.is_dir() {
                     set_aside.extend(misplaced(&self.root, &subject));
                     continue;
                 }
+                let Some(subject_name) = self.kept_name(&subject, set_aside) else {
+                    continue;
+                };
+                let folder = format!("{class_name}/{subject_name}");
+                let Some(found) = self.open_entries(&subject, set_aside)? else {
+                    closed.insert(folder);
+                    continue;
+                };
                 let mut files = BTreeMap::new();
-                for file in entries(&subject).unwrap_or_default() {
+                for file in found {
                     let is_picture = is_photo_name(&file) || is_other_picture(&file);
-                    if let (true, Some(stamp)) = (is_picture, stamp(&file)) {
-                        files.insert(name(&file), stamp);
+                    if let (true, Some(stamp)) = (is_picture, stamp(&file))
+                        && let Some(name) = self.kept_name(&file, set_aside)
+                    {
+                        files.insert(name, stamp);
                     }
                 }
-                listings.insert(format!("{}/{}", name(&class), name(&subject)), Some(files));
+                listings.insert(folder, Some(files));
             }
         }
-        Ok(listings)
+        Ok((listings, closed))
     }
 
-    /// Reads the files of a folder; `None` when one of them changed meanwhile.
+    /// The name of what is at `path`; set aside when it is not UTF-8, as it would not be found again by it.
+    fn kept_name(&self, path: &Path, set_aside: &mut Vec<SetAside>) -> Option<String> {
+        let name = path.file_name().and_then(|name| name.to_str());
+        if name.is_none() {
+            set_aside.push(SetAside {
+                path: below(&self.root, path),
+                reason: "its name is not UTF-8: give it another one".into(),
+            });
+        }
+        name.map(str::to_string)
+    }
+
+    /// What is in `dir`, which may vanish between two looks at it; `None` when it may not be listed, which is noted.
+    fn open_entries(
+        &self,
+        dir: &Path,
+        set_aside: &mut Vec<SetAside>,
+    ) -> Result<Option<Vec<PathBuf>>> {
+        let kind = |error: &Error| match error {
+            Error::Io { source, .. } => Some(source.kind()),
+            _ => None,
+        };
+        match entries(dir) {
+            Err(error) if kind(&error) == Some(ErrorKind::NotFound) => Ok(Some(Vec::new())),
+            Err(error) if kind(&error) == Some(ErrorKind::PermissionDenied) => {
+                set_aside.push(SetAside {
+                    path: below(&self.root, dir),
+                    reason: reason(error),
+                });
+                Ok(None)
+            }
+            listed => listed.map(Some),
+        }
+    }
+
+    /// Reads the files of a folder; `None` when one of them changed meanwhile, or could not be read just now.
     fn read_folder(
         &mut self,
         folder: &str,
@@ -171,15 +236,17 @@ impl Scanner {
             let path = self.root.join(folder).join(name);
             let verdict = match self.read.get(&path) {
                 Some((known, verdict)) if known == expected => verdict.clone(),
-                _ => self.read_file(&path),
+                _ => self.read_file(&path)?,
             };
             if stamp(&path) != Some(*expected) {
                 return None;
             }
-            self.read.insert(path.clone(), (*expected, verdict.clone()));
+            if !matches!(verdict, Verdict::Closed(_)) {
+                self.read.insert(path.clone(), (*expected, verdict.clone()));
+            }
             match verdict {
                 Verdict::Photo(digest) => drop(found.photos.entry(digest).or_insert(path)),
-                Verdict::Bad(reason) => bad.push(SetAside {
+                Verdict::Bad(reason) | Verdict::Closed(reason) => bad.push(SetAside {
                     path: format!("{folder}/{name}"),
                     reason,
                 }),
@@ -189,23 +256,31 @@ impl Scanner {
         Some(found)
     }
 
-    fn read_file(&mut self, path: &Path) -> Verdict {
+    /// What the file at `path` is; `None` when the disk failed, which says nothing about the file.
+    fn read_file(&mut self, path: &Path) -> Option<Verdict> {
         if !is_photo_name(path) {
-            return Verdict::Bad("only JPEG, PNG and WebP are read".into());
+            return Some(Verdict::Bad("only JPEG, PNG and WebP are read".into()));
         }
         let bytes = match images::read(path) {
             Ok(bytes) => bytes,
-            Err(error) => return Verdict::Bad(reason(error)),
+            Err(Error::Io { source, .. }) if source.kind() == ErrorKind::PermissionDenied => {
+                return Some(Verdict::Closed(source.to_string()));
+            }
+            Err(Error::Io { source, .. }) if source.kind() == ErrorKind::IsADirectory => {
+                return Some(Verdict::Bad("it is a folder".into()));
+            }
+            Err(Error::Io { .. }) => return None,
+            Err(error) => return Some(Verdict::Bad(reason(error))),
         };
         let digest = blake3::hash(&bytes).to_hex().to_string();
         let fault = self
             .known
             .entry(digest.clone())
             .or_insert_with(|| images::decode(&bytes, path).err().map(reason));
-        match fault {
+        Some(match fault {
             None => Verdict::Photo(digest),
             Some(reason) => Verdict::Bad(reason.clone()),
-        }
+        })
     }
 }
 
@@ -224,13 +299,15 @@ fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
 
 fn misplaced(root: &Path, path: &Path) -> Option<SetAside> {
     (is_photo_name(path) || is_other_picture(path)).then(|| SetAside {
-        path: path
-            .strip_prefix(root)
-            .unwrap_or(path)
-            .display()
-            .to_string(),
+        path: below(root, path),
         reason: "it lies outside of a subject's folder, which is CLASS/SUBJECT".into(),
     })
+}
+
+/// `path` as people are told it, below the watched folder.
+fn below(root: &Path, path: &Path) -> String {
+    let path = path.strip_prefix(root).unwrap_or(path);
+    path.display().to_string()
 }
 
 fn name(path: &Path) -> String {
@@ -243,13 +320,17 @@ fn name(path: &Path) -> String {
 fn stamp(path: &Path) -> Option<Stamp> {
     let metadata = std::fs::metadata(path).ok()?;
     #[cfg(unix)]
-    let inode = std::os::unix::fs::MetadataExt::ino(&metadata);
+    let (inode, changed) = {
+        use std::os::unix::fs::MetadataExt;
+        (metadata.ino(), (metadata.ctime(), metadata.ctime_nsec()))
+    };
     #[cfg(not(unix))]
-    let inode = 0;
+    let (inode, changed) = (0, (0, 0));
     Some(Stamp {
         bytes: metadata.len(),
         modified: metadata.modified().ok(),
         inode,
+        changed,
     })
 }
 

@@ -18,6 +18,9 @@ pub struct State {
     pub version: u32,
     /// The store that was used last.
     pub store: PathBuf,
+    /// Digest of how subjects were learnt and judged last: what was held back under other settings is tried again.
+    #[serde(default)]
+    pub settings: String,
     /// In the order of their arrival; retired ones stay.
     pub subjects: Vec<Subject>,
     /// Every token that was ever given: none is given twice.
@@ -51,7 +54,7 @@ pub struct Subject {
     pub pending: Option<u64>,
     /// What the published student knows of it.
     pub learnt: Option<Look>,
-    /// What a run has tried in vain, and why; not tried again.
+    /// What a run has tried in vain, and why; not tried again with the same settings.
     pub held: Option<(Look, String)>,
 }
 
@@ -126,12 +129,17 @@ impl Subject {
         }
     }
 
+    /// Whether a run has tried what is to be learnt today in vain.
+    pub fn is_held(&self) -> bool {
+        let look = self.look();
+        self.held.as_ref().is_some_and(|(held, _)| *held == look)
+    }
+
     /// Takes its place in the queue, or leaves it when there is nothing to learn.
     pub fn queue(&mut self, arrivals: &mut u64) {
         let look = self.look();
         let is_known = self.learnt.as_ref() == Some(&look);
-        let is_held = self.held.as_ref().is_some_and(|(held, _)| *held == look);
-        if self.retired || is_known || is_held {
+        if self.retired || is_known || self.is_held() {
             self.pending = None;
         } else if self.pending.is_none() {
             *arrivals += 1;
@@ -141,6 +149,18 @@ impl Subject {
 }
 
 impl State {
+    /// Notes the digest of the settings of the watch; what was held back under other ones waits for a run again.
+    pub fn use_settings(&mut self, settings: &str) {
+        if self.settings == settings {
+            return;
+        }
+        self.settings = settings.to_string();
+        for subject in &mut self.subjects {
+            subject.held = None;
+            subject.queue(&mut self.arrivals);
+        }
+    }
+
     /// The subject `id`.
     pub fn subject(&self, id: &str) -> Option<&Subject> {
         self.subjects.iter().find(|subject| subject.id == id)

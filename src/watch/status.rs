@@ -148,8 +148,8 @@ fn standing(state: &State, subject: &Subject) -> String {
         return format!("{known}; waits for its run, {before} before it");
     }
     match &subject.held {
-        Some((look, why)) if *look == subject.look() => {
-            format!("{known}; held back until its photos change: {why}")
+        Some((_, why)) if subject.is_held() => {
+            format!("{known}; held back until its photos or the settings change: {why}")
         }
         _ => known.to_string(),
     }
