@@ -454,6 +454,31 @@ async fn what_others_compact_and_delete_is_taken_up() {
     assert_eq!(fresh.count(), 42);
 }
 
+#[tokio::test]
+async fn compaction_leaves_the_version_that_was_the_latest_until_just_now() {
+    let dir = tempfile::tempdir().unwrap();
+    let (table, reader) = (proxies_of(dir.path()).await, proxies_of(dir.path()).await);
+    for number in 0..40 {
+        table.append(&[proxy(number)]).await.unwrap();
+    }
+    reader.refresh().await.unwrap();
+    let known = reader.dataset().unwrap();
+    let keep = Duration::from_millis(500);
+    tokio::time::sleep(2 * keep).await;
+    table.append(&[proxy(40)]).await.unwrap();
+    table.compact(keep).await.unwrap();
+    let uri = table.path().to_str().unwrap();
+    let version = known.version().version;
+    let latest = lance::Dataset::open(uri).await.unwrap();
+    let old = latest.checkout_version(version).await.unwrap();
+    assert_eq!(old.count_rows(None).await.unwrap(), 40);
+    assert!(latest.checkout_version(version - 1).await.is_err());
+    // It was out of date for long enough now.
+    tokio::time::sleep(2 * keep).await;
+    table.compact(keep).await.unwrap();
+    assert!(latest.checkout_version(version).await.is_err());
+}
+
 /// Not a test of its own: what the next one kills.
 #[tokio::test]
 #[ignore = "runs in a child process"]

@@ -13,6 +13,7 @@ use crate::store::export::refuse_existing;
 use crate::store::query::{
     Answer, Format, IndexReport, Recall, Search, Snapshot, Space, tables_text, write,
 };
+use crate::store::quoted;
 use crate::{Error, Result};
 
 /// From so many embeddings on, a search without an index says that there could be one.
@@ -155,7 +156,7 @@ async fn answer(args: &QueryArgs) -> Result<Ended> {
             .await?;
             snapshot.add_neighbours(&near)?;
             typed.unwrap_or_else(|| {
-                let keys: Vec<String> = near.iter().map(|near| format!("'{}'", near.key)).collect();
+                let keys: Vec<String> = near.iter().map(|near| quoted(&near.key)).collect();
                 let keys = if keys.is_empty() { "NULL".into() } else { keys.join(", ") };
                 format!(
                     "SELECT similarity, subject, number, prompt, clip_i, clip_t, dino, near.key FROM near \

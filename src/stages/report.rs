@@ -11,7 +11,7 @@ use crate::evaluation::plot::{Chart, Series};
 use crate::evaluation::report::{ModelScores, Report, StageTime};
 use crate::evaluation::sheet::{Block, Row, Sheet};
 use crate::images::{decode_png, encode_png};
-use crate::store::{Columns, EvaluationRow, Row as _};
+use crate::store::{Columns, EvaluationRow, Row as _, one_of};
 use crate::stream::StageReport;
 use crate::{Result, files};
 
@@ -259,14 +259,13 @@ async fn charts(context: &Context, ending: &Ending) -> Result<Vec<Chart>> {
     let metrics = context.store.metrics().await?;
     let mut supervisors: BTreeMap<String, Vec<(f64, f64)>> = BTreeMap::new();
     let mut students: BTreeMap<String, Vec<(f64, f64)>> = BTreeMap::new();
-    let owners: Vec<String> = context
-        .supervisors
-        .iter()
-        .chain([&context.run])
-        .map(|owner| format!("'{owner}'"))
-        .collect();
-    let filter = format!("name = 'loss' AND run IN ({})", owners.join(", "));
-    for row in metrics.rows(Some(&filter), Columns::All).await? {
+    let owners: Vec<&String> = context.supervisors.iter().chain([&context.run]).collect();
+    let mut losses = Vec::new();
+    for owned in one_of("run", &owners) {
+        let filter = format!("name = 'loss' AND {owned}");
+        losses.extend(metrics.rows(Some(&filter), Columns::All).await?);
+    }
+    for row in losses {
         let point = (row.step as f64, row.value);
         match row.stage.strip_prefix("supervise:") {
             Some(subject) => supervisors

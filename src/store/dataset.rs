@@ -569,8 +569,8 @@ impl Change<'_> {
         })
     }
 
-    /// Puts small fragments together once there are many of them, then removes versions older than `keep`; does
-    /// nothing while another process is at it.
+    /// Puts small fragments together once there are many of them, then removes the versions that were out of date for
+    /// longer than `keep`; does nothing while another process is at it.
     pub fn compact<'a>(&'a self, keep: Duration) -> BoxFuture<'a, Result<Compacted>> {
         Box::pin(async move {
             let table = self.table;
@@ -603,9 +603,11 @@ impl Change<'_> {
             }
             let oldest_us = super::rows::now_us() - keep.as_micros() as i64;
             let versions = latest.versions().await.map_err(failed)?;
+            // The newest of the older ones was the latest until the next was committed: readers may be at work on it.
             let oldest_kept = versions
                 .iter()
-                .find(|v| v.timestamp.timestamp_micros() >= oldest_us);
+                .rfind(|v| v.timestamp.timestamp_micros() < oldest_us)
+                .or(versions.first());
             let policy = CleanupPolicy {
                 before_version: Some(oldest_kept.map_or(latest.version_id(), |v| v.version)),
                 error_if_tagged_old_versions: false,

@@ -15,6 +15,7 @@ use serde_json::json;
 use super::columns::{broken, column, strings, text};
 use super::failure::failed;
 use super::query::{Neighbour, Snapshot};
+use super::quoted;
 use crate::{Error, Result, files};
 
 /// Pictures in memory at once.
@@ -48,14 +49,8 @@ impl Choice {
     pub fn condition(&self) -> Option<String> {
         let mut parts = Vec::new();
         if !self.subjects.is_empty() {
-            let names = self
-                .subjects
-                .iter()
-                .map(|name| format!("'{}'", name.replace('\'', "''")));
-            parts.push(format!(
-                "subject IN ({})",
-                names.collect::<Vec<_>>().join(", ")
-            ));
+            let names: Vec<String> = self.subjects.iter().map(|name| quoted(name)).collect();
+            parts.push(format!("subject IN ({})", names.join(", ")));
         }
         // On a line of its own: a comment in it must not swallow the bracket.
         parts.extend(self.filter.iter().map(|filter| format!("(\n{filter}\n)")));

@@ -123,12 +123,12 @@ fn subjects_of(row: &RunRow) -> BTreeSet<String> {
 }
 
 /// `text` as SQL writes it.
-fn quoted(text: &str) -> String {
+pub(crate) fn quoted(text: &str) -> String {
     format!("'{}'", text.replace('\'', "''"))
 }
 
 /// Filters that together say that `column` is one of `values`.
-fn one_of(column: &str, values: &[&String]) -> Vec<String> {
+pub(crate) fn one_of(column: &str, values: &[&String]) -> Vec<String> {
     let list = |values: &[&String]| {
         values
             .iter()

@@ -215,8 +215,8 @@ impl<R: Row> Table<R> {
         self.scan(filter, columns).try_collect().await
     }
 
-    /// Puts many small fragments together and removes versions that are older than `keep` from disk: cheap when
-    /// there is little to do. Readers of other processes work on the version they know for up to `keep`.
+    /// Puts many small fragments together and removes versions from disk that were out of date for longer than `keep`:
+    /// cheap when there is little to do. Readers of other processes work on the version they know for at least `keep`.
     ///
     /// Errors: a full disk, a read-only directory.
     pub async fn compact(&self, keep: Duration) -> Result<Compacted> {
