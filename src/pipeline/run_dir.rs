@@ -5,11 +5,14 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use crate::stages::report::Ending;
 use crate::{Error, Result, files};
 
 const RESOLVED: &str = "resolved.toml";
 const PIPELINE: &str = "pipeline.toml";
 const COMPLETE: &str = "complete.json";
+/// Digits of the digest of the resolved file in a run's name.
+const DIGITS: usize = 8;
 
 /// The directory of one run, locked while this value lives.
 pub struct RunDir {
@@ -40,7 +43,7 @@ impl RunDir {
             .file_stem()
             .map_or("run".into(), |stem| stem.to_string_lossy().into_owned());
         let digest = blake3::hash(resolved.as_bytes()).to_hex();
-        let base = format!("{stem}-{}", &digest[..8]);
+        let base = format!("{stem}-{}", &digest[..DIGITS]);
         let mut id = base.clone();
         let mut number = 1;
         let taken = |id: &str| out.join(id).join(RESOLVED).exists();
@@ -125,6 +128,13 @@ impl RunDir {
         })
     }
 
+    /// What the run came to when it last ended well; `None` when it has not, or a version with another layout of the
+    /// summary noted it.
+    pub fn ending(&self) -> Option<Ending> {
+        let summary = self.is_complete().then(|| self.summary().ok()).flatten();
+        serde_json::from_str(&summary?).ok()
+    }
+
     /// The run's name: the directory's last part, and what rows of the store call it.
     pub fn id(&self) -> &str {
         &self.id
@@ -188,6 +198,19 @@ pub(crate) fn lock(path: &Path) -> Result<File> {
     }
 }
 
+/// Whether `name` is that of a run of the pipeline file `stem`: that, a digest, and a number for those made by `--new`.
+fn is_run_of(stem: &str, name: &str) -> bool {
+    let rest = name
+        .strip_prefix(stem)
+        .and_then(|rest| rest.strip_prefix('-'));
+    let Some((digest, number)) = rest.and_then(|rest| rest.split_at_checked(DIGITS)) else {
+        return false;
+    };
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    digest.bytes().all(|b| b.is_ascii_hexdigit())
+        && (number.is_empty() || number.strip_prefix('-').is_some_and(is_number))
+}
+
 /// The fields in which `resolved` differs from the newest run of the same pipeline file.
 fn changes_since_last(out: &Path, stem: &str, resolved: &str) -> Result<Vec<String>> {
     let entries = match std::fs::read_dir(out) {
@@ -203,11 +226,8 @@ fn changes_since_last(out: &Path, stem: &str, resolved: &str) -> Result<Vec<Stri
             .unwrap_or_default()
             .to_string_lossy()
             .into_owned();
-        let is_of_stem = name
-            .strip_prefix(stem)
-            .is_some_and(|rest| rest.starts_with('-'));
         let file = path.join(RESOLVED);
-        if is_of_stem
+        if is_run_of(stem, &name)
             && let Ok(time) = file.metadata().and_then(|m| m.modified())
             && newest.as_ref().is_none_or(|(latest, _)| time > *latest)
         {
@@ -284,6 +304,15 @@ mod tests {
         assert!(again.resumed && again.path() == path);
         let changed = open("seed = 1\n[student]\nsteps = 3\n", false).unwrap();
         assert_eq!(changed.changes, ["student.steps: 2 -> 3"]);
+        // Runs of files whose names only begin alike are those of other files.
+        for (stem, run) in [
+            ("dog", "dog-old-01234567"),
+            ("dog", "dog-0123456"),
+            ("dog", "dog-01234567-x"),
+        ] {
+            assert!(!is_run_of(stem, run), "{run}");
+        }
+        assert!(is_run_of("dog", "dog-01234567") && is_run_of("dog-old", "dog-old-01234567-12"));
         let afresh = open("seed = 1\n[student]\nsteps = 2\n", true).unwrap();
         assert!(!afresh.resumed && afresh.id() == format!("{id}-2"));
         drop(afresh);

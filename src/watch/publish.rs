@@ -7,7 +7,7 @@ use super::state::{Home, Published, Run, State};
 use crate::evaluation::metrics::{Scores, mean_cosine};
 use crate::evaluation::report::{ModelScores, Report};
 use crate::pipeline::{self, Outcome};
-use crate::plan::Digest;
+use crate::plan::reference_key;
 use crate::stages::Method;
 use crate::stages::report::{Ending, label};
 use crate::store::{Columns, Store};
@@ -86,12 +86,7 @@ pub async fn dino_before(
     }
     let resolved = crate::config::Document::parse(&run.pipeline, "pipeline.toml", &[]).resolve()?;
     let table = pipeline::evaluations(&resolved, store).await?;
-    let reference = |photo: &String| {
-        Digest::new("reference")
-            .field("subject", &run.subject)
-            .field("photo", photo)
-            .finish()
-    };
+    let reference = |photo: &String| reference_key(&run.subject, photo);
     let references: Vec<String> = run.look.photos.iter().map(reference).collect();
     let references: Vec<Vec<f32>> = table
         .get(&references, Columns::WithoutPictures)

@@ -319,6 +319,13 @@ impl Running {
         true
     }
 
+    /// Asks it to stop, as Ctrl-C does.
+    #[cfg(unix)]
+    pub fn interrupt(&self) {
+        // SAFETY: a signal to a child that has not been waited for, so its number is still its own.
+        assert_eq!(unsafe { libc::kill(self.id() as i32, libc::SIGINT) }, 0);
+    }
+
     /// Kills it as a power cut would, and waits until it is gone.
     pub fn kill(mut self) {
         self.child.kill().unwrap();
