@@ -176,6 +176,30 @@ fn exchange(_a: &Path, _b: &Path) -> std::io::Result<()> {
     Err(std::io::ErrorKind::Unsupported.into())
 }
 
+/// Lets the link `link` lead to `to`, a path relative to the link's own folder, in one step; a link of that name is
+/// replaced.
+///
+/// # Errors
+/// When something else than a link is there, or the disk has none.
+#[cfg(unix)]
+pub fn link(link: &Path, to: &Path) -> Result<()> {
+    if link.symlink_metadata().is_ok() && !link.is_symlink() {
+        return Err(Error::invalid(
+            format!("{} is no link", link.display()),
+            "move it away",
+        ));
+    }
+    let temporary = aside(link);
+    match std::fs::remove_file(&temporary) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            return Err(Error::io(&temporary)(e));
+        }
+        _ => {}
+    }
+    std::os::unix::fs::symlink(to, &temporary).map_err(Error::io(&temporary))?;
+    std::fs::rename(&temporary, link).map_err(Error::io(link))
+}
+
 /// What is in the folder `dir`, names and paths, sorted; nothing if there is no such folder.
 pub fn list(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
     let entries = match std::fs::read_dir(dir) {
@@ -236,11 +260,8 @@ pub fn remove_leftovers(dir: &Path) -> Result<()> {
             std::fs::rename(&path, &place).map_err(Error::io(&place))?;
             continue;
         }
-        if path.is_symlink() {
-            continue;
-        }
         let left = name.starts_with('.') && name.ends_with(".tmp");
-        match (left, path.is_dir()) {
+        match (left, path.is_dir() && !path.is_symlink()) {
             (true, true) => std::fs::remove_dir_all(&path).map_err(Error::io(&path))?,
             (true, false) => std::fs::remove_file(&path).map_err(Error::io(&path))?,
             (false, true) => remove_leftovers(&path)?,

@@ -4,7 +4,7 @@ use std::io::Write;
 
 use super::models::make_ready;
 use super::sample::{Drawn, draw};
-use super::{Ended, EvaluateArgs, output_failed, runtime};
+use super::{Ended, EvaluateArgs, block_on, output_failed};
 use crate::config::{PromptList, locate, prompts};
 use crate::evaluation::embed::{Evaluator, ImageEmbedder};
 use crate::evaluation::embedders::{ClipEmbedder, DinoEmbedder};
@@ -12,7 +12,7 @@ use crate::evaluation::metrics::ScoredImage;
 use crate::evaluation::report::{ModelScores, Report};
 use crate::images::folder;
 use crate::models::Request;
-use crate::pipeline::device;
+use crate::pipeline::{device, use_threads};
 use crate::plan::derive_seed;
 use crate::stream::{Board, Worker};
 use crate::{Error, Result};
@@ -24,6 +24,9 @@ pub(super) fn evaluate(args: &EvaluateArgs, out: &mut impl Write) -> Result<Ende
             "give --references and --class, or --nano",
         ));
     };
+    if args.compute.threads > 0 {
+        use_threads(args.compute.threads);
+    }
     let mut ended = Ended::Well;
     let mut photos = |dir: &std::path::Path| -> Result<Vec<(String, image::RgbImage)>> {
         let folder = folder(dir)?;
@@ -99,7 +102,7 @@ pub(super) fn evaluate(args: &EvaluateArgs, out: &mut impl Write) -> Result<Ende
         device(args.compute.device)?,
     );
     let texts: Vec<String> = prompts.iter().map(|(_, text)| text.clone()).collect();
-    let (scores, protocol) = runtime()?.block_on(async move {
+    let (scores, protocol) = block_on(async move {
         let board = Board::default();
         let meter = board.meter("evaluate", "images");
         let build = move || {

@@ -5,6 +5,7 @@
 //! [`Resolved`], what it means. Faults of all steps are collected and reported together.
 
 mod defaults;
+mod document;
 pub mod locate;
 pub mod models;
 pub mod prompts;
@@ -13,17 +14,19 @@ mod resolve;
 mod resolved;
 mod subjects;
 mod templates;
+mod training;
 mod tree;
 mod typed;
 
 use std::path::Path;
 
+pub use document::Document;
 pub use locate::locate;
 pub use models::{Family, Kind, family};
 pub use prompts::PromptList;
 pub(crate) use reader::did_you_mean;
-pub use resolve::{Document, training_defaults};
 pub use resolved::*;
+pub use training::training_defaults;
 
 use crate::Result;
 

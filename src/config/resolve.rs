@@ -3,166 +3,28 @@
 use std::path::Path;
 
 use super::defaults;
-use super::locate::locate;
 use super::models::{self, Family, Kind};
 use super::prompts::PromptList;
-use super::reader::{At, Fault, Faults, did_you_mean};
+use super::reader::{At, Faults, did_you_mean};
 use super::resolved::*;
 use super::subjects;
 use super::templates::{self, Token};
-use super::tree::{self, Place};
+use super::training::{check_dtype, family_training, training};
+use super::tree::Place;
 use super::typed::{self, Typed};
+use crate::files;
 use crate::hub::RepoId;
-use crate::{Error, Result, files};
-
-/// A pipeline file that has been read but not yet given a meaning; it remembers where everything was typed.
-pub struct Document {
-    typed: typed::Pipeline,
-    faults: Vec<Fault>,
-    syntax_is_broken: bool,
-}
-
-impl Document {
-    /// Reads the file at `path` and lays `overrides` (`a.b=value`) over it.
-    ///
-    /// # Errors
-    /// Only when the file cannot be read; faults in it are kept for [`Document::resolve`].
-    pub fn open(path: &Path, overrides: &[String]) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
-        Ok(Self::parse(&text, &path.display().to_string(), overrides))
-    }
-
-    /// Reads `text`, which faults call `file`, and lays `overrides` over it.
-    pub fn parse(text: &str, file: &str, overrides: &[String]) -> Self {
-        let (table, syntax) = tree::parse(text, file, overrides);
-        let start = Place::File {
-            file: file.to_string(),
-            line: 1,
-            column: 1,
-        };
-        let faults = Faults::default();
-        let typed = typed::Pipeline::read(&faults, start, &table);
-        let syntax_is_broken = !syntax.is_empty();
-        // after a broken line, what seems to be missing may only not have been understood
-        let faults = if syntax_is_broken {
-            syntax
-        } else {
-            faults.into_inner()
-        };
-        Document {
-            typed,
-            faults,
-            syntax_is_broken,
-        }
-    }
-
-    /// This document as far as proxies depend on it. Without `tokens`, whatever it says of a student does not count
-    /// and may be missing: the supervisor's own model takes the place, which nothing will open. Nothing is evaluated.
-    pub fn for_proxies(mut self, tokens: bool) -> Self {
-        if let (false, Some(supervisor)) = (tokens, &self.typed.supervisor) {
-            self.typed.student = Some(typed::Student {
-                model: supervisor.model.clone(),
-                ..typed::Student::default()
-            });
-            self.typed.direct = typed::Direct::default();
-        }
-        self.typed.evaluation = typed::Evaluation {
-            prompts: Some(typed::Prompts::Listed(Vec::new())),
-            ..typed::Evaluation::default()
-        };
-        self
-    }
-
-    /// What the file means.
-    ///
-    /// # Errors
-    /// [`Error::Config`] with every fault of the file.
-    pub fn resolve(&self) -> Result<Resolved> {
-        let faults = Faults::default();
-        faults.extend(self.faults.clone());
-        let resolved = if self.syntax_is_broken {
-            None
-        } else {
-            pipeline(&self.typed, &faults)
-        };
-        let lines = faults.into_lines();
-        match resolved {
-            Some(resolved) if lines.is_empty() => Ok(resolved),
-            _ => Err(Error::Config(lines)),
-        }
-    }
-
-    /// The repositories of the hub (`owner/name`) that the document names as models. What such a model is can only be
-    /// said once it is here.
-    pub fn repositories(&self) -> Vec<&str> {
-        let (student, supervisor) = (&self.typed.student, &self.typed.supervisor);
-        let evaluation = &self.typed.evaluation;
-        [
-            student.as_ref().and_then(|student| student.model.as_ref()),
-            supervisor
-                .as_ref()
-                .and_then(|supervisor| supervisor.model.as_ref()),
-            evaluation.clip.as_ref(),
-            evaluation.dino.as_ref(),
-        ]
-        .into_iter()
-        .flatten()
-        .map(|at| at.value.as_str())
-        .filter(|name| {
-            let is_here = models::known(name).is_some() || Path::new(name).is_dir();
-            !is_here && RepoId::parse(name).is_some()
-        })
-        .collect()
-    }
-
-    /// Every folder and checkpoint that `resolved`, the meaning of this document, names and that is not there; in
-    /// the form of faults.
-    pub fn missing_files(&self, resolved: &Resolved) -> Vec<String> {
-        let faults = Faults::default();
-        for (typed, subject) in self.typed.subjects.iter().zip(&resolved.subjects) {
-            if !subject.images.is_dir() {
-                faults.push(
-                    place_of(&typed.images, &typed.place),
-                    format!("there is no folder {}", subject.images.display()),
-                    "place 3 to 6 photos of the subject there; relative paths start at the working directory",
-                );
-            }
-        }
-        let start = &self.typed.start;
-        let student = self.typed.student.as_ref();
-        let student = student.map_or(start, |student| place_of(&student.model, start));
-        let mut models = vec![(resolved.student.model.as_str(), student)];
-        if let (Some(typed), Some(supervisor)) = (&self.typed.supervisor, &resolved.supervisor) {
-            models.push((&supervisor.model, place_of(&typed.model, start)));
-        }
-        let evaluation = &self.typed.evaluation;
-        models.push((
-            &resolved.evaluation.clip,
-            place_of(&evaluation.clip, student),
-        ));
-        models.push((
-            &resolved.evaluation.dino,
-            place_of(&evaluation.dino, student),
-        ));
-        for (model, place) in models {
-            if let Err(error) = locate(model) {
-                faults.push(place, error.to_string(), error.hint().unwrap_or_default());
-            }
-        }
-        faults.into_lines()
-    }
-}
 
 pub(super) fn place_of<'a, T>(typed: &'a Typed<T>, otherwise: &'a Place) -> &'a Place {
     typed.as_ref().map_or(otherwise, |at| &at.place)
 }
 
-fn or<T: Clone>(typed: &Typed<T>, default: T) -> T {
+pub(super) fn or<T: Clone>(typed: &Typed<T>, default: T) -> T {
     typed.as_ref().map_or(default, |at| at.value.clone())
 }
 
 /// `None` only with a fault.
-fn pipeline(typed: &typed::Pipeline, faults: &Faults) -> Option<Resolved> {
+pub(super) fn pipeline(typed: &typed::Pipeline, faults: &Faults) -> Option<Resolved> {
     let subjects = subjects::resolve(typed, faults);
     let student = match &typed.student {
         Some(student) => resolve_student(student, faults),
@@ -312,116 +174,6 @@ fn resolve_supervisor(typed: &typed::Supervisor, faults: &Faults) -> Option<Supe
         training: training(&typed.training, &default, faults),
         prior_preservation,
     })
-}
-
-/// The training that a family gets when nothing is typed.
-fn family_training(
-    typed: &typed::Training,
-    family: Family,
-    model: &Place,
-    faults: &Faults,
-) -> Training {
-    let is_known = defaults::training(family).learning_rate.is_some();
-    if typed.learning_rate.is_none() && !is_known {
-        faults.push(
-            model,
-            format!("the paper trains {family} with Prodigy, which is not built yet"),
-            "set optimizer = \"adamw\" and a learning_rate, such as 1e-4",
-        );
-    }
-    training_defaults(family)
-}
-
-/// How a model of this family learns where nothing else is said. The learning rate is 0 where the paper names an
-/// optimizer that is not built.
-pub fn training_defaults(family: Family) -> Training {
-    let defaults = defaults::training(family);
-    Training {
-        tuning: Tuning::Lora,
-        steps: defaults.steps,
-        batch_size: defaults.batch_size,
-        learning_rate: defaults.learning_rate.unwrap_or_default(),
-        optimizer: Optimizer::Adamw,
-        adam_beta1: 0.9,
-        adam_beta2: defaults.adam_beta2,
-        adam_epsilon: 1e-8,
-        weight_decay: defaults.weight_decay,
-        max_grad_norm: defaults.max_grad_norm,
-        lr_scheduler: LrScheduler::Constant,
-        warmup_steps: 0,
-        rank: defaults::RANK,
-        alpha: defaults::RANK as f64,
-        targets: defaults::targets(family),
-        checkpoint_every: defaults::CHECKPOINT_EVERY,
-        memory: Memory::Auto,
-    }
-}
-
-/// Weights that are all trained are f32.
-fn check_dtype(dtype: &Typed<Dtype>, training: &typed::Training, role: &str, faults: &Faults) {
-    if let Some(at) = dtype
-        && matches!(at.value, Dtype::Bf16 | Dtype::F16)
-        && or(&training.tuning, Tuning::Lora) == Tuning::Full
-    {
-        faults.push(
-            &at.place,
-            format!("{role}.dtype has no effect with tuning = \"full\": trained weights are f32"),
-            "remove the line, or use tuning = \"lora\"",
-        );
-    }
-}
-
-/// What was typed, over `default`.
-fn training(typed: &typed::Training, default: &Training, faults: &Faults) -> Training {
-    let rank = or(&typed.rank, default.rank);
-    let alpha = if typed.rank.is_some() {
-        rank as f64
-    } else {
-        default.alpha
-    };
-    let targets = typed
-        .targets
-        .as_ref()
-        .map(|list| list.value.iter().map(|at| at.value.clone()).collect());
-    let training = Training {
-        tuning: or(&typed.tuning, default.tuning),
-        steps: or(&typed.steps, default.steps),
-        batch_size: or(&typed.batch_size, default.batch_size),
-        learning_rate: or(&typed.learning_rate, default.learning_rate),
-        optimizer: or(&typed.optimizer, default.optimizer),
-        adam_beta1: or(&typed.adam_beta1, default.adam_beta1),
-        adam_beta2: or(&typed.adam_beta2, default.adam_beta2),
-        adam_epsilon: or(&typed.adam_epsilon, default.adam_epsilon),
-        weight_decay: or(&typed.weight_decay, default.weight_decay),
-        max_grad_norm: or(&typed.max_grad_norm, default.max_grad_norm),
-        lr_scheduler: or(&typed.lr_scheduler, default.lr_scheduler),
-        warmup_steps: or(&typed.warmup_steps, default.warmup_steps),
-        rank,
-        alpha: or(&typed.alpha, alpha),
-        targets: targets.unwrap_or_else(|| default.targets.clone()),
-        checkpoint_every: or(&typed.checkpoint_every, default.checkpoint_every),
-        memory: or(&typed.memory, default.memory),
-    };
-    if let Some(warmup) = &typed.warmup_steps {
-        if warmup.value > training.steps {
-            faults.push(
-                &warmup.place,
-                format!(
-                    "{} warm-up steps are more than all {} steps",
-                    warmup.value, training.steps
-                ),
-                "lower warmup_steps, or raise steps",
-            );
-        }
-        if warmup.value > 0 && training.lr_scheduler == LrScheduler::Constant {
-            faults.push(
-                &warmup.place,
-                "warmup_steps has no effect with lr_scheduler = \"constant\"",
-                "use lr_scheduler = \"constant_with_warmup\"",
-            );
-        }
-    }
-    training
 }
 
 fn diffusion_sampling(typed: &typed::Sampling, family: Family) -> DiffusionSampling {

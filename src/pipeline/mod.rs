@@ -86,6 +86,8 @@ impl Options {
 pub struct Outcome {
     /// The run's directory.
     pub dir: PathBuf,
+    /// The link beside it that leads to the newest run of the pipeline file, where there can be one.
+    pub latest: Option<PathBuf>,
     pub report: Report,
     pub ending: Ending,
 }
@@ -106,6 +108,7 @@ pub fn run<'a>(options: &'a Options, stop: Stop) -> BoxFuture<'a, Result<Outcome
             &resolved_text,
             options.new,
         )?;
+        let latest = dir.link();
         if options.progress {
             announce(&dir);
         }
@@ -152,6 +155,7 @@ pub fn run<'a>(options: &'a Options, stop: Stop) -> BoxFuture<'a, Result<Outcome
         }
         Ok(Outcome {
             dir: dir.path().to_path_buf(),
+            latest,
             report,
             ending,
         })

@@ -18,6 +18,8 @@ const DIGITS: usize = 8;
 pub struct RunDir {
     path: PathBuf,
     id: String,
+    /// The name of the pipeline file, where it is known.
+    stem: Option<String>,
     /// Whether the directory was there before, with the same resolved file.
     pub resumed: bool,
     /// For a new run of a pipeline that ran before: what its resolved file changed since, one line for each field.
@@ -75,6 +77,7 @@ impl RunDir {
         Ok(Self {
             path,
             id,
+            stem: Some(stem),
             resumed,
             changes,
             _lock: lock,
@@ -92,7 +95,8 @@ impl RunDir {
                 "name a directory below datasets/runs, or wherever --out was",
             ));
         }
-        let path = std::path::absolute(path).map_err(Error::io(path))?;
+        // By its own name, not by that of a link to it.
+        let path = std::fs::canonicalize(path).map_err(Error::io(path))?;
         let id = path
             .file_name()
             .unwrap_or_default()
@@ -102,10 +106,31 @@ impl RunDir {
         Ok(Self {
             path,
             id,
+            stem: None,
             resumed: true,
             changes: Vec::new(),
             _lock: lock,
         })
+    }
+
+    /// Lets the link beside the directory that is called after the pipeline file lead to this run, its newest, and returns
+    /// it. `None` where something else has that name, or the disk has no links.
+    #[cfg(unix)]
+    pub fn link(&self) -> Option<PathBuf> {
+        let link = self.path.with_file_name(self.stem.as_ref()?);
+        match files::link(&link, Path::new(&self.id)) {
+            Ok(()) => Some(link),
+            Err(error) => {
+                tracing::debug!("no link to the newest run: {error}");
+                None
+            }
+        }
+    }
+
+    /// A link to the newest run of a pipeline file: none here, where links need rights of their own.
+    #[cfg(not(unix))]
+    pub fn link(&self) -> Option<PathBuf> {
+        None
     }
 
     /// The pipeline file as it was given, and the resolved one.
@@ -322,5 +347,28 @@ mod tests {
                 .id(),
             format!("{id}-2")
         );
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_link_called_after_the_file_leads_to_its_newest_run_and_replaces_nothing_else() {
+        let out = tempfile::tempdir().unwrap();
+        let open = |resolved: &str| {
+            RunDir::open(out.path(), Path::new("dog.toml"), "", resolved, false).unwrap()
+        };
+        let link = out.path().join("dog");
+        for resolved in ["seed = 1\n", "seed = 2\n", "seed = 1\n"] {
+            let run = open(resolved);
+            assert_eq!(run.link(), Some(link.clone()));
+            let file = std::fs::read_to_string(link.join(RESOLVED)).unwrap();
+            assert_eq!(file, resolved);
+            let id = run.id().to_string();
+            drop(run);
+            assert_eq!(RunDir::existing(&link).unwrap().id(), id);
+        }
+        std::fs::remove_file(&link).unwrap();
+        std::fs::create_dir(&link).unwrap();
+        assert_eq!(open("seed = 2\n").link(), None);
+        assert!(link.is_dir() && !link.is_symlink());
     }
 }

@@ -31,16 +31,17 @@ mod columns;
 mod dataset;
 pub mod export;
 mod failure;
+mod index;
 mod layout;
 mod locks;
 pub mod query;
 mod removal;
 mod rows;
 mod table;
+mod upkeep;
 mod writer;
 
 pub use columns::DESCRIPTION;
-pub use dataset::Compacted;
 pub use locks::{Claim, Locks};
 pub use removal::Removed;
 pub(crate) use removal::{one_of, quoted};
@@ -48,6 +49,7 @@ pub use rows::{
     EvaluationRow, MetricRow, ProxyRow, Row, RunRow, SCHEMA_VERSION, SubjectRow, TokenRow, now_us,
 };
 pub use table::{Columns, Table};
+pub use upkeep::Compacted;
 pub use writer::{Limits, Writer};
 
 use crate::{Error, Result};

@@ -169,14 +169,8 @@ pub fn publish(
 /// Lets `link` lead to the folder `to`, in one step.
 #[cfg(unix)]
 pub(super) fn switch(link: &Path, to: &Path) -> Result<()> {
-    let aside = link.with_file_name(".published.tmp");
-    match std::fs::remove_file(&aside) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io(&aside)(e)),
-        _ => {}
-    }
     let relative = to.strip_prefix(link.parent().unwrap_or(link)).unwrap_or(to);
-    std::os::unix::fs::symlink(relative, &aside).map_err(Error::io(&aside))?;
-    std::fs::rename(&aside, link).map_err(Error::io(link))
+    files::link(link, relative)
 }
 
 /// Lets `link` be a copy of the folder `to`, where links need rights of their own.
@@ -246,7 +240,7 @@ mod tests {
             std::fs::create_dir_all(&folder).unwrap();
             std::fs::write(folder.join("name"), name).unwrap();
         }
-        std::os::unix::fs::symlink("nowhere", dir.path().join(".published.tmp")).unwrap();
+        std::os::unix::fs::symlink("nowhere", files::aside(&link)).unwrap();
         switch(&link, &dir.path().join("adapters/one")).unwrap();
         let reader = std::thread::spawn({
             let file = link.join("name");
