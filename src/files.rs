@@ -88,23 +88,116 @@ impl Drop for Aside {
     }
 }
 
-/// Replaces the folder `dir` by what `fill` puts into an empty one.
+/// Replaces the folder `dir` by what `fill` puts into an empty one. On Linux the two are exchanged, so that there is
+/// always one of them; elsewhere, and on disks that cannot exchange, there is none for a moment, and should the process
+/// be killed in it, [`remove_leftovers`] puts the old one back.
 pub fn write_dir(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let temporary = aside(dir);
-    let remove = |path: &Path| match std::fs::remove_dir_all(path) {
+    remove_dir(&temporary)?;
+    create_dir(&temporary)?;
+    let written = fill(&temporary)
+        .and_then(|()| sync_dir(&temporary))
+        .and_then(|()| replace_dir(&temporary, dir));
+    if written.is_err() {
+        // What failed is told; that its remains cannot be removed either is of no use to anyone.
+        let _ = remove_dir(&temporary);
+    }
+    written
+}
+
+/// Removes the folder `path`, if it is there.
+fn remove_dir(path: &Path) -> Result<()> {
+    match std::fs::remove_dir_all(path) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path)(e)),
         _ => Ok(()),
-    };
-    remove(&temporary)?;
-    create_dir(&temporary)?;
-    fill(&temporary)?;
-    for entry in std::fs::read_dir(&temporary).map_err(Error::io(&temporary))? {
-        sync(&entry.map_err(Error::io(&temporary))?.path())?;
     }
-    sync(&temporary)?;
-    remove(dir)?;
-    std::fs::rename(&temporary, dir).map_err(Error::io(dir))?;
-    sync_parent(dir)
+}
+
+/// Syncs the folder `dir` and what lies in it.
+fn sync_dir(dir: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(dir).map_err(Error::io(dir))? {
+        sync(&entry.map_err(Error::io(dir))?.path())?;
+    }
+    sync(dir)
+}
+
+/// Makes the folder `new` the folder `dir`, and removes the one that was there.
+fn replace_dir(new: &Path, dir: &Path) -> Result<()> {
+    let rename = |from: &Path, to: &Path| std::fs::rename(from, to).map_err(Error::io(to));
+    if dir.symlink_metadata().is_err() {
+        rename(new, dir)?;
+        return sync_parent(dir);
+    }
+    if exchange(new, dir).is_ok() {
+        sync_parent(dir)?;
+        return remove_dir(new);
+    }
+    let name = dir.file_name().unwrap_or_default().to_string_lossy();
+    let old = aside(&dir.with_file_name(format!("{name}{REPLACED}")));
+    remove_dir(&old)?;
+    rename(dir, &old)?;
+    if let Err(error) = rename(new, dir) {
+        let _ = rename(&old, dir);
+        return Err(error);
+    }
+    sync_parent(dir)?;
+    remove_dir(&old)
+}
+
+/// How the name of a folder ends that was moved aside to make room.
+const REPLACED: &str = ".old";
+
+/// Exchanges two folders in one step.
+#[cfg(target_os = "linux")]
+fn exchange(a: &Path, b: &Path) -> std::io::Result<()> {
+    use std::os::unix::ffi::OsStrExt;
+    let a = std::ffi::CString::new(a.as_os_str().as_bytes())?;
+    let b = std::ffi::CString::new(b.as_os_str().as_bytes())?;
+    // SAFETY: both names end with a zero byte and live until the call is over; it takes five plain numbers and pointers.
+    let failed = unsafe {
+        libc::syscall(
+            libc::SYS_renameat2,
+            libc::AT_FDCWD,
+            a.as_ptr(),
+            libc::AT_FDCWD,
+            b.as_ptr(),
+            libc::RENAME_EXCHANGE,
+        )
+    };
+    match failed {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+/// Exchanges two folders in one step: here nobody can.
+#[cfg(not(target_os = "linux"))]
+fn exchange(_a: &Path, _b: &Path) -> std::io::Result<()> {
+    Err(std::io::ErrorKind::Unsupported.into())
+}
+
+/// Lets the link `link` lead to `to`, a path relative to the link's own folder, in one step; a link of that name is
+/// replaced.
+///
+/// # Errors
+/// When something else than a link is there, or the disk has none.
+#[cfg(unix)]
+pub fn link(link: &Path, to: &Path) -> Result<()> {
+    if link.symlink_metadata().is_ok() && !link.is_symlink() {
+        return Err(Error::invalid(
+            format!("{} is no link", link.display()),
+            "move it away",
+        ));
+    }
+    let temporary = aside(link);
+    match std::fs::remove_file(&temporary) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            return Err(Error::io(&temporary)(e));
+        }
+        _ => {}
+    }
+    std::os::unix::fs::symlink(to, &temporary).map_err(Error::io(&temporary))?;
+    std::fs::rename(&temporary, link).map_err(Error::io(link))
 }
 
 /// What is in the folder `dir`, names and paths, sorted; nothing if there is no such folder.
@@ -155,13 +248,20 @@ pub fn free_space(_path: &Path) -> Result<u64> {
     Ok(u64::MAX)
 }
 
-/// Removes what a killed process left half-written in `dir` and below; nobody else may be writing there.
+/// Removes what a killed process left half-written in `dir` and below, and puts back what it had moved aside to replace
+/// it; nobody else may be writing there.
 pub fn remove_leftovers(dir: &Path) -> Result<()> {
     for entry in std::fs::read_dir(dir).map_err(Error::io(dir))? {
         let path = entry.map_err(Error::io(dir))?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let replaced = written_aside(&name).and_then(|name| name.strip_suffix(REPLACED));
+        let place = replaced.map(|name| path.with_file_name(name));
+        if let Some(place) = place.filter(|place| place.symlink_metadata().is_err()) {
+            std::fs::rename(&path, &place).map_err(Error::io(&place))?;
+            continue;
+        }
         let left = name.starts_with('.') && name.ends_with(".tmp");
-        match (left, path.is_dir()) {
+        match (left, path.is_dir() && !path.is_symlink()) {
             (true, true) => std::fs::remove_dir_all(&path).map_err(Error::io(&path))?,
             (true, false) => std::fs::remove_file(&path).map_err(Error::io(&path))?,
             (false, true) => remove_leftovers(&path)?,
@@ -214,6 +314,9 @@ pub fn write_tensors(
     write(path, &bytes)
 }
 
+/// Values of a tensor that are hashed at once: as many bytes as the hash takes at its full speed.
+const HASHED_AT_ONCE: usize = 1 << 16;
+
 /// Digest of named tensors: names, shapes and f32 values.
 pub fn values_digest(tensors: &BTreeMap<String, Tensor>) -> Result<String> {
     let mut hasher = blake3::Hasher::new();
@@ -223,12 +326,12 @@ pub fn values_digest(tensors: &BTreeMap<String, Tensor>) -> Result<String> {
         for dim in tensor.dims() {
             hasher.update(&(*dim as u64).to_le_bytes());
         }
-        for value in tensor
-            .flatten_all()?
-            .to_dtype(DType::F32)?
-            .to_vec1::<f32>()?
-        {
-            hasher.update(&value.to_le_bytes());
+        let values = tensor.flatten_all()?.to_dtype(DType::F32)?;
+        let mut bytes = Vec::new();
+        for values in values.to_vec1::<f32>()?.chunks(HASHED_AT_ONCE) {
+            bytes.clear();
+            bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+            hasher.update(&bytes);
         }
     }
     Ok(hasher.finalize().to_hex().to_string())
@@ -289,4 +392,47 @@ pub fn read_tensors(path: &Path) -> Result<(BTreeMap<String, Tensor>, BTreeMap<S
         .into_iter()
         .collect();
     Ok((tensors, metadata))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn folder(dir: &Path, text: &str) -> Result<()> {
+        write_dir(dir, |aside| {
+            std::fs::write(aside.join("text"), text).map_err(Error::io(aside))
+        })
+    }
+
+    #[test]
+    fn a_folder_that_is_replaced_is_never_missing_and_what_fails_leaves_nothing() {
+        let around = tempfile::tempdir().unwrap();
+        let dir = around.path().join("folder");
+        folder(&dir, "0").unwrap();
+        let watched = dir.clone();
+        let reader = std::thread::spawn(move || (0..20_000).all(|_| watched.is_dir()));
+        for i in 1..100 {
+            folder(&dir, &i.to_string()).unwrap();
+        }
+        let always = reader.join().unwrap();
+        assert!(always || cfg!(not(target_os = "linux")), "it was missing");
+        let failed = write_dir(&dir, |_| Err(Error::invalid("no", "yes")));
+        assert!(failed.is_err());
+        assert_eq!(std::fs::read_to_string(dir.join("text")).unwrap(), "99");
+        assert_eq!(list(around.path()).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn what_was_moved_aside_is_put_back_when_nothing_took_its_place() {
+        let around = tempfile::tempdir().unwrap();
+        for name in [".lost.old.7.tmp", ".lost.7.tmp", ".kept.old.7.tmp", "kept"] {
+            folder(&around.path().join(name), name).unwrap();
+        }
+        remove_leftovers(around.path()).unwrap();
+        let left = list(around.path()).unwrap();
+        let names: Vec<&str> = left.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["kept", "lost"]);
+        let text = std::fs::read_to_string(around.path().join("lost/text")).unwrap();
+        assert_eq!(text, ".lost.old.7.tmp");
+    }
 }

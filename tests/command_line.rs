@@ -22,7 +22,20 @@ fn completed() -> &'static (Place, PathBuf) {
     static ONCE: OnceLock<(Place, PathBuf)> = OnceLock::new();
     ONCE.get_or_init(|| {
         let place = Place::new();
-        let said = say(place.command(&["direct.enabled=false", "evaluation.every=0"]));
+        // A name that must be quoted wherever it is asked for.
+        let file = place.path().join("it's.toml");
+        std::fs::copy(SMOKE, &file).unwrap();
+        let mut command = program();
+        command
+            .arg("run")
+            .arg(&file)
+            .arg("--store")
+            .arg(place.store());
+        command.arg("--out").arg(place.out());
+        for change in ["direct.enabled=false", "evaluation.every=0"] {
+            command.args(["--set", change]);
+        }
+        let said = say(command);
         said.says(0, &["a new run"]);
         for part in ["synthesize", "wall time", "CLIP-I", "DINO", "report.html"] {
             assert!(said.out.contains(part), "{part}: {}", said.out);
@@ -246,14 +259,56 @@ fn evaluate_prints_the_scores_of_a_folder_and_of_a_model() {
 }
 
 #[test]
+fn options_that_would_have_no_effect_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = text(dir.path());
+    for (arguments, code, part) in [
+        (&["query", "--tables", "--format", "csv"][..], 2, "--format"),
+        (&["query", "--tables", "--out", "tables.csv"], 2, "--out"),
+        (&["query", "--recall", "--out", "recall.txt"], 2, "--out"),
+        (
+            &["query", "SELECT 1", "--by", "clip"],
+            1,
+            "--by goes with --like",
+        ),
+        (&["export", "--to", dir, "--columns", "3"], 2, "--sheet"),
+        (
+            &["export", "--sheet", "a.png", "--layout", "kohya"],
+            2,
+            "--to",
+        ),
+        (
+            &["export", "--to", "a", "--by", "clip"],
+            1,
+            "--by goes with --like",
+        ),
+        (
+            &["export", "--to", "a", "--repeats", "3"],
+            1,
+            "--layout kohya",
+        ),
+    ] {
+        proxytune(arguments).says(code, &[part]);
+    }
+}
+
+#[test]
 fn report_writes_the_report_of_a_run_again() {
     let (place, run) = completed();
     let (html, sheet) = (run.join("report.html"), run.join("sheet.png"));
     let before = [&html, &sheet].map(|path| std::fs::read(path).unwrap());
     std::fs::write(&html, "lost").unwrap();
     std::fs::remove_file(&sheet).unwrap();
-    let said = proxytune(&["report", text(run), "--store", text(&place.store())]);
+    // By the name that leads to the newest run of the file.
+    let newest = match cfg!(unix) {
+        true => place.out().join("it's"),
+        false => run.clone(),
+    };
+    let store = place.store();
+    let said = proxytune(&["report", text(&newest), "--store", text(&store)]);
     assert_eq!(said.code, Some(0), "{}", said.err);
+    let page = std::fs::read_to_string(&html).unwrap();
+    assert!(page.contains("Supervisor loss") && page.contains("Student loss"));
     assert!(said.out.contains("report.html"), "{}", said.out);
     assert!([&html, &sheet].map(|path| std::fs::read(path).unwrap()) == before);
     let said = proxytune(&["report", text(place.path())]);

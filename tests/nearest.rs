@@ -87,6 +87,14 @@ async fn the_nearest_are_the_nearest_with_and_without_an_index() {
         );
         assert_eq!(exact, nearest_of(0..COUNT + 40, &asked, 10));
     }
+    // More than the groups that the index compares can hold.
+    for limit in [COUNT as usize - 10, usize::MAX] {
+        let found = snapshot
+            .nearest(Space::Dino, &asked, limit, None, Search::Fast)
+            .await
+            .unwrap();
+        assert_eq!(found.len(), limit.min(COUNT as usize + 40));
+    }
     let recall = snapshot.recall(Space::Dino).await.unwrap().unwrap();
     assert!(recall.recall >= 0.95, "{recall:?}");
     let wrong = snapshot

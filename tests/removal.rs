@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use lance::dataset::{InsertBuilder, WriteMode, WriteParams};
+use proxytune::store::query::Snapshot;
 use proxytune::store::{
     Columns, EvaluationRow, MetricRow, ProxyRow, Row, RunRow, Store, SubjectRow, TokenRow,
 };
@@ -217,6 +218,10 @@ async fn what_is_removed_is_in_no_file_of_the_store_and_the_rest_is_untouched() 
     let refused = store.remove_subject("rex").await.expect_err("it is shared");
     assert!(refused.to_string().contains("nobody else"), "{refused}");
     drop((store, proxies));
+    let question = Snapshot::open(dir.path(), None).await.unwrap();
+    let refused = Store::open_alone(dir.path()).await.err().unwrap();
+    assert!(refused.to_string().contains("in use"), "{refused}");
+    drop(question);
     let store = Store::open_alone(dir.path()).await.unwrap();
     let removed = store.remove_subject("rex").await.unwrap();
     let digits = &DIGEST[..12];

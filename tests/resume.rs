@@ -97,8 +97,7 @@ async fn ctrl_c_checkpoints_and_exits_with_130_and_the_same_command_completes() 
     let mut run = Running::start(place.command(&[]));
     let happened = run.runs_until(|| !find(&place.out(), &is_checkpoint).is_empty());
     assert!(happened, "it ended before its first checkpoint");
-    // SAFETY: a signal to a child that has not been waited for, so its number is still its own.
-    assert_eq!(unsafe { libc::kill(run.id() as i32, libc::SIGINT) }, 0);
+    run.interrupt();
     let (status, said) = run.wait();
     assert_eq!(status.code(), Some(130), "{said}");
     for part in ["stopping: ", "interrupted; the same command continues"] {
@@ -107,4 +106,28 @@ async fn ctrl_c_checkpoints_and_exits_with_130_and_the_same_command_completes() 
     let checkpoints = find(&place.only_run(), &is_checkpoint);
     assert!(!checkpoints.is_empty(), "{said}");
     completes(&place, "after Ctrl-C").await;
+    let is_due = |name: &str| name.starts_with("evaluate-");
+    assert!(find(&place.only_run(), &is_due).is_empty());
+    completes(&place, "once more after its end").await;
+}
+
+#[cfg(unix)]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ctrl_c_while_evaluation_holds_training_back_keeps_what_was_learnt() {
+    let place = Place::new();
+    let mut run = Running::start(place.command(&[
+        "evaluation.every=1",
+        "channels.checkpoints=1",
+        "student.checkpoint_every=100",
+    ]));
+    // Nothing but the stop writes a checkpoint, and training waits for room to hand this one on.
+    let is_second = |name: &str| name == "evaluate-000002.safetensors";
+    let happened = run.runs_until(|| !find(&place.out(), &is_second).is_empty());
+    assert!(happened, "it ended before its second evaluation");
+    run.interrupt();
+    let (status, said) = run.wait();
+    assert_eq!(status.code(), Some(130), "{said}");
+    let student = place.only_run().join("checkpoints/student");
+    let saved = find(&student, &|name| name == "state.json");
+    assert_eq!(saved.len(), 1, "{said}");
 }

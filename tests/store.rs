@@ -5,7 +5,6 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use futures::{StreamExt, stream};
 use lance::dataset::{InsertBuilder, WriteMode, WriteParams};
 use proxytune::Error;
 use proxytune::store::{
@@ -372,8 +371,9 @@ async fn many_small_commits_are_compacted_in_passing() {
         age: Duration::from_secs(3600),
     };
     let writer = Writer::with_limits(table.clone(), limits);
-    let rows = stream::iter(proxies(0..150));
-    writer.write_all(rows).await.unwrap();
+    for row in proxies(0..150) {
+        writer.push(row).await.unwrap();
+    }
     assert!(table.dataset().unwrap().count_fragments() < 64);
     assert_eq!(all(&table).await, proxies(0..150));
 }
@@ -452,6 +452,33 @@ async fn what_others_compact_and_delete_is_taken_up() {
     let fresh = proxies_of(dir.path()).await;
     assert_eq!(all(&table).await, all(&fresh).await);
     assert_eq!(fresh.count(), 42);
+}
+
+#[tokio::test]
+async fn compaction_leaves_the_version_that_was_the_latest_until_just_now() {
+    let dir = tempfile::tempdir().unwrap();
+    let (table, reader) = (proxies_of(dir.path()).await, proxies_of(dir.path()).await);
+    for number in 0..40 {
+        table.append(&[proxy(number)]).await.unwrap();
+    }
+    reader.refresh().await.unwrap();
+    let known = reader.dataset().unwrap();
+    let keep = Duration::from_millis(500);
+    tokio::time::sleep(2 * keep).await;
+    table.append(&[proxy(40)]).await.unwrap();
+    table.compact(keep).await.unwrap();
+    let uri = table.path().to_str().unwrap();
+    let version = known.version().version;
+    let is_there = async |version: u64| {
+        let latest = lance::Dataset::open(uri).await.unwrap();
+        latest.checkout_version(version).await.is_ok()
+    };
+    assert!(is_there(version).await && !is_there(version - 1).await);
+    assert_eq!(known.count_rows(None).await.unwrap(), 40);
+    // It was out of date for long enough now.
+    tokio::time::sleep(2 * keep).await;
+    table.compact(keep).await.unwrap();
+    assert!(!is_there(version).await);
 }
 
 /// Not a test of its own: what the next one kills.
@@ -623,55 +650,20 @@ async fn a_writer_commits_at_its_limits_and_on_demand() {
     assert_eq!(table.count(), 1, "three new rows wait");
     writer.push(proxy(4)).await.unwrap();
     assert_eq!(table.count(), 5, "the fourth commits them");
-    assert_eq!(*writer.committed().borrow(), 4);
     writer.push(proxy(5)).await.unwrap();
     writer.flush().await.unwrap();
     assert_eq!(table.count(), 6);
 
-    // Whoever waits has its rows as soon as the last of them is buffered.
-    let wanted = [2, 6, 7].map(|number| proxy(number).key);
-    let never = [proxy(99).key];
-    let pushing = async {
-        writer.push(proxy(6)).await.unwrap();
-        assert_eq!(table.count(), 6);
-        writer.push(proxy(7)).await.unwrap();
-        assert_eq!(table.count(), 8);
-    };
-    tokio::select! {
-        biased;
-        _ = writer.wait_for(&never) => unreachable!("nobody writes it"),
-        (waited, ()) = async { tokio::join!(biased; writer.wait_for(&wanted), pushing) } => waited.unwrap(),
-    }
-
-    // Whoever writes them.
-    let wanted = [proxy(20).key];
-    let others = Store::open(dir.path()).await.unwrap();
-    let others = others.proxies().await.unwrap();
-    let (waited, appended) = tokio::join!(biased; writer.wait_for(&wanted), async {
-        others.append(&[proxy(20)]).await
-    });
-    waited.unwrap();
-    assert_eq!(appended.unwrap(), 1);
-
-    // Rows that nobody will write are not waited for.
-    let wanted = [proxy(8).key];
-    let (waited, closed) = tokio::join!(writer.wait_for(&wanted), writer.close());
-    closed.unwrap();
-    assert!(waited.unwrap_err().to_string().contains(&wanted[0]));
-
-    // A row does not wait longer than its time, though no other comes.
+    // A row does not make the others wait longer than their time.
     let limits = Limits {
         rows: 64,
         age: Duration::from_millis(1),
     };
     let writer = Writer::with_limits(table.clone(), limits);
-    let mut committed = writer.committed();
-    let rows = stream::iter([proxy(9)]).chain(stream::pending());
-    tokio::select! {
-        _ = writer.write_all(rows) => unreachable!("the rows do not end"),
-        changed = committed.changed() => changed.unwrap(),
-    }
-    assert!(table.contains(&proxy(9).key));
+    writer.push(proxy(6)).await.unwrap();
+    tokio::time::sleep(2 * limits.age).await;
+    writer.push(proxy(7)).await.unwrap();
+    assert_eq!(table.count(), 8);
 }
 
 #[tokio::test]

@@ -556,8 +556,7 @@ fn arrivals_are_learnt_while_it_runs_by_events_and_by_polling() {
         .unwrap();
         let state = until(&mut run, &place, |state| state.subjects[0].retired);
         assert_eq!((state.history.len(), state.tokens.len()), (1, 1));
-        // SAFETY: a signal to a child that has not been waited for, so its number is still its own.
-        assert_eq!(unsafe { libc::kill(run.id() as i32, libc::SIGINT) }, 0);
+        run.interrupt();
         let (status, said) = run.wait();
         assert_eq!(status.code(), Some(130), "{said}");
         assert!(!place.home().is_watched());

@@ -7,7 +7,7 @@ use image::RgbImage;
 
 use super::models::make_ready;
 use super::sample::{Drawn, draw};
-use super::{Ended, EvaluateArgs, output_failed, runtime};
+use super::{Ended, EvaluateArgs, block_on, output_failed};
 use crate::config::models::evaluators;
 use crate::config::{locate, prompt_list, prompts};
 use crate::evaluation::captions::{captions, without_token};
@@ -67,7 +67,7 @@ pub(super) fn evaluate(args: &EvaluateArgs, out: &mut impl Write) -> Result<Ende
     };
     let (clip, dino, on) = (locate(clip)?, locate(dino)?, device(args.compute.device)?);
     let texts: Vec<String> = prompts.iter().map(|(_, text)| text.clone()).collect();
-    let (scores, protocol) = runtime()?.block_on(async move {
+    let (scores, protocol) = block_on(async move {
         let board = Board::default();
         let meter = board.meter("evaluate", "images");
         let build = move || {

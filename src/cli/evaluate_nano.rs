@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::pretrain::chosen;
-use super::{ComputeArgs, Ended, FOR_DRAWING, output_failed, runtime};
+use super::{ComputeArgs, Ended, FOR_DRAWING, block_on, output_failed};
 use crate::nano::measure::{Row, adaptation, models, table};
 use crate::nano::pretrain::{Context, Model, Settings};
 use crate::pipeline::{device, use_threads};
@@ -93,7 +93,7 @@ pub(super) fn evaluate_nano(
         rows.extend(models::rows(&context, model, args.sheets.as_deref())?);
     }
     if runs > 0 {
-        rows.extend(runtime()?.block_on(adaptation::rows(&context, &args.job, runs))?);
+        rows.extend(block_on(adaptation::rows(&context, &args.job, runs))?);
     }
     let text = match args.json {
         false => table(&rows),

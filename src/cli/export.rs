@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::query::{Clock, LikeArgs, neighbours};
-use super::{StoreArgs, at_least_one, output_failed, runtime};
+use super::{StoreArgs, at_least_one, block_on, output_failed};
 use crate::evaluation::contact::{Cell, contact_sheet};
 use crate::images::{decode_png, encode_png};
 use crate::store::export::{
@@ -40,24 +40,31 @@ pub struct ExportArgs {
     #[arg(long, value_name = "DIR", required_unless_present = "sheet")]
     pub to: Option<PathBuf>,
     /// For which trainer
-    #[arg(long, value_enum, default_value = "imagefolder")]
+    #[arg(long, value_enum, default_value = "imagefolder", requires = "to")]
     pub layout: Layout,
-    /// How often an epoch takes each picture, in the names of kohya's folders
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one)]
-    pub repeats: usize,
+    /// How often an epoch takes each picture, in the names of kohya's folders; once if not said
+    #[arg(long, value_name = "N", requires = "to", value_parser = at_least_one)]
+    pub repeats: Option<usize>,
     /// Write them as one picture to this new file
     #[arg(long, value_name = "FILE.png")]
     pub sheet: Option<PathBuf>,
     /// Pictures in a row of the sheet
-    #[arg(long, value_name = "N", default_value_t = 8, value_parser = at_least_one)]
+    #[arg(long, value_name = "N", default_value_t = 8, requires = "sheet", value_parser = at_least_one)]
     pub columns: usize,
 }
 
 pub(super) fn export(args: &ExportArgs, out: &mut impl Write) -> Result<()> {
+    args.like.check_by()?;
+    if args.repeats.is_some() && args.layout != Layout::Kohya {
+        return Err(Error::invalid(
+            "--repeats is in the names of kohya's folders alone",
+            "give --layout kohya, or leave it out",
+        ));
+    }
     for path in [&args.to, &args.sheet].into_iter().flatten() {
         refuse_existing(path)?;
     }
-    runtime()?.block_on(async {
+    block_on(async {
         let snapshot = Snapshot::open(&args.store.store, args.like.evaluators.as_deref()).await?;
         let chosen = chosen(&snapshot, args).await?;
         if chosen.is_empty() {
@@ -67,14 +74,23 @@ pub(super) fn export(args: &ExportArgs, out: &mut impl Write) -> Result<()> {
             ));
         }
         if let Some(dir) = &args.to {
-            write_folder(&snapshot, &chosen, args.layout, args.repeats, dir).await?;
-            writeln!(out, "{} proxies in {}", chosen.len(), dir.display()).map_err(output_failed)?;
+            write_folder(
+                &snapshot,
+                &chosen,
+                args.layout,
+                args.repeats.unwrap_or(1),
+                dir,
+            )
+            .await?;
+            writeln!(out, "{} proxies in {}", chosen.len(), dir.display())
+                .map_err(output_failed)?;
         }
         if let Some(path) = &args.sheet {
             let sheet = sheet(&snapshot, &chosen, args).await?;
             refuse_existing(path)?;
             files::write(path, &sheet)?;
-            writeln!(out, "{} proxies on {}", chosen.len(), path.display()).map_err(output_failed)?;
+            writeln!(out, "{} proxies on {}", chosen.len(), path.display())
+                .map_err(output_failed)?;
         }
         Ok(())
     })

@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{Ended, PipelineArgs, StoreArgs, at_least_one, run::stage_table, runtime};
+use super::{
+    Ended, PipelineArgs, StoreArgs, at_least_one, block_on, not_negative, run::stage_table,
+};
 use crate::config::Document;
 use crate::pipeline::{Generated, Generation, Options, generate as make};
 use crate::stages::generate::Shard;
@@ -41,13 +43,6 @@ pub struct GenerateArgs {
     pub out: PathBuf,
 }
 
-fn not_negative(text: &str) -> std::result::Result<f64, String> {
-    match text.parse() {
-        Ok(number) if number >= 0.0 && f64::is_finite(number) => Ok(number),
-        _ => Err("a number of at least 0 is needed".to_string()),
-    }
-}
-
 pub(super) fn generate(args: &GenerateArgs) -> Result<Ended> {
     let file = &args.pipeline.file;
     let text = std::fs::read_to_string(file).map_err(Error::io(file))?;
@@ -70,7 +65,7 @@ pub(super) fn generate(args: &GenerateArgs) -> Result<Ended> {
         keep_free: (args.keep_free * (1_u64 << 30) as f64) as u64,
         free_space: files::free_space,
     };
-    let generated = runtime()?.block_on(async {
+    let generated = block_on(async {
         let stop = Stop::default();
         stop.on_signals();
         make(&generation, stop).await

@@ -365,6 +365,13 @@ fn guidance(text: &str) -> std::result::Result<f64, String> {
     }
 }
 
+fn not_negative(text: &str) -> std::result::Result<f64, String> {
+    match text.parse() {
+        Ok(number) if number >= 0.0 && f64::is_finite(number) => Ok(number),
+        _ => Err("a number of at least 0 is needed".to_string()),
+    }
+}
+
 fn at_least_one(text: &str) -> std::result::Result<usize, String> {
     match text.parse() {
         Ok(number) if number >= 1 => Ok(number),
@@ -430,11 +437,15 @@ fn log() {
         .try_init();
 }
 
-/// A runtime for commands that stream.
-fn runtime() -> Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_multi_thread()
+/// Does the `work` of a command that streams. What still computes or waits for a lock when it is over, after Ctrl-C, is
+/// not waited for.
+fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
-        .map_err(Error::io("threads for the streams"))
+        .map_err(Error::io("threads for the streams"))?;
+    let result = runtime.block_on(work);
+    runtime.shutdown_background();
+    result
 }

@@ -6,13 +6,14 @@ use std::time::Instant;
 
 use clap::Args;
 
-use super::{Ended, StoreArgs, at_least_one, output_failed, runtime};
+use super::{Ended, StoreArgs, at_least_one, block_on, output_failed};
 use crate::evaluation::likeness::Like;
 use crate::files::Aside;
 use crate::store::export::refuse_existing;
 use crate::store::query::{
     Answer, Format, IndexReport, Recall, Search, Snapshot, Space, tables_text, write,
 };
+use crate::store::quoted;
 use crate::{Error, Result};
 
 /// From so many embeddings on, a search without an index says that there could be one.
@@ -31,7 +32,7 @@ pub struct QueryArgs {
     #[command(flatten)]
     pub store: StoreArgs,
     /// Explain tables and columns, with their rows and sizes
-    #[arg(long, conflicts_with_all = ["sql", "like", "index", "recall"])]
+    #[arg(long, conflicts_with_all = ["sql", "like", "index", "recall", "format", "out"])]
     pub tables: bool,
     #[command(flatten)]
     pub like: LikeArgs,
@@ -39,10 +40,10 @@ pub struct QueryArgs {
     #[arg(long, requires = "like")]
     pub exact: bool,
     /// Build the index for --like anew, and measure its recall
-    #[arg(long, conflicts_with_all = ["sql", "like"])]
+    #[arg(long, conflicts_with_all = ["sql", "like", "format", "out"])]
     pub index: bool,
     /// Measure the recall of the index as it is now
-    #[arg(long, conflicts_with_all = ["sql", "like"])]
+    #[arg(long, conflicts_with_all = ["sql", "like", "format", "out"])]
     pub recall: bool,
     /// How the answer is written
     #[arg(long, value_enum, default_value_t)]
@@ -75,11 +76,24 @@ pub struct LikeArgs {
     pub evaluators: Option<String>,
 }
 
+impl LikeArgs {
+    /// Refuses an embedding where nothing is compared.
+    pub(super) fn check_by(&self) -> Result<()> {
+        match (self.by, &self.like) {
+            (Some(_), None) => Err(Error::invalid(
+                "--by goes with --like",
+                "say what proxies are to be like with --like IMAGE|KEY|TEXT",
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
 /// Neighbours where no number is given.
 const NEIGHBOURS: usize = 10;
 
 pub(super) fn query(args: &QueryArgs) -> Result<Ended> {
-    match runtime()?.block_on(answer(args)) {
+    match block_on(answer(args)) {
         // Whoever reads has seen enough: `proxytune query … | head`.
         Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => {
             Ok(Ended::Well)
@@ -96,6 +110,9 @@ async fn answer(args: &QueryArgs) -> Result<Ended> {
             "--where and --limit go with --like",
             "in a query they are SQL: SELECT … WHERE … LIMIT …",
         ));
+    }
+    if !args.index && !args.recall {
+        like.check_by()?;
     }
     let snapshot = Snapshot::open(&args.store.store, like.evaluators.as_deref()).await?;
     clock.lap("opened");
@@ -155,7 +172,7 @@ async fn answer(args: &QueryArgs) -> Result<Ended> {
             .await?;
             snapshot.add_neighbours(&near)?;
             typed.unwrap_or_else(|| {
-                let keys: Vec<String> = near.iter().map(|near| format!("'{}'", near.key)).collect();
+                let keys: Vec<String> = near.iter().map(|near| quoted(&near.key)).collect();
                 let keys = if keys.is_empty() { "NULL".into() } else { keys.join(", ") };
                 format!(
                     "SELECT similarity, subject, number, prompt, clip_i, clip_t, dino, near.key FROM near \

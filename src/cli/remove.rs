@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{Ended, StoreArgs, output_failed, runtime};
+use super::{Ended, StoreArgs, block_on, output_failed};
 use crate::store::Store;
 use crate::watch::remove::Leaving;
 use crate::{Error, Result};
@@ -75,7 +75,7 @@ pub(super) fn remove(args: &RemoveArgs, out: &mut impl Write) -> Result<Ended> {
             ));
         }
     }
-    let removed = runtime()?.block_on(async {
+    let removed = block_on(async {
         let store = Store::open_alone(&store).await?;
         store.remove_subject(&name).await
     })?;

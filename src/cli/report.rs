@@ -2,11 +2,11 @@
 
 use std::io::Write;
 
-use super::{Ended, ReportArgs, output_failed, runtime};
+use super::{Ended, ReportArgs, block_on, output_failed};
 use crate::{Result, pipeline};
 
 pub(super) fn report(args: &ReportArgs, out: &mut impl Write) -> Result<Ended> {
-    let report = runtime()?.block_on(pipeline::report_again(&args.run, &args.store.store))?;
+    let report = block_on(pipeline::report_again(&args.run, &args.store.store))?;
     writeln!(
         out,
         "{}{}",

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::models::{make_ready, models_of};
-use super::{Ended, RunArgs, runtime};
+use super::{Ended, RunArgs, block_on};
 use crate::config::Document;
 use crate::pipeline::{self, Options, Outcome};
 use crate::stream::{StageReport, Stop};
@@ -31,8 +31,7 @@ pub(super) fn run(args: &RunArgs) -> Result<Ended> {
     {
         make_ready(models_of(&options.resolved))?;
     }
-    let runtime = runtime()?;
-    let outcome = runtime.block_on(async {
+    let outcome = block_on(async {
         let stop = Stop::default();
         stop.on_signals();
         pipeline::run(&options, stop).await
@@ -90,6 +89,10 @@ fn describe(outcome: &Outcome) -> String {
     text.push('\n');
     for (name, path) in made {
         text += &format!("{name:<10} {path}\n");
+    }
+    if let Some(latest) = &outcome.latest {
+        let what = "newest run";
+        text += &format!("{what:<10} {}\n", latest.display());
     }
     text
 }

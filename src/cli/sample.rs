@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use super::memory::{gibibytes, peak_memory};
 use super::models::make_ready;
-use super::{ComputeArgs, Ended, SampleArgs, SamplingArgs, output_failed, runtime};
+use super::{ComputeArgs, Ended, SampleArgs, SamplingArgs, block_on, output_failed};
 use crate::config::models::Family;
 use crate::config::{Kind, sampling_defaults};
 use crate::images::encode_png;
@@ -128,7 +128,7 @@ pub(super) fn draw(
         requests.to_vec(),
         compute.batch_size,
     );
-    runtime()?.block_on(async move {
+    block_on(async move {
         let board = Board::default();
         let meter = board.meter("sample", "images");
         let start = Instant::now();

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::{Ended, StoreArgs, output_failed, runtime};
+use super::{Ended, StoreArgs, block_on, not_negative, output_failed};
 use crate::Result;
 use crate::stream::Stop;
 use crate::watch::{self, Options, status};
@@ -49,13 +49,6 @@ pub struct WatchArgs {
     pub settle: Duration,
 }
 
-fn not_negative(text: &str) -> std::result::Result<f64, String> {
-    match text.parse() {
-        Ok(number) if (0.0..=2.0).contains(&number) => Ok(number),
-        _ => Err("a number from 0 to 2 is needed".to_string()),
-    }
-}
-
 fn seconds(text: &str) -> std::result::Result<Duration, String> {
     let number: Option<f64> = text.parse().ok();
     number
@@ -64,9 +57,8 @@ fn seconds(text: &str) -> std::result::Result<Duration, String> {
 }
 
 pub(super) fn watch(args: &WatchArgs, out: &mut impl Write) -> Result<Ended> {
-    let runtime = runtime()?;
     let show = |out: &mut dyn Write| -> Result<()> {
-        let text = runtime.block_on(status::status(&args.dir))?;
+        let text = block_on(status::status(&args.dir))?;
         write!(out, "{text}").map_err(output_failed)
     };
     if args.status {
@@ -85,7 +77,7 @@ pub(super) fn watch(args: &WatchArgs, out: &mut impl Write) -> Result<Ended> {
         settle: args.settle,
         progress: true,
     };
-    let state = runtime.block_on(async {
+    let state = block_on(async {
         let stop = Stop::default();
         stop.on_signals();
         watch::watch(&options, stop).await

@@ -6,6 +6,7 @@
 
 mod defaults;
 mod direct;
+mod document;
 mod effect;
 pub mod locate;
 pub mod models;
@@ -21,11 +22,11 @@ mod typed;
 
 use std::path::Path;
 
+pub use document::Document;
 pub use locate::locate;
 pub use models::{Family, Kind, family};
 pub use prompts::PromptList;
 pub(crate) use reader::did_you_mean;
-pub use resolve::Document;
 pub use resolved::*;
 pub use templates::prompt_list;
 pub use training::training_defaults;

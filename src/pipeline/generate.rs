@@ -7,7 +7,7 @@ use futures::future::BoxFuture;
 use futures::{StreamExt, stream};
 
 use super::prepare::{self, Prepared, Purpose};
-use super::{Options, RunDir};
+use super::{Options, RunDir, failed};
 use crate::plan::{Digest, proxy_keys};
 use crate::stages::Context;
 use crate::stages::disk::{Disk, FreeSpace, bytes};
@@ -140,11 +140,11 @@ pub fn generate<'a>(generation: &'a Generation, stop: Stop) -> BoxFuture<'a, Res
         if let Some(progress) = progress {
             progress.finish();
         }
-        context.metrics.flush().await?;
+        let flushed = context.metrics.flush().await;
         if let Err(error) = result {
-            prepare::note_status(&context, options, "failed").await?;
-            return Err(error);
+            return Err(failed(&context, options, error, flushed).await);
         }
+        flushed?;
         if context.stop.requested() {
             prepare::note_status(&context, options, "interrupted").await?;
             return Err(Error::Interrupted);

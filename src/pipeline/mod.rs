@@ -24,7 +24,7 @@ use crate::stages::direct::{Tuned, direct};
 use crate::stages::evaluate::{Evaluated, evaluate};
 use crate::stages::keep::{Keeping, keep};
 use crate::stages::references::references;
-use crate::stages::report::{self, Ending, Sampled};
+use crate::stages::report::{self, Ending};
 use crate::stages::score::score_proxies;
 use crate::stages::supervise::supervise;
 use crate::stages::synthesize::synthesize;
@@ -32,7 +32,8 @@ use crate::stages::tokenize::tokenize;
 use crate::stages::train::train;
 use crate::stages::{Context, Method};
 use crate::stream::{Inlet, Meter, Outlet, Progress, Stages, Stop, channel};
-use crate::{Error, Result};
+use crate::training::clear_due;
+use crate::{Error, Result, files};
 
 /// What to run, and how.
 #[derive(Debug, Clone)]
@@ -85,6 +86,8 @@ impl Options {
 pub struct Outcome {
     /// The run's directory.
     pub dir: PathBuf,
+    /// The link beside it that leads to the newest run of the pipeline file, where there can be one.
+    pub latest: Option<PathBuf>,
     pub report: Report,
     pub ending: Ending,
 }
@@ -105,6 +108,7 @@ pub fn run<'a>(options: &'a Options, stop: Stop) -> BoxFuture<'a, Result<Outcome
             &resolved_text,
             options.new,
         )?;
+        let latest = dir.link();
         if options.progress {
             announce(&dir);
         }
@@ -121,14 +125,12 @@ pub fn run<'a>(options: &'a Options, stop: Stop) -> BoxFuture<'a, Result<Outcome
             progress.finish();
         }
         // What was recorded before a failure stays: a resumed run records the same again, which is harmless.
-        context.metrics.flush().await?;
+        let flushed = context.metrics.flush().await;
         let (evaluated, first_training_proxy) = match result {
             Ok(ended) => ended,
-            Err(error) => {
-                prepare::note_status(&context, options, "failed").await?;
-                return Err(error);
-            }
+            Err(error) => return Err(failed(&context, options, error, flushed).await),
         };
+        flushed?;
         if context.stop.requested() {
             prepare::note_status(&context, options, "interrupted").await?;
             return Err(Error::Interrupted);
@@ -138,7 +140,7 @@ pub fn run<'a>(options: &'a Options, stop: Stop) -> BoxFuture<'a, Result<Outcome
             wall_seconds: start.elapsed().as_secs_f64(),
             first_training_proxy,
             warnings: context.warnings.all(),
-            evaluated: evaluated.into_iter().map(Sampled::from).collect(),
+            evaluated: report::with_earlier(&context, evaluated, dir.ending()).await?,
             protocol: prepare::protocol(&context).await?,
         };
         let report = report::write(&context, &ending).await?;
@@ -148,12 +150,26 @@ pub fn run<'a>(options: &'a Options, stop: Stop) -> BoxFuture<'a, Result<Outcome
             hint: None,
         })?;
         dir.complete(&summary)?;
+        for (_, place) in files::list(&dir.join("checkpoints"))? {
+            clear_due(&place)?;
+        }
         Ok(Outcome {
             dir: dir.path().to_path_buf(),
+            latest,
             report,
             ending,
         })
     })
+}
+
+/// Notes that the run has failed, and gives the `error` that it failed with: what else goes wrong then is said, too, but
+/// does not hide it.
+async fn failed(context: &Context, options: &Options, error: Error, flushed: Result<()>) -> Error {
+    let noted = prepare::note_status(context, options, "failed").await;
+    for second in [flushed, noted].into_iter().filter_map(Result::err) {
+        tracing::error!("after a failure: {second}");
+    }
+    error
 }
 
 /// Writes the report of the run in `dir` again, from the store and what the run noted at its end.

@@ -17,7 +17,7 @@ use crate::stages::{
     Context, Lazy, LazyEvaluator, Subject, TokenizerIdentity, Warnings, references,
 };
 use crate::store::{EvaluationRow, Limits, MetricRow, RunRow, Store, Table, Writer, now_us};
-use crate::stream::{Board, Meter, Stop};
+use crate::stream::{Board, Meter, Stop, blocking};
 use crate::training::tuning;
 use crate::{Error, Result};
 use futures::future::BoxFuture;
@@ -91,25 +91,42 @@ pub(super) async fn prepare(
         Some(supervisor) => Some(supervisor_opening(resolved, supervisor)?),
         None => None,
     };
+    let dirs = (
+        student_dir.clone(),
+        supervisor.as_ref().map(|opening| opening.dir.clone()),
+    );
+    let own = resolved.clone();
+    let reading = blocking("reading checkpoints", move || {
+        let evaluator = match purpose {
+            Purpose::Run => evaluator(&own)?,
+            Purpose::Proxies { .. } => no_evaluator(),
+        };
+        let student_base = checkpoint_digest(&dirs.0)?;
+        let supervisor_base = dirs.1.as_deref().map(checkpoint_digest).transpose()?;
+        let (tokenizer, identity) = image_tokenizer(&own, &dirs.0)?;
+        Ok((
+            evaluator,
+            student_base,
+            supervisor_base,
+            tokenizer,
+            identity,
+        ))
+    });
+    let (evaluator, student_base, supervisor_base, tokenizer, identity) = reading.await?;
+    let supervisor_base = supervisor_base.unwrap_or_default();
     let mut supervisor_keys = Vec::new();
-    if let (Some(settings), Some(opening)) = (&resolved.supervisor, &supervisor) {
-        let base = checkpoint_digest(&opening.dir)?;
+    if let Some(settings) = &resolved.supervisor {
         for (subject, loaded) in resolved.subjects.iter().zip(&subjects) {
             let photos = photos_digest(&loaded.digests);
             supervisor_keys.push(supervisor_key(
                 &photos,
-                &base,
+                &supervisor_base,
                 subject,
                 settings,
                 resolved.seed,
             )?);
         }
     }
-    let (tokenizer, identity) = image_tokenizer(resolved, &student_dir)?;
-    let evaluator = match purpose {
-        Purpose::Run => evaluator(resolved)?,
-        Purpose::Proxies { .. } => no_evaluator(),
-    };
     let identity = identity.filter(|_| purpose != Purpose::Proxies { tokens: false });
     let photos: Vec<String> = subjects
         .iter()
@@ -117,7 +134,7 @@ pub(super) async fn prepare(
         .collect();
     let mut digest = Digest::new("student 1")
         .field("plan", plan.digest())
-        .field("base", checkpoint_digest(&student_dir)?)
+        .field("base", &student_base)
         .field("photos", photos_digest(&photos));
     for key in &supervisor_keys {
         digest = digest.field("supervisor", key);
@@ -142,10 +159,15 @@ pub(super) async fn prepare(
                     tuning: tuning(&settings.training),
                     ..opening.clone()
                 },
+                &supervisor_base,
             )),
             _ => None,
         },
-        sampler: Lazy::new("sampler", sampler_opening(resolved, &student)),
+        sampler: Lazy::new(
+            "sampler",
+            sampler_opening(resolved, &student),
+            &student_base,
+        ),
         evaluator,
         tokenizer: identity,
         warnings,
@@ -167,13 +189,10 @@ async fn load_subjects(resolved: &Resolved, warnings: &Warnings) -> Result<Vec<A
     let mut subjects = Vec::new();
     for subject in &resolved.subjects {
         let (subject, warnings) = (subject.clone(), warnings.clone());
-        let loaded = tokio::task::spawn_blocking(move || references::load(&subject, &warnings))
-            .await
-            .map_err(|e| Error::Invalid {
-                what: format!("reading photos ended unexpectedly: {e}"),
-                hint: None,
-            })?;
-        subjects.push(Arc::new(loaded?));
+        let loading = blocking("reading photos", move || {
+            references::load(&subject, &warnings)
+        });
+        subjects.push(Arc::new(loading.await?));
     }
     Ok(subjects)
 }
@@ -279,7 +298,8 @@ pub fn evaluations<'a>(
     store: &'a Store,
 ) -> BoxFuture<'a, Result<Table<EvaluationRow>>> {
     Box::pin(async move {
-        let evaluator = evaluator(resolved)?;
+        let own = resolved.clone();
+        let evaluator = blocking("reading checkpoints", move || evaluator(&own)).await?;
         store
             .evaluations(&evaluator.digest, evaluator.clip, evaluator.dino)
             .await

@@ -5,16 +5,21 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use crate::stages::report::Ending;
 use crate::{Error, Result, files};
 
 const RESOLVED: &str = "resolved.toml";
 const PIPELINE: &str = "pipeline.toml";
 const COMPLETE: &str = "complete.json";
+/// Digits of the digest of the resolved file in a run's name.
+const DIGITS: usize = 8;
 
 /// The directory of one run, locked while this value lives.
 pub struct RunDir {
     path: PathBuf,
     id: String,
+    /// The name of the pipeline file, where it is known.
+    stem: Option<String>,
     /// Whether the directory was there before, with the same resolved file.
     pub resumed: bool,
     /// For a new run of a pipeline that ran before: what its resolved file changed since, one line for each field.
@@ -40,7 +45,7 @@ impl RunDir {
             .file_stem()
             .map_or("run".into(), |stem| stem.to_string_lossy().into_owned());
         let digest = blake3::hash(resolved.as_bytes()).to_hex();
-        let base = format!("{stem}-{}", &digest[..8]);
+        let base = format!("{stem}-{}", &digest[..DIGITS]);
         let mut id = base.clone();
         let mut number = 1;
         let taken = |id: &str| out.join(id).join(RESOLVED).exists();
@@ -72,6 +77,7 @@ impl RunDir {
         Ok(Self {
             path,
             id,
+            stem: Some(stem),
             resumed,
             changes,
             _lock: lock,
@@ -89,7 +95,8 @@ impl RunDir {
                 "name a directory below datasets/runs, or wherever --out was",
             ));
         }
-        let path = std::path::absolute(path).map_err(Error::io(path))?;
+        // By its own name, not by that of a link to it.
+        let path = std::fs::canonicalize(path).map_err(Error::io(path))?;
         let id = path
             .file_name()
             .unwrap_or_default()
@@ -99,10 +106,31 @@ impl RunDir {
         Ok(Self {
             path,
             id,
+            stem: None,
             resumed: true,
             changes: Vec::new(),
             _lock: lock,
         })
+    }
+
+    /// Lets the link beside the directory that is called after the pipeline file lead to this run, its newest, and returns
+    /// it. `None` where something else has that name, or the disk has no links.
+    #[cfg(unix)]
+    pub fn link(&self) -> Option<PathBuf> {
+        let link = self.path.with_file_name(self.stem.as_ref()?);
+        match files::link(&link, Path::new(&self.id)) {
+            Ok(()) => Some(link),
+            Err(error) => {
+                tracing::debug!("no link to the newest run: {error}");
+                None
+            }
+        }
+    }
+
+    /// A link to the newest run of a pipeline file: none here, where links need rights of their own.
+    #[cfg(not(unix))]
+    pub fn link(&self) -> Option<PathBuf> {
+        None
     }
 
     /// The pipeline file as it was given, and the resolved one.
@@ -123,6 +151,13 @@ impl RunDir {
                 "run its pipeline again: it continues where it stopped",
             )
         })
+    }
+
+    /// What the run came to when it last ended well; `None` when it has not, or a version with another layout of the
+    /// summary noted it.
+    pub fn ending(&self) -> Option<Ending> {
+        let summary = self.is_complete().then(|| self.summary().ok()).flatten();
+        serde_json::from_str(&summary?).ok()
     }
 
     /// The run's name: the directory's last part, and what rows of the store call it.
@@ -188,6 +223,19 @@ pub(crate) fn lock(path: &Path) -> Result<File> {
     }
 }
 
+/// Whether `name` is that of a run of the pipeline file `stem`: that, a digest, and a number for those made by `--new`.
+fn is_run_of(stem: &str, name: &str) -> bool {
+    let rest = name
+        .strip_prefix(stem)
+        .and_then(|rest| rest.strip_prefix('-'));
+    let Some((digest, number)) = rest.and_then(|rest| rest.split_at_checked(DIGITS)) else {
+        return false;
+    };
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    digest.bytes().all(|b| b.is_ascii_hexdigit())
+        && (number.is_empty() || number.strip_prefix('-').is_some_and(is_number))
+}
+
 /// The fields in which `resolved` differs from the newest run of the same pipeline file.
 fn changes_since_last(out: &Path, stem: &str, resolved: &str) -> Result<Vec<String>> {
     let entries = match std::fs::read_dir(out) {
@@ -203,11 +251,8 @@ fn changes_since_last(out: &Path, stem: &str, resolved: &str) -> Result<Vec<Stri
             .unwrap_or_default()
             .to_string_lossy()
             .into_owned();
-        let is_of_stem = name
-            .strip_prefix(stem)
-            .is_some_and(|rest| rest.starts_with('-'));
         let file = path.join(RESOLVED);
-        if is_of_stem
+        if is_run_of(stem, &name)
             && let Ok(time) = file.metadata().and_then(|m| m.modified())
             && newest.as_ref().is_none_or(|(latest, _)| time > *latest)
         {
@@ -284,6 +329,15 @@ mod tests {
         assert!(again.resumed && again.path() == path);
         let changed = open("seed = 1\n[student]\nsteps = 3\n", false).unwrap();
         assert_eq!(changed.changes, ["student.steps: 2 -> 3"]);
+        // Runs of files whose names only begin alike are those of other files.
+        for (stem, run) in [
+            ("dog", "dog-old-01234567"),
+            ("dog", "dog-0123456"),
+            ("dog", "dog-01234567-x"),
+        ] {
+            assert!(!is_run_of(stem, run), "{run}");
+        }
+        assert!(is_run_of("dog", "dog-01234567") && is_run_of("dog-old", "dog-old-01234567-12"));
         let afresh = open("seed = 1\n[student]\nsteps = 2\n", true).unwrap();
         assert!(!afresh.resumed && afresh.id() == format!("{id}-2"));
         drop(afresh);
@@ -293,5 +347,28 @@ mod tests {
                 .id(),
             format!("{id}-2")
         );
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_link_called_after_the_file_leads_to_its_newest_run_and_replaces_nothing_else() {
+        let out = tempfile::tempdir().unwrap();
+        let open = |resolved: &str| {
+            RunDir::open(out.path(), Path::new("dog.toml"), "", resolved, false).unwrap()
+        };
+        let link = out.path().join("dog");
+        for resolved in ["seed = 1\n", "seed = 2\n", "seed = 1\n"] {
+            let run = open(resolved);
+            assert_eq!(run.link(), Some(link.clone()));
+            let file = std::fs::read_to_string(link.join(RESOLVED)).unwrap();
+            assert_eq!(file, resolved);
+            let id = run.id().to_string();
+            drop(run);
+            assert_eq!(RunDir::existing(&link).unwrap().id(), id);
+        }
+        std::fs::remove_file(&link).unwrap();
+        std::fs::create_dir(&link).unwrap();
+        assert_eq!(open("seed = 2\n").link(), None);
+        assert!(link.is_dir() && !link.is_symlink());
     }
 }

@@ -219,11 +219,11 @@ pub fn evaluators_key(clip: &Path, dino: &Path) -> Result<String> {
         .finish())
 }
 
-/// Key of a proxy's tokens, from the proxy's key and the digest of the tokenizer's checkpoint.
-pub fn token_key(proxy: &str, tokenizer: &str) -> String {
-    Digest::new("tokens 1")
-        .field("proxy", proxy)
-        .field("tokenizer", tokenizer)
+/// Key of a reference image, from its subject's name and the digest of its bytes.
+pub fn reference_key(subject: &str, photo: &str) -> String {
+    Digest::new("reference")
+        .field("subject", subject)
+        .field("photo", photo)
         .finish()
 }
 

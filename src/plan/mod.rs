@@ -9,7 +9,8 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 
 pub use key::{
-    Digest, checkpoint_digest, evaluators_key, photos_digest, proxy_keys, supervisor_key, token_key,
+    Digest, checkpoint_digest, evaluators_key, photos_digest, proxy_keys, reference_key,
+    supervisor_key,
 };
 pub use schedule::Schedule;
 

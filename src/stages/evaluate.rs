@@ -6,13 +6,13 @@ use async_stream::try_stream;
 use futures::{Stream, StreamExt};
 
 use super::score::{score, table};
-use super::{Checkpoint, Context, Method};
+use super::{Checkpoint, Context, Lazy, Method};
 use crate::files::values_digest;
 use crate::images::encode_png;
 use crate::models::{Request, Sampling};
 use crate::plan::Digest;
 use crate::store::{EvaluationRow, now_us};
-use crate::stream::Meter;
+use crate::stream::{Meter, blocking};
 use crate::training::restore;
 use crate::{Error, Result};
 
@@ -37,13 +37,22 @@ pub fn evaluate(
         let table = table(&context).await?;
         let mut input = std::pin::pin!(input);
         while let Some(checkpoint) = input.next().await {
-            let adapter = values_digest(&checkpoint.values)?;
+            if context.stop.requested() {
+                // Taking what comes lets training get on to its checkpoint.
+                continue;
+            }
+            let values = checkpoint.values.clone();
+            let digesting = blocking("the digest of an adapter", move || values_digest(&values));
+            let adapter = meter.busy(digesting).await?;
             let mut samples = Vec::new();
             let plan = context.plan.evaluation();
             for batch in &plan.batches {
                 let images = &plan.images[batch.clone()];
                 let Some(subject) = images.first().map(|image| image.subject) else { continue };
-                if !checkpoint.subjects.contains(&subject) || context.stop.requested() {
+                if context.stop.requested() {
+                    break;
+                }
+                if !checkpoint.subjects.contains(&subject) {
                     continue;
                 }
                 let keys = sample_keys(&context, &checkpoint, &adapter, batch.clone())?;
@@ -57,6 +66,10 @@ pub fn evaluate(
                 let drawn = Arc::new(draw(&context, &checkpoint, requests, &meter).await?);
                 let texts = images.iter().map(|image| image.text.clone()).collect();
                 let (embeddings, scores) = score(&context, subject, drawn.clone(), texts, &meter).await?;
+                let encoding = blocking("encoding pictures", move || {
+                    drawn.iter().map(encode_png).collect::<Result<Vec<_>>>()
+                });
+                let mut pictures = meter.busy(encoding).await?.into_iter();
                 let mut rows = Vec::with_capacity(keys.len());
                 for (i, image) in images.iter().enumerate() {
                     rows.push(EvaluationRow {
@@ -73,7 +86,7 @@ pub fn evaluate(
                         dino: Some(scores[i].dino as f32),
                         clip_embedding: Some(embeddings.clip[i].clone()),
                         dino_embedding: Some(embeddings.dino[i].clone()),
-                        image: Some(encode_png(&drawn[i])?),
+                        image: pictures.next(),
                         created_us: now_us(),
                         adapter: Some(adapter.clone()),
                     });
@@ -82,7 +95,7 @@ pub fn evaluate(
                 meter.add(rows.len());
             }
             if context.stop.requested() {
-                return;
+                continue;
             }
             yield Evaluated { method: checkpoint.method, step: checkpoint.step, adapter, samples };
         }
@@ -97,9 +110,9 @@ fn sample_keys(
     batch: std::ops::Range<usize>,
 ) -> Result<Vec<String>> {
     let sampling = format!("{:?}", sampling(context, checkpoint.method)?);
-    let mut digest = Digest::new("sample 1")
+    let mut digest = Digest::new("sample 2")
         .field("method", checkpoint.method.name())
-        .field("model", model(context, checkpoint.method)?)
+        .field("model", &learner(context, checkpoint.method)?.digest)
         .field("adapter", adapter)
         .number("step", checkpoint.step as u64)
         .field("sampling", sampling);
@@ -122,11 +135,12 @@ fn sample_keys(
         .collect())
 }
 
-fn model(context: &Context, method: Method) -> Result<&str> {
-    match (method, &context.resolved.supervisor) {
-        (Method::Supervisor, Some(supervisor)) => Ok(&supervisor.model),
+/// What draws the samples of `method`.
+fn learner(context: &Context, method: Method) -> Result<&Lazy> {
+    match (method, &context.painter) {
+        (Method::Supervisor, Some(painter)) => Ok(painter),
         (Method::Supervisor, None) => Err(no_supervisor()),
-        _ => Ok(&context.resolved.student.model),
+        _ => Ok(&context.sampler),
     }
 }
 
@@ -152,13 +166,8 @@ async fn draw(
     meter: &Meter,
 ) -> Result<Vec<image::RgbImage>> {
     let sampling = sampling(context, checkpoint.method)?;
-    let learner = match (checkpoint.method, &context.painter) {
-        (Method::Supervisor, Some(painter)) => painter.clone(),
-        (Method::Supervisor, None) => return Err(no_supervisor()),
-        _ => context.sampler.clone(),
-    };
     let values = checkpoint.values.clone();
-    learner
+    learner(context, checkpoint.method)?
         .get()
         .await?
         .call(meter, move |learner| {

@@ -10,7 +10,7 @@ use super::disk::Disk;
 use super::{Context, ProxyBatch};
 use crate::images::{encode_png, pixel_digest};
 use crate::store::{Limits, ProxyRow, now_us};
-use crate::stream::Meter;
+use crate::stream::{Meter, blocking};
 use crate::{Error, Result};
 
 /// When batches are committed, and what is watched meanwhile.
@@ -107,7 +107,7 @@ async fn rows(
 ) -> Result<Vec<ProxyRow>> {
     let (context, batch, settings) = (context.clone(), batch.clone(), settings.to_string());
     let supervisor = supervisors[context.plan.batch(batch.batch).subject].clone();
-    let encoding = tokio::task::spawn_blocking(move || {
+    let encode = move || {
         let planned = context.plan.batch(batch.batch);
         let subject = context.subject(planned.subject);
         let members = &context.plan.proxies()[planned.numbers.clone()];
@@ -133,9 +133,6 @@ async fn rows(
             })
         })
         .collect()
-    });
-    encoding.await.map_err(|e| Error::Invalid {
-        what: format!("encoding pictures ended unexpectedly: {e}"),
-        hint: None,
-    })?
+    };
+    blocking("encoding pictures", encode).await
 }

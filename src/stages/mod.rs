@@ -21,7 +21,7 @@ use crate::config::Resolved;
 use crate::evaluation::embed::Evaluator;
 use crate::evaluation::embedders::{ClipEmbedder, DinoEmbedder};
 use crate::models::{Learner, Opening, open};
-use crate::plan::Plan;
+use crate::plan::{Digest, Plan};
 use crate::store::{Claim, MetricRow, Store, Writer, now_us};
 use crate::stream::{Board, Stop, Worker};
 use crate::{Error, Result};
@@ -192,15 +192,28 @@ pub struct Checkpoint {
 /// A learner that is opened when it is first needed, on its own thread, and shared.
 #[derive(Clone)]
 pub struct Lazy {
+    /// Digest of what decides, beside an adapter, what it draws: the checkpoint, the side length, the type of the
+    /// weights and the kind of device.
+    pub digest: String,
     name: String,
     opening: Arc<Opening>,
     worker: Arc<tokio::sync::OnceCell<Worker<Box<dyn Learner>>>>,
 }
 
 impl Lazy {
-    /// The learner `opening` asks for, on a thread called `name`.
-    pub fn new(name: &str, opening: Opening) -> Self {
+    /// The learner `opening` asks for, on a thread called `name`; `base` is the digest of its checkpoint.
+    pub fn new(name: &str, opening: Opening, base: &str) -> Self {
+        let kind = match opening.device.is_cpu() {
+            true => "cpu",
+            false => "cuda",
+        };
+        let digest = Digest::new("drawing 1")
+            .field("base", base)
+            .number("resolution", opening.resolution.unwrap_or(0).into())
+            .field("dtype", format!("{:?}", opening.dtype))
+            .field("device", kind);
         Self {
+            digest: digest.finish(),
             name: name.to_string(),
             opening: Arc::new(opening),
             worker: Arc::default(),
@@ -306,4 +319,40 @@ async fn spawn_trainee(
         crate::training::Trainee::new(open(&opening)?, &settings)
     })
     .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Dtype, Memory, models::Family};
+    use crate::models::Tuning;
+
+    #[test]
+    fn samples_of_models_that_draw_otherwise_have_other_keys() {
+        let drawn = |base: &str, resolution, dtype| {
+            let opening = Opening {
+                dir: "anywhere".into(),
+                name: "any name".into(),
+                family: Family::LlamaGen,
+                resolution,
+                tuning: Tuning::Frozen,
+                seed: 0,
+                device: candle_core::Device::Cpu,
+                dtype,
+                memory: Memory::Auto,
+                dropout: 0.0,
+                condition_dropout: 0.0,
+            };
+            Lazy::new("sampler", opening, base).digest
+        };
+        let digests = [
+            drawn("a", None, Dtype::Auto),
+            drawn("b", None, Dtype::Auto),
+            drawn("a", Some(64), Dtype::Auto),
+            drawn("a", None, Dtype::Bf16),
+        ];
+        let distinct: std::collections::BTreeSet<&String> = digests.iter().collect();
+        assert_eq!(distinct.len(), digests.len());
+        assert_eq!(digests[0], drawn("a", None, Dtype::Auto));
+    }
 }

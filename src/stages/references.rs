@@ -9,9 +9,9 @@ use futures::Stream;
 use super::{Context, Subject, Warnings};
 use crate::config;
 use crate::images::{Filter, encode_png, folder, resize_exact, square};
-use crate::plan::Digest;
+use crate::plan::reference_key;
 use crate::store::{SubjectRow, now_us};
-use crate::stream::Meter;
+use crate::stream::{Meter, blocking};
 use crate::{Error, Result};
 
 /// Larger photos are reduced to squares of this side before anything else reads them.
@@ -74,13 +74,15 @@ pub fn references(context: Arc<Context>, meter: Meter) -> impl Stream<Item = Res
     try_stream! {
         let table = context.store.subjects().await?;
         for (index, subject) in context.subjects.iter().enumerate() {
+            let own = subject.clone();
+            let encoding = blocking("encoding photos", move || {
+                own.images.iter().map(encode_png).collect::<Result<Vec<_>>>()
+            });
             let mut rows = Vec::new();
-            for (number, image) in subject.images.iter().enumerate() {
+            for (number, png) in meter.busy(encoding).await?.into_iter().enumerate() {
+                let image = &subject.images[number];
                 rows.push(SubjectRow {
-                    key: Digest::new("reference")
-                        .field("subject", &subject.name)
-                        .field("photo", &subject.digests[number])
-                        .finish(),
+                    key: reference_key(&subject.name, &subject.digests[number]),
                     subject: subject.name.clone(),
                     class: subject.class.clone(),
                     token: subject.token.clone(),
@@ -88,7 +90,7 @@ pub fn references(context: Arc<Context>, meter: Meter) -> impl Stream<Item = Res
                     file_name: subject.files[number].clone(),
                     width: image.width(),
                     height: image.height(),
-                    image: encode_png(image)?,
+                    image: png,
                     created_us: now_us(),
                 });
             }

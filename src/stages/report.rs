@@ -2,6 +2,7 @@
 //! is read back from the store, so a report can be written again at any time.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use super::evaluate::Evaluated;
 use super::{Context, Method, score};
@@ -11,8 +12,8 @@ use crate::evaluation::plot::{Chart, Series};
 use crate::evaluation::report::{ModelScores, Report, StageTime};
 use crate::evaluation::sheet::{Block, Row, Sheet};
 use crate::images::{decode_png, encode_png};
-use crate::store::{Columns, EvaluationRow, Row as _};
-use crate::stream::StageReport;
+use crate::store::{Columns, EvaluationRow, Row as _, one_of};
+use crate::stream::{StageReport, blocking};
 use crate::{Result, files};
 
 /// How the table and the sheet call a method, for a student that learnt from `source`.
@@ -29,7 +30,7 @@ pub fn label(method: Method, source: Source) -> &'static str {
 /// What a run knows at its end beside what the store holds.
 #[derive(Debug, Clone, Default, serde::Serialize, serde::Deserialize)]
 pub struct Ending {
-    /// What every stage did, summed over interruptions.
+    /// What every stage did, from the last start to the end.
     pub stages: Vec<StageReport>,
     pub wall_seconds: f64,
     /// Proxies that were committed when the first training step ran, and planned in all.
@@ -41,7 +42,7 @@ pub struct Ending {
     pub protocol: Vec<String>,
 }
 
-/// The samples of one checkpoint, as `ending.json` keeps them.
+/// The samples of one checkpoint, as `complete.json` keeps them.
 #[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
 pub struct Sampled {
     pub method: String,
@@ -82,8 +83,36 @@ fn last_samples(ending: &Ending, method: Method) -> BTreeMap<usize, String> {
         .collect()
 }
 
+/// Adds to what was `evaluated` what the same run had evaluated when it ended well `before`, if its samples are there: of
+/// checkpoints between the first and the last nothing is kept then but the samples.
+///
+/// # Errors
+/// When the store cannot be read.
+pub async fn with_earlier(
+    context: &Context,
+    evaluated: Vec<Evaluated>,
+    before: Option<Ending>,
+) -> Result<Vec<Sampled>> {
+    let mut all: Vec<Sampled> = evaluated.into_iter().map(Sampled::from).collect();
+    let table = score::table(context).await?;
+    let anew: Vec<(String, usize)> = all.iter().map(|s| (s.method.clone(), s.step)).collect();
+    for sampled in before.into_iter().flat_map(|ending| ending.evaluated) {
+        let keys: Vec<String> = sampled.samples.iter().map(|(_, key)| key.clone()).collect();
+        let is_anew = anew.contains(&(sampled.method.clone(), sampled.step));
+        if !is_anew && table.missing(&keys).is_empty() {
+            all.push(sampled);
+        }
+    }
+    let place = |name: &str| METHODS.iter().position(|method| method.name() == name);
+    all.sort_by_key(|sampled| (place(&sampled.method), sampled.step));
+    Ok(all)
+}
+
 /// Writes `sheet.png`, `report.html` and `report.json` into the run's directory and returns the report.
-pub async fn write(context: &Context, ending: &Ending) -> Result<Report> {
+///
+/// # Errors
+/// When the store cannot be read, or the files cannot be written.
+pub async fn write(context: &Arc<Context>, ending: &Ending) -> Result<Report> {
     let table = score::table(context).await?;
     let mut shown: Vec<(Method, BTreeMap<usize, EvaluationRow>)> = Vec::new();
     for method in METHODS {
@@ -98,12 +127,21 @@ pub async fn write(context: &Context, ending: &Ending) -> Result<Report> {
         shown.push((method, rows));
     }
     shown.retain(|(_, rows)| !rows.is_empty());
-    let sheet = encode_png(&sheet(context, &shown)?.draw())?;
-    files::write(&context.dir.join("sheet.png"), &sheet)?;
-    let report = compose(context, ending, &shown, sheet).await?;
-    files::write(&context.dir.join("report.html"), report.html().as_bytes())?;
-    files::write(&context.dir.join("report.json"), report.json()?.as_bytes())?;
-    Ok(report)
+    let shown = Arc::new(shown);
+    let (own, rows) = (context.clone(), shown.clone());
+    let drawing = blocking("drawing the sheet", move || {
+        let sheet = encode_png(&sheet(&own, &rows)?.draw())?;
+        files::write(&own.dir.join("sheet.png"), &sheet)?;
+        Ok(sheet)
+    });
+    let report = compose(context, ending, &shown, drawing.await?).await?;
+    let dir = context.dir.clone();
+    let writing = blocking("writing the report", move || {
+        files::write(&dir.join("report.html"), report.html().as_bytes())?;
+        files::write(&dir.join("report.json"), report.json()?.as_bytes())?;
+        Ok(report)
+    });
+    writing.await
 }
 
 fn sheet(context: &Context, shown: &[(Method, BTreeMap<usize, EvaluationRow>)]) -> Result<Sheet> {
@@ -259,14 +297,13 @@ async fn charts(context: &Context, ending: &Ending) -> Result<Vec<Chart>> {
     let metrics = context.store.metrics().await?;
     let mut supervisors: BTreeMap<String, Vec<(f64, f64)>> = BTreeMap::new();
     let mut students: BTreeMap<String, Vec<(f64, f64)>> = BTreeMap::new();
-    let owners: Vec<String> = context
-        .supervisors
-        .iter()
-        .chain([&context.run])
-        .map(|owner| format!("'{owner}'"))
-        .collect();
-    let filter = format!("name = 'loss' AND run IN ({})", owners.join(", "));
-    for row in metrics.rows(Some(&filter), Columns::All).await? {
+    let owners: Vec<&String> = context.supervisors.iter().chain([&context.run]).collect();
+    let mut losses = Vec::new();
+    for owned in one_of("run", &owners) {
+        let filter = format!("name = 'loss' AND {owned}");
+        losses.extend(metrics.rows(Some(&filter), Columns::All).await?);
+    }
+    for row in losses {
         let point = (row.step as f64, row.value);
         match row.stage.strip_prefix("supervise:") {
             Some(subject) => supervisors

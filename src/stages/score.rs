@@ -10,7 +10,7 @@ use super::{Context, ProxyBatch};
 use crate::config::prompts::fill_without_token;
 use crate::evaluation::embed::Embeddings;
 use crate::evaluation::metrics::Scores;
-use crate::plan::Digest;
+use crate::plan::reference_key;
 use crate::store::{Columns, EvaluationRow, Table, now_us};
 use crate::stream::Meter;
 use crate::{Error, Result};
@@ -32,12 +32,7 @@ pub(super) async fn references(
 ) -> Result<Embeddings> {
     let table = table(context).await?;
     let subject = context.subject(subject).clone();
-    let key = |photo: &String| {
-        Digest::new("reference")
-            .field("subject", &subject.name)
-            .field("photo", photo)
-            .finish()
-    };
+    let key = |photo: &String| reference_key(&subject.name, photo);
     let keys: Vec<String> = subject.digests.iter().map(key).collect();
     let found = table.get(&keys, Columns::All).await?;
     let (mut clip, mut dino) = (Vec::new(), Vec::new());
@@ -112,6 +107,10 @@ pub fn score_proxies(
         let table = table(&context).await?;
         let mut input = std::pin::pin!(input);
         while let Some(batch) = input.next().await {
+            if context.stop.requested() {
+                // What is committed is scored by the run that goes on.
+                continue;
+            }
             if table.missing(&batch.keys).is_empty() {
                 meter.reuse(batch.keys.len());
                 yield batch.keys.len();

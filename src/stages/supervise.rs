@@ -213,19 +213,22 @@ async fn train(
                 })
                 .collect();
             let sampling = Sampling::diffusion(sampling);
-            let batch = settings.training.batch_size;
-            let examples = course
-                .worker
-                .call(&course.meter, move |trainee| {
-                    let learner = trainee.learner();
-                    let mut examples = Vec::new();
-                    for requests in requests.chunks(batch) {
-                        let images = learner.generate(requests, &sampling)?;
-                        examples.extend(learner.encode(&images)?);
-                    }
-                    Ok(examples)
-                })
-                .await?;
+            let mut examples = Vec::new();
+            for requests in requests.chunks(settings.training.batch_size) {
+                if context.stop.requested() {
+                    return Ok(false);
+                }
+                let (requests, sampling) = (requests.to_vec(), sampling.clone());
+                let drawn = course
+                    .worker
+                    .call(&course.meter, move |trainee| {
+                        let learner = trainee.learner();
+                        let images = learner.generate(&requests, &sampling)?;
+                        learner.encode(&images)
+                    })
+                    .await?;
+                examples.extend(drawn);
+            }
             Some((prior.weight, prompt, examples))
         }
         None => None,

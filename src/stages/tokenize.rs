@@ -9,7 +9,7 @@ use super::{Context, ProxyBatch, ReadyBatch, ended_early};
 use crate::images::{decode_png, pixel_digest};
 use crate::models::ImageTokenizer;
 use crate::store::{Columns, TokenRow, now_us};
-use crate::stream::{Meter, Worker};
+use crate::stream::{Meter, Worker, blocking};
 use crate::{Error, Result};
 
 /// Opens the tokenizer on a thread of its own when it is first needed.
@@ -27,6 +27,10 @@ pub fn tokenize(
         let mut input = std::pin::pin!(input);
         let mut worker: Option<Worker<Box<dyn ImageTokenizer>>> = None;
         while let Some(batch) = input.next().await {
+            if context.stop.requested() {
+                // What is committed is tokenized by the run that goes on.
+                continue;
+            }
             let ready = ReadyBatch { batch: batch.batch, keys: batch.keys.clone() };
             let Some(tokenizer) = &context.tokenizer else {
                 meter.reuse(batch.keys.len());
@@ -86,9 +90,8 @@ pub(super) async fn pixels(
         .await?
         .get(&batch.keys, Columns::All)
         .await?;
-    let images = rows
-        .into_iter()
-        .map(|row| {
+    let decode = move || {
+        let images = rows.into_iter().map(|row| {
             let row = row.ok_or_else(|| ended_early("keep"))?;
             let image = decode_png(&row.image, &row.key)?;
             if pixel_digest(&image) != row.content {
@@ -103,7 +106,8 @@ pub(super) async fn pixels(
                 });
             }
             Ok(image)
-        })
-        .collect::<Result<Vec<_>>>()?;
-    Ok(Arc::new(images))
+        });
+        images.collect::<Result<Vec<_>>>().map(Arc::new)
+    };
+    blocking("decoding proxies", decode).await
 }

@@ -14,7 +14,7 @@ use super::{Checkpoint, Context, Method, ReadyBatch, ended_early, spawn_trainee}
 use crate::config::Training;
 use crate::images::decode_png;
 use crate::models::{Example, Lesson, Opening};
-use crate::plan::step_seed;
+use crate::plan::{Plan, step_seed};
 use crate::store::Columns;
 use crate::stream::{Meter, Worker};
 use crate::training::{Checkpoints, Trainee, restore, tuning};
@@ -53,23 +53,12 @@ impl Course {
         };
         let worker = spawn_trainee(name, opening, settings.clone()).await?;
         meter.say("");
-        let prompts: Vec<String> = context
-            .plan
-            .proxies()
-            .iter()
-            .map(|proxy| proxy.prompt.clone())
-            .collect();
-        let drawn = context
-            .plan
-            .evaluation()
-            .images
-            .iter()
-            .map(|image| image.prompt.clone());
-        let words = prompts
-            .into_iter()
-            .chain(drawn)
-            .collect::<BTreeSet<String>>();
-        let text = words.into_iter().collect::<Vec<_>>().join(" ");
+        let plan = &context.plan;
+        let learnt = plan.proxies().iter().map(|proxy| proxy.prompt.as_str());
+        let drawn = plan.evaluation().images.iter();
+        let drawn = drawn.map(|image| image.prompt.as_str());
+        let prompts: BTreeSet<&str> = learnt.chain(drawn).collect();
+        let text = prompts.into_iter().collect::<Vec<_>>().join(" ");
         let unknown = worker
             .call(&meter, move |trainee| {
                 trainee.learner().unknown_words(&text)
@@ -231,15 +220,50 @@ impl Course {
     }
 }
 
-/// What the student reads: examples by proxy number, taken from the store when a step first needs them.
+/// What the student reads: examples by proxy number, taken from the store when a step first needs them, and kept until
+/// the last step that does.
 struct Examples {
     known: BTreeMap<usize, Example>,
+    /// The last step of the plan that uses a proxy, by its number.
+    last_use: BTreeMap<usize, usize>,
 }
 
 impl Examples {
+    /// None yet, for the steps from `step` on.
+    fn new(plan: &Plan, step: usize, steps: usize) -> Self {
+        let uses =
+            (step..steps).flat_map(|step| plan.lessons(step).iter().map(move |&n| (n, step)));
+        Self {
+            known: BTreeMap::new(),
+            last_use: uses.collect(),
+        }
+    }
+
+    /// The lessons of `step`. What no later step needs is let go.
+    fn lessons(&mut self, plan: &Plan, step: usize) -> Vec<Lesson> {
+        let numbers = plan.lessons(step);
+        let lesson = |&number: &usize| Lesson {
+            example: self.known[&number].clone(),
+            prompt: plan.proxy(number).prompt.clone(),
+        };
+        let lessons = numbers.iter().map(lesson).collect();
+        for number in numbers {
+            if self.last_use.get(number) == Some(&step) {
+                self.known.remove(number);
+            }
+        }
+        lessons
+    }
+
     /// Reads the examples of a batch that has just become ready.
     async fn read(&mut self, context: &Context, course: &Course, ready: &ReadyBatch) -> Result<()> {
         let numbers = context.plan.batch(ready.batch).numbers.clone();
+        if !numbers
+            .clone()
+            .any(|number| self.last_use.contains_key(&number))
+        {
+            return Ok(());
+        }
         let lost = || super::ended_early("train");
         match &context.tokenizer {
             Some(tokenizer) => {
@@ -259,22 +283,22 @@ impl Examples {
                     .await?
                     .get(&ready.keys, Columns::All)
                     .await?;
-                let images = rows
-                    .into_iter()
-                    .map(|row| {
-                        let row = row.ok_or_else(lost)?;
-                        decode_png(&row.image, &row.key)
-                    })
-                    .collect::<Result<Vec<_>>>()?;
                 let examples = course
                     .worker
                     .call(&course.meter, move |trainee| {
+                        let images = rows.into_iter().map(|row| {
+                            let row = row.ok_or_else(lost)?;
+                            decode_png(&row.image, &row.key)
+                        });
+                        let images = images.collect::<Result<Vec<_>>>()?;
                         trainee.learner().encode(&images)
                     })
                     .await?;
                 self.known.extend(numbers.zip(examples));
             }
         }
+        let last_use = &self.last_use;
+        self.known.retain(|number, _| last_use.contains_key(number));
         Ok(())
     }
 }
@@ -305,7 +329,7 @@ pub fn train(
         let mut step = course.resume().await?;
         let resumed = step == steps;
         let mut input = std::pin::pin!(input);
-        let mut examples = Examples { known: BTreeMap::new() };
+        let mut examples = Examples::new(&context.plan, step, steps);
         let mut batches = 0;
         for (step, values) in course.due_before(step, evaluation.every).await? {
             yield checkpoint(Method::Student, step, values);
@@ -323,15 +347,7 @@ pub fn train(
             if batches < needed {
                 break;
             }
-            let lessons = context
-                .plan
-                .lessons(step)
-                .iter()
-                .map(|&number| Lesson {
-                    example: examples.known[&number].clone(),
-                    prompt: context.plan.proxy(number).prompt.clone(),
-                })
-                .collect();
+            let lessons = examples.lessons(&context.plan, step);
             let committed = batches.checked_sub(1).map_or(0, |last| context.plan.batch(last).numbers.end);
             first_training_proxy.fetch_min(committed, Relaxed);
             course.step(step, vec![(1.0, lessons)]).await?;

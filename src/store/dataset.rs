@@ -1,5 +1,5 @@
-//! One Lance dataset, spoken to in record batches. Every call into Lance stands in this file and the next,
-//! so that what it compiles to is compiled once, not once per kind of row.
+//! One Lance dataset, spoken to in record batches, without knowledge of what its rows mean, so that what Lance's futures
+//! compile to is compiled once and not once per kind of row.
 //!
 //! A commit is a new manifest, put in place by one hard link: whoever reads sees the version before or after it,
 //! and what a killed writer leaves behind is in no manifest. Appends never conflict with appends.
@@ -7,32 +7,30 @@
 //! Rows carry Lance's stable ids, which grow with every commit and survive compaction, while fragments are sorted
 //! by their own ids, which do not. So "the first row of a key" is the one with the smallest row id.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
-use std::time::Duration;
 
 use arrow::array::{Array, Int64Array, StringArray, UInt32Array, UInt64Array};
-use arrow::datatypes::{Schema, SchemaRef};
+use arrow::datatypes::SchemaRef;
 use arrow::record_batch::RecordBatch;
 use futures::TryStreamExt;
 use futures::future::BoxFuture;
 use lance::Dataset;
 use lance::dataset::builder::DatasetBuilder;
-use lance::dataset::cleanup::CleanupPolicy;
-use lance::dataset::optimize::{CompactionOptions, compact_files};
 use lance::dataset::{
     InsertBuilder, ProjectionRequest, TakeBuilder, WriteDestination, WriteMode, WriteParams,
 };
-use lance::index::DatasetIndexExt;
 use lance::session::Session;
 use lance::table::format::Fragment;
 
 use super::columns::{self, broken};
 use super::failure::failed;
+use super::index::{Index, fragments_of, key_digest};
 use super::layout;
 use super::locks::{Claim, Locks};
+use super::upkeep::is_large;
 use crate::{Error, Result};
 
 /// A version of a table, and the addresses of rows in it.
@@ -40,87 +38,9 @@ type Matching = (Arc<Dataset>, Vec<u64>);
 
 const ROW_ID: &str = "_rowid";
 const ROW_ADDRESS: &str = "_rowaddr";
-/// A fragment at least this large is read well enough as it is, and dear to rewrite.
-const LARGE_FRAGMENT_BYTES: u64 = 16 << 20;
-/// Compaction makes fragments of about this many rows.
-const ROWS_PER_FRAGMENT: usize = 8192;
-/// So many small fragments make a compaction worth its while when one is asked for.
-const SMALL_FRAGMENTS: usize = 32;
-/// So many make one due after a commit; looked at every so many commits.
+/// So many small fragments make a compaction due after a commit; looked at every so many commits.
 const MANY_FRAGMENTS: usize = 64;
 const COMMITS_BETWEEN_LOOKS: u64 = 8;
-/// Rows that compaction holds at once; with the limit on fragments, at most 256 MiB.
-const COMPACTION_BATCH_ROWS: usize = 16;
-
-/// The digest of a key: what the index holds in place of the key itself.
-pub(super) fn key_digest(key: &str) -> u128 {
-    let mut short = [0; 16];
-    short.copy_from_slice(&blake3::hash(key.as_bytes()).as_bytes()[..16]);
-    u128::from_le_bytes(short)
-}
-
-/// Where the first row of each key lies in one version of the table.
-#[derive(Default)]
-pub(super) struct Index {
-    /// Row id of each key's first row.
-    rows: HashMap<u128, u64>,
-    /// Address by row id, of first rows alone: the order in which rows were committed.
-    addresses: BTreeMap<u64, u64>,
-    /// The fragments this was built from, each with how many of its rows are deleted.
-    fragments: BTreeMap<u64, usize>,
-}
-
-impl Index {
-    pub fn len(&self) -> usize {
-        self.rows.len()
-    }
-
-    pub fn contains(&self, key: u128) -> bool {
-        self.rows.contains_key(&key)
-    }
-
-    /// The address of the first row of `key`.
-    fn address(&self, key: u128) -> Option<u64> {
-        self.addresses.get(self.rows.get(&key)?).copied()
-    }
-
-    fn insert(&mut self, key: u128, id: u64, address: u64) {
-        match self.rows.get(&key) {
-            Some(first) if *first < id => return,
-            Some(later) if *later > id => drop(self.addresses.remove(later)),
-            // The same row, perhaps moved by compaction.
-            _ => (),
-        }
-        self.rows.insert(key, id);
-        self.addresses.insert(id, address);
-    }
-
-    /// Whether `dataset` lacks a row that this knows, when `present` are the rows of its fragments that this does not
-    /// know.
-    fn has_lost(&self, dataset: &Dataset, present: &HashSet<u64>) -> bool {
-        let now = fragments_of(dataset);
-        let fragments = self.fragments.iter();
-        let changed = fragments.filter(|(id, deleted)| now.get(id) != Some(deleted));
-        let changed: HashSet<u64> = changed.map(|(id, _)| *id).collect();
-        // An append changes none: the usual case takes no time.
-        let mut known = self.addresses.iter();
-        !changed.is_empty()
-            && known.any(|(id, address)| {
-                let fragment = address >> 32;
-                changed.contains(&fragment) && !present.contains(id)
-            })
-    }
-}
-
-/// The fragments of `dataset`, each with how many of its rows are deleted.
-fn fragments_of(dataset: &Dataset) -> BTreeMap<u64, usize> {
-    let deleted = |fragment: &Fragment| {
-        let file = fragment.deletion_file.as_ref();
-        file.and_then(|file| file.num_deleted_rows).unwrap_or(0)
-    };
-    let fragments = dataset.fragments().iter();
-    fragments.map(|f| (f.id, deleted(f))).collect()
-}
 
 /// One version of a table: no dataset before the first row is committed.
 #[derive(Default)]
@@ -129,23 +49,13 @@ struct Seen {
     index: Index,
 }
 
-/// What compaction did.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Compacted {
-    /// Fragments before and after.
-    pub fragments_before: usize,
-    pub fragments_after: usize,
-    /// Bytes of older versions that were removed from disk.
-    pub bytes_removed: u64,
-}
-
 /// A table in a directory, without knowledge of what its rows mean.
 pub(super) struct RawTable {
     path: PathBuf,
     schema: SchemaRef,
     key: &'static [&'static str],
     session: Arc<Session>,
-    locks: Locks,
+    pub(super) locks: Locks,
     seen: RwLock<Seen>,
     /// Held while the table changes through this handle.
     changing: tokio::sync::Mutex<()>,
@@ -244,7 +154,7 @@ impl RawTable {
         })
     }
 
-    fn lock_name(&self, act: &str) -> String {
+    pub(super) fn lock_name(&self, act: &str) -> String {
         let table = self.path.file_stem().unwrap_or_default().to_string_lossy();
         format!("tables/{table}.{act}")
     }
@@ -318,7 +228,7 @@ impl RawTable {
 
     /// Makes `dataset` the version that readers see, with the index brought up to it: of what was appended or
     /// compacted only the new fragments are read, and everything only when rows were deleted.
-    async fn take_up(&self, dataset: Arc<Dataset>) -> Result<()> {
+    pub(super) async fn take_up(&self, dataset: Arc<Dataset>) -> Result<()> {
         let unseen: Vec<Fragment> = self.ask(|index| {
             let now = fragments_of(&dataset);
             let is_new = |f: &&Fragment| index.fragments.get(&f.id) != now.get(&f.id);
@@ -361,7 +271,10 @@ impl RawTable {
             .map_err(|e| failed("read", &self.path, e))?;
         self.each_batch(&mut scan, |batch| {
             let (ids, addresses) = (ids(batch, ROW_ID)?, ids(batch, ROW_ADDRESS)?);
-            let keys = self.keys_of(batch)?.into_iter().map(|key| key_digest(&key));
+            let keys = self
+                .texts_of(batch, self.key)?
+                .into_iter()
+                .map(|key| key_digest(&key));
             rows.extend(
                 keys.enumerate()
                     .map(|(i, key)| (key, ids.value(i), addresses.value(i))),
@@ -385,10 +298,15 @@ impl RawTable {
         Ok(())
     }
 
-    /// The keys of `batch`, row by row.
-    fn keys_of(&self, batch: &RecordBatch) -> Result<Vec<String>> {
+    /// What names the rows.
+    pub fn key(&self) -> &'static [&'static str] {
+        self.key
+    }
+
+    /// The values of `columns` of `batch` as texts, with slashes between them, row by row.
+    fn texts_of(&self, batch: &RecordBatch, columns: &[&str]) -> Result<Vec<String>> {
         let mut keys = vec![String::new(); batch.num_rows()];
-        for (position, name) in self.key.iter().enumerate() {
+        for (position, name) in columns.iter().enumerate() {
             let column = batch.column_by_name(name);
             let column = column
                 .ok_or_else(|| broken(format!("column {name} is missing")))?
@@ -406,22 +324,23 @@ impl RawTable {
                 } else if let Some(numbers) = column.downcast_ref::<UInt32Array>() {
                     key.push_str(&numbers.value(row).to_string());
                 } else {
-                    return Err(broken(format!("column {name} cannot be part of a key")));
+                    return Err(broken(format!("column {name} cannot be read as a text")));
                 }
             }
         }
         Ok(keys)
     }
 
-    /// The keys of the table, in the order in which their first rows were committed.
-    pub fn keys<'a>(&'a self) -> BoxFuture<'a, Result<Vec<String>>> {
+    /// The values of `columns` as texts, with slashes between them, of the first rows of keys, in the order of their
+    /// commits.
+    pub fn texts<'a>(&'a self, columns: &'a [&'a str]) -> BoxFuture<'a, Result<Vec<String>>> {
         Box::pin(async move {
             let Some(dataset) = self.dataset() else {
                 return Ok(Vec::new());
             };
             let mut scan = dataset.scan();
             scan.with_row_id();
-            scan.project(self.key)
+            scan.project(columns)
                 .map_err(|e| failed("read", &self.path, e))?;
             let mut keys = BTreeMap::new();
             self.each_batch(&mut scan, |batch| {
@@ -430,7 +349,7 @@ impl RawTable {
                         .values()
                         .iter()
                         .copied()
-                        .zip(self.keys_of(batch)?),
+                        .zip(self.texts_of(batch, columns)?),
                 );
                 Ok(())
             })
@@ -553,7 +472,7 @@ impl RawTable {
 
 /// The right to change a table; the latest version has been taken up.
 pub(super) struct Change<'a> {
-    table: &'a RawTable,
+    pub(super) table: &'a RawTable,
     _guard: tokio::sync::MutexGuard<'a, ()>,
 }
 
@@ -568,136 +487,6 @@ impl Change<'_> {
             self.table.take_up(latest).await
         })
     }
-
-    /// Puts small fragments together once there are many of them, then removes versions older than `keep`; does
-    /// nothing while another process is at it.
-    pub fn compact<'a>(&'a self, keep: Duration) -> BoxFuture<'a, Result<Compacted>> {
-        Box::pin(async move {
-            let table = self.table;
-            let Some(dataset) = table.dataset() else {
-                return Ok(Compacted::default());
-            };
-            let mut latest = Dataset::clone(&dataset);
-            let before = latest.count_fragments();
-            let Some(_turn) = table.locks.try_claim(&table.lock_name("compact"))? else {
-                return Ok(Compacted {
-                    fragments_before: before,
-                    fragments_after: before,
-                    bytes_removed: 0,
-                });
-            };
-            let failed = |e| failed("compact", table.path(), e);
-            let (large, small): (Vec<_>, Vec<_>) =
-                latest.fragments().iter().partition(|f| is_large(f));
-            if small.len() >= SMALL_FRAGMENTS {
-                let options = CompactionOptions {
-                    target_rows_per_fragment: ROWS_PER_FRAGMENT,
-                    batch_size: Some(COMPACTION_BATCH_ROWS),
-                    num_threads: Some(1),
-                    excluded_fragment_ids: large.iter().map(|f| f.id as u32).collect(),
-                    ..CompactionOptions::default()
-                };
-                Box::pin(compact_files(&mut latest, options, None))
-                    .await
-                    .map_err(failed)?;
-            }
-            let oldest_us = super::rows::now_us() - keep.as_micros() as i64;
-            let versions = latest.versions().await.map_err(failed)?;
-            let oldest_kept = versions
-                .iter()
-                .find(|v| v.timestamp.timestamp_micros() >= oldest_us);
-            let policy = CleanupPolicy {
-                before_version: Some(oldest_kept.map_or(latest.version_id(), |v| v.version)),
-                error_if_tagged_old_versions: false,
-                ..CleanupPolicy::default()
-            };
-            let removed = latest.cleanup_with_policy(policy).await.map_err(failed)?;
-            let bytes_removed = removed.bytes_removed;
-            let after = latest.count_fragments();
-            table.take_up(Arc::new(latest)).await?;
-            Ok(Compacted {
-                fragments_before: before,
-                fragments_after: after,
-                bytes_removed,
-            })
-        })
-    }
-}
-
-/// Whether a fragment is read well enough as it is, and dear to rewrite.
-fn is_large(fragment: &Fragment) -> bool {
-    let sizes = fragment.files.iter();
-    let sizes = sizes.filter_map(|f| f.file_size_bytes.get());
-    sizes.map(u64::from).sum::<u64>() >= LARGE_FRAGMENT_BYTES
-        || fragment.num_rows().is_some_and(|n| n >= ROWS_PER_FRAGMENT)
-}
-
-/// Erases the rows of the table at `path` that satisfy any of `filters` (SQL over the columns), so that no file holds
-/// them any more: fragments are rewritten without them, and all older versions and what no version knows removed.
-/// Indexes over the table are dropped when rows go, as they hold copies. Nobody else may have the table open.
-///
-/// Returns how many rows there were.
-pub(super) async fn erase(
-    path: &Path,
-    session: Arc<Session>,
-    filters: impl Fn(&Schema) -> Vec<String>,
-) -> Result<usize> {
-    let failed = |e| failed("erase from", path, e);
-    let uri = path.to_str().ok_or_else(|| {
-        Error::invalid(
-            "the store's path is not UTF-8",
-            "choose another directory with --store",
-        )
-    })?;
-    let loading = DatasetBuilder::from_uri(uri).with_session(session);
-    let mut dataset = match Box::pin(loading.load()).await {
-        Ok(dataset) => dataset,
-        Err(lance::Error::DatasetNotFound { .. } | lance::Error::NotFound { .. }) => return Ok(0),
-        Err(e) => return Err(failed(e)),
-    };
-    let mut erased = 0;
-    for filter in filters(&dataset.schema().into()) {
-        let rows = Box::pin(dataset.count_rows(Some(filter.clone()))).await;
-        let rows = rows.map_err(failed)?;
-        if rows == 0 {
-            continue;
-        }
-        if erased == 0 {
-            let indices = dataset.load_indices().await.map_err(failed)?;
-            let names: BTreeSet<&String> = indices.iter().map(|index| &index.name).collect();
-            for name in names {
-                dataset.drop_index(name).await.map_err(failed)?;
-            }
-        }
-        Box::pin(dataset.delete(&filter)).await.map_err(failed)?;
-        erased += rows;
-    }
-    // The filters stand in the version that they made: one more, so that it is an older one.
-    let now = super::rows::now_us().to_string();
-    let noted = dataset
-        .update_config([("proxytune.erased_us", now.as_str())])
-        .await;
-    noted.map_err(failed)?;
-    let options = CompactionOptions {
-        target_rows_per_fragment: ROWS_PER_FRAGMENT,
-        batch_size: Some(COMPACTION_BATCH_ROWS),
-        num_threads: Some(1),
-        materialize_deletions: true,
-        materialize_deletions_threshold: 0.0,
-        ..CompactionOptions::default()
-    };
-    Box::pin(compact_files(&mut dataset, options, None))
-        .await
-        .map_err(failed)?;
-    let policy = CleanupPolicy {
-        before_version: Some(dataset.version_id()),
-        // also what a killed writer left behind
-        delete_unverified: true,
-        error_if_tagged_old_versions: false,
-        ..CleanupPolicy::default()
-    };
-    dataset.cleanup_with_policy(policy).await.map_err(failed)?;
-    Ok(erased)
 }
 
 fn ids<'a>(batch: &'a RecordBatch, name: &str) -> Result<&'a UInt64Array> {

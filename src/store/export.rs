@@ -15,6 +15,7 @@ use serde_json::json;
 use super::columns::{broken, column, strings, text};
 use super::failure::failed;
 use super::query::{Neighbour, Snapshot};
+use super::quoted;
 use crate::{Error, Result, files};
 
 /// Pictures in memory at once.
@@ -48,14 +49,8 @@ impl Choice {
     pub fn condition(&self) -> Option<String> {
         let mut parts = Vec::new();
         if !self.subjects.is_empty() {
-            let names = self
-                .subjects
-                .iter()
-                .map(|name| format!("'{}'", name.replace('\'', "''")));
-            parts.push(format!(
-                "subject IN ({})",
-                names.collect::<Vec<_>>().join(", ")
-            ));
+            let names: Vec<String> = self.subjects.iter().map(|name| quoted(name)).collect();
+            parts.push(format!("subject IN ({})", names.join(", ")));
         }
         // On a line of its own: a comment in it must not swallow the bracket.
         parts.extend(self.filter.iter().map(|filter| format!("(\n{filter}\n)")));
@@ -232,7 +227,7 @@ pub fn export<'a>(
 ) -> BoxFuture<'a, Result<()>> {
     Box::pin(async move {
         refuse_existing(dir)?;
-        let aside = aside(dir)?;
+        let aside = fresh_aside(dir)?;
         let written = fill(snapshot, chosen, layout, repeats, &aside).await;
         let moved = written.and_then(|()| {
             // Once more: it may have come into being meanwhile. Renaming replaces an empty folder at most.
@@ -332,15 +327,14 @@ pub fn refuse_existing(path: &Path) -> Result<()> {
 }
 
 /// A new folder beside `dir`, hidden, on the same disk.
-fn aside(dir: &Path) -> Result<PathBuf> {
-    let name = dir.file_name().ok_or_else(|| {
-        Error::invalid(
+fn fresh_aside(dir: &Path) -> Result<PathBuf> {
+    if dir.file_name().is_none() {
+        return Err(Error::invalid(
             format!("{} names no folder", dir.display()),
             "end it with a name",
-        )
-    })?;
-    let name = format!(".{}.{}.tmp", name.to_string_lossy(), std::process::id());
-    let aside = dir.with_file_name(name);
+        ));
+    }
+    let aside = files::aside(dir);
     if aside.exists() {
         fs::remove_dir_all(&aside).map_err(Error::io(&aside))?;
     }

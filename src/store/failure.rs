@@ -44,13 +44,17 @@ pub(super) fn refused(path: &Path, found: Option<u32>, ours: u32) -> Error {
 
 /// Lance's message on one line, without the place in Lance's own source that it ends with.
 fn plain(cause: &lance::Error) -> String {
-    let text = cause.to_string();
+    first_line(&cause.to_string()).to_string()
+}
+
+/// The first line of `text`, without the place in a library's own source that it may end with.
+pub(in crate::store) fn first_line(text: &str) -> &str {
     let line = text.lines().next().unwrap_or_default();
     let end = [", /", ", rust/", ", location: "]
         .iter()
         .filter_map(|mark| line.find(mark))
         .min();
-    line[..end.unwrap_or(line.len())].to_string()
+    &line[..end.unwrap_or(line.len())]
 }
 
 fn hint(cause: &lance::Error) -> Option<String> {

@@ -127,7 +127,7 @@ impl Claim {
     }
 }
 
-fn without_locks(path: &Path, cause: std::io::Error) -> Error {
+pub(super) fn without_locks(path: &Path, cause: std::io::Error) -> Error {
     Error::invalid(
         format!("{}: this disk gives no locks: {cause}", path.display()),
         "mount it with locks (NFS without nolock, Lustre with flock), or choose a store on another disk with --store",

@@ -31,22 +31,25 @@ mod columns;
 mod dataset;
 pub mod export;
 mod failure;
+mod index;
 mod layout;
 mod locks;
 pub mod query;
 mod removal;
 mod rows;
 mod table;
+mod upkeep;
 mod writer;
 
 pub use columns::DESCRIPTION;
-pub use dataset::Compacted;
 pub use locks::{Claim, Locks};
 pub use removal::Removed;
+pub(crate) use removal::{one_of, quoted};
 pub use rows::{
     EvaluationRow, MetricRow, ProxyRow, Row, RunRow, SCHEMA_VERSION, SubjectRow, TokenRow, now_us,
 };
 pub use table::{Columns, Table};
+pub use upkeep::Compacted;
 pub use writer::{Limits, Writer};
 
 use crate::{Error, Result};
@@ -81,9 +84,10 @@ enum Access {
 }
 
 impl Store {
-    /// Opens the store in `path`, a local directory, which is created if absent.
+    /// Opens the store in `path`, a local directory, which is created if absent. While another process erases from it,
+    /// this waits, and says so.
     ///
-    /// Errors: a URL; a directory that cannot be created.
+    /// Errors: a URL; a directory that cannot be created; a disk without locks.
     pub async fn open(path: impl AsRef<Path>) -> Result<Self> {
         Self::open_as(path, Access::Shared).await
     }
@@ -110,11 +114,7 @@ impl Store {
         let path = tokio::fs::canonicalize(&path)
             .await
             .map_err(Error::io(&path))?;
-        let lock = path.join(IN_USE);
-        let locking = tokio::task::spawn_blocking(move || in_use(&lock, access));
-        let in_use = locking
-            .await
-            .map_err(|e| columns::broken(e.to_string()))??;
+        let in_use = in_use(&path, access).await?;
         Ok(Self {
             locks: Locks::new(&path),
             path,
@@ -227,25 +227,53 @@ impl Store {
     }
 }
 
-/// Holds the lock `path` for as long as the file lives; it dies with the process, however that ends.
-fn in_use(path: &Path, access: Access) -> Result<Option<File>> {
-    let file = File::options().create(true).append(true).open(path);
-    match (file, access) {
-        // Who cannot write here cannot erase here either, and reading needs no right to write.
-        (Err(_), Access::Shared) => Ok(None),
-        (Err(e), Access::Alone) => Err(Error::io(path)(e)),
-        (Ok(file), Access::Shared) => {
-            file.lock_shared().map_err(Error::io(path))?;
+/// Holds the lock of the store in `store` for as long as the file lives; it dies with the process, however that ends.
+/// None where the directory cannot be written.
+async fn in_use(store: &Path, access: Access) -> Result<Option<File>> {
+    let path = store.join(IN_USE);
+    let locking = tokio::task::spawn_blocking(move || hold(&path, access));
+    locking.await.map_err(|e| columns::broken(e.to_string()))?
+}
+
+fn hold(path: &Path, access: Access) -> Result<Option<File>> {
+    // NFS gives shared locks on files that are open for reading, and exclusive ones on those open for writing.
+    let open = File::options()
+        .create(true)
+        .read(true)
+        .append(true)
+        .open(path);
+    let store = path.with_file_name("");
+    match access {
+        Access::Shared => {
+            // Who cannot write here cannot erase here either, and reading needs no right to write.
+            let Ok(file) = open.or_else(|_| File::open(path)) else {
+                return Ok(None);
+            };
+            let locked = match file.try_lock_shared() {
+                Err(TryLockError::WouldBlock) => {
+                    let store = store.display();
+                    tracing::warn!("{store}: waits until nobody erases from it any more");
+                    file.lock_shared()
+                }
+                Err(TryLockError::Error(e)) => Err(e),
+                Ok(()) => Ok(()),
+            };
+            locked.map_err(|e| locks::without_locks(path, e))?;
             Ok(Some(file))
         }
-        (Ok(file), Access::Alone) => match file.try_lock() {
-            Ok(()) => Ok(Some(file)),
-            Err(TryLockError::Error(e)) => Err(Error::io(path)(e)),
-            Err(TryLockError::WouldBlock) => Err(Error::Store {
-                what: format!("{} is in use", path.with_file_name("").display()),
-                hint: Some("stop the runs, watches and queries that use it, then try again".into()),
-            }),
-        },
+        Access::Alone => {
+            let file = open.map_err(Error::io(path))?;
+            match file.try_lock() {
+                Ok(()) => Ok(Some(file)),
+                Err(TryLockError::Error(e)) => Err(locks::without_locks(path, e)),
+                Err(TryLockError::WouldBlock) => Err(Error::Store {
+                    what: format!("{} is in use", store.display()),
+                    hint: Some(
+                        "stop the runs, watches and queries that use it, then try again".into(),
+                    ),
+                }),
+            }
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use arrow::datatypes::Schema;
 
-use super::{Access, Columns, RunRow, Store, dataset};
+use super::{Access, Columns, RunRow, Store, upkeep};
 use crate::{Error, Result, files};
 use futures::future::BoxFuture;
 
@@ -87,7 +87,7 @@ impl Store {
                     _ => Vec::new(),
                 };
                 let path = self.path.join(format!("{table}.lance"));
-                let rows = dataset::erase(&path, self.session.clone(), filters).await?;
+                let rows = upkeep::erase(&path, self.session.clone(), filters).await?;
                 removed.rows.push((table, rows));
             }
             // What was read above is of versions that are gone.
@@ -123,12 +123,12 @@ fn subjects_of(row: &RunRow) -> BTreeSet<String> {
 }
 
 /// `text` as SQL writes it.
-fn quoted(text: &str) -> String {
+pub(crate) fn quoted(text: &str) -> String {
     format!("'{}'", text.replace('\'', "''"))
 }
 
 /// Filters that together say that `column` is one of `values`.
-fn one_of(column: &str, values: &[&String]) -> Vec<String> {
+pub(crate) fn one_of(column: &str, values: &[&String]) -> Vec<String> {
     let list = |values: &[&String]| {
         values
             .iter()

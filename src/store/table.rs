@@ -15,8 +15,10 @@ use futures::stream::BoxStream;
 use lance::Dataset;
 
 use super::columns::broken;
-use super::dataset::{Compacted, RawTable, key_digest};
+use super::dataset::RawTable;
+use super::index::key_digest;
 use super::rows::Row;
+use super::upkeep::Compacted;
 use crate::Result;
 
 /// Rows with pictures that are read at once.
@@ -107,7 +109,14 @@ impl<R: Row> Table<R> {
     ///
     /// Errors: files that cannot be read.
     pub async fn keys(&self) -> Result<Vec<String>> {
-        self.raw.keys().await
+        self.raw.texts(self.raw.key()).await
+    }
+
+    /// The values of the text column `name`, in the order of the commits of their rows; nothing else is read.
+    ///
+    /// Errors: files that cannot be read; a column of another kind.
+    pub async fn texts(&self, name: &str) -> Result<Vec<String>> {
+        self.raw.texts(&[name]).await
     }
 
     /// Sees what other handles and processes have committed.
@@ -215,8 +224,8 @@ impl<R: Row> Table<R> {
         self.scan(filter, columns).try_collect().await
     }
 
-    /// Puts many small fragments together and removes versions that are older than `keep` from disk: cheap when
-    /// there is little to do. Readers of other processes work on the version they know for up to `keep`.
+    /// Puts many small fragments together and removes versions from disk that were out of date for longer than `keep`:
+    /// cheap when there is little to do. Readers of other processes work on the version they know for at least `keep`.
     ///
     /// Errors: a full disk, a read-only directory.
     pub async fn compact(&self, keep: Duration) -> Result<Compacted> {

@@ -83,15 +83,6 @@ pub struct Inlet<T> {
     waiting_since: Option<Instant>,
 }
 
-impl<T> Inlet<T> {
-    /// The next item, if one is there already.
-    pub fn try_next(&mut self) -> Option<T> {
-        let item = self.receiver.try_recv().ok()?;
-        self.gauge.left();
-        Some(item)
-    }
-}
-
 impl<T> Stream for Inlet<T> {
     type Item = T;
 

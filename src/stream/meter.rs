@@ -53,7 +53,6 @@ impl Board {
                 name: name.to_string(),
                 capacity,
                 fill: AtomicUsize::new(0),
-                passed: AtomicU64::new(0),
                 writer: writer.name().to_string(),
                 reader: reader.name().to_string(),
             }),
@@ -98,7 +97,6 @@ struct GaugeInner {
     name: String,
     capacity: usize,
     fill: AtomicUsize,
-    passed: AtomicU64,
     writer: String,
     reader: String,
 }
@@ -110,7 +108,6 @@ impl Gauge {
 
     pub(super) fn entered(&self) {
         self.inner.fill.fetch_add(1, Relaxed);
-        self.inner.passed.fetch_add(1, Relaxed);
     }
 
     pub(super) fn left(&self) {

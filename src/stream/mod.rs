@@ -17,4 +17,4 @@ pub use meter::{Board, Meter, StageReport};
 pub use progress::Progress;
 pub use stages::{Downstream, Stages};
 pub use stop::Stop;
-pub use worker::Worker;
+pub use worker::{Worker, blocking};

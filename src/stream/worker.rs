@@ -13,6 +13,22 @@ type Job<M> = Box<dyn FnOnce(&mut M) + Send>;
 /// Backward passes recurse along the graph, so the thread's stack is large; it is virtual memory until used.
 const STACK_BYTES: usize = 256 << 20;
 
+/// Runs `work`, which computes or waits for a disk, on a thread for such work. `what` says what it is, should it panic:
+/// "reading photos".
+///
+/// # Errors
+/// Those of `work`; a panic in it.
+pub async fn blocking<T: Send + 'static>(
+    what: &str,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let ended = tokio::task::spawn_blocking(work).await;
+    ended.map_err(|e| Error::Invalid {
+        what: format!("{what} ended unexpectedly: {e}"),
+        hint: None,
+    })?
+}
+
 /// A handle to a model that lives on its own thread. Clones speak to the same model; calls are served in turn. The
 /// thread ends when the last handle is dropped.
 pub struct Worker<M> {

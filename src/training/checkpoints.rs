@@ -12,6 +12,8 @@ use crate::{Error, Result};
 
 /// How many checkpoints stay, the newest first.
 const KEPT: usize = 2;
+/// How the names of values begin that are kept for an evaluation.
+const DUE: &str = "evaluate-";
 
 /// What stands in `state.json`; a folder without it is not a checkpoint.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -66,8 +68,11 @@ impl Checkpoints {
         Ok(found)
     }
 
-    /// Writes a checkpoint after `step` steps and removes all but the newest two.
+    /// Writes a checkpoint after `step` steps, unless there is one, and removes all but the newest two.
     pub fn save(&self, step: usize, variables: &[(String, Var)], optimizer: &AdamW) -> Result<()> {
+        if self.list()?.iter().any(|(saved, _)| *saved == step) {
+            return Ok(());
+        }
         let weights = variables
             .iter()
             .map(|(name, v)| (name.clone(), v.as_tensor().detach()))
@@ -110,10 +115,10 @@ impl Checkpoints {
     }
 
     fn due_path(&self, step: usize) -> PathBuf {
-        self.dir.join(format!("evaluate-{step:06}.safetensors"))
+        self.dir.join(format!("{DUE}{step:06}.safetensors"))
     }
 
-    /// Keeps the values after `step` steps until [`Checkpoints::clear`]: training may be far ahead of their evaluation
+    /// Keeps the values after `step` steps until [`clear_due`]: training may be far ahead of their evaluation
     /// when the process is killed.
     pub fn keep_due(&self, step: usize, values: &BTreeMap<String, Tensor>) -> Result<()> {
         files::create_dir(&self.dir)?;
@@ -130,29 +135,19 @@ impl Checkpoints {
         let (values, metadata) = files::read_tensors(&path)?;
         Ok((metadata.get("identity") == Some(&self.identity)).then_some(values))
     }
+}
 
-    fn clear_due(&self) -> Result<()> {
-        let entries = match std::fs::read_dir(&self.dir) {
-            Ok(entries) => entries,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-            Err(e) => return Err(Error::io(&self.dir)(e)),
-        };
-        for entry in entries {
-            let path = entry.map_err(Error::io(&self.dir))?.path();
-            if path.extension().is_some_and(|e| e == "safetensors") {
-                std::fs::remove_file(&path).map_err(Error::io(&path))?;
-            }
+/// Removes what [`Checkpoints::keep_due`] kept in the folder `dir`, once it is evaluated.
+///
+/// # Errors
+/// When the folder cannot be read, or a file cannot be removed.
+pub fn clear_due(dir: &Path) -> Result<()> {
+    for (name, path) in files::list(dir)? {
+        if name.starts_with(DUE) {
+            std::fs::remove_file(&path).map_err(Error::io(&path))?;
         }
-        Ok(())
     }
-
-    /// Removes all checkpoints, once what they led to is published.
-    pub fn clear(&self) -> Result<()> {
-        for (_, dir) in self.list()? {
-            std::fs::remove_dir_all(&dir).map_err(Error::io(&dir))?;
-        }
-        self.clear_due()
-    }
+    Ok(())
 }
 
 /// Gives `variables` the values in `tensors`; every name must be there with its shape.

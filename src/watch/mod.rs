@@ -39,7 +39,7 @@ use self::state::{Ended, Home, Published, Run, State};
 use crate::config::Document;
 use crate::pipeline::{self, Outcome};
 use crate::store::{Store, now_us};
-use crate::stream::Stop;
+use crate::stream::{Stop, blocking};
 use crate::{Error, Result, files};
 use futures::future::BoxFuture;
 
@@ -169,14 +169,11 @@ impl Watching<'_> {
                 let present = state.subjects.iter().filter(|subject| !subject.retired);
                 present.map(|subject| subject.folder.clone()).collect()
             };
-            let looking = tokio::task::spawn_blocking(move || {
+            let looking = blocking("looking at the folder", move || {
                 let scan = scanner.scan(&expected, Instant::now());
-                (scanner, scan)
+                Ok((scanner, scan))
             });
-            let (back, scan) = looking.await.map_err(|e| Error::Invalid {
-                what: format!("looking at the folder ended unexpectedly: {e}"),
-                hint: None,
-            })?;
+            let (back, scan) = looking.await?;
             scanner = back;
             // A drive that is not mounted looks like a folder from which everything was deleted.
             let scan = scan.and_then(|scan| match self.home.exists() {
@@ -341,8 +338,12 @@ impl Watching<'_> {
             None => Some(publish(&self.home, run, outcome, &scores)?),
             Some(_) => None,
         };
+        let student = outcome.dir.join("student");
+        let digesting = blocking("the digest of an adapter", move || {
+            files::digest_dir(&student)
+        });
         let ended = Ended {
-            adapter: Some(files::digest_dir(&outcome.dir.join("student"))?),
+            adapter: Some(digesting.await?),
             scores,
             ..ended(run, refused)
         };

@@ -7,7 +7,7 @@ use super::state::{Home, Published, Run, State};
 use crate::evaluation::metrics::{Scores, mean_cosine};
 use crate::evaluation::report::{ModelScores, Report};
 use crate::pipeline::{self, Outcome};
-use crate::plan::Digest;
+use crate::plan::reference_key;
 use crate::stages::Method;
 use crate::stages::report::{Ending, label};
 use crate::store::{Columns, Store};
@@ -86,12 +86,7 @@ pub async fn dino_before(
     }
     let resolved = crate::config::Document::parse(&run.pipeline, "pipeline.toml", &[]).resolve()?;
     let table = pipeline::evaluations(&resolved, store).await?;
-    let reference = |photo: &String| {
-        Digest::new("reference")
-            .field("subject", &run.subject)
-            .field("photo", photo)
-            .finish()
-    };
+    let reference = |photo: &String| reference_key(&run.subject, photo);
     let references: Vec<String> = run.look.photos.iter().map(reference).collect();
     let references: Vec<Vec<f32>> = table
         .get(&references, Columns::WithoutPictures)
@@ -174,14 +169,8 @@ pub fn publish(
 /// Lets `link` lead to the folder `to`, in one step.
 #[cfg(unix)]
 pub(super) fn switch(link: &Path, to: &Path) -> Result<()> {
-    let aside = link.with_file_name(".published.tmp");
-    match std::fs::remove_file(&aside) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io(&aside)(e)),
-        _ => {}
-    }
     let relative = to.strip_prefix(link.parent().unwrap_or(link)).unwrap_or(to);
-    std::os::unix::fs::symlink(relative, &aside).map_err(Error::io(&aside))?;
-    std::fs::rename(&aside, link).map_err(Error::io(link))
+    files::link(link, relative)
 }
 
 /// Lets `link` be a copy of the folder `to`, where links need rights of their own.
@@ -251,7 +240,7 @@ mod tests {
             std::fs::create_dir_all(&folder).unwrap();
             std::fs::write(folder.join("name"), name).unwrap();
         }
-        std::os::unix::fs::symlink("nowhere", dir.path().join(".published.tmp")).unwrap();
+        std::os::unix::fs::symlink("nowhere", files::aside(&link)).unwrap();
         switch(&link, &dir.path().join("adapters/one")).unwrap();
         let reader = std::thread::spawn({
             let file = link.join("name");

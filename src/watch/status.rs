@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::state::{Home, State, Subject};
-use crate::store::{Columns, Store};
+use crate::store::Store;
 use crate::{Error, Result};
 use futures::future::BoxFuture;
 
@@ -25,13 +25,8 @@ pub fn status<'a>(dir: &'a Path) -> BoxFuture<'a, Result<String>> {
         let mut proxies: BTreeMap<String, usize> = BTreeMap::new();
         if state.store.is_dir() {
             let store = Store::open(&state.store).await?;
-            for row in store
-                .proxies()
-                .await?
-                .rows(None, Columns::WithoutPictures)
-                .await?
-            {
-                *proxies.entry(row.subject).or_default() += 1;
+            for subject in store.proxies().await?.texts("subject").await? {
+                *proxies.entry(subject).or_default() += 1;
             }
         }
         Ok(text(&home, &state, &proxies, home.is_watched()))

@@ -51,6 +51,8 @@ impl Place {
             return Vec::new();
         };
         let mut runs: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+        // The link to the newest is none of its own.
+        runs.retain(|run| !run.is_symlink());
         runs.sort();
         runs
     }
@@ -192,7 +194,7 @@ fn collect(dir: &Path, prefix: &Path, found: &mut BTreeMap<String, Vec<u8>>) {
     }
 }
 
-/// All files and folders below `dir`, whose names satisfy `wanted`.
+/// All files and folders below `dir`, but not behind links, whose names satisfy `wanted`.
 pub fn find(dir: &Path, wanted: &impl Fn(&str) -> bool) -> Vec<PathBuf> {
     let mut found = Vec::new();
     // Folders may vanish while a run that is being watched renames them.
@@ -201,7 +203,7 @@ pub fn find(dir: &Path, wanted: &impl Fn(&str) -> bool) -> Vec<PathBuf> {
         if wanted(&entry.file_name().to_string_lossy()) {
             found.push(path.clone());
         }
-        if path.is_dir() {
+        if path.is_dir() && !path.is_symlink() {
             found.extend(find(&path, wanted));
         }
     }
@@ -317,6 +319,13 @@ impl Running {
             }
         }
         true
+    }
+
+    /// Asks it to stop, as Ctrl-C does.
+    #[cfg(unix)]
+    pub fn interrupt(&self) {
+        // SAFETY: a signal to a child that has not been waited for, so its number is still its own.
+        assert_eq!(unsafe { libc::kill(self.id() as i32, libc::SIGINT) }, 0);
     }
 
     /// Kills it as a power cut would, and waits until it is gone.

@@ -213,8 +213,8 @@ impl LayerCache {
     /// Writes `k` and `v` (b, h, n, d) at `position` and returns everything up to their end.
     fn extend(&self, k: &Tensor, v: &Tensor, position: usize) -> Result<(Tensor, Tensor)> {
         let length = position + k.dim(2)?;
-        self.keys.slice_set(k, 2, position)?;
-        self.values.slice_set(v, 2, position)?;
+        self.keys.slice_set(&k.contiguous()?, 2, position)?;
+        self.values.slice_set(&v.contiguous()?, 2, position)?;
         Ok((
             self.keys.narrow(2, 0, length)?,
             self.values.narrow(2, 0, length)?,

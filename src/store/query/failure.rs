@@ -6,6 +6,7 @@ use datafusion::error::DataFusionError;
 use super::Snapshot;
 use crate::Error;
 use crate::config::did_you_mean;
+use crate::store::failure::first_line;
 
 /// `cause` in one line. With the `snapshot`, unknown names are answered with known ones.
 pub(super) fn explained(cause: DataFusionError, snapshot: Option<&Snapshot>) -> Error {
@@ -13,7 +14,7 @@ pub(super) fn explained(cause: DataFusionError, snapshot: Option<&Snapshot>) -> 
     if let DataFusionError::SchemaError(error, _) = root {
         return schema_error(error);
     }
-    let text = first_line(&root.strip_backtrace());
+    let text = unlabelled(&root.strip_backtrace());
     if text.contains("single SQL statement") {
         return Error::invalid(
             "query: there is more than one statement",
@@ -94,9 +95,8 @@ pub(super) fn not_a_query() -> Error {
     )
 }
 
-/// Without the label that DataFusion puts first, and without what follows the first line.
-fn first_line(text: &str) -> String {
-    let line = text.lines().next().unwrap_or_default();
+/// The first line without the labels that DataFusion puts in front.
+fn unlabelled(text: &str) -> String {
     let labels = [
         "Error during planning: ",
         "SQL error: ",
@@ -106,13 +106,9 @@ fn first_line(text: &str) -> String {
         "This feature is not implemented: ",
         "Schema error: ",
     ];
-    let mut line = line;
+    let mut line = first_line(text);
     while let Some(rest) = labels.iter().find_map(|label| line.strip_prefix(label)) {
         line = rest;
     }
-    let end = [", /", ", rust/", ", location: "]
-        .iter()
-        .filter_map(|mark| line.find(mark))
-        .min();
-    line[..end.unwrap_or(line.len())].to_string()
+    line.to_string()
 }

@@ -18,15 +18,15 @@ use lance::index::vector::VectorIndexParams;
 
 use super::Snapshot;
 use super::nearest::{Space, search_one};
-use crate::Result;
 use crate::store::failure::failed;
+use crate::{Error, Result};
 
 /// Fewer embeddings than these are compared all, in less time than an index takes to open.
 const WORTH_AN_INDEX: usize = 1000;
 /// Embeddings of which neighbours are looked for both ways, to measure the recall.
 const SAMPLE: usize = 100;
 /// Neighbours looked for in the measurement.
-const MEASURED_NEIGHBOURS: usize = 10;
+pub(super) const MEASURED_NEIGHBOURS: usize = 10;
 /// The recall with which the measurement is content.
 const ENOUGH: f64 = 0.98;
 /// What was measured against the exact search.
@@ -59,9 +59,17 @@ pub struct IndexReport {
 impl Snapshot {
     /// Builds the index of `space`, in place of an older one, and measures what it finds.
     ///
-    /// Errors: nothing is evaluated; a read-only directory; a full disk.
+    /// Errors: nothing is evaluated; a read-only directory; a full disk; a disk without locks.
     pub fn build_index<'a>(&'a self, space: Space) -> BoxFuture<'a, Result<IndexReport>> {
         Box::pin(async move {
+            if self.in_use.is_none() {
+                return Err(Error::Store {
+                    what: format!("{} cannot be locked, only read", self.path.display()),
+                    hint: Some(
+                        "an index is built where the store can be written and has locks".into(),
+                    ),
+                });
+            }
             let (table, dataset) = self.evaluated().await?;
             let path = self.path.join(format!("{table}.lance"));
             let begun = Instant::now();

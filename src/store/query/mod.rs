@@ -4,6 +4,7 @@
 //! row of each key. Nothing can be changed through it but the index that [`Snapshot::build_index`] makes.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -38,7 +39,7 @@ pub use present::{Format, write};
 use self::failure::{explained, not_a_query, unknown_table};
 use self::tables::Kind;
 use super::columns::{column, text};
-use super::{INDEX_CACHE, METADATA_CACHE};
+use super::{Access, INDEX_CACHE, METADATA_CACHE, in_use, quoted};
 use crate::{Error, Result};
 
 /// The tables of a store, to be asked.
@@ -52,6 +53,8 @@ pub struct Snapshot {
     open: Mutex<BTreeMap<String, Arc<Dataset>>>,
     /// The evaluators that were asked for, as the name of their table ends.
     evaluators: Option<String>,
+    /// Says that this process uses the store; none where it cannot be locked.
+    in_use: Option<File>,
 }
 
 /// What a query answers: columns, and rows as they are found.
@@ -82,7 +85,7 @@ impl Answer {
 }
 
 impl Snapshot {
-    /// Opens the store in `path`. Of several pairs of evaluators, `evaluators` (the end of their table's name, or its
+    /// Opens the store in `path`, once nobody erases from it. Of several pairs of evaluators, `evaluators` (the end of their table's name, or its
     /// beginning) are asked; without it, those of the latest run.
     ///
     /// Errors: there is no store; no such evaluators.
@@ -99,6 +102,8 @@ impl Snapshot {
             return Err(no_store(path));
         }
         names.sort_unstable();
+        // Reading needs neither the right to write nor locks.
+        let in_use = in_use(path, Access::Shared).await.ok().flatten();
         let context =
             SessionContext::new_with_config(SessionConfig::new().with_target_partitions(1));
         context.register_udf(functions::json_text());
@@ -109,6 +114,7 @@ impl Snapshot {
             names,
             open: Mutex::default(),
             evaluators: None,
+            in_use,
         };
         if let Some(asked) = evaluators {
             let known: Vec<&str> = snapshot.all_evaluators().collect();
@@ -288,7 +294,8 @@ impl Snapshot {
                 "SELECT DISTINCT c.value AS clip, d.value AS dino FROM latest_runs \
              JOIN settings c ON c.run = latest_runs.run AND c.setting = 'evaluation.clip' \
              JOIN settings d ON d.run = latest_runs.run AND d.setting = 'evaluation.dino' \
-             WHERE starts_with(json_text(versions, 'evaluators'), '{digits}') ORDER BY 1, 2"
+             WHERE starts_with(json_text(versions, 'evaluators'), {}) ORDER BY 1, 2",
+                quoted(digits)
             );
             let mut names = Vec::new();
             for batch in self.sql(&sql).await?.all().await? {

@@ -10,14 +10,19 @@ use lance::Dataset;
 use lance::dataset::ProjectionRequest;
 
 use super::Snapshot;
-use super::index::probes;
+use super::index::{MEASURED_NEIGHBOURS, probes};
 use super::views::nothing_there;
 use crate::store::columns::{column, text};
 use crate::store::failure::failed;
+use crate::store::quoted;
 use crate::{Error, Result};
 
 /// Rows asked for beyond the limit, in case a key is there twice.
 const SPARE: usize = 4;
+
+/// More than these are looked for exactly: the recall of the index was measured for few, and the groups that it compares
+/// may not even hold many.
+const INDEXED_NEIGHBOURS: usize = 4 * MEASURED_NEIGHBOURS;
 
 /// Which embedding likeness is taken by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -51,7 +56,7 @@ pub struct Neighbour {
 pub enum Search {
     /// Every embedding is compared.
     Exact,
-    /// Through the index where there is one.
+    /// Through the index where there is one and few neighbours are asked for.
     Fast,
 }
 
@@ -89,7 +94,9 @@ impl Snapshot {
                         .await
                 }
                 None => {
-                    let mut asked = limit + SPARE;
+                    let counted = dataset.count_rows(None).await;
+                    let rows = counted.map_err(|e| failed("count", &self.path.join(&table), e))?;
+                    let mut asked = limit.saturating_add(SPARE).min(rows + 1);
                     loop {
                         let found = nearest(&dataset, space, vector, asked, search).await;
                         let found =
@@ -104,7 +111,7 @@ impl Snapshot {
                             distinct.truncate(limit);
                             return Ok(distinct);
                         }
-                        asked *= 2;
+                        asked = asked.saturating_mul(2).min(rows + 1);
                     }
                 }
             }
@@ -190,9 +197,8 @@ async fn starting_with(
     space: Space,
     digits: &str,
 ) -> lance::Result<BTreeMap<String, Vec<f32>>> {
-    let digits = digits.replace('\'', "''");
     let mut scan = dataset.scan();
-    scan.filter(&format!("starts_with(key, '{digits}')"))?;
+    scan.filter(&format!("starts_with(key, {})", quoted(digits)))?;
     scan.project(&["key"])?;
     scan.with_row_id();
     let mut rows: BTreeMap<String, u64> = BTreeMap::new();
@@ -226,10 +232,15 @@ async fn nearest(
     search: Search,
 ) -> lance::Result<Vec<Neighbour>> {
     let probed = match search {
-        Search::Exact => None,
-        Search::Fast => probes(dataset, space),
+        Search::Fast if count <= INDEXED_NEIGHBOURS => probes(dataset, space),
+        _ => None,
     };
-    search_one(dataset, space, vector, count, probed).await
+    let found = search_one(dataset, space, vector, count, probed).await?;
+    // The groups that were compared may hold fewer than all groups do.
+    match probed.is_some() && found.len() < count {
+        true => search_one(dataset, space, vector, count, None).await,
+        false => Ok(found),
+    }
 }
 
 /// The `count` nearest proxies, comparing `probed` groups of the index, or everything.
