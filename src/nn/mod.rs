@@ -69,15 +69,16 @@ pub fn parameter(tensor: &Tensor) -> Tensor {
 
 /// Settles two things that training on the CPU depends on, once for the whole process: freed memory is kept for the
 /// next tensor instead of going back to the system (which otherwise takes longer than the arithmetic), and candle's
-/// own threads sleep between operations instead of spinning on a core that others need.
+/// own elementwise operations run on the thread that asks for them: its pool waits by spinning, on cores that other
+/// stages need.
 ///
 /// # Safety
 /// To be called at the start of `main`, before there is a second thread: it sets an environment variable.
 pub unsafe fn prepare_process() {
-    const SPIN: &str = "CANDLE_BARRIER_POOL_SPIN_LIMIT";
-    if std::env::var_os(SPIN).is_none() {
+    const POOL: &str = "CANDLE_NUM_THREADS";
+    if std::env::var_os(POOL).is_none() {
         // SAFETY: by contract nobody else can be reading the environment.
-        unsafe { std::env::set_var(SPIN, "0") };
+        unsafe { std::env::set_var(POOL, "1") };
     }
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: `mallopt` takes two numbers. One that it refuses leaves the allocator as it was.
