@@ -42,7 +42,14 @@ impl Recipe {
                 "remove student.init: every run goes on from the adapter that the one before it made",
             ));
         }
-        resolved.direct.enabled = false;
+        // There is no baseline, and what the file says of one would have no effect.
+        resolved.direct = crate::config::Direct {
+            enabled: false,
+            source: crate::config::Source::References,
+            training: resolved.student.training.clone(),
+            condition_dropout: resolved.student.condition_dropout,
+            dropout: resolved.student.dropout,
+        };
         resolved.evaluation.untouched = false;
         Ok(Self { resolved, replay })
     }
