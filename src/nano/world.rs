@@ -199,7 +199,7 @@ pub struct Scene {
     pub accessory: Option<Accessory>,
     pub recolour: Option<Recolour>,
     pub view: View,
-    /// Determines the details of the place.
+    /// Determines the details of the place: every place exists in [`VERSIONS`] versions.
     pub seed: u64,
 }
 
@@ -306,6 +306,10 @@ fn situation(
     )
 }
 
+/// How many versions of each place there are. Where every leaf and cobble of every picture was another, most of what
+/// the small models could learn went into telling leaves from leaves.
+pub const VERSIONS: u64 = 4;
+
 /// Pictures are drawn this many times as wide and averaged down.
 const OVERSAMPLING: u32 = 4;
 
@@ -323,7 +327,7 @@ fn draw(scene: &Scene, side: u32) -> Option<Canvas> {
     let view = &scene.view;
     let (x, ground) = (view.x * settings::SIDE, view.ground * settings::SIDE);
     let unit = view.height * settings::SIDE / 2.0;
-    let mut generator = ChaCha8Rng::seed_from_u64(scene.seed);
+    let mut generator = ChaCha8Rng::seed_from_u64(scene.seed % VERSIONS);
     let mut canvas = Canvas::new(side, settings::SIDE)?;
     settings::backdrop(&mut canvas, scene.setting, x, ground, &mut generator);
 
