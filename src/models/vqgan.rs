@@ -7,7 +7,7 @@ use candle_core::{D, DType, Device, Tensor};
 
 use super::encoder::Activation;
 use crate::nn::ops::{self, Padding};
-use crate::nn::{Conv2d, GroupNorm, Init, Mask, Weights, parameter};
+use crate::nn::{Conv2d, GroupNorm, Init, Mask, Weights, layout, parameter};
 use crate::{Error, Result};
 
 /// Images are computed in slices of about this many pixels, which bounds the memory of the widest layer.
@@ -84,8 +84,8 @@ impl ResnetBlock {
             .conv2
             .forward(&self.activation.of_norm(&self.norm2, &h)?)?;
         match &self.shortcut {
-            Some(shortcut) => Ok((shortcut.forward(x)? + h)?),
-            None => Ok((x + h)?),
+            Some(shortcut) => layout::add(&shortcut.forward(x)?, &h),
+            None => layout::add(x, &h),
         }
     }
 }
@@ -126,7 +126,7 @@ impl AttnBlock {
         let (q, k, v) = (rows(&self.q)?, rows(&self.k)?, rows(&self.v)?);
         let y = ops::attention(&q, &k, &v, 1.0 / (c as f64).sqrt(), &Mask::None)?;
         let y = y.transpose(2, 3)?.contiguous()?.reshape((b, c, h, w))?;
-        Ok((x + self.proj_out.forward(&y)?)?)
+        layout::add(x, &self.proj_out.forward(&y)?)
     }
 }
 

@@ -373,7 +373,7 @@ impl Gpt {
         let h = if given == 0 {
             captions
         } else {
-            Tensor::cat(&[captions, self.tok_embeddings.forward(tokens)?], 1)?
+            layout::join(&captions, &self.tok_embeddings.forward(tokens)?, 1)?
         };
         let mut h = drop_out(h, c.token_dropout_p, &mut dropout)?;
         let n = c.cls_token_num + given;
@@ -385,8 +385,7 @@ impl Gpt {
                 layer.forward(&h[0], &rotary, &mask, None, dropout)
             })?;
         }
-        let images = h.narrow(1, c.cls_token_num - 1, given + 1)?.contiguous()?;
-        self.logits(&images)
+        self.logits(&layout::rows(&h, c.cls_token_num - 1, given + 1)?)
     }
 
     /// An empty cache for `batch` sequences of a caption and up to `tokens` image tokens.
