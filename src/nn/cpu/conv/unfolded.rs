@@ -1,15 +1,12 @@
-//! Two-dimensional convolution as matrix products over unfolded strips of each image.
+//! Convolution as matrix products over unfolded strips of each image.
 
 use std::ops::Range;
 
-use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
-use super::gemm::{Matrix, Shared, Threads, multiply, multiply_into};
-use super::{detached, simd, tensor, values};
-use crate::nn::ops::Padding;
-use crate::nn::vjp::record;
-use multiversion::multiversion;
+use super::Geometry;
+use crate::nn::cpu::gemm::{Matrix, Shared, Threads, multiply, multiply_into};
+use crate::nn::cpu::{ALONE_PRODUCTS, each_piece};
 
 /// An unfolded strip has at most this many elements (unless one row of pixels has more): it stays in a core's cache.
 const STRIP: usize = 1 << 17;
@@ -20,34 +17,7 @@ const TASKS: usize = 16;
 /// The gradient of the weight is summed over at most this many groups of images.
 const GROUPS: usize = 8;
 
-/// Sizes of one convolution: `channels` planes of `height` x `width` to planes of `rows` x `columns`.
-#[derive(Clone, Copy, PartialEq, Debug)]
-struct Geometry {
-    channels: usize,
-    height: usize,
-    width: usize,
-    kernel: usize,
-    stride: usize,
-    /// Zeros above and on the left.
-    before: usize,
-    rows: usize,
-    columns: usize,
-}
-
 impl Geometry {
-    /// Rows of the unfolded matrix: one for each weight of an output channel.
-    fn depth(&self) -> usize {
-        self.channels * self.kernel * self.kernel
-    }
-
-    fn input(&self) -> usize {
-        self.channels * self.height * self.width
-    }
-
-    fn pixels(&self) -> usize {
-        self.rows * self.columns
-    }
-
     /// Whether the unfolded image is the image.
     fn is_pointwise(&self) -> bool {
         self.kernel == 1 && self.stride == 1 && self.before == 0 && self.rows == self.height
@@ -57,100 +27,9 @@ impl Geometry {
     fn strip(&self) -> usize {
         (STRIP / (self.depth() * self.columns).max(1)).clamp(1, self.rows.max(1))
     }
-
-    /// The columns x for which `x · stride + offset − before` lies within the image.
-    fn inside(&self, offset: usize, count: usize, limit: usize) -> Range<usize> {
-        let from = self
-            .before
-            .saturating_sub(offset)
-            .div_ceil(self.stride)
-            .min(count);
-        let until = (limit + self.before)
-            .saturating_sub(offset)
-            .div_ceil(self.stride)
-            .min(count);
-        from..until.max(from)
-    }
 }
 
-/// See [`crate::nn::ops::conv2d`].
-pub fn conv2d(
-    x: &Tensor,
-    weight: &Tensor,
-    bias: Option<&Tensor>,
-    stride: usize,
-    padding: Padding,
-) -> Result<Tensor> {
-    let (b, c, h, w) = x.dims4()?;
-    let (outputs, inputs, kernel, kernel_width) = weight.dims4()?;
-    let (before, both) = match padding {
-        Padding::Same(n) => (n, 2 * n),
-        Padding::RightBottom => (0, 1),
-    };
-    let fits = c == inputs
-        && kernel == kernel_width
-        && kernel > 0
-        && stride > 0
-        && h + both >= kernel
-        && w + both >= kernel
-        && bias.is_none_or(|bias| bias.dims() == [outputs]);
-    if !fits {
-        candle_core::bail!(
-            "convolution of {:?} with a weight of {:?}, stride {stride}, {padding:?}, bias {:?}",
-            x.dims(),
-            weight.dims(),
-            bias.map(Tensor::dims)
-        );
-    }
-    let geometry = Geometry {
-        channels: c,
-        height: h,
-        width: w,
-        kernel,
-        stride,
-        before,
-        rows: (h + both - kernel) / stride + 1,
-        columns: (w + both - kernel) / stride + 1,
-    };
-    let (x_kept, weight_kept) = (detached(x)?, detached(weight)?);
-    let y = {
-        let bias = bias.map(detached).transpose()?;
-        let bias = bias.as_ref().map(values).transpose()?;
-        forward(
-            &values(&x_kept)?,
-            &values(&weight_kept)?,
-            bias.as_deref(),
-            outputs,
-            &geometry,
-        )
-    };
-    let wanted = (
-        x.track_op(),
-        weight.track_op(),
-        bias.is_some_and(Tensor::track_op),
-    );
-    let inputs: Vec<&Tensor> = [x, weight].into_iter().chain(bias).collect();
-    let shape = (b, outputs, geometry.rows, geometry.columns);
-    record(&inputs, y, shape, move |gradient| {
-        let g = values(gradient)?;
-        let mut gradients = Vec::new();
-        if wanted.0 {
-            let w = values(&weight_kept)?;
-            let dx = input_gradient(&g, &w, outputs, b, &geometry);
-            gradients.push(tensor(dx, x_kept.shape())?);
-        }
-        if wanted.1 {
-            let dw = weight_gradient(&g, &values(&x_kept)?, outputs, &geometry);
-            gradients.push(tensor(dw, weight_kept.shape())?);
-        }
-        if wanted.2 {
-            gradients.push(tensor(channel_sums(&g, outputs, &geometry), outputs)?);
-        }
-        Ok(gradients)
-    })
-}
-
-fn forward(
+pub fn forward(
     x: &[f32],
     w: &[f32],
     bias: Option<&[f32]>,
@@ -189,7 +68,7 @@ fn forward(
         }
     };
     let tasks = images * strips;
-    if tasks * outputs * depth * strip * geometry.columns <= super::ALONE_PRODUCTS {
+    if tasks * outputs * depth * strip * geometry.columns <= ALONE_PRODUCTS {
         let mut unfolded = Vec::new();
         (0..tasks).for_each(|task| body(&mut unfolded, task));
     } else {
@@ -201,41 +80,14 @@ fn forward(
     y
 }
 
-/// The convolution's transpose: at stride 1 a convolution with the weight turned around, else folded back.
-fn input_gradient(
+/// The convolution's transpose, folded back.
+pub fn input_gradient(
     g: &[f32],
     w: &[f32],
     outputs: usize,
     images: usize,
     geometry: &Geometry,
 ) -> Vec<f32> {
-    let Geometry {
-        channels,
-        kernel,
-        height,
-        width,
-        ..
-    } = *geometry;
-    if geometry.stride == 1 && geometry.before < kernel {
-        let area = kernel * kernel;
-        let mut turned = vec![0.0; w.len()];
-        for (o, w) in w.chunks_exact(channels * area).enumerate() {
-            for (c, w) in w.chunks_exact(area).enumerate() {
-                let to = &mut turned[(c * outputs + o) * area..][..area];
-                to.iter_mut().zip(w.iter().rev()).for_each(|(t, w)| *t = *w);
-            }
-        }
-        let transposed = Geometry {
-            channels: outputs,
-            height: geometry.rows,
-            width: geometry.columns,
-            before: kernel - 1 - geometry.before,
-            rows: height,
-            columns: width,
-            ..*geometry
-        };
-        return forward(g, &turned, None, channels, &transposed);
-    }
     let (depth, pixels) = (geometry.depth(), geometry.pixels());
     let strip = geometry.strip();
     let mut dx = vec![0.0; images * geometry.input()];
@@ -263,7 +115,7 @@ fn input_gradient(
     dx
 }
 
-fn weight_gradient(g: &[f32], x: &[f32], outputs: usize, geometry: &Geometry) -> Vec<f32> {
+pub fn weight_gradient(g: &[f32], x: &[f32], outputs: usize, geometry: &Geometry) -> Vec<f32> {
     let (depth, pixels) = (geometry.depth(), geometry.pixels());
     let images = x.len() / geometry.input().max(1);
     let size = outputs * depth;
@@ -303,34 +155,13 @@ fn weight_gradient(g: &[f32], x: &[f32], outputs: usize, geometry: &Geometry) ->
             }
         });
     let mut dw = vec![0.0; size];
-    super::each_piece(&mut dw, depth, |output, dw| {
+    each_piece(&mut dw, depth, |output, dw| {
         for group in partial.chunks_exact(size.max(1)) {
             let column = group[output..].iter().step_by(outputs);
             dw.iter_mut().zip(column).for_each(|(d, p)| *d += p);
         }
     });
     dw
-}
-
-fn channel_sums(g: &[f32], outputs: usize, geometry: &Geometry) -> Vec<f32> {
-    let pixels = geometry.pixels();
-    let mut sums = vec![0.0; outputs];
-    let body = |(channel, sum): (usize, &mut f32)| *sum = channel_sum(g, channel, outputs, pixels);
-    if g.len() > super::ALONE {
-        sums.par_iter_mut().enumerate().for_each(body);
-    } else {
-        sums.iter_mut().enumerate().for_each(body);
-    }
-    sums
-}
-
-#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
-fn channel_sum(g: &[f32], channel: usize, channels: usize, pixels: usize) -> f32 {
-    let mut total = 0.0;
-    for image in g.chunks_exact(channels * pixels) {
-        total += simd::sum(&image[channel * pixels..(channel + 1) * pixels], |v| v);
-    }
-    total
 }
 
 /// Writes the patches under output rows `rows` of one image: (depth, pixels of these rows).
