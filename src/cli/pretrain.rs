@@ -61,14 +61,13 @@ pub fn pretrain(args: &PretrainArgs) -> Result<()> {
     let settings = Settings::read(&args.file)?;
     let threads = match args.threads {
         0 => rayon::current_num_threads(),
-        threads => {
-            rayon::ThreadPoolBuilder::new()
-                .num_threads(threads)
-                .build_global()
-                .map_err(|e| Error::invalid(format!("--threads {threads}: {e}"), "leave it out"))?;
-            threads
-        }
+        threads => threads,
     };
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .stack_size(STACK)
+        .build()
+        .map_err(|e| Error::invalid(format!("--threads {threads}: {e}"), "give fewer"))?;
     let budget = match (args.minutes, args.images) {
         (Some(minutes), _) => Some(Budget::Minutes(minutes)),
         (_, Some(images)) => Some(Budget::Images(images)),
@@ -87,20 +86,12 @@ pub fn pretrain(args: &PretrainArgs) -> Result<()> {
         budget,
         curves: Some(curves),
     };
-    let work = move || {
+    // On a thread of the pool, so that an operation begins where it is asked for instead of waking another thread.
+    pool.install(move || {
         models
             .into_iter()
             .try_for_each(|model| model.train(&context))
-    };
-    let thread = std::thread::Builder::new()
-        .name("pretrain".into())
-        .stack_size(STACK)
-        .spawn(work)
-        .map_err(Error::io("a thread for the training"))?;
-    match thread.join() {
-        Ok(result) => result,
-        Err(panic) => std::panic::resume_unwind(panic),
-    }
+    })
 }
 
 /// Those of `only` in the order of their needs; all if it is empty.

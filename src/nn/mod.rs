@@ -67,18 +67,21 @@ pub fn parameter(tensor: &Tensor) -> Tensor {
     }
 }
 
-/// Settles two things that training on the CPU depends on, once for the whole process: freed memory is kept for the
-/// next tensor instead of going back to the system (which otherwise takes longer than the arithmetic), and candle's
-/// own elementwise operations run on the thread that asks for them: its pool waits by spinning, on cores that other
-/// stages need.
+/// Settles three things that training on the CPU depends on, once for the whole process: freed memory is kept for the
+/// next tensor instead of going back to the system (which otherwise takes longer than the arithmetic); candle's own
+/// elementwise operations run on the thread that asks for them, because its pool waits by spinning, on cores that
+/// other stages need; and candle is told the number of cores, which it otherwise reads from the system's description
+/// of every processor before each of its matrix products.
 ///
 /// # Safety
-/// To be called at the start of `main`, before there is a second thread: it sets an environment variable.
+/// To be called at the start of `main`, before there is a second thread: it sets environment variables.
 pub unsafe fn prepare_process() {
-    const POOL: &str = "CANDLE_NUM_THREADS";
-    if std::env::var_os(POOL).is_none() {
-        // SAFETY: by contract nobody else can be reading the environment.
-        unsafe { std::env::set_var(POOL, "1") };
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    for (name, value) in [("CANDLE_NUM_THREADS", 1), ("RAYON_NUM_THREADS", cores)] {
+        if std::env::var_os(name).is_none() {
+            // SAFETY: by contract nobody else can be reading the environment.
+            unsafe { std::env::set_var(name, value.to_string()) };
+        }
     }
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: `mallopt` takes two numbers. One that it refuses leaves the allocator as it was.

@@ -1,5 +1,15 @@
-//! Matrix products of slices, by the `gemm` crate's kernels. A large result is cut into blocks, by its shape alone and
-//! never along the sums, so the number of threads does not change a bit.
+//! Matrix products of slices: on processors with AVX-512 or AVX2 by kernels of our own, on others by the `gemm` crate's.
+//! A large result is cut into blocks, by its shape alone and never along the sums, so the number of threads does not
+//! change a bit.
+
+#[cfg(target_arch = "x86_64")]
+mod block;
+#[cfg(target_arch = "x86_64")]
+mod lanes;
+#[cfg(test)]
+mod tests;
+#[cfg(target_arch = "x86_64")]
+mod tile;
 
 use gemm::Parallelism;
 use rayon::prelude::*;
@@ -45,6 +55,18 @@ impl<'a> Matrix<'a> {
         }
     }
 
+    /// Columns `from..until`.
+    fn some_columns(self, from: usize, until: usize) -> Self {
+        self.t().some_rows(from, until).t()
+    }
+
+    /// Where element (i, j) is.
+    #[cfg(target_arch = "x86_64")]
+    fn at(&self, i: usize, j: usize) -> *const f32 {
+        let place = i * self.row_stride + j * self.column_stride;
+        self.data.as_ptr().wrapping_add(place)
+    }
+
     /// The transposed view.
     pub fn t(self) -> Self {
         Self {
@@ -63,6 +85,29 @@ pub enum Threads {
     /// The calling one: products inside a parallel loop.
     One,
     All,
+}
+
+/// What a product is added to.
+#[derive(Clone, Copy)]
+enum Base<'a> {
+    Nothing,
+    /// What is in the result's place.
+    Out,
+    /// The same row for all of the result's.
+    Row(&'a [f32]),
+}
+
+/// `a·b`, with `row` added to each row, on all threads. The result is not written before it is computed.
+pub fn product(a: Matrix, b: Matrix, row: Option<&[f32]>) -> Vec<f32> {
+    let (rows, columns) = (a.rows, b.columns);
+    let base = row.map_or(Base::Nothing, |row| Base::Row(&row[..columns]));
+    let mut out = Vec::with_capacity(rows * columns);
+    // SAFETY: there is room for the result, which is written as a whole and never read before.
+    unsafe {
+        spread(1.0, a, b, base, out.as_mut_ptr(), columns, Threads::All);
+        out.set_len(rows * columns);
+    }
+    out
 }
 
 /// `out = factor · a·b`, or `out += factor · a·b` if `accumulate`; the rows of `out` start `stride` elements apart.
@@ -100,34 +145,54 @@ pub unsafe fn multiply_into(
     accumulate: bool,
     threads: Threads,
 ) {
+    let base = match accumulate {
+        true => Base::Out,
+        false => Base::Nothing,
+    };
+    // SAFETY: this function's contract.
+    unsafe { spread(factor, a, b, base, out, stride, threads) }
+}
+
+/// `out = factor · a·b + base`.
+///
+/// # Safety
+/// As for [`multiply_into`]; `out` is only read if it is the base.
+unsafe fn spread(
+    factor: f32,
+    a: Matrix,
+    b: Matrix,
+    base: Base,
+    out: *mut f32,
+    stride: usize,
+    threads: Threads,
+) {
     assert_eq!(a.columns, b.rows, "inner dimensions of a product");
-    let work = a.rows * a.columns * b.columns;
-    // The kernels pack a left matrix that is transposed, else the right one: the packed one is what gets cut.
-    let by_rows = a.column_stride != 1;
-    let size = if by_rows { a.rows } else { b.columns };
-    let step = if by_rows { ROW_STEP } else { COLUMN_STEP };
-    let blocks = (work / BLOCK_WORK).min(size / step);
-    if threads == Threads::One || blocks < 2 {
+    let (height, width) = match threads {
+        Threads::One => (a.rows, b.columns),
+        Threads::All => blocks(a.rows, a.columns, b.columns),
+    };
+    if height >= a.rows && width >= b.columns {
         // SAFETY: this function's contract.
-        return unsafe { multiply_block(factor, a, b, out, stride, accumulate) };
+        return unsafe { multiply_block(factor, a, b, base, out, stride) };
     }
-    let length = size.div_ceil(blocks).next_multiple_of(step);
+    let down = a.rows.div_ceil(height);
     let out = Shared(out);
     let out = &out;
-    (0..size.div_ceil(length))
+    (0..down * b.columns.div_ceil(width))
         .into_par_iter()
         .for_each(|block| {
-            let (from, until) = (block * length, ((block + 1) * length).min(size));
-            // SAFETY: this function's contract; each block of rows or columns is written by one task.
+            let (row, column) = (block % down * height, block / down * width);
+            let until = (column + width).min(b.columns);
+            let a = a.some_rows(row, (row + height).min(a.rows));
+            let b = b.some_columns(column, until);
+            let base = match base {
+                Base::Row(values) => Base::Row(&values[column..until]),
+                other => other,
+            };
+            // SAFETY: this function's contract; each block is written by one task.
             unsafe {
-                if by_rows {
-                    let a = a.some_rows(from, until);
-                    let out = out.0.add(from * stride);
-                    multiply_block(factor, a, b, out, stride, accumulate);
-                } else {
-                    let b = b.t().some_rows(from, until).t();
-                    multiply_block(factor, a, b, out.0.add(from), stride, accumulate);
-                }
+                let out = out.0.add(row * stride + column);
+                multiply_block(factor, a, b, base, out, stride);
             }
         });
 }
@@ -135,9 +200,31 @@ pub unsafe fn multiply_into(
 /// Multiplications below which a block is not worth a task of its own.
 const BLOCK_WORK: usize = 1 << 20;
 
-/// What the rows and the columns of a block are multiples of: whole tiles of the AVX-512 kernel, which are 6 x 64.
-const ROW_STEP: usize = 96;
-const COLUMN_STEP: usize = 64;
+/// There need not be more blocks than this, for threads that get no more than one at a time.
+const BLOCKS: usize = 64;
+
+/// The sizes of a block: the most that the caches hold of the right matrix, the least that pays for bringing it there,
+/// and whole tiles of the kernels, with either instructions.
+const MOST_COLUMNS: usize = 336;
+const LEAST_COLUMNS: usize = 144;
+const COLUMN_STEP: usize = 48;
+const LEAST_ROWS: usize = 96;
+const ROW_STEP: usize = 8;
+
+/// Rows and columns of the blocks that a product is cut into.
+fn blocks(rows: usize, depth: usize, columns: usize) -> (usize, usize) {
+    let wanted = (rows * depth * columns / BLOCK_WORK).min(BLOCKS);
+    if wanted < 2 {
+        return (rows, columns);
+    }
+    let across = columns.div_ceil(MOST_COLUMNS).min(wanted);
+    let down = (wanted / across).min(rows / LEAST_ROWS).max(1);
+    let across = (wanted / down).min(columns / LEAST_COLUMNS).max(across);
+    (
+        rows.div_ceil(down).next_multiple_of(ROW_STEP),
+        columns.div_ceil(across).next_multiple_of(COLUMN_STEP),
+    )
+}
 
 /// The start of an output that several threads write in disjoint places.
 pub struct Shared(pub *mut f32);
@@ -147,15 +234,40 @@ unsafe impl Send for Shared {}
 unsafe impl Sync for Shared {}
 
 /// # Safety
-/// As for [`multiply_into`].
+/// As for [`spread`].
 unsafe fn multiply_block(
     factor: f32,
     a: Matrix,
     b: Matrix,
+    base: Base,
     out: *mut f32,
     stride: usize,
-    accumulate: bool,
 ) {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(instructions) = tile::Instructions::of_this_machine() {
+        // SAFETY: this function's contract, and the machine has them.
+        return unsafe { block::multiply(instructions, factor, a, b, base, out, stride) };
+    }
+    // SAFETY: this function's contract.
+    unsafe { multiply_elsewhere(factor, a, b, base, out, stride) }
+}
+
+/// # Safety
+/// As for [`spread`].
+unsafe fn multiply_elsewhere(
+    factor: f32,
+    a: Matrix,
+    b: Matrix,
+    base: Base,
+    out: *mut f32,
+    stride: usize,
+) {
+    if let Base::Row(row) = base {
+        for i in 0..a.rows {
+            // SAFETY: this function's contract; the row is as long as the result's.
+            unsafe { out.add(i * stride).copy_from(row.as_ptr(), b.columns) }
+        }
+    }
     // SAFETY: both matrices lie within their slices (checked when they were made); `out` by this function's contract.
     unsafe {
         gemm::gemm(
@@ -165,7 +277,7 @@ unsafe fn multiply_block(
             out,
             1,
             stride as isize,
-            accumulate,
+            !matches!(base, Base::Nothing),
             a.data.as_ptr(),
             a.column_stride as isize,
             a.row_stride as isize,

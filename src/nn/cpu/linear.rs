@@ -6,7 +6,7 @@ use candle_core::{Result, Tensor};
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::gemm::{Matrix, Threads, multiply};
+use super::gemm::{Matrix, Threads, multiply, product};
 use super::{Values, detached, half, simd, tensor, values};
 use crate::nn::vjp::record;
 use crate::nn::{HalfKind, Weight};
@@ -196,14 +196,21 @@ fn forward(x: &Tensor, weight: &Weight, bias: Option<&Tensor>, shape: &Shapes) -
         inputs,
         outputs,
     } = *shape;
-    let mut y = match bias {
-        Some(bias) => {
-            if bias.elem_count() != outputs {
-                candle_core::bail!("a bias of shape {:?} for {outputs} outputs", bias.dims());
-            }
-            let bias = detached(bias)?;
-            values(&bias)?.repeat(rows)
+    let bias = match bias {
+        Some(bias) if bias.elem_count() != outputs => {
+            candle_core::bail!("a bias of shape {:?} for {outputs} outputs", bias.dims());
         }
+        Some(bias) => Some(detached(bias)?),
+        None => None,
+    };
+    let bias = bias.as_ref().map(values).transpose()?;
+    if let (true, Readable::Full(w)) = (rows > THIN, &w) {
+        let x = Matrix::new(&x, rows, inputs);
+        let w = Matrix::new(w, outputs, inputs);
+        return Ok(product(x, w.t(), bias.as_deref()));
+    }
+    let mut y = match &bias {
+        Some(bias) => bias.repeat(rows),
         None => vec![0.0; rows * outputs],
     };
     if rows <= THIN {
@@ -235,20 +242,9 @@ fn forward(x: &Tensor, weight: &Weight, bias: Option<&Tensor>, shape: &Shapes) -
         }
         return Ok(y);
     }
-    match w {
-        Readable::Full(w) => multiply(
-            1.0,
-            Matrix::new(&x, rows, inputs),
-            Matrix::new(&w, outputs, inputs).t(),
-            &mut y,
-            outputs,
-            bias.is_some(),
-            Threads::All,
-        ),
-        Readable::Half(bits, kind) => {
-            let sizes = (rows, inputs, outputs);
-            half::times_transposed(&x, bits, kind, sizes, &mut y, bias.is_some());
-        }
+    if let Readable::Half(bits, kind) = w {
+        let sizes = (rows, inputs, outputs);
+        half::times_transposed(&x, bits, kind, sizes, &mut y, bias.is_some());
     }
     Ok(y)
 }
@@ -289,31 +285,17 @@ fn input_gradient(g: &[f32], weight: &Weight, shape: &Shapes) -> Result<Vec<f32>
             return Ok(half::times(g, bits, kind, sizes));
         }
     };
-    let mut dx = vec![0.0; shape.rows * shape.inputs];
-    multiply(
-        1.0,
-        Matrix::new(g, shape.rows, shape.outputs),
+    let g = Matrix::new(g, shape.rows, shape.outputs);
+    Ok(product(
+        g,
         Matrix::new(&w, shape.outputs, shape.inputs),
-        &mut dx,
-        shape.inputs,
-        false,
-        Threads::All,
-    );
-    Ok(dx)
+        None,
+    ))
 }
 
 fn weight_gradient(g: &[f32], x: &[f32], shape: &Shapes) -> Vec<f32> {
-    let mut dw = vec![0.0; shape.outputs * shape.inputs];
-    multiply(
-        1.0,
-        Matrix::new(g, shape.rows, shape.outputs).t(),
-        Matrix::new(x, shape.rows, shape.inputs),
-        &mut dw,
-        shape.inputs,
-        false,
-        Threads::All,
-    );
-    dw
+    let g = Matrix::new(g, shape.rows, shape.outputs);
+    product(g.t(), Matrix::new(x, shape.rows, shape.inputs), None)
 }
 
 /// Σ over rows of `g` (rows, `width`): each column from the first row to the last.
