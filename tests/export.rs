@@ -77,7 +77,7 @@ async fn ai_toolkit_gets_a_folder_for_each_subject() {
             "--layout",
             "ai-toolkit",
             "--where",
-            "number < 17 -- not the last",
+            "scored.number < 17 AND content <> '' -- not the last",
         ],
     );
     let subjects = std::fs::read_dir(dir.path().join("to")).unwrap();

@@ -54,6 +54,28 @@ async fn the_nearest_are_the_nearest_with_and_without_an_index() {
         .await
         .unwrap();
     assert_eq!(keys(found), some);
+    // Conditions that few satisfy, that all do, and that none does, with comments and nested queries in them.
+    let by_number: [(&str, &dyn Fn(u64) -> bool); 6] = [
+        ("number < 2", &|n| n / 4 < 2),
+        ("true -- all", &|_| true),
+        ("dino > 0.5 OR clip_t IS NULL", &|n| {
+            (n % 61) as f32 / 61.0 > 0.5
+        }),
+        ("scored.class = 'dog' AND scored.number >= 0", &|_| true),
+        (
+            "key IN (SELECT key FROM scored WHERE clip_i > 0.98)",
+            &|n| n % 100 == 99,
+        ),
+        ("subject = 'nobody'", &|_| false),
+    ];
+    for (filter, holds) in &by_number[..] {
+        let found = snapshot
+            .nearest(Space::Dino, &asked, 10, Some(filter), Search::Fast)
+            .await
+            .unwrap();
+        let expected = nearest_of((0..COUNT).filter(|n| holds(*n)), &asked, 10);
+        assert_eq!(keys(found), expected, "{filter}");
+    }
     assert_eq!(snapshot.recall(Space::Dino).await.unwrap(), None);
 
     let report = snapshot.build_index(Space::Dino).await.unwrap();
@@ -69,6 +91,7 @@ async fn the_nearest_are_the_nearest_with_and_without_an_index() {
         .await
         .unwrap();
     table.compact(std::time::Duration::ZERO).await.unwrap();
+    drop(snapshot);
     let snapshot = Snapshot::open(dir.path(), None).await.unwrap();
     for number in [77, COUNT + 39] {
         let asked = dino_of(SMALL, number);
@@ -105,6 +128,20 @@ async fn the_nearest_are_the_nearest_with_and_without_an_index() {
         wrong.to_string().contains("23 numbers for a table with 24"),
         "{wrong}"
     );
+    // With a subject its index goes, and what was noted of it.
+    drop((snapshot, table, store));
+    let store = Store::open_alone(dir.path()).await.unwrap();
+    store.remove_subject("dog1").await.unwrap();
+    drop(store);
+    let snapshot = Snapshot::open(dir.path(), None).await.unwrap();
+    assert!(!snapshot.indexed(Space::Dino).await.unwrap().0);
+    assert_eq!(snapshot.recall(Space::Dino).await.unwrap(), None);
+    let found = snapshot
+        .nearest(Space::Dino, &asked, 10, None, Search::Fast)
+        .await
+        .unwrap();
+    let left = (0..COUNT + 40).filter(|number| number % 4 != 1);
+    assert_eq!(keys(found), nearest_of(left, &asked, 10));
 }
 
 #[tokio::test]
@@ -218,7 +255,7 @@ async fn a_picture_finds_itself_and_a_text_what_it_says_with_the_models_of_the_s
     assert!(said.out.contains(&key(best as u64)), "{said:?}");
 }
 
-/// Figures for the README: `cargo test --release --test query -- --ignored --nocapture`.
+/// Figures for the README: `cargo test --release --test nearest -- --ignored --nocapture`.
 #[tokio::test]
 #[ignore = "makes a store of 20,000 proxies, and its times mean something on an idle machine alone"]
 async fn twenty_thousand_proxies_are_asked_in_time() {

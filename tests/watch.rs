@@ -563,6 +563,30 @@ fn arrivals_are_learnt_while_it_runs_by_events_and_by_polling() {
     }
 }
 
+#[cfg(unix)]
+#[test]
+fn a_folder_that_was_away_is_listened_to_again() {
+    let place = Place::new();
+    let mut run = start(&place, &[]);
+    let (away, again) = (
+        place.dir.path().join("away"),
+        place.dir.path().join("again"),
+    );
+    std::fs::rename(place.photos(), &away).unwrap();
+    // Long enough to be missed; should it not be, events come again after a minute.
+    std::thread::sleep(Duration::from_secs(2));
+    // As a drive that is mounted again: the same files, but in another folder to the system.
+    let mut copy = std::process::Command::new("cp");
+    copy.arg("-r").args([&away, &again]);
+    assert!(copy.status().unwrap().success());
+    std::fs::create_dir_all(again.join("vase/bad")).unwrap();
+    std::fs::write(again.join("vase/bad/a.jpg"), b"bad").unwrap();
+    std::fs::rename(&again, place.photos()).unwrap();
+    until(&mut run, &place, |state| state.set_aside.len() == 1);
+    place.arrive("cat/mia", "cat1", 3);
+    until(&mut run, &place, |state| state.subjects.len() == 1);
+}
+
 #[test]
 fn bad_photos_show_in_status_and_exit_code_and_a_folder_that_was_never_watched_is_named() {
     let place = Place::new();

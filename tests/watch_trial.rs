@@ -5,11 +5,12 @@ mod support;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use proxytune::watch::state::{Home, State};
+use proxytune::watch::state::{Ended, Home, Run, State};
 use rand::{Rng, SeedableRng};
-use support::{Running, find, program, tables};
+use rand_chacha::ChaCha8Rng;
+use support::{Running, find, program, say, tables};
 
 /// Where folders of photos called `dog6`, `backpack` and `cat` lie: the DreamBooth dataset.
 const PHOTOS: &str = "PROXYTUNE_DREAMBOOTH";
@@ -19,12 +20,26 @@ const KEEP: &str = "PROXYTUNE_TRIAL";
 struct Trial {
     dir: PathBuf,
     process: Option<Running>,
+    /// So often it is still to be killed while a run is under way.
+    due: usize,
+    /// What runs take, in seconds; when in a run it is killed, is drawn.
+    run_takes: f64,
+    random: ChaCha8Rng,
+    /// The runs that were under way, and how long the process had been at them.
+    kills: Vec<(usize, f64)>,
 }
 
 impl Trial {
     fn new(dir: PathBuf) -> Self {
         std::fs::create_dir_all(dir.join("photos")).unwrap();
-        Self { dir, process: None }
+        Self {
+            dir,
+            process: None,
+            due: 0,
+            run_takes: 0.0,
+            random: ChaCha8Rng::seed_from_u64(5),
+            kills: Vec::new(),
+        }
     }
 
     fn photos(&self) -> PathBuf {
@@ -75,28 +90,41 @@ impl Trial {
         }
     }
 
-    /// Waits until `happened` holds for what is remembered and nothing is left to do, killing the process at `kills`
-    /// seconds, one after the other, and starting it again.
-    fn until(&mut self, what: &str, kills: &[f64], happened: impl Fn(&State) -> bool) {
-        for seconds in kills {
-            let mut process = self.process.take().unwrap();
-            let ended = process.ends_within(Duration::from_secs_f64(*seconds));
-            assert!(!ended, "{what}: it ended");
-            let state = self.state();
-            eprintln!(
-                "{what}: killed; under way: {:?}",
-                state.run.map(|run| run.number)
-            );
-            process.kill();
-            self.start();
-        }
-        let (home, process) = (self.home(), self.process.as_mut().unwrap());
-        let is_done = || {
-            std::thread::sleep(Duration::from_millis(50));
+    /// Waits until `happened` holds for what is remembered and nothing is left to do. While kills are due, the process
+    /// is killed in the middle of its runs and started again; what is due when there are no more runs stays due.
+    fn until(&mut self, what: &str, kills: usize, happened: impl Fn(&State) -> bool) {
+        self.due += kills;
+        let home = self.home();
+        let is_done =
+            |state: &State| state.run.is_none() && state.queue().is_empty() && happened(state);
+        loop {
+            let is_due = self.due > 0;
+            let process = self.process.as_mut().unwrap();
+            let looked = || {
+                std::thread::sleep(Duration::from_millis(50));
+                let state = home.load().unwrap();
+                is_done(&state) || (is_due && state.run.is_some())
+            };
+            assert!(process.runs_until(looked), "{what}: it ended");
             let state = home.load().unwrap();
-            state.run.is_none() && state.queue().is_empty() && happened(&state)
-        };
-        assert!(process.runs_until(is_done), "{what}: it ended");
+            if is_done(&state) {
+                break;
+            }
+            let Some(run) = state.run else {
+                continue;
+            };
+            let seconds = self.random.random_range(0.05..0.8) * self.run_takes;
+            let ended = process.ends_within(Duration::from_secs_f64(seconds));
+            assert!(!ended, "{what}: it ended");
+            let is_at_it = |now: &Run| now.number == run.number;
+            if home.load().unwrap().run.as_ref().is_some_and(is_at_it) {
+                self.process.take().unwrap().kill();
+                self.due -= 1;
+                self.kills.push((run.number, seconds));
+                eprintln!("{what}: killed after {seconds:.1} s at run {}", run.number);
+                self.start();
+            }
+        }
         eprintln!("{what}: {} runs", self.state().history.len());
     }
 
@@ -108,7 +136,10 @@ impl Trial {
         ] {
             for path in find(&root, &|name| name.ends_with(".safetensors")) {
                 let name = path.strip_prefix(&self.dir).unwrap().to_path_buf();
-                found.insert(name, std::fs::read(&path).unwrap());
+                // Beside a published adapter there may be what a killed process was writing aside.
+                if !name.display().to_string().contains(".tmp/") {
+                    found.insert(name, std::fs::read(&path).unwrap());
+                }
             }
         }
         found
@@ -119,51 +150,115 @@ fn runs(count: usize) -> impl Fn(&State) -> bool {
     move |state| state.history.len() == count
 }
 
-/// The same things happen to every folder; `kill` says at which seconds the process is killed after each of them.
-fn story(trial: &mut Trial, photographs: &Path, mut kill: impl FnMut(usize) -> Vec<f64>) {
+/// The same things happen to every folder; `kills` says how often the process is killed during each of them.
+fn story(trial: &mut Trial, photographs: &Path, kills: [usize; 8]) {
     let nano = Path::new(env!("CARGO_MANIFEST_DIR")).join("datasets/nano/subjects");
+    let photos = trial.photos();
     trial.start();
     trial.copy(&photographs.join("dog6"), "dog/dog6", 0..9);
-    let kills = kill(0);
-    trial.until("dog6 arrives", &kills, runs(1));
-    let bad = trial.photos().join("vase/bad");
+    trial.until("dog6 arrives", kills[0], runs(1));
+    let bad = photos.join("vase/bad");
     std::fs::create_dir_all(&bad).unwrap();
     for number in 0..4 {
         std::fs::write(bad.join(format!("{number}.jpg")), b"not a picture").unwrap();
     }
     trial.copy(&nano.join("dog1"), "dog/dog1", 0..4);
-    let kills = kill(1);
-    trial.until("dog1 and bad files arrive", &kills, |state| {
+    trial.until("dog1 and bad files arrive", kills[1], |state| {
         state.history.len() == 2 && state.set_aside.len() == 4
     });
     trial.copy(&photographs.join("backpack"), "backpack/backpack", 0..9);
     trial.copy(&nano.join("teapot1"), "teapot/teapot1", 0..9);
-    let kills = kill(2);
-    trial.until("backpack and teapot1 arrive", &kills, runs(4));
+    trial.until("backpack and teapot1 arrive", kills[2], runs(4));
     trial.copy(&nano.join("dog1"), "dog/dog1", 4..5);
-    let kills = kill(3);
-    trial.until("dog1 is extended", &kills, runs(5));
-    std::fs::rename(
-        trial.photos().join("dog/dog6"),
-        trial.photos().join("dog/hasso"),
-    )
-    .unwrap();
-    let kills = kill(4);
-    trial.until("dog6 is renamed", &kills, |state| {
+    trial.until("dog1 is extended", kills[3], runs(5));
+    std::fs::rename(photos.join("dog/dog6"), photos.join("dog/hasso")).unwrap();
+    trial.until("dog6 is renamed", kills[4], |state| {
         state.subjects[0].folder == "dog/hasso"
     });
-    std::fs::remove_dir_all(trial.photos().join("teapot/teapot1")).unwrap();
-    let kills = kill(5);
-    trial.until("teapot1 is retired", &kills, |state| {
+    std::fs::remove_dir_all(photos.join("teapot/teapot1")).unwrap();
+    trial.until("teapot1 is retired", kills[5], |state| {
         state.subject("teapot1").unwrap().retired
     });
     trial.copy(&photographs.join("cat"), "cat/cat", 0..9);
-    let kills = kill(6);
-    trial.until("cat arrives", &kills, runs(6));
+    trial.until("cat arrives", kills[6], runs(6));
     trial.copy(&nano.join("toy1"), "toy/toy1", 0..9);
-    let kills = kill(7);
-    trial.until("toy1 arrives", &kills, runs(7));
+    trial.until("toy1 arrives", kills[7], runs(7));
     trial.process.take().unwrap().kill();
+}
+
+/// What the story comes to, whatever its scores.
+fn assert_told(trial: &Trial) {
+    let state = trial.state();
+    let subjects: Vec<(&str, &str, &str, usize, bool)> = state
+        .subjects
+        .iter()
+        .map(|s| (&*s.id, &*s.folder, &*s.token, s.photos.len(), s.retired))
+        .collect();
+    let expected = [
+        ("dog6", "dog/hasso", "sks", 5, false),
+        ("dog1", "dog/dog1", "ohw", 5, false),
+        ("backpack", "backpack/backpack", "zwx", 6, false),
+        ("teapot1", "teapot/teapot1", "pll", 5, true),
+        ("cat", "cat/cat", "vok", 5, false),
+        ("toy1", "toy/toy1", "zub", 5, false),
+    ];
+    assert_eq!(subjects, expected);
+    let learnt: Vec<&str> = state.history.iter().map(|e| e.subject.as_str()).collect();
+    let expected = ["dog6", "dog1", "backpack", "teapot1", "dog1", "cat", "toy1"];
+    assert_eq!(learnt, expected);
+    assert!(state.history.iter().all(|ended| ended.refused.is_none()));
+    for (before, ended) in state.history.iter().zip(&state.history[1..]) {
+        assert_eq!(ended.init, before.adapter, "run {}", ended.number);
+    }
+    let bad: Vec<&str> = state.set_aside.iter().map(|b| b.path.as_str()).collect();
+    assert_eq!(
+        bad,
+        [0, 1, 2, 3].map(|number| format!("vase/bad/{number}.jpg"))
+    );
+    assert!(state.waiting["vase/bad"].contains("0 of at least 3"));
+    let published = state.published.unwrap();
+    let known: Vec<&str> = published.scores.keys().map(String::as_str).collect();
+    assert_eq!(known, ["backpack", "cat", "dog1", "dog6", "toy1"]);
+    let link = std::fs::canonicalize(trial.home().published()).unwrap();
+    assert_eq!((published.number, link), (7, trial.home().adapter(7)));
+}
+
+/// The README's table: what every subject scores after each run.
+fn print_scores(trial: &Trial) {
+    let state = trial.state();
+    let ids: Vec<&str> = state.subjects.iter().map(|s| s.id.as_str()).collect();
+    println!("| run | learns | seconds | {} |", ids.join(" | "));
+    println!("|---|---|---|{}", "---|".repeat(ids.len()));
+    for ended in &state.history {
+        let dino = |id: &&str| match ended.scores.get(*id) {
+            Some(scores) => format!("{:.3}", scores.dino),
+            None => String::new(),
+        };
+        let dino: Vec<String> = ids.iter().map(dino).collect();
+        let Ended {
+            number,
+            subject,
+            seconds,
+            ..
+        } = ended;
+        println!(
+            "| {number} | `{subject}` | {seconds:.0} | {} |",
+            dino.join(" | ")
+        );
+    }
+    let first: Vec<f64> = state
+        .history
+        .iter()
+        .map(|e| e.scores[ids[0]].dino)
+        .collect();
+    let last = first[first.len() - 1];
+    println!(
+        "DINO of {}: {:.3} when it was learnt, {last:.3} after {} further runs ({:+.3})",
+        ids[0],
+        first[0],
+        first.len() - 1,
+        last - first[0]
+    );
 }
 
 /// `PROXYTUNE_DREAMBOOTH=DIR cargo test --release --test watch_trial -- --ignored --nocapture`; DIR holds the photos of
@@ -175,59 +270,34 @@ async fn a_folder_that_lives_and_is_killed_five_times_ends_like_one_that_was_lef
     let temporary = tempfile::tempdir().unwrap();
     let place = std::env::var(KEEP).map_or(temporary.path().to_path_buf(), PathBuf::from);
     let mut calm = Trial::new(place.join("calm"));
-    story(&mut calm, &photographs, |_| Vec::new());
-    // In which of the things that happen it is killed; when, is drawn within the time that runs took.
-    let took: Vec<f64> = calm
-        .state()
-        .history
-        .iter()
-        .map(|ended| ended.seconds)
-        .collect();
-    let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(5);
+    let begun = Instant::now();
+    story(&mut calm, &photographs, [0; 8]);
+    println!("undisturbed: {:.0} s", begun.elapsed().as_secs_f64());
+    assert_told(&calm);
+    print_scores(&calm);
+    let took: f64 = calm.state().history.iter().map(|ended| ended.seconds).sum();
     let mut hit = Trial::new(place.join("hit"));
-    let mut kills = 0;
-    story(&mut hit, &photographs, |happening| {
-        let [run, times] = match happening {
-            0 => [0, 1],
-            2 => [2, 2],
-            3 => [4, 1],
-            6 => [5, 1],
-            _ => [0, 0],
-        };
-        kills += times;
-        (0..times)
-            .map(|_| 1.5 + random.random_range(0.05..0.8) * took[run])
-            .collect()
-    });
-    assert_eq!(kills, 5);
-
-    println!("DINO of every subject after each run:");
-    let state = calm.state();
-    for ended in &state.history {
-        let dino: Vec<String> = ended
-            .scores
-            .iter()
-            .map(|(subject, scores)| format!("{subject} {:.3}", scores.dino))
-            .collect();
+    hit.run_takes = took / calm.state().history.len() as f64;
+    let begun = Instant::now();
+    story(&mut hit, &photographs, [1, 0, 2, 1, 0, 0, 1, 0]);
+    println!("killed: {:.0} s", begun.elapsed().as_secs_f64());
+    for (run, seconds) in &hit.kills {
         println!(
-            "{} learns {:<9} {:>4.0} s  {}",
-            ended.number,
-            ended.subject,
-            ended.seconds,
-            dino.join("  ")
+            "killed {seconds:.1} s after the start of run {run}, or after it was taken up again"
         );
     }
+    assert_eq!(hit.kills.len(), 5);
+    assert_told(&hit);
+
     let essence = |trial: &Trial| {
         let mut state = trial.state();
         state.store = PathBuf::new();
-        state
-            .history
-            .iter_mut()
-            .for_each(|ended| ended.seconds = 0.0);
-        state
-            .published
-            .iter_mut()
-            .for_each(|published| published.run.clear());
+        for ended in &mut state.history {
+            ended.seconds = 0.0;
+        }
+        if let Some(published) = &mut state.published {
+            published.run.clear();
+        }
         state
     };
     assert_eq!(essence(&hit), essence(&calm));
@@ -239,6 +309,9 @@ async fn a_folder_that_lives_and_is_killed_five_times_ends_like_one_that_was_lef
     for (path, bytes) in &calm_adapters {
         assert!(*bytes == hit_adapters[path], "{} differs", path.display());
     }
+    let mut status = program();
+    status.args(["watch", "--status"]).arg(hit.photos());
+    println!("{}", say(status).out);
     let (hit, calm) = (
         tables(&hit.dir.join("store")).await,
         tables(&calm.dir.join("store")).await,

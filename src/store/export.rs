@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use arrow::array::AsArray;
+use arrow::array::{Array, AsArray};
 use arrow::datatypes::{Float32Type, Int64Type, UInt64Type};
 use futures::TryStreamExt;
 use futures::future::BoxFuture;
@@ -110,9 +110,9 @@ pub fn choose<'a>(
             .map(|limit| format!(" LIMIT {limit}"))
             .unwrap_or_default();
         let sql = format!(
-            "SELECT * FROM (SELECT scored.key, subject, class, token, number, prompt, seed, width, height, \
-         clip_i, clip_t, dino, run, supervisor, settings, created_us, {similarity} AS similarity \
-         FROM scored{join}) WHERE {condition} ORDER BY {order}\n{limit}"
+            "SELECT key, subject, class, token, number, prompt, seed, width, height, clip_i, clip_t, dino, similarity \
+             FROM (SELECT scored.*, {similarity} AS similarity FROM scored{join}) AS scored \
+             WHERE {condition} ORDER BY {order}\n{limit}"
         );
         let mut chosen = Vec::new();
         for batch in snapshot.sql(&sql).await?.all().await? {
@@ -123,7 +123,7 @@ pub fn choose<'a>(
             let seed = batch["seed"].as_primitive::<UInt64Type>();
             let score = |name: &str, i| {
                 let values = batch[name].as_primitive::<Float32Type>();
-                values.iter().nth(i).flatten()
+                values.is_valid(i).then(|| values.value(i))
             };
             for i in 0..batch.num_rows() {
                 chosen.push(Chosen {

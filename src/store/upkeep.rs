@@ -17,6 +17,7 @@ use lance::table::format::Fragment;
 
 use super::dataset::Change;
 use super::failure::failed;
+use super::query::is_of_an_index;
 use crate::{Error, Result};
 
 /// A fragment at least this large is read well enough as it is, and dear to rewrite.
@@ -146,10 +147,12 @@ pub(super) async fn erase(
     }
     // The filters stand in the version that they made: one more, so that it is an older one.
     let now = super::rows::now_us().to_string();
-    let noted = dataset
-        .update_config([("proxytune.erased_us", now.as_str())])
-        .await;
-    noted.map_err(failed)?;
+    let mut notes = vec![("proxytune.erased_us".to_string(), Some(now))];
+    if dataset.load_indices().await.map_err(failed)?.is_empty() {
+        let of_indexes = dataset.config().keys().filter(|key| is_of_an_index(key));
+        notes.extend(of_indexes.map(|key| (key.clone(), None)));
+    }
+    dataset.update_config(notes).await.map_err(failed)?;
     let options = CompactionOptions {
         target_rows_per_fragment: ROWS_PER_FRAGMENT,
         batch_size: Some(COMPACTION_BATCH_ROWS),

@@ -45,6 +45,9 @@ use futures::future::BoxFuture;
 
 /// Events come in swarms: so long after one, everything is looked at once.
 const SWARM: Duration = Duration::from_millis(100);
+/// Events may fail to come: a drive was away and is another one to the system now, or there are more folders than it
+/// watches. So often they are asked for anew, and everything is looked at anyway.
+const ANYWAY: Duration = Duration::from_secs(60);
 
 /// What to watch, and how.
 #[derive(Debug, Clone)]
@@ -157,13 +160,22 @@ impl Watching<'_> {
     /// Keeps what is remembered up to what lies in the folder.
     async fn follow(&self) -> Result<()> {
         let (events, mut swarm) = mpsc::channel(1);
-        let _watcher = match self.options.poll {
-            None => Some(self.listen(events)?),
+        let mut listener = match self.options.poll {
+            None => Some(self.listen(events.clone())?),
             Some(_) => None,
         };
         let mut scanner = Scanner::new(&self.home.watched, self.options.settle);
         let mut was_lost = false;
+        let mut is_stale = false;
         loop {
+            if is_stale && listener.is_some() {
+                // Before looking, so that nothing falls between.
+                match self.listen(events.clone()) {
+                    Ok(anew) => listener = Some(anew),
+                    Err(error) => tracing::debug!("{error}"),
+                }
+                is_stale = false;
+            }
             let expected: Vec<String> = {
                 let state = self.state();
                 let present = state.subjects.iter().filter(|subject| !subject.retired);
@@ -184,8 +196,14 @@ impl Watching<'_> {
                 )),
             });
             let settles_in = match scan {
-                Ok(scan) => {
+                Ok(_) if was_lost => {
                     was_lost = false;
+                    tracing::info!("{} is back", self.home.watched.display());
+                    // What is listened to is the folder that went away.
+                    is_stale = true;
+                    Some(Duration::ZERO)
+                }
+                Ok(scan) => {
                     let settles_in = scan.settles_in;
                     self.take_in(scan)?;
                     settles_in
@@ -206,11 +224,11 @@ impl Watching<'_> {
             if over {
                 return Ok(());
             }
-            let poll = self.options.poll.unwrap_or(Duration::MAX);
+            let poll = self.options.poll.unwrap_or(ANYWAY);
             let pause = settles_in.map_or(poll, |settles_in| settles_in.min(poll));
             tokio::select! {
                 Some(()) = swarm.recv() => tokio::time::sleep(SWARM).await,
-                () = tokio::time::sleep(pause) => {}
+                () = tokio::time::sleep(pause) => is_stale |= pause == ANYWAY,
                 () = self.stop.wait() => return Ok(()),
             }
         }

@@ -22,7 +22,7 @@ pub fn reconcile(state: &mut State, scan: &Scan) {
     let owners = owners(&state.subjects, scan);
     for (path, folder) in &scan.folders {
         match owners.get(path.as_str()) {
-            Some(&index) => update(&mut state.subjects[index], path, folder, &mut state.waiting),
+            Some(&index) => update(state, index, path, folder),
             None => arrive(state, path, folder),
         }
     }
@@ -86,20 +86,29 @@ fn shared(subject: &Subject, folder: &Folder) -> usize {
         .count()
 }
 
-fn update(
-    subject: &mut Subject,
-    path: &str,
-    folder: &Folder,
-    waiting: &mut BTreeMap<String, String>,
-) {
+fn update(state: &mut State, index: usize, path: &str, folder: &Folder) {
+    let subject = &mut state.subjects[index];
     subject.folder = path.to_string();
-    subject.class = class_of(path);
     subject.retired = false;
-    if folder.photos.len() >= LEAST_PHOTOS {
-        subject.photos = folder.photos.keys().cloned().collect();
-    } else {
-        let why = format!("{}; it stays as it was learnt", too_few(folder));
-        waiting.insert(path.to_string(), why);
+    let published = state.published.as_ref();
+    if published.is_some_and(|published| !published.scores.contains_key(&subject.id)) {
+        // The student went on while it was away, and may have forgotten it.
+        subject.learnt = None;
+    }
+    let class = class_of(path);
+    let fault = match folder.photos.len() >= LEAST_PHOTOS {
+        true => class_fault(&class, &subject.token),
+        false => Some(too_few(folder)),
+    };
+    match fault {
+        Some(why) => {
+            let why = format!("{why}; it stays as it was learnt");
+            state.waiting.insert(path.to_string(), why);
+        }
+        None => {
+            subject.class = class;
+            subject.photos = folder.photos.keys().cloned().collect();
+        }
     }
 }
 
@@ -109,9 +118,12 @@ fn arrive(state: &mut State, path: &str, folder: &Folder) {
         return;
     }
     let class = class_of(path);
+    if let Some(why) = class_fault(&class, "") {
+        state.waiting.insert(path.to_string(), why);
+        return;
+    }
     let is_free = |token: &&&str| {
-        !state.tokens.iter().any(|taken| taken == **token)
-            && !class.split_whitespace().any(|word| word == **token)
+        !state.tokens.iter().any(|taken| taken == **token) && class_fault(&class, token).is_none()
     };
     let Some(token) = RARE_TOKENS.iter().find(is_free) else {
         let why = format!(
@@ -150,6 +162,15 @@ fn class_of(path: &str) -> String {
         .split_whitespace()
         .collect::<Vec<_>>()
         .join(" ")
+}
+
+/// Why a subject with this token cannot be one of this class: no prompt could say it.
+fn class_fault(class: &str, token: &str) -> Option<String> {
+    if class.is_empty() {
+        return Some("the name of its class's folder has no letters".into());
+    }
+    let is_token = class.split_whitespace().any(|word| word == token);
+    is_token.then(|| format!("its class's folder is called like its token, {token}"))
 }
 
 /// The folder's name in letters that every table and file system takes, with a number if it is taken.
@@ -299,6 +320,57 @@ mod tests {
             expected,
             "what was learnt of it still holds"
         );
+    }
+
+    #[test]
+    fn who_comes_back_after_something_was_published_without_it_is_learnt_again() {
+        let mut state = State::default();
+        seen(&mut state, &[("dog/rex", &REX), ("cat/mia", &MIA)]);
+        learn(&mut state);
+        let scores = crate::evaluation::metrics::Scores {
+            clip_i: 0.5,
+            clip_t: 0.5,
+            dino: 0.5,
+        };
+        let mut published = crate::watch::state::Published {
+            number: 2,
+            run: String::new(),
+            adapter: String::new(),
+            scores: [("rex".to_string(), scores), ("mia".into(), scores)].into(),
+        };
+        state.published = Some(published.clone());
+        let rex = |state: &State| {
+            (
+                state.subjects[1].retired,
+                state.subjects[1].pending.is_some(),
+            )
+        };
+        seen(&mut state, &[("cat/mia", &MIA)]);
+        seen(&mut state, &[("dog/rex", &REX), ("cat/mia", &MIA)]);
+        assert_eq!(rex(&state), (false, false), "it was away between two runs");
+        seen(&mut state, &[("cat/mia", &MIA)]);
+        published.scores.remove("rex");
+        state.published = Some(published);
+        seen(&mut state, &[("cat/mia", &MIA)]);
+        assert_eq!(rex(&state), (true, false));
+        seen(&mut state, &[("dog/rex", &REX), ("cat/mia", &MIA)]);
+        assert_eq!(rex(&state), (false, true));
+        assert_eq!(state.subjects[1].token, "ohw");
+    }
+
+    #[test]
+    fn a_class_that_no_prompt_could_say_waits_with_the_reason() {
+        let mut state = State::default();
+        seen(&mut state, &[("__/rex", &REX), ("cat/mia", &MIA)]);
+        assert_eq!(summary(&state), [("mia", "cat/mia", "sks", true, false)]);
+        assert!(state.waiting["__/rex"].contains("has no letters"));
+        learn(&mut state);
+        for folder in ["{}/mia", "big sks/mia"] {
+            seen(&mut state, &[(folder, &MIA)]);
+            assert_eq!(summary(&state), [("mia", folder, "sks", false, false)]);
+            assert_eq!(state.subjects[0].class, "cat");
+            assert!(state.waiting[folder].contains("stays as it was learnt"));
+        }
     }
 
     #[test]

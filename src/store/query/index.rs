@@ -168,6 +168,13 @@ fn probes_key(space: Space) -> String {
     format!("proxytune.{}.probes", space.column())
 }
 
+/// Whether `key` of a table's configuration speaks of an index: without it, it says nothing.
+pub(in crate::store) fn is_of_an_index(key: &str) -> bool {
+    [Space::Clip, Space::Dino]
+        .map(probes_key)
+        .contains(&key.to_string())
+}
+
 /// How many groups a search through the index of `space` compares; none without an index.
 pub(super) fn probes(dataset: &Dataset, space: Space) -> Option<usize> {
     dataset.config().get(&probes_key(space))?.parse().ok()

@@ -21,6 +21,7 @@ use futures::TryStreamExt;
 use futures::future::BoxFuture;
 use lance::Dataset;
 use lance::session::Session;
+use tokio::sync::OnceCell;
 
 mod describe;
 mod failure;
@@ -32,6 +33,7 @@ mod tables;
 mod views;
 
 pub use describe::{ColumnInfo, TableInfo, tables_text};
+pub(super) use index::is_of_an_index;
 pub use index::{IndexReport, Recall};
 pub use nearest::{Neighbour, Search, Space};
 pub use present::{Format, write};
@@ -53,6 +55,8 @@ pub struct Snapshot {
     open: Mutex<BTreeMap<String, Arc<Dataset>>>,
     /// The evaluators that were asked for, as the name of their table ends.
     evaluators: Option<String>,
+    /// The table of the evaluators that are asked, once it was looked for.
+    evaluations: OnceCell<Option<String>>,
     /// Says that this process uses the store; none where it cannot be locked.
     in_use: Option<File>,
 }
@@ -114,6 +118,7 @@ impl Snapshot {
             names,
             open: Mutex::default(),
             evaluators: None,
+            evaluations: OnceCell::new(),
             in_use,
         };
         if let Some(asked) = evaluators {
@@ -219,7 +224,7 @@ impl Snapshot {
             }
             None if name == views::SETTINGS => tables::settings(self).await?,
             None if self.names.iter().any(|known| known == name) || Kind::is_fixed(name) => {
-                tables::provider(self, name).await?
+                tables::provider(self, name, false).await?
             }
             None => return Err(unknown_table(self, name)),
         };
@@ -227,6 +232,23 @@ impl Snapshot {
             .register_table(name, provider)
             .map_err(explain)?;
         Ok(())
+    }
+
+    /// Makes the table `name` known to SQL with Lance's ids of its rows, and returns what it is called there.
+    async fn with_row_ids(&self, name: &str) -> Result<String> {
+        let explain = |e| explained(e, Some(self));
+        let with_ids = format!("rows_of_{name}");
+        if !self
+            .context
+            .table_exist(with_ids.as_str())
+            .map_err(explain)?
+        {
+            let provider = tables::provider(self, name, true).await?;
+            self.context
+                .register_table(with_ids.as_str(), provider)
+                .map_err(explain)?;
+        }
+        Ok(with_ids)
     }
 
     /// The dataset called `name`, opened; none when it has no committed row.
@@ -263,23 +285,28 @@ impl Snapshot {
     /// Errors: files that cannot be read.
     pub fn evaluations<'a>(&'a self) -> BoxFuture<'a, Result<Option<String>>> {
         Box::pin(async move {
-            let known: Vec<&str> = self.all_evaluators().collect();
-            let digits = match (&self.evaluators, known.as_slice()) {
-                (Some(asked), _) => asked.clone(),
-                (None, []) => return Ok(None),
-                (None, [only]) => only.to_string(),
-                (None, [first, ..]) => {
-                    let latest =
-                        "SELECT json_text(versions, 'evaluators') FROM runs ORDER BY event_us DESC";
-                    let by_run = self.texts(latest).await?;
-                    let mut used = by_run.iter().filter_map(|digest| {
-                        known.iter().find(|digits| digest.starts_with(**digits))
-                    });
-                    used.next().unwrap_or(first).to_string()
-                }
-            };
-            Ok(Some(format!("evaluations_{digits}")))
+            let looking = self.evaluations.get_or_try_init(|| self.find_evaluations());
+            looking.await.cloned()
         })
+    }
+
+    async fn find_evaluations(&self) -> Result<Option<String>> {
+        let known: Vec<&str> = self.all_evaluators().collect();
+        let digits = match (&self.evaluators, known.as_slice()) {
+            (Some(asked), _) => asked.clone(),
+            (None, []) => return Ok(None),
+            (None, [only]) => only.to_string(),
+            (None, [first, ..]) => {
+                let latest =
+                    "SELECT json_text(versions, 'evaluators') FROM runs ORDER BY event_us DESC";
+                let by_run = self.texts(latest).await?;
+                let mut used = by_run
+                    .iter()
+                    .filter_map(|digest| known.iter().find(|digits| digest.starts_with(**digits)));
+                used.next().unwrap_or(first).to_string()
+            }
+        };
+        Ok(Some(format!("evaluations_{digits}")))
     }
 
     /// Names or directories of the CLIP and DINO that the runs with these evaluators were given.

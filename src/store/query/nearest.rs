@@ -2,17 +2,19 @@
 
 use std::collections::{BTreeMap, HashSet};
 
-use arrow::array::{Array, AsArray, Float32Array};
+use arrow::array::{Array, AsArray, Float32Array, StringArray, UInt64Array};
 use arrow::datatypes::{Float32Type, UInt64Type};
 use futures::TryStreamExt;
 use futures::future::BoxFuture;
 use lance::Dataset;
 use lance::dataset::ProjectionRequest;
+use lance::dataset::scanner::{RowAddrMask, RowAddrTreeMap};
 
 use super::Snapshot;
 use super::index::{MEASURED_NEIGHBOURS, probes};
-use super::views::nothing_there;
-use crate::store::columns::{column, text};
+use super::tables::{BATCH_BYTES, ROW_ID};
+use super::views::{nothing_there, scored_rows};
+use crate::store::columns::column;
 use crate::store::failure::failed;
 use crate::store::quoted;
 use crate::{Error, Result};
@@ -90,7 +92,7 @@ impl Snapshot {
             }
             match filter {
                 Some(filter) => {
-                    self.nearest_among(&table, space, vector, limit, filter)
+                    self.nearest_among(&table, &dataset, space, vector, limit, filter)
                         .await
                 }
                 None => {
@@ -118,47 +120,50 @@ impl Snapshot {
         })
     }
 
-    /// Compares `vector` with every proxy that satisfies `filter`.
+    /// Compares `vector` with every proxy that satisfies `filter`. Which do is asked of narrow columns alone; then the
+    /// embeddings of these rows are read, and of no others.
     async fn nearest_among(
         &self,
         table: &str,
+        dataset: &Dataset,
         space: Space,
         vector: &[f32],
         limit: usize,
         filter: &str,
     ) -> Result<Vec<Neighbour>> {
-        let column_name = space.column();
+        let with_ids = self.with_row_ids(table).await?;
         // On lines of their own: a comment in the filter must not swallow the bracket.
         let sql = format!(
-            "SELECT key, {column_name} FROM {table} WHERE kind = 'proxy' AND {column_name} IS NOT NULL \
-             AND key IN (SELECT key FROM scored WHERE (\n{filter}\n))"
+            "SELECT key, {ROW_ID} FROM ({}) AS scored WHERE (\n{filter}\n)",
+            scored_rows(&with_ids)
         );
-        let mut answer = self.sql(&sql).await?;
-        let mut found: Vec<Neighbour> = Vec::new();
-        let length = norm(vector);
-        while let Some(batch) = answer.next().await? {
-            let key = text(&batch, "key")?;
-            let vectors = column::<arrow::array::FixedSizeListArray>(&batch, column_name)?;
-            let width = vectors.value_length() as usize;
-            let values = vectors.values().as_primitive::<Float32Type>().values();
-            for i in 0..batch.num_rows() {
-                let start = vectors.value_offset(i) as usize;
-                let other = &values[start..start + width];
-                let similarity = dot(vector, other) / (length * norm(other)).max(f32::MIN_POSITIVE);
-                found.push(Neighbour {
-                    key: key(i),
-                    similarity,
-                });
-            }
-            // Few are kept between batches, however many match.
-            found.sort_by(|a, b| {
-                b.similarity
-                    .total_cmp(&a.similarity)
-                    .then_with(|| a.key.cmp(&b.key))
-            });
-            found.truncate(limit);
+        let matching = self.sql(&sql).await?.all().await?;
+        let mut keys: Vec<(u64, &str)> = Vec::new();
+        for batch in &matching {
+            let names: &StringArray = column(batch, "key")?;
+            let ids: &UInt64Array = column(batch, ROW_ID)?;
+            keys.extend(ids.values().iter().copied().zip(names.iter().flatten()));
         }
-        Ok(found)
+        if keys.is_empty() {
+            return Ok(Vec::new());
+        }
+        keys.sort_unstable();
+        let rows: RowAddrTreeMap = keys.iter().map(|(id, _)| *id).collect();
+        let similar = similarities(dataset, space, vector, rows).await;
+        let similar = similar.map_err(|e| failed("search", &self.path.join(table), e))?;
+        let mut found: Vec<(f32, &str)> = similar
+            .into_iter()
+            .filter_map(|(id, similarity)| {
+                let place = keys.binary_search_by_key(&id, |(id, _)| *id).ok()?;
+                Some((similarity, keys[place].1))
+            })
+            .collect();
+        found.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then_with(|| a.1.cmp(b.1)));
+        let near = |(similarity, key): (f32, &str)| Neighbour {
+            key: key.to_string(),
+            similarity,
+        };
+        Ok(found.into_iter().take(limit).map(near).collect())
     }
 
     /// The embedding of the one proxy, sample or reference whose key begins with `key`; none when there is no such key.
@@ -205,7 +210,7 @@ async fn starting_with(
     let mut batches = Box::pin(scan.try_into_stream()).await?;
     while let Some(batch) = batches.try_next().await? {
         let keys = batch["key"].as_string::<i32>();
-        let ids = batch["_rowid"].as_primitive::<UInt64Type>();
+        let ids = batch[ROW_ID].as_primitive::<UInt64Type>();
         for (key, id) in keys.iter().flatten().zip(ids.values()) {
             let first = rows.entry(key.to_string()).or_insert(*id);
             *first = (*first).min(*id);
@@ -274,8 +279,50 @@ pub(super) async fn search_one(
     Ok(found)
 }
 
+/// The cosines of `vector` with the embeddings of `rows`, by row id; rows without an embedding are left out.
+async fn similarities(
+    dataset: &Dataset,
+    space: Space,
+    vector: &[f32],
+    rows: RowAddrTreeMap,
+) -> lance::Result<Vec<(u64, f32)>> {
+    let mut found = Vec::new();
+    let length = norm(vector);
+    let mut scan = dataset.scan();
+    scan.with_row_id_prefilter(RowAddrMask::from_allowed(rows));
+    scan.project(&[space.column()])?;
+    scan.with_row_id().scan_in_order(false);
+    scan.batch_size_bytes(BATCH_BYTES);
+    let mut batches = Box::pin(scan.try_into_stream()).await?;
+    while let Some(batch) = batches.try_next().await? {
+        let ids = batch[ROW_ID].as_primitive::<UInt64Type>();
+        let vectors = batch[space.column()].as_fixed_size_list();
+        let width = vectors.value_length() as usize;
+        let values = vectors.values().as_primitive::<Float32Type>().values();
+        for (i, id) in ids.values().iter().enumerate() {
+            if vectors.is_valid(i) {
+                let start = vectors.value_offset(i) as usize;
+                let other = &values[start..start + width];
+                let lengths = (length * norm(other)).max(f32::MIN_POSITIVE);
+                found.push((*id, dot(vector, other) / lengths));
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// The sum of the products, in several sums side by side: one alone could only be added to in order, number by number.
 fn dot(a: &[f32], b: &[f32]) -> f32 {
-    a.iter().zip(b).map(|(a, b)| a * b).sum()
+    const LANES: usize = 16;
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    let mut sums = [0.0; LANES];
+    for (a, b) in a.iter().zip(b) {
+        for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
+            *sum += a * b;
+        }
+    }
+    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
+    sums.iter().sum::<f32>() + rest
 }
 
 fn norm(a: &[f32]) -> f32 {

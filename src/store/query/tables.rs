@@ -28,8 +28,8 @@ use crate::store::rows::{EvaluationRow, MetricRow, ProxyRow, Row, RunRow, Subjec
 use crate::{Error, Result};
 
 /// Bytes of a table that are in memory at once, about.
-const BATCH_BYTES: u64 = 8 << 20;
-const ROW_ID: &str = "_rowid";
+pub(super) const BATCH_BYTES: u64 = 8 << 20;
+pub(super) const ROW_ID: &str = "_rowid";
 
 /// What the rows of a table are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -129,10 +129,15 @@ pub(super) async fn open(path: &Path, session: &Arc<Session>) -> Result<Option<D
     }
 }
 
-/// The table `name` of `snapshot`. An older layout is read with nulls in the columns that it lacks; nothing is written.
+/// The table `name` of `snapshot`, with Lance's ids of its rows if `row_ids`. An older layout is read with nulls in the
+/// columns that it lacks; nothing is written.
 ///
 /// Errors: a newer layout, or a foreign one under a name of ours; files that cannot be read.
-pub(super) async fn provider(snapshot: &Snapshot, name: &str) -> Result<Arc<dyn TableProvider>> {
+pub(super) async fn provider(
+    snapshot: &Snapshot,
+    name: &str,
+    row_ids: bool,
+) -> Result<Arc<dyn TableProvider>> {
     let (kind, path) = (Kind::of(name), snapshot.path.join(format!("{name}.lance")));
     let explain = |e| explained(e, Some(snapshot));
     let Some(dataset) = snapshot.dataset(name).await? else {
@@ -166,11 +171,11 @@ pub(super) async fn provider(snapshot: &Snapshot, name: &str) -> Result<Arc<dyn 
     };
     let counted = |field: &&FieldRef| kind != Kind::Foreign && is_count(field);
     if hidden.is_empty() && lacking.is_empty() && !found.fields().iter().any(|f| counted(&f)) {
-        return Ok(Arc::new(table(false)));
+        return Ok(Arc::new(table(row_ids)));
     }
     let mut frame = snapshot
         .context
-        .read_table(Arc::new(table(!hidden.is_empty())))
+        .read_table(Arc::new(table(row_ids || !hidden.is_empty())))
         .map_err(explain)?;
     if !hidden.is_empty() {
         let ids: Vec<Expr> = hidden.into_iter().map(lit).collect();
@@ -186,6 +191,7 @@ pub(super) async fn provider(snapshot: &Snapshot, name: &str) -> Result<Arc<dyn 
             false => ident(field.name()),
         })
         .chain(lacking.iter().map(|field| null(field)))
+        .chain(row_ids.then(|| ident(ROW_ID)))
         .collect();
     Ok(frame.select(shown).map_err(explain)?.into_view())
 }

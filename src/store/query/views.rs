@@ -1,6 +1,7 @@
 //! Views: what the tables say, put together as people ask for it.
 
 use super::Snapshot;
+use super::tables::ROW_ID;
 use crate::{Error, Result};
 
 /// A name that SQL may use beside the tables'.
@@ -96,6 +97,15 @@ pub(super) async fn sql(snapshot: &Snapshot, name: &str) -> Result<Option<String
             .to_string(),
         _ => return Ok(None),
     }))
+}
+
+/// The view `scored` over `rows`, a table of evaluations with row ids, without the proxies that have none, and with
+/// these ids.
+pub(super) fn scored_rows(rows: &str) -> String {
+    format!(
+        "SELECT proxies.*, e.clip_i, e.clip_t, e.dino, e.{ROW_ID} FROM proxies JOIN {rows} e ON proxies.key = e.key \
+         WHERE e.kind = 'proxy'"
+    )
 }
 
 /// The table that the view `name` is another name of; none where there is no such table, or the view is more.
