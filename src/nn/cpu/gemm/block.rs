@@ -17,7 +17,7 @@ const NARROW: usize = 9;
 /// A cache line: vectors that lie across two are slower.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
-struct Line([f32; 16]);
+struct Line(#[expect(dead_code, reason = "read and written through pointers")] [f32; 16]);
 
 /// Memory for one thread's copies of panels of both matrices.
 #[derive(Default)]
