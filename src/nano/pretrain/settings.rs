@@ -344,7 +344,7 @@ mod tests {
         let starts = [
             "clip.training.batch_size = 0",
             "clip.vision.width = 128",
-            "vq.channels = 32",
+            "vq.channels = 16",
             "gpt.condition_dropout = 1.5",
         ];
         assert_eq!(faults.len(), starts.len(), "{faults:#?}");
