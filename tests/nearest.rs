@@ -63,7 +63,7 @@ async fn the_nearest_are_the_nearest_with_and_without_an_index() {
         }),
         ("scored.class = 'dog' AND scored.number >= 0", &|_| true),
         (
-            "key IN (SELECT key FROM scored WHERE clip_i > 0.98)",
+            "key IN (SELECT key FROM scored WHERE clip_i > 0.985)",
             &|n| n % 100 == 99,
         ),
         ("subject = 'nobody'", &|_| false),

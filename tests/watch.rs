@@ -567,7 +567,11 @@ fn arrivals_are_learnt_while_it_runs_by_events_and_by_polling() {
 #[test]
 fn a_folder_that_was_away_is_listened_to_again() {
     let place = Place::new();
+    std::fs::create_dir_all(place.photos().join("vase/worse")).unwrap();
+    std::fs::write(place.photos().join("vase/worse/a.jpg"), b"worse").unwrap();
     let mut run = start(&place, &[]);
+    // By then it listens.
+    until(&mut run, &place, |state| state.set_aside.len() == 1);
     let (away, again) = (
         place.dir.path().join("away"),
         place.dir.path().join("again"),
@@ -582,7 +586,7 @@ fn a_folder_that_was_away_is_listened_to_again() {
     std::fs::create_dir_all(again.join("vase/bad")).unwrap();
     std::fs::write(again.join("vase/bad/a.jpg"), b"bad").unwrap();
     std::fs::rename(&again, place.photos()).unwrap();
-    until(&mut run, &place, |state| state.set_aside.len() == 1);
+    until(&mut run, &place, |state| state.set_aside.len() == 2);
     place.arrive("cat/mia", "cat1", 3);
     until(&mut run, &place, |state| state.subjects.len() == 1);
 }

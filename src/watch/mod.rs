@@ -196,17 +196,26 @@ impl Watching<'_> {
                 )),
             });
             let settles_in = match scan {
-                Ok(_) if was_lost => {
+                Ok(_) if was_lost => Ok(None),
+                Ok(scan) => {
+                    let settles_in = scan.settles_in;
+                    match self.take_in(scan) {
+                        Ok(()) => Ok(Some(settles_in)),
+                        // It went away while what was seen was written down.
+                        Err(error) if !self.home.exists() => Err(error),
+                        Err(error) => return Err(error),
+                    }
+                }
+                Err(error) => Err(error),
+            };
+            let settles_in = match settles_in {
+                Ok(Some(settles_in)) => settles_in,
+                Ok(None) => {
                     was_lost = false;
                     tracing::info!("{} is back", self.home.watched.display());
                     // What is listened to is the folder that went away.
                     is_stale = true;
                     Some(Duration::ZERO)
-                }
-                Ok(scan) => {
-                    let settles_in = scan.settles_in;
-                    self.take_in(scan)?;
-                    settles_in
                 }
                 Err(error) => {
                     if !was_lost {

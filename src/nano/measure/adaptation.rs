@@ -80,15 +80,18 @@ fn compared(model: &str, words: &str, aimed: bool, pairs: &[(Means, Means)]) -> 
     }
     for (score, name) in SCORES.into_iter().enumerate() {
         let relative = name == "CLIP-T";
+        // Beside the untouched model's mean: a single run's may be close to nothing.
+        let untouched: Vec<f64> = pairs
+            .iter()
+            .map(|(_, untouched)| untouched[score])
+            .collect();
+        let whole = match relative {
+            true => mean(&untouched),
+            false => 1.0,
+        };
         let changes: Vec<f64> = pairs
             .iter()
-            .map(|(adapted, untouched)| {
-                let change = adapted[score] - untouched[score];
-                match relative {
-                    true => change / untouched[score],
-                    false => change,
-                }
-            })
+            .map(|(adapted, untouched)| (adapted[score] - untouched[score]) / whole)
             .collect();
         let (mean, error) = (mean(&changes), standard_error(&changes).unwrap_or_default());
         let (unit, measure, aim) = match relative {
