@@ -219,9 +219,9 @@ def student():
 
 
 class Residual(nn.Module):
-    def __init__(self, before, after):
+    def __init__(self, before, after, groups):
         super().__init__()
-        self.norm1, self.norm2 = nn.GroupNorm(32, before), nn.GroupNorm(32, after)
+        self.norm1, self.norm2 = nn.GroupNorm(groups, before), nn.GroupNorm(groups, after)
         self.conv1 = nn.Conv2d(before, after, 3, padding=1)
         self.conv2 = nn.Conv2d(after, after, 3, padding=1)
         self.short = nn.Conv2d(before, after, 1) if before != after else nn.Identity()
@@ -232,9 +232,9 @@ class Residual(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, d):
+    def __init__(self, d, groups):
         super().__init__()
-        self.norm, self.qkv, self.out = nn.GroupNorm(32, d), nn.Conv2d(d, 3 * d, 1), nn.Conv2d(d, d, 1)
+        self.norm, self.qkv, self.out = nn.GroupNorm(groups, d), nn.Conv2d(d, 3 * d, 1), nn.Conv2d(d, d, 1)
 
     def forward(self, x):
         q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, -1)
@@ -247,18 +247,19 @@ class Decoder(nn.Module):
 
     def __init__(self, c):
         super().__init__()
+        groups = c.get("norm_num_groups", 32)
         widths = [c["ch"] * factor for factor in reversed(c["decoder_ch_mult"])]
         self.codes = nn.Embedding(c["codebook_size"], c["codebook_embed_dim"])
         d = widths[0]
         layers = [nn.Conv2d(c["codebook_embed_dim"], c["z_channels"], 1), nn.Conv2d(c["z_channels"], d, 3, padding=1)]
-        layers += [Residual(d, d), Attention(d), Residual(d, d)]
+        layers += [Residual(d, d, groups), Attention(d, groups), Residual(d, d, groups)]
         for i, width in enumerate(widths):
             for _ in range(3):
-                layers += [Residual(d, width)] + ([Attention(width)] if i == 0 else [])
+                layers += [Residual(d, width, groups)] + ([Attention(width, groups)] if i == 0 else [])
                 d = width
             if i + 1 < len(widths):
                 layers += [nn.Upsample(scale_factor=2), nn.Conv2d(d, d, 3, padding=1)]
-        layers += [nn.GroupNorm(32, d), nn.SiLU(), nn.Conv2d(d, 3, 3, padding=1)]
+        layers += [nn.GroupNorm(groups, d), nn.SiLU(), nn.Conv2d(d, 3, 3, padding=1)]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, tokens):
