@@ -41,14 +41,41 @@ pub(super) struct Prepared {
 pub fn device(device: Device) -> Result<candle_core::Device> {
     match device {
         Device::Cpu => Ok(candle_core::Device::Cpu),
-        Device::Cuda(ordinal) if cfg!(feature = "cuda") => {
-            Ok(candle_core::Device::new_cuda(ordinal)?)
-        }
+        #[cfg(feature = "cuda")]
+        Device::Cuda(ordinal) => card(ordinal),
+        #[cfg(not(feature = "cuda"))]
         Device::Cuda(_) => Err(Error::invalid(
             "this program was built without CUDA",
             "set device = \"cpu\", or build with: cargo build --release --features cuda",
         )),
     }
+}
+
+/// The card `ordinal`, set up for many small operations: on an H100 these are what training the nano models waits for.
+#[cfg(feature = "cuda")]
+fn card(ordinal: usize) -> Result<candle_core::Device> {
+    use candle_core::cuda_backend::cudarc::driver::{result, sys};
+
+    // One stream for all threads. Without it each thread would have its own, and every tensor two events by which these
+    // wait for one another: making them takes longer than the work.
+    let device = candle_core::Device::new_cuda_with_stream(ordinal)?;
+    // SAFETY: nothing uses a tensor of this device on another stream.
+    unsafe { device.as_cuda_device()?.disable_event_tracking() };
+    let failed = |e: result::DriverError| candle_core::Error::wrap(e);
+    // Freed memory stays with the process instead of going back to the driver whenever it is waited for.
+    let mut kept = u64::MAX;
+    // SAFETY: the card exists, its default pool lives as long as it does, and the attribute is read as a u64.
+    unsafe {
+        let card = result::device::get(ordinal as i32).map_err(failed)?;
+        let pool = result::device::get_default_mem_pool(card).map_err(failed)?;
+        result::mem_pool::set_attribute(
+            pool,
+            sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD,
+            std::ptr::from_mut(&mut kept).cast(),
+        )
+        .map_err(failed)?;
+    }
+    Ok(device)
 }
 
 /// Uses `threads` threads for computing, in the whole process. Only the first call counts.

@@ -125,13 +125,7 @@ impl AdamW {
     /// # Errors
     /// When a tensor has no gradient.
     pub fn squares(&self, gradients: &GradStore) -> Result<f64> {
-        // Partial sums of pieces, added in their order: the same on any number of threads.
-        let squares = self
-            .gradients(gradients)?
-            .par_iter()
-            .map(sum_of_squares)
-            .collect::<Result<Vec<f64>>>()?;
-        Ok(squares.iter().sum())
+        sums_of_squares(&self.gradients(gradients)?)
     }
 
     /// One step on the gradients times `clip`: for a norm that is taken over more than these tensors.
@@ -360,15 +354,29 @@ fn with_slice<T>(tensor: &Tensor, body: impl FnOnce(&[f32]) -> T) -> Result<T> {
     }
 }
 
-fn sum_of_squares(tensor: &Tensor) -> Result<f64> {
-    if tensor.device().is_cpu() {
-        with_slice(tensor, |values| {
-            let pieces: Vec<f64> = values.par_chunks(PIECE).map(squares).collect();
-            pieces.iter().sum()
+/// The sum of the squares of all of `tensors`, f32 on one device.
+pub(crate) fn sums_of_squares(tensors: &[Tensor]) -> Result<f64> {
+    let (here, there): (Vec<&Tensor>, Vec<&Tensor>) =
+        tensors.iter().partition(|tensor| tensor.device().is_cpu());
+    // Partial sums of pieces, added in their order: the same on any number of threads.
+    let mut sums = here
+        .par_iter()
+        .map(|tensor| {
+            let values = tensor.contiguous()?;
+            with_slice(&values, |values| {
+                let pieces: Vec<f64> = values.par_chunks(PIECE).map(squares).collect();
+                pieces.iter().sum()
+            })
         })
-    } else {
-        Ok(f64::from(tensor.sqr()?.sum_all()?.to_scalar::<f32>()?))
+        .collect::<Result<Vec<f64>>>()?;
+    if !there.is_empty() {
+        // A card is waited for once, not for each tensor.
+        let scalars = there.iter().map(|tensor| tensor.sqr()?.sum_all());
+        let scalars = scalars.collect::<candle_core::Result<Vec<_>>>()?;
+        let scalars = Tensor::stack(&scalars, 0)?.to_vec1::<f32>()?;
+        sums.extend(scalars.into_iter().map(f64::from));
     }
+    Ok(sums.iter().sum())
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]

@@ -5,17 +5,17 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{DType, Tensor, Var};
 use clap::{Args, ValueEnum};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::torch::{Torch, median, threads};
 use crate::cli::memory::{gibibytes, peak_memory};
-use crate::config::{Dtype, Family, training_defaults};
+use crate::config::{Device, Dtype, Family, training_defaults};
 use crate::models::llamagen::gpt::{Config, Gpt};
 use crate::nn::{Adapter, Init, LoraConfig, Weights, backward, ops, recomputing};
-use crate::pipeline::use_threads;
+use crate::pipeline::{device, use_threads};
 use crate::training::optimizer::{AdamW, AdamWConfig};
 use crate::{Error, Result};
 
@@ -44,6 +44,9 @@ pub struct StepArgs {
     /// Steps that are timed, after one that is not
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = super::super::at_least_one)]
     pub steps: usize,
+    /// cpu, cuda or cuda:N, on both sides
+    #[arg(long, default_value = "cpu")]
+    pub device: Device,
     /// Threads, on both sides; 0 is all cores
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub threads: usize,
@@ -126,28 +129,26 @@ pub(super) fn run(args: &StepArgs) -> Result<()> {
         }
     }
     println!(
-        "{} threads, medians of {} steps, batch of {}, {} px",
-        threads, args.steps, args.batch_size, args.size
+        "{}, {} threads, medians of {} steps, batch of {}, {} px",
+        args.device, threads, args.steps, args.batch_size, args.size
     );
+    // What a process holds says nothing about a card's memory.
+    let here = args.device == Device::Cpu;
+    let memory = |bytes: u64| match here {
+        true => format!("{:>6.2} GiB", gibibytes(bytes)),
+        false => String::new(),
+    };
     let peak = peak_memory();
-    println!(
-        "ours   {:>8.2} s  {:>6.2} GiB",
-        median(&ours),
-        gibibytes(peak)
-    );
+    println!("ours   {:>9.3} s  {}", median(&ours), memory(peak));
     if let Some(torch) = &mut torch {
         let theirs_peak = torch.ask("peak")? as u64;
         let each: Vec<f64> = ours.iter().zip(&theirs).map(|(a, b)| a / b).collect();
-        println!(
-            "torch  {:>8.2} s  {:>6.2} GiB",
-            median(&theirs),
-            gibibytes(theirs_peak)
-        );
-        println!(
-            "ratio  {:>8.2}    {:>6.2}",
-            median(&each),
-            peak as f64 / theirs_peak as f64
-        );
+        let ratio = match here {
+            true => format!("{:>6.2}", peak as f64 / theirs_peak as f64),
+            false => String::new(),
+        };
+        println!("torch  {:>9.3} s  {}", median(&theirs), memory(theirs_peak));
+        println!("ratio  {:>9.2}    {ratio}", median(&each));
     }
     Ok(())
 }
@@ -181,8 +182,9 @@ impl Bench {
             alpha: settings.alpha,
             targets: settings.targets,
         };
+        let device = device(args.device)?;
         let adapter = Arc::new(Adapter::new(lora, 0));
-        let weights = Weights::drawn(0, args.dtype, &Device::Cpu).with_adapter(adapter.clone());
+        let weights = Weights::drawn(0, args.dtype, &device).with_adapter(adapter.clone());
         let gpt = Gpt::new(&config, &weights)?;
         let b = args.batch_size;
         let shape = (b, config.cls_token_num, config.caption_dim);
@@ -208,8 +210,8 @@ impl Bench {
             optimizer,
             learning_rate: settings.learning_rate,
             captions,
-            mask: Tensor::ones((b, config.cls_token_num), DType::U8, &Device::Cpu)?,
-            tokens: Tensor::from_vec(tokens, (b, config.block_size), &Device::Cpu)?,
+            mask: Tensor::ones((b, config.cls_token_num), DType::U8, &device)?,
+            tokens: Tensor::from_vec(tokens, (b, config.block_size), &device)?,
             generator,
             recomputes: args.memory == Kept::Fit,
         })
@@ -227,6 +229,8 @@ impl Bench {
         drop(logits);
         let gradients = backward(&loss)?;
         self.optimizer.step(&gradients, self.learning_rate)?;
+        // A card may still be at work on what it was asked for.
+        self.tokens.device().synchronize()?;
         Ok(())
     }
 }
@@ -251,6 +255,7 @@ fn start(args: &StepArgs, python: &Path, source: &Path, threads: usize) -> Resul
         ("--size", args.size.to_string().into()),
         ("--batch-size", args.batch_size.to_string().into()),
         ("--threads", threads.to_string().into()),
+        ("--device", args.device.to_string().into()),
     ];
     let settings = settings
         .into_iter()

@@ -2,9 +2,12 @@
 //! momentum, made orthogonal, so that every direction of a matrix learns at one rate. The step is scaled as Liu et al.
 //! do (2025, arXiv 2502.16982, equation 4), which lets it share AdamW's learning rate and decay.
 
-use candle_core::backprop::GradStore;
-use candle_core::{DType, Tensor, Var};
+use std::collections::BTreeMap;
 
+use candle_core::backprop::GradStore;
+use candle_core::{D, DType, Tensor, Var};
+
+use crate::training::optimizer::sums_of_squares;
 use crate::{Error, Result};
 
 /// Decay of the momentum.
@@ -92,28 +95,25 @@ impl Muon {
     /// The sum of the squares of all gradients. A tensor without a gradient is an error: it means that some operation
     /// dropped it.
     pub fn squares(&self, gradients: &GradStore) -> Result<f64> {
-        let mut squares = 0.0;
-        for gradient in self.gradients(gradients)? {
-            squares += f64::from(gradient.sqr()?.sum_all()?.to_scalar::<f32>()?);
-        }
-        Ok(squares)
+        sums_of_squares(&self.gradients(gradients)?)
     }
 
     /// One step on the gradients times `clip`.
     pub fn step(&mut self, gradients: &GradStore, learning_rate: f64, clip: f64) -> Result<()> {
         let found = self.gradients(gradients)?;
+        let mut ahead = Vec::new();
         for (slot, gradient) in self.slots.iter_mut().zip(found) {
             let gradient = (gradient * clip)?;
             slot.momentum = ((&slot.momentum * MOMENTUM)? + &gradient)?;
-            let ahead = (gradient + (&slot.momentum * MOMENTUM)?)?;
-            let steps = ahead
-                .chunk(slot.parts, 0)?
-                .iter()
-                .map(orthogonal)
-                .collect::<Result<Vec<_>>>()?;
+            let one = (gradient + (&slot.momentum * MOMENTUM)?)?;
+            ahead.extend(one.chunk(slot.parts, 0)?);
+        }
+        let mut steps = orthogonal(ahead)?.into_iter();
+        for slot in &self.slots {
+            let parts: Vec<Tensor> = steps.by_ref().take(slot.parts).collect();
             let (rows, columns) = sides(&slot.variable);
             let longer = (rows / slot.parts).max(columns) as f64;
-            let step = (Tensor::cat(&steps, 0)? * (learning_rate * STEP_SIZE * longer.sqrt()))?;
+            let step = (Tensor::cat(&parts, 0)? * (learning_rate * STEP_SIZE * longer.sqrt()))?;
             let kept = 1.0 - learning_rate * self.weight_decay;
             let weight = (slot.variable.as_tensor().detach() * kept)?;
             let weight = (weight - step.reshape(slot.variable.shape())?)?;
@@ -123,24 +123,46 @@ impl Muon {
     }
 }
 
-/// About the nearest matrix to `x` (r, c) whose singular values are all one: they end between 0.7 and 1.2.
-fn orthogonal(x: &Tensor) -> Result<Tensor> {
-    let (rows, columns) = x.dims2()?;
-    let wide = rows <= columns;
-    let mut x = if wide {
-        x.contiguous()?
-    } else {
-        x.t()?.contiguous()?
-    };
-    let norm = f64::from(x.sqr()?.sum_all()?.to_scalar::<f32>()?).sqrt();
-    x = (x / (norm + 1e-7))?;
+/// About the nearest matrix to each of `matrices` whose singular values are all one: they end between 0.7 and 1.2.
+/// Those of one shape go through the iteration together, because on a card small products cost their start alone.
+fn orthogonal(matrices: Vec<Tensor>) -> Result<Vec<Tensor>> {
+    let mut shapes: BTreeMap<(usize, usize), Vec<usize>> = BTreeMap::new();
+    for (place, matrix) in matrices.iter().enumerate() {
+        let (rows, columns) = matrix.dims2()?;
+        let sides = (rows.min(columns), rows.max(columns));
+        shapes.entry(sides).or_default().push(place);
+    }
+    let mut results = matrices.clone();
+    for places in shapes.into_values() {
+        let is_wide = |place: usize| matrices[place].dims()[0] <= matrices[place].dims()[1];
+        let wide = places.iter().map(|&place| match is_wide(place) {
+            true => Ok(matrices[place].clone()),
+            false => matrices[place].t(),
+        });
+        let wide = wide.collect::<candle_core::Result<Vec<_>>>()?;
+        let together = newton_schulz(Tensor::stack(&wide, 0)?)?;
+        for (i, place) in places.into_iter().enumerate() {
+            let result = together.get(i)?;
+            results[place] = match is_wide(place) {
+                true => result,
+                false => result.t()?.contiguous()?,
+            };
+        }
+    }
+    Ok(results)
+}
+
+/// Newton and Schulz's iteration on wide matrices (n, r, c).
+fn newton_schulz(x: Tensor) -> Result<Tensor> {
+    let norm = x.sqr()?.sum_keepdim((1, 2))?.sqrt()?;
+    let mut x = x.broadcast_div(&(norm + 1e-7)?)?;
     let (a, b, c) = QUINTIC;
     for _ in 0..ITERATIONS {
-        let square = x.matmul(&x.t()?)?;
+        let square = x.matmul(&x.transpose(D::Minus1, D::Minus2)?)?;
         let polynomial = ((&square * b)? + (square.matmul(&square)? * c)?)?;
         x = ((&x * a)? + polynomial.matmul(&x)?)?;
     }
-    Ok(if wide { x } else { x.t()?.contiguous()? })
+    Ok(x)
 }
 
 #[cfg(test)]
@@ -157,8 +179,12 @@ mod tests {
             values[i * 6 + i + 1] = 0.1 * scale;
         }
         let x = Tensor::from_vec(values, (4, 6), &Device::Cpu).unwrap();
-        for x in [x.clone(), x.t().unwrap()] {
-            let y = orthogonal(&x).unwrap();
+        let (wide, tall) = (x.clone(), x.t().unwrap());
+        for (x, y) in [&wide, &tall]
+            .into_iter()
+            .zip(orthogonal(vec![wide.clone(), tall.clone()]).unwrap())
+        {
+            assert_eq!(x.dims(), y.dims());
             let y = if y.dims() == [4, 6] {
                 y
             } else {

@@ -6,6 +6,7 @@ use rand::Rng;
 use rand::seq::IndexedRandom;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
+use rayon::prelude::*;
 
 use crate::config::prompts::RARE_TOKENS;
 use crate::nano::identity::{Class, Identity};
@@ -60,7 +61,7 @@ impl Scenes {
     /// The scenes drawn.
     pub fn draw(&self, scenes: &[Scene]) -> Vec<RgbImage> {
         scenes
-            .iter()
+            .par_iter()
             .map(|scene| render(scene, self.size as u32))
             .collect()
     }
