@@ -324,20 +324,16 @@ impl Gpt {
         if !drop.contains(&true) {
             return Ok(caption_embeddings.clone());
         }
-        let dtype = caption_embeddings.dtype();
-        let null = self.uncond_embedding()?.to_dtype(dtype)?;
-        let rows = drop
-            .iter()
-            .enumerate()
-            .map(|(i, &drop)| {
-                if drop {
-                    Ok(null.clone())
-                } else {
-                    Ok(caption_embeddings.get(i)?)
-                }
-            })
-            .collect::<Result<Vec<_>>>()?;
-        Ok(Tensor::stack(&rows, 0)?)
+        let shape = caption_embeddings.shape();
+        let null = self
+            .uncond_embedding()?
+            .to_dtype(caption_embeddings.dtype())?
+            .broadcast_as(shape)?;
+        let flags: Vec<u8> = drop.iter().map(|&drop| u8::from(drop)).collect();
+        let flags = Tensor::from_vec(flags, (b, 1, 1), caption_embeddings.device())?;
+        Ok(flags
+            .broadcast_as(shape)?
+            .where_cond(&null, caption_embeddings)?)
     }
 
     /// Logits (b, n, vocab_size) in f32 for all n tokens of images whose first n − 1 are given: from the last caption
@@ -367,6 +363,8 @@ impl Gpt {
                 format!("at most {} tokens for each caption", c.block_size - 1),
             ));
         }
+        let (skipped, caption_embeddings, caption_mask) =
+            self.without_padding(caption_embeddings, caption_mask)?;
         let captions = self
             .cls_embedding
             .forward(&caption_embeddings.to_dtype(self.dtype)?)?;
@@ -376,16 +374,16 @@ impl Gpt {
             layout::join(&captions, &self.tok_embeddings.forward(tokens)?, 1)?
         };
         let mut h = drop_out(h, c.token_dropout_p, &mut dropout)?;
-        let n = c.cls_token_num + given;
-        let rotary = self.rotary.narrow(0, n)?;
-        let mask = Mask::CausalKeys(self.hidden_keys(caption_mask, n)?);
+        let n = c.cls_token_num - skipped + given;
+        let rotary = self.rotary.narrow(skipped, n)?;
+        let mask = Mask::CausalKeys(self.hidden_keys(&caption_mask, n)?);
         for layer in &self.layers {
             let (layer, rotary, mask) = (layer.clone(), rotary.clone(), mask.clone());
             h = recompute(&[&h], dropout.as_deref_mut(), move |h, dropout| {
                 layer.forward(&h[0], &rotary, &mask, None, dropout)
             })?;
         }
-        self.logits(&layout::rows(&h, c.cls_token_num - 1, given + 1)?)
+        self.logits(&layout::rows(&h, n - given - 1, given + 1)?)
     }
 
     /// An empty cache for `batch` sequences of a caption and up to `tokens` image tokens.
@@ -417,8 +415,8 @@ impl Gpt {
         caption_mask: &Tensor,
         cache: &mut Cache,
     ) -> Result<Tensor> {
-        let n = self.config.cls_token_num;
         self.check_captions(caption_embeddings, caption_mask)?;
+        let n = self.config.cls_token_num;
         no_grad(|| {
             let mut h = self
                 .cls_embedding
@@ -488,6 +486,22 @@ impl Gpt {
             ));
         }
         Ok(b)
+    }
+
+    /// How many positions all captions begin with as padding, and the captions and their mask without these. Nothing
+    /// sees such positions, and every caption position is turned alike, so that only rounding can tell the difference;
+    /// of LlamaGen's 120 positions a prompt takes some twenty. The last one stays in any case. Sampling does not leave
+    /// them out: there a row is drawn to the bit alike whatever shares its batch.
+    fn without_padding(&self, captions: &Tensor, mask: &Tensor) -> Result<(usize, Tensor, Tensor)> {
+        let n = mask.dim(1)?;
+        let rows = self.valid(mask)?.to_vec2::<u8>()?;
+        let padding = |row: &Vec<u8>| row.iter().take_while(|&&valid| valid == 0).count();
+        let skipped = rows.iter().map(padding).min().unwrap_or(0).min(n - 1);
+        if skipped == 0 {
+            return Ok((0, captions.clone(), mask.clone()));
+        }
+        let kept = |x: &Tensor| x.narrow(1, skipped, n - skipped)?.contiguous();
+        Ok((skipped, kept(captions)?, kept(mask)?))
     }
 
     /// `mask` as u8 ones and zeros on the model's device.
