@@ -6,6 +6,7 @@ mod support;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use candle_core::{Device, Tensor};
 use serde_json::Value;
@@ -64,6 +65,10 @@ impl Case {
     }
 
     fn run(&self, more: &[&str]) -> Said {
+        say(self.command(more))
+    }
+
+    fn command(&self, more: &[&str]) -> Command {
         let mut command = program();
         command.args(["verify", self.component, "--model"]);
         command.arg(&self.model);
@@ -72,7 +77,7 @@ impl Case {
             command.arg("--adapter").arg(adapter);
         }
         command.args(more);
-        say(command)
+        command
     }
 
     /// The same with another reference file, which `edit` makes of this one's.
@@ -158,6 +163,27 @@ fn every_case_of_every_component_is_computed_as_its_reference_did() {
             assert_eq!(compared("outputs"), count("output"), "{name}");
             assert_eq!(compared("gradients"), count("grad"), "{name}");
         }
+    }
+}
+
+#[test]
+fn candles_own_operations_can_be_asked_for_and_agree_too() {
+    for case in [
+        Case::named("llamagen-gpt", "two-layers", ""),
+        Case::named("sd3-transformer", "sd35", "every-kind"),
+        Case::named("vae", "kl-f4-quant", "convolutions-decoder"),
+    ] {
+        let outputs = [None, Some("candle")].map(|operations| {
+            let mut command = case.command(&["--json"]);
+            if let Some(operations) = operations {
+                command.env("PROXYTUNE_OPERATIONS", operations);
+            }
+            let said = say(command);
+            said.says(0, &[]);
+            said.out
+        });
+        // Equal within tolerance, but not computed alike: the errors differ.
+        assert_ne!(outputs[0], outputs[1], "{}", case.reference.display());
     }
 }
 

@@ -17,16 +17,25 @@ pub mod simd;
 pub mod softmax;
 
 use std::ops::{Deref, Range};
+use std::sync::LazyLock;
 
 use candle_core::{CpuStorage, DType, Device, Result, Shape, Storage, StorageRef, Tensor};
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-/// Whether the fused operations can take these tensors: all in f32 on the CPU.
+/// Whether the fused operations can take these tensors: all in f32 on the CPU, where they are not switched off.
 pub fn takes<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> bool {
-    tensors
-        .into_iter()
-        .all(|t| t.dtype() == DType::F32 && t.device().is_cpu())
+    !plain_alone()
+        && tensors
+            .into_iter()
+            .all(|t| t.dtype() == DType::F32 && t.device().is_cpu())
+}
+
+/// Whether `PROXYTUNE_OPERATIONS=candle` asks for candle's own operations alone, to compare results and times with.
+pub fn plain_alone() -> bool {
+    static ASKED: LazyLock<bool> =
+        LazyLock::new(|| std::env::var_os("PROXYTUNE_OPERATIONS").is_some_and(|v| v == "candle"));
+    *ASKED
 }
 
 /// The values of a contiguous tensor, for reading.
