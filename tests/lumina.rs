@@ -12,18 +12,18 @@ use support::{Place, find, program, say};
 /// Smaller sizes than the shipped settings have, so that a checkpoint is made in seconds.
 const SMALLER: [(&str, &str); 4] = [
     (
-        "multipliers = [1, 1, 2]\nnorm_groups = 8",
+        "multipliers = [1, 2, 2]\nnorm_groups = 8",
         "multipliers = [1, 1, 1]\nnorm_groups = 8",
     ),
     (
-        "codebook_size = 512\ncodebook_dim = 16",
+        "codebook_size = 1024\ncodebook_dim = 16",
         "codebook_size = 40\ncodebook_dim = 6",
     ),
     (
-        "width = 128\nlayers = 5\nheads = 4",
+        "width = 96\nlayers = 6\nheads = 4",
         "width = 32\nlayers = 2\nheads = 2",
     ),
-    ("feed_forward = 352", "feed_forward = 48"),
+    ("feed_forward = 256", "feed_forward = 48"),
 ];
 
 /// A folder does not say which evaluators fit it.

@@ -88,7 +88,7 @@ pub fn rows(context: &Context, model: Model, sheets: Option<&Path>) -> Result<Ve
         }
         Model::Gpt => generator(context, name, "llamagen", sheets),
         Model::Sd3 => generator(context, name, "sd3", sheets),
-        // Nano Lumina does not ship: without it there is nothing to measure.
+        // Without nano Lumina there is nothing of it to measure.
         Model::Vqgan | Model::Chameleon if !context.out.join("lumina").is_dir() => Ok(Vec::new()),
         Model::Vqgan => {
             let pixels = reconstructed_scenes(context)?;
