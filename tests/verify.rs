@@ -185,6 +185,9 @@ fn candles_own_operations_can_be_asked_for_and_agree_too() {
         // Equal within tolerance, but not computed alike: the errors differ.
         assert_ne!(outputs[0], outputs[1], "{}", case.reference.display());
     }
+    let mut command = Case::named("llamagen-gpt", "two-layers", "").command(&[]);
+    command.env("PROXYTUNE_OPERATIONS", "Candle");
+    say(command).says(1, &["PROXYTUNE_OPERATIONS is Candle", "set it to candle"]);
 }
 
 #[test]

@@ -401,6 +401,7 @@ pub enum Ended {
 /// Those of the command.
 pub fn dispatch(cli: Cli) -> Result<Ended> {
     log();
+    crate::nn::check_operations()?;
     let (mut out, mut notes) = (std::io::stdout(), std::io::stderr());
     match cli.command {
         Command::Run(args) => run::run(&args),

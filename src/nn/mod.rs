@@ -25,6 +25,7 @@ mod weights;
 
 pub(crate) use adapter::seeded;
 pub use adapter::{Adapter, Factors, Lora, LoraConfig};
+pub use cpu::check_operations;
 pub use layers::{Conv2d, Embedding, GroupNorm, LayerNorm, Linear, RmsNorm};
 pub use merged::merged;
 pub use ops::Mask;

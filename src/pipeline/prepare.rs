@@ -51,13 +51,13 @@ pub fn device(device: Device) -> Result<candle_core::Device> {
     }
 }
 
-/// The card `ordinal`, set up for many small operations: on an H100 these are what training the nano models waits for.
+/// The card `ordinal`, set up for many small operations.
 #[cfg(feature = "cuda")]
 fn card(ordinal: usize) -> Result<candle_core::Device> {
     use candle_core::cuda_backend::cudarc::driver::{result, sys};
 
     // One stream for all threads. Without it each thread would have its own, and every tensor two events by which these
-    // wait for one another: making them takes longer than the work.
+    // wait for one another: on an H100 making these was 8 % of a profiled training step of nano GPT, and 38 % of one of its VQ.
     let device = candle_core::Device::new_cuda_with_stream(ordinal)?;
     // SAFETY: nothing uses a tensor of this device on another stream.
     unsafe { device.as_cuda_device()?.disable_event_tracking() };

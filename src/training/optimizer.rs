@@ -354,7 +354,7 @@ fn with_slice<T>(tensor: &Tensor, body: impl FnOnce(&[f32]) -> T) -> Result<T> {
     }
 }
 
-/// The sum of the squares of all of `tensors`, f32 on one device.
+/// The sum of the squares of all of `tensors`, which are f32.
 pub(crate) fn sums_of_squares(tensors: &[Tensor]) -> Result<f64> {
     let (here, there): (Vec<&Tensor>, Vec<&Tensor>) =
         tensors.iter().partition(|tensor| tensor.device().is_cpu());

@@ -31,11 +31,29 @@ pub fn takes<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> bool {
             .all(|t| t.dtype() == DType::F32 && t.device().is_cpu())
 }
 
-/// Whether `PROXYTUNE_OPERATIONS=candle` asks for candle's own operations alone, to compare results and times with.
-pub fn plain_alone() -> bool {
+/// What [`OPERATIONS`] may ask for.
+const CANDLE: &str = "candle";
+/// The environment variable that switches the fused operations off.
+const OPERATIONS: &str = "PROXYTUNE_OPERATIONS";
+
+/// Whether `PROXYTUNE_OPERATIONS=candle` asks for candle's own operations in every f32 layer, to compare results and
+/// times with. Half-precision weights and the optimizer stay as they are.
+fn plain_alone() -> bool {
     static ASKED: LazyLock<bool> =
-        LazyLock::new(|| std::env::var_os("PROXYTUNE_OPERATIONS").is_some_and(|v| v == "candle"));
+        LazyLock::new(|| std::env::var_os(OPERATIONS).is_some_and(|v| v == CANDLE));
     *ASKED
+}
+
+/// # Errors
+/// When `PROXYTUNE_OPERATIONS` is set to what nothing answers to: times taken with it would be of something else.
+pub fn check_operations() -> crate::Result<()> {
+    match std::env::var_os(OPERATIONS) {
+        Some(value) if value != CANDLE => Err(crate::Error::invalid(
+            format!("{OPERATIONS} is {}", value.display()),
+            format!("set it to {CANDLE}, or unset it for the fused operations"),
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// The values of a contiguous tensor, for reading.
