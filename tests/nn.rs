@@ -5,7 +5,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use proptest::prelude::*;
 use proxytune::Result;
 use proxytune::nn::ops::{Mask, Padding};
-use proxytune::nn::{no_grad, ops, plain};
+use proxytune::nn::{beside_others, no_grad, ops, plain};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
@@ -546,13 +546,13 @@ fn every_gradient_equals_finite_differences() {
 }
 
 #[test]
-fn results_are_equal_to_the_byte_for_one_two_and_three_threads() {
-    let bytes = |threads: usize| -> Vec<(String, Vec<u32>)> {
+fn results_are_equal_to_the_byte_for_one_two_and_three_threads_and_in_a_crowd() {
+    let bytes = |threads: usize, others: usize| -> Vec<(String, Vec<u32>)> {
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(threads)
             .build()
             .unwrap();
-        pool.install(|| {
+        let large_cases = || {
             let mut all = Vec::new();
             for case in large_cases() {
                 let tracked = vec![true; case.inputs.len()];
@@ -564,12 +564,19 @@ fn results_are_equal_to_the_byte_for_one_two_and_three_threads() {
                 }
             }
             all
-        })
+        };
+        match others {
+            0 => pool.install(large_cases),
+            _ => pool.install(|| beside_others(|| beside_others(large_cases))),
+        }
     };
-    let one = bytes(1);
-    for threads in [2, 3] {
-        for ((name, a), (_, b)) in one.iter().zip(bytes(threads)) {
-            assert!(*a == b, "{name} differs between 1 and {threads} threads");
+    let one = bytes(1, 0);
+    for (threads, others) in [(2, 0), (3, 0), (2, 1)] {
+        for ((name, a), (_, b)) in one.iter().zip(bytes(threads, others)) {
+            assert!(
+                *a == b,
+                "{name} differs between 1 and {threads} threads beside {others} others"
+            );
         }
     }
 }

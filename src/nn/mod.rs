@@ -12,6 +12,7 @@
 mod adapter;
 pub mod bench;
 mod cpu;
+mod crowd;
 pub mod layers;
 pub mod layout;
 mod merged;
@@ -26,6 +27,8 @@ mod weights;
 pub(crate) use adapter::seeded;
 pub use adapter::{Adapter, Factors, Lora, LoraConfig};
 pub use cpu::check_operations;
+pub use crowd::beside_others;
+pub(crate) use crowd::is_crowded;
 pub use layers::{Conv2d, Embedding, GroupNorm, LayerNorm, Linear, RmsNorm};
 pub use merged::merged;
 pub use ops::Mask;

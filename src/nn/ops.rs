@@ -7,8 +7,10 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
 use super::cpu::activation::{Gelu, GeluErf, QuickGelu, Silu, activation, gated};
+use super::cpu::linear::Addition;
 use super::cpu::rope::{Pairing, rope};
 use super::cpu::takes;
+use super::recompute::in_recomputing;
 use super::{HalfMatrix, Lora, Weight, cpu, parameter, plain};
 use crate::{Error, Result};
 
@@ -66,7 +68,7 @@ pub fn half_linear(
         None => cpu::linear::linear(x, &weight, bias)?,
         Some(lora) => {
             let (a, b) = (parameter(&lora.a), parameter(&lora.b));
-            cpu::linear::linear_lora(x, &weight, bias, &a, &b, lora.scale)?
+            cpu::linear::linear_lora(x, &weight, bias, &addition(&a, &b, lora.scale))?
         }
     })
 }
@@ -89,9 +91,16 @@ pub fn linear_lora(
     let bias = bias.as_ref();
     if takes([x, &weight, &a, &b].into_iter().chain(bias)) {
         let weight = Weight::Tensor(weight);
-        return Ok(cpu::linear::linear_lora(x, &weight, bias, &a, &b, scale)?);
+        let addition = addition(&a, &b, scale);
+        return Ok(cpu::linear::linear_lora(x, &weight, bias, &addition)?);
     }
     plain::linear_lora(x, &weight, bias, &a, &b, scale)
+}
+
+/// An adapter may be merged while it learns. Where it does not, what a row gives must not depend on how many there are.
+fn addition<'a>(a: &'a Tensor, b: &'a Tensor, scale: f64) -> Addition<'a> {
+    let merge = a.track_op() || b.track_op() || in_recomputing();
+    Addition { a, b, scale, merge }
 }
 
 /// `x` (b, c, h, w) convolved with `weight` (outputs, c, k, k).

@@ -32,7 +32,12 @@ pub fn recomputing<T>(yes: bool, body: impl FnOnce() -> T) -> T {
 
 /// Whether blocks on this thread are to keep their inputs alone.
 pub fn is_recomputing() -> bool {
-    RECOMPUTING.with(Cell::get) && !is_no_grad()
+    in_recomputing() && !is_no_grad()
+}
+
+/// Whether this thread is inside [`recomputing`], a block's first run included.
+pub(super) fn in_recomputing() -> bool {
+    RECOMPUTING.with(Cell::get)
 }
 
 /// `body(inputs, generator)`, one block of a network with one result. Inside [`recomputing`] the block runs without a

@@ -185,6 +185,13 @@ impl Slot {
             (Some(Sum::One(one)), Place::Whole) if !cpu::takes([&one]) => {
                 Sum::One((one + gradient.reshape(&self.shape)?)?)
             }
+            (Some(Sum::One(one)), Place::Whole) => {
+                let (one, gradient) = (one.contiguous()?, gradient.contiguous()?);
+                let (one, gradient) = (cpu::values(&one)?, cpu::values(&gradient)?);
+                let mut own = vec![0.0; one.len()];
+                cpu::sum_into(&mut own, &one, &gradient);
+                Sum::Own(own)
+            }
             (some, place) => {
                 let mut own = match some {
                     None => vec![0.0; self.shape.elem_count()],

@@ -6,6 +6,7 @@ use std::time::Instant;
 use tokio::sync::{mpsc, oneshot};
 
 use super::meter::Meter;
+use crate::nn::beside_others;
 use crate::{Error, Result};
 
 type Job<M> = Box<dyn FnOnce(&mut M) + Send>;
@@ -75,7 +76,7 @@ impl<M: Send + 'static> Worker<M> {
                     }
                 };
                 while let Some(job) = inbox.blocking_recv() {
-                    pool.install(|| job(&mut model));
+                    pool.install(|| beside_others(|| job(&mut model)));
                 }
             })
             .map_err(Error::io(name))?;

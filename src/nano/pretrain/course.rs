@@ -26,6 +26,9 @@ pub enum Budget {
 const SAVE_EVERY: Duration = Duration::from_secs(180);
 const PRINT_EVERY: Duration = Duration::from_secs(20);
 
+/// The most points of a session's curve in `training.json`, which lies beside the weights for good. The store has all.
+const POINTS: usize = 60;
+
 /// What one step computed: the loss to descend (a scalar), and named figures for the progress line.
 pub struct Step {
     pub loss: Tensor,
@@ -54,9 +57,24 @@ pub struct Session {
     pub learning_rate: f64,
     #[serde(default)]
     pub optimizer: Optimizer,
-    /// Points of the curve: images seen in this session, then the mean of each figure since the last point.
+    /// Points of the curve: images seen in this session, then the mean of each figure over the 20 seconds before.
     pub figures: Vec<String>,
     pub curve: Vec<Vec<f64>>,
+}
+
+impl Notes {
+    /// Leaves each session a curve of [`POINTS`] points at most, its last among them.
+    fn thin(&mut self) {
+        for session in &mut self.sessions {
+            let each = session.curve.len().div_ceil(POINTS).max(1);
+            let until_last = session.curve.len().saturating_sub(1);
+            let mut place = 0;
+            session.curve.retain(|_| {
+                place += 1;
+                (until_last + 1 - place).is_multiple_of(each)
+            });
+        }
+    }
 }
 
 /// A course about to run.
@@ -143,6 +161,7 @@ impl Course<'_> {
                 notes.images += session.images;
                 notes.seconds += session.seconds;
                 notes.sessions.push(session.clone());
+                notes.thin();
                 files::write_json(&self.notes, &notes)?;
                 if let Some(curves) = self.curves {
                     let points = &session.curve[logged..];
@@ -227,6 +246,29 @@ mod tests {
     use candle_core::Device;
 
     use super::*;
+
+    #[test]
+    fn long_curves_are_thinned_and_keep_their_last_point() {
+        for length in [0, 1, POINTS, POINTS + 1, 5 * POINTS + 7] {
+            let curve: Vec<Vec<f64>> = (0..length).map(|i| vec![i as f64]).collect();
+            let mut notes = Notes::default();
+            notes.sessions.push(Session {
+                curve: curve.clone(),
+                ..Session::default()
+            });
+            notes.thin();
+            let thinned = notes.sessions[0].curve.clone();
+            assert!(thinned.len() <= POINTS);
+            assert_eq!(thinned.last(), curve.last());
+            if length <= POINTS {
+                assert_eq!(thinned, curve);
+            } else {
+                assert!(2 * thinned.len() >= POINTS, "{}", thinned.len());
+            }
+            notes.thin();
+            assert_eq!(notes.sessions[0].curve, thinned);
+        }
+    }
 
     #[test]
     fn a_resumed_course_counts_on_and_descends() {

@@ -154,6 +154,11 @@ pub struct Vq {
     pub commitment: f64,
     /// Weight of the mean absolute error beside the mean squared error.
     pub absolute: f64,
+    /// Whether an image's squared error counts in proportion to itself: what falls is then the mean of its logarithm,
+    /// so that easy images get as many decibels as hard ones.
+    pub even: bool,
+    /// Whether the decoder alone learns: images get better, tokens stay, and so does what stands on them.
+    pub decoder_only: bool,
     /// An entry that no image used for this many images is moved to an encoded patch.
     pub revive_after: usize,
     pub training: Training,
@@ -250,6 +255,11 @@ pub struct Vqgan {
     pub commitment: f64,
     /// Weight of the mean absolute error beside the mean squared error.
     pub absolute: f64,
+    /// Whether an image's squared error counts in proportion to itself: what falls is then the mean of its logarithm,
+    /// so that easy images get as many decibels as hard ones.
+    pub even: bool,
+    /// Whether the decoder alone learns: images get better, tokens stay, and so does what stands on them.
+    pub decoder_only: bool,
     /// An entry that no image used for this many images is moved to an encoded patch.
     pub revive_after: usize,
     pub training: Training,

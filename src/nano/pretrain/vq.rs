@@ -61,14 +61,20 @@ pub fn train(context: &Context) -> Result<()> {
         codes: settings.codebook_size,
         unit_length: true,
         absolute: settings.absolute,
+        even: settings.even,
+        decoder_only: settings.decoder_only,
         revive_after: settings.revive_after,
         afresh: opened.afresh.contains(CODEBOOK),
     }
     .run(
         context,
         &opened.weights,
-        &|pixels| model.encode_continuous(pixels),
-        &|pixels| model.forward_train(pixels),
+        Passes {
+            encode: &|pixels| model.encode_continuous(pixels),
+            quantize: &|z| model.quantize(z),
+            decode: &|tokens| model.decode(tokens),
+            train: &|pixels| model.forward_train(pixels),
+        },
         &|| files::write_json(&folder.join("config.json"), &described),
     )
 }
@@ -100,16 +106,33 @@ pub fn train_chameleon(context: &Context) -> Result<()> {
         codes: settings.codebook_size,
         unit_length: false,
         absolute: settings.absolute,
+        even: settings.even,
+        decoder_only: settings.decoder_only,
         revive_after: settings.revive_after,
         afresh: opened.afresh.contains(CODEBOOK),
     }
     .run(
         context,
         &opened.weights,
-        &|pixels| model.encode_continuous(pixels),
-        &|pixels| model.forward_train(pixels, settings.commitment),
+        Passes {
+            encode: &|pixels| model.encode_continuous(pixels),
+            quantize: &|z| model.quantize(z),
+            decode: &|tokens| model.decode(tokens),
+            train: &|pixels| model.forward_train(pixels, settings.commitment),
+        },
         &|| crate::files::write(&yaml, config.to_yaml().as_bytes()),
     )
+}
+
+/// Where the variables of the decoding direction are.
+const DECODING: [&str; 2] = ["decoder.", "post_quant_conv."];
+
+/// What a tokenizer computes.
+struct Passes<'a> {
+    encode: &'a dyn Fn(&Tensor) -> Result<Tensor>,
+    quantize: &'a dyn Fn(&Tensor) -> Result<Tensor>,
+    decode: &'a dyn Fn(&Tensor) -> Result<Tensor>,
+    train: &'a dyn Fn(&Tensor) -> Result<TrainOutput>,
 }
 
 /// What the two tokenizers learn differently.
@@ -122,6 +145,8 @@ struct Learning<'a> {
     /// Whether codes are kept at length 1.
     unit_length: bool,
     absolute: f64,
+    even: bool,
+    decoder_only: bool,
     revive_after: usize,
     /// Whether the codebook is new.
     afresh: bool,
@@ -132,18 +157,29 @@ impl Learning<'_> {
         &self,
         context: &Context,
         weights: &Weights,
-        encode: &dyn Fn(&Tensor) -> Result<Tensor>,
-        forward: &dyn Fn(&Tensor) -> Result<TrainOutput>,
+        passes: Passes,
         write_config: &dyn Fn() -> Result<()>,
     ) -> Result<()> {
         let scenes = context.scenes(self.name);
-        let variables = weights.variables();
+        let mut variables = weights.variables();
         let codebook = Codebook::new(&variables, self.codes, self.unit_length)?;
+        if self.decoder_only {
+            if self.afresh {
+                return Err(Error::invalid(
+                    format!(
+                        "the decoder of {} alone, without tokens that it decodes",
+                        self.name
+                    ),
+                    "train the whole tokenizer first, with decoder_only = false",
+                ));
+            }
+            variables.retain(|(name, _)| DECODING.iter().any(|place| name.starts_with(place)));
+        }
         if self.afresh {
             // Codes that start where encodings are need no reviving.
             let batch = scenes.batch(0, self.codes.div_ceil(16));
             let pixels = scenes.pixels(&batch, &context.device)?;
-            let z = no_grad(|| encode(&pixels))?;
+            let z = no_grad(|| (passes.encode)(&pixels))?;
             codebook.place_all(&z, &mut scenes.generator("codebook", 0))?;
         }
         let usage = RefCell::new(codebook);
@@ -151,23 +187,27 @@ impl Learning<'_> {
         let step = |seen: usize, spent: f64| {
             let batch = scenes.batch(seen, self.training.batch_size);
             let pixels = scenes.pixels(&batch, &context.device)?;
-            let output = forward(&pixels)?;
-            let error = (&output.reconstruction - &pixels)?;
-            let squared = error.sqr()?.mean_all()?;
-            let absolute = error.abs()?.mean_all()?;
-            let loss = ((&squared + (absolute * self.absolute)?)?
-                + (&output.vq_loss + &output.commit_loss)?)?;
+            if self.decoder_only {
+                let tokens = no_grad(|| (passes.quantize)(&(passes.encode)(&pixels)?))?;
+                let (loss, decibels) = self.difference(&(passes.decode)(&tokens)?, &pixels)?;
+                let figures = vec![("psnr", decibels)];
+                return Ok(Step { loss, figures });
+            }
+            let output = (passes.train)(&pixels)?;
+            let (loss, decibels) = self.difference(&output.reconstruction, &pixels)?;
+            let loss = (loss + (&output.vq_loss + &output.commit_loss)?)?;
             let mut usage = usage.borrow_mut();
             usage.count(&output.indices, self.training.batch_size)?;
             // Late in the course a moved code would find no time to settle.
             let moved = if spent < 0.6 {
                 let generator = &mut scenes.generator("revive", seen);
-                usage.revive(self.revive_after, || no_grad(|| encode(&pixels)), generator)?
+                let encodings = || no_grad(|| (passes.encode)(&pixels));
+                usage.revive(self.revive_after, encodings, generator)?
             } else {
                 0
             };
             let figures = vec![
-                ("psnr", psnr(f64::from(squared.to_scalar::<f32>()?))),
+                ("psnr", decibels),
                 ("code", f64::from(output.vq_loss.to_scalar::<f32>()?)),
                 ("unused", usage.unused(self.revive_after) as f64),
                 ("moved", moved as f64),
@@ -178,6 +218,27 @@ impl Learning<'_> {
             write_config()?;
             files::write_weights(self.file, &weights.variables())
         })
+    }
+}
+
+impl Learning<'_> {
+    /// What is to fall of the difference between `images` and `pixels`, both (b, 3, h, w), and the batch's PSNR in dB.
+    fn difference(&self, images: &Tensor, pixels: &Tensor) -> Result<(Tensor, f64)> {
+        let error = (images - pixels)?;
+        let squares = error.sqr()?.flatten_from(1)?.mean(1)?;
+        let squared = squares.mean_all()?;
+        let decibels = psnr(f64::from(squared.to_scalar::<f32>()?));
+        let squared = match self.even {
+            true => {
+                let shares = squared
+                    .detach()
+                    .broadcast_div(&(squares.detach() + 1e-6)?)?;
+                (squares * shares)?.mean_all()?
+            }
+            false => squared,
+        };
+        let absolute = (error.abs()?.mean_all()? * self.absolute)?;
+        Ok(((squared + absolute)?, decibels))
     }
 }
 

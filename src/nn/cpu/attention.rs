@@ -1,5 +1,6 @@
 //! Attention whose memory is linear in the sequence: scores exist for one block of queries at a time and are computed
 //! again in the backward pass from the saved maximum and sum of each row (much as in Dao et al. 2022, arXiv 2205.14135).
+//! Where there are few keys, and a row of scores is not much longer than a query, the probabilities are kept instead.
 //!
 //! Both passes take exactly the same probabilities. A single log-sum-exp per row, as there, would be rounded to the
 //! size of the scores, and a row that has all but settled on one key then loses most of its gradient's digits.
@@ -10,13 +11,24 @@ use candle_core::{Result, Tensor};
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::gemm::{Matrix, Threads, multiply};
-use super::{Values, adjacent, detached, simd, strided_values, tensor, values};
+use super::gemm::{Matrix, Shared, Threads, multiply};
+use super::{
+    ALONE_PRODUCTS, Values, adjacent, detached, is_alone, simd, strided_values, tensor, values,
+};
 use crate::nn::ops::Mask;
 use crate::nn::vjp::record;
 
-/// Queries of one block.
+/// The most queries of one block.
 const BLOCK: usize = 64;
+
+/// Probabilities are kept for as many keys as this times the length of one.
+const KEPT: usize = 4;
+
+/// Queries of each block of `n`, the last of which may be smaller: about the same for all, so that none is left with a
+/// few rows for all the keys.
+fn block_of(n: usize) -> usize {
+    n.div_ceil(n.div_ceil(BLOCK).max(1)).max(1)
+}
 
 /// Whether [`attention`] can take this mask: one row of keys for every query, or one for all.
 pub fn takes_mask(mask: &Mask, n: usize, m: usize) -> bool {
@@ -39,9 +51,19 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
     let call = Call::new(q, k, v, scale, mask)?;
     let (b, h, n, m, d) = (call.b, call.h, call.n, call.m, call.d);
     let kept = [adjacent(q)?, adjacent(k)?, adjacent(v)?];
+    let rows = block_of(n);
+    let wanted = [q.track_op(), k.track_op(), v.track_op()];
+    let keeps = wanted.contains(&true) && m <= KEPT * d;
     let mut y = vec![0.0; b * h * n * d];
     let mut norms = vec![Norm::default(); b * h * n];
+    // (b, h, n, m)
+    let mut probabilities = match keeps {
+        true => vec![0.0; b * h * n * m],
+        false => Vec::new(),
+    };
     {
+        let shared = Shared(probabilities.as_mut_ptr());
+        let shared = &shared;
         let [q, k, v] = call.heads(&kept)?;
         let mask = call.mask_values()?;
         let body = |scores: &mut Vec<f32>,
@@ -50,10 +72,20 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
                     y: &mut [f32],
                     norms: &mut [Norm]| {
             let queries = first..first + norms.len();
+            let count = queries.len();
             let keys = call.keys(queries.end);
-            call.scores(&q, &k, head, queries.clone(), scores);
+            let (scores, width) = if keeps {
+                let start = (head * n + first) * m;
+                // SAFETY: the rows of these queries lie within the vector, and no other block has them.
+                let own = unsafe { std::slice::from_raw_parts_mut(shared.0.add(start), count * m) };
+                (own, m)
+            } else {
+                scores.resize(count * keys, 0.0);
+                (scores.as_mut_slice(), keys)
+            };
+            call.scores(&q, &k, head, queries, (scores, width));
             softmax_rows(
-                scores,
+                (scores, width),
                 keys,
                 call.visible(first),
                 call.mask_rows(mask.as_deref(), head, first),
@@ -61,7 +93,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
             );
             multiply(
                 1.0,
-                Matrix::new(scores, queries.len(), keys),
+                Matrix::with_stride(scores, count, keys, width),
                 v.matrix(head, 0..keys),
                 y,
                 d,
@@ -69,15 +101,13 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
                 Threads::One,
             );
         };
-        if b * h * n * m * d <= super::ALONE_PRODUCTS {
+        if is_alone(b * h * n * m * d, ALONE_PRODUCTS) {
             let mut scores = Vec::new();
             let heads = y.chunks_mut((n * d).max(1)).zip(norms.chunks_mut(n.max(1)));
             for (head, (y, norms)) in heads.enumerate() {
-                let blocks = y
-                    .chunks_mut((BLOCK * d).max(1))
-                    .zip(norms.chunks_mut(BLOCK));
+                let blocks = y.chunks_mut((rows * d).max(1)).zip(norms.chunks_mut(rows));
                 for (block, (y, norms)) in blocks.enumerate() {
-                    body(&mut scores, head, block * BLOCK, y, norms);
+                    body(&mut scores, head, block * rows, y, norms);
                 }
             }
         } else {
@@ -85,17 +115,16 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
                 .zip(norms.par_chunks_mut(n.max(1)))
                 .enumerate()
                 .flat_map(|(head, (y, norms))| {
-                    y.par_chunks_mut((BLOCK * d).max(1))
-                        .zip(norms.par_chunks_mut(BLOCK))
+                    y.par_chunks_mut((rows * d).max(1))
+                        .zip(norms.par_chunks_mut(rows))
                         .enumerate()
-                        .map(move |(block, out)| (head, block * BLOCK, out))
+                        .map(move |(block, out)| (head, block * rows, out))
                 })
                 .for_each_init(Vec::new, |scores, (head, first, (y, norms))| {
                     body(scores, head, first, y, norms)
                 });
         }
     }
-    let wanted = [q.track_op(), k.track_op(), v.track_op()];
     let bias = match mask {
         Mask::Additive(bias) => Some(bias).filter(|bias| bias.track_op()),
         Mask::None | Mask::Causal | Mask::CausalKeys(_) => None,
@@ -109,50 +138,75 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
         let mut dq = vec![0.0; b * h * n * d];
         let mut dk = vec![0.0; b * h * m * d];
         let mut dv = vec![0.0; b * h * m * d];
-        dq.par_chunks_mut((n * d).max(1))
-            .zip(dk.par_chunks_mut((m * d).max(1)))
-            .zip(dv.par_chunks_mut((m * d).max(1)))
-            .enumerate()
-            .for_each_init(
-                || (Vec::new(), Vec::new()),
-                |(scores, slopes), (head, ((dq, dk), dv))| {
-                    for first in (0..n).step_by(BLOCK) {
-                        let queries = first..(first + BLOCK).min(n);
-                        let keys = call.keys(queries.end);
-                        let rows = head * n + queries.start..head * n + queries.end;
-                        let g_rows = &g[rows.start * d..rows.end * d];
-                        let g_rows = Matrix::new(g_rows, queries.len(), d);
-                        call.slopes(
-                            [&q, &k, &v],
-                            mask.as_deref(),
-                            (&norms, &g),
-                            (head, queries.clone()),
-                            (scores, slopes),
-                        );
-                        let probabilities = Matrix::new(scores, queries.len(), keys);
-                        let slopes = Matrix::new(slopes, queries.len(), keys);
-                        multiply(1.0, probabilities.t(), g_rows, dv, d, true, Threads::One);
-                        multiply(
-                            call.scale,
-                            slopes,
-                            k.matrix(head, 0..keys),
-                            &mut dq[first * d..],
-                            d,
-                            false,
-                            Threads::One,
-                        );
-                        multiply(
-                            call.scale,
-                            slopes.t(),
-                            q.matrix(head, queries),
-                            dk,
-                            d,
-                            true,
-                            Threads::One,
-                        );
-                    }
-                },
-            );
+        let body = |(scores, slopes): &mut (Vec<f32>, Vec<f32>),
+                    head: usize,
+                    [dq, dk, dv]: [&mut [f32]; 3]| {
+            for first in (0..n).step_by(rows) {
+                let queries = first..(first + rows).min(n);
+                let keys = call.keys(queries.end);
+                let range = head * n + queries.start..head * n + queries.end;
+                let g_rows = &g[range.start * d..range.end * d];
+                let g_rows = Matrix::new(g_rows, queries.len(), d);
+                let place = (head, queries.clone());
+                let probabilities = if keeps {
+                    let kept = &probabilities[range.start * m..range.end * m];
+                    call.products(&v, &g, &place, slopes);
+                    differentiate_kept(kept, m, slopes, keys);
+                    Matrix::with_stride(kept, queries.len(), keys, m)
+                } else {
+                    let saved = (norms.as_slice(), &*g);
+                    call.slopes(
+                        [&q, &k, &v],
+                        mask.as_deref(),
+                        saved,
+                        place,
+                        (scores, slopes),
+                    );
+                    Matrix::new(scores, queries.len(), keys)
+                };
+                let slopes = Matrix::new(slopes, queries.len(), keys);
+                multiply(
+                    1.0,
+                    probabilities.t(),
+                    g_rows,
+                    dv,
+                    d,
+                    first > 0,
+                    Threads::One,
+                );
+                multiply(
+                    call.scale,
+                    slopes,
+                    k.matrix(head, 0..keys),
+                    &mut dq[first * d..],
+                    d,
+                    false,
+                    Threads::One,
+                );
+                multiply(
+                    call.scale,
+                    slopes.t(),
+                    q.matrix(head, queries),
+                    dk,
+                    d,
+                    first > 0,
+                    Threads::One,
+                );
+            }
+        };
+        let (queries, keys) = ((n * d).max(1), (m * d).max(1));
+        if is_alone(b * h * n * m * d, ALONE_PRODUCTS) {
+            let mut scratch = Default::default();
+            let heads = dq.chunks_mut(queries).zip(dk.chunks_mut(keys));
+            let heads = heads.zip(dv.chunks_mut(keys)).enumerate();
+            heads.for_each(|(head, ((dq, dk), dv))| body(&mut scratch, head, [dq, dk, dv]));
+        } else {
+            let heads = dq.par_chunks_mut(queries).zip(dk.par_chunks_mut(keys));
+            let heads = heads.zip(dv.par_chunks_mut(keys)).enumerate();
+            heads.for_each_init(Default::default, |scratch, (head, ((dq, dk), dv))| {
+                body(scratch, head, [dq, dk, dv]);
+            });
+        }
         let mut gradients = Vec::new();
         for (wanted, gradient, length) in
             [(wanted[0], dq, n), (wanted[1], dk, m), (wanted[2], dv, m)]
@@ -284,26 +338,43 @@ impl Call {
         (head, queries): (usize, Range<usize>),
         (probabilities, slopes): (&mut Vec<f32>, &mut Vec<f32>),
     ) {
-        let (n, d, keys) = (self.n, self.d, self.keys(queries.end));
-        let rows = head * n + queries.start..head * n + queries.end;
-        let g = &g[rows.start * d..rows.end * d];
-        self.scores(q, k, head, queries.clone(), probabilities);
-        slopes.resize(probabilities.len(), 0.0);
-        multiply(
-            1.0,
-            Matrix::new(g, queries.len(), d),
-            v.matrix(head, 0..keys).t(),
-            slopes,
-            keys,
-            false,
-            Threads::One,
-        );
+        let keys = self.keys(queries.end);
+        let rows = head * self.n + queries.start..head * self.n + queries.end;
+        probabilities.resize(queries.len() * keys, 0.0);
+        self.scores(q, k, head, queries.clone(), (probabilities, keys));
+        self.products(v, g, &(head, queries.clone()), slopes);
         differentiate_rows(
             (probabilities, slopes),
             keys,
             self.visible(queries.start),
             self.mask_rows(mask, head, queries.start),
             &norms[rows],
+        );
+    }
+
+    /// g·vᵀ for the queries and all the keys that one of them sees.
+    fn products(
+        &self,
+        v: &Heads,
+        g: &[f32],
+        (head, queries): &(usize, Range<usize>),
+        products: &mut Vec<f32>,
+    ) {
+        let keys = self.keys(queries.end);
+        let rows = head * self.n + queries.start..head * self.n + queries.end;
+        products.resize(queries.len() * keys, 0.0);
+        multiply(
+            1.0,
+            Matrix::new(
+                &g[rows.start * self.d..rows.end * self.d],
+                queries.len(),
+                self.d,
+            ),
+            v.matrix(*head, 0..keys).t(),
+            products,
+            keys,
+            false,
+            Threads::One,
         );
     }
 
@@ -345,23 +416,22 @@ impl Call {
         sums
     }
 
-    /// scale · q·kᵀ for the queries and all the keys that one of them sees.
+    /// scale · q·kᵀ for the queries and all the keys that one of them sees, in rows `width` elements apart.
     fn scores(
         &self,
         q: &Heads,
         k: &Heads,
         head: usize,
         queries: Range<usize>,
-        scores: &mut Vec<f32>,
+        (scores, width): (&mut [f32], usize),
     ) {
         let keys = self.keys(queries.end);
-        scores.resize(queries.len() * keys, 0.0);
         multiply(
             self.scale,
             q.matrix(head, queries),
             k.matrix(head, 0..keys).t(),
             scores,
-            keys,
+            width,
             false,
             Threads::One,
         );
@@ -431,14 +501,14 @@ struct Norm {
 
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
 fn softmax_rows(
-    scores: &mut [f32],
+    (scores, width): (&mut [f32], usize),
     keys: usize,
     visible: Option<usize>,
     mask: Option<MaskRows>,
     norms: &mut [Norm],
 ) {
-    for (i, (row, norm)) in scores.chunks_exact_mut(keys).zip(norms).enumerate() {
-        let row = masked(i, row, visible, mask);
+    for (i, (row, norm)) in scores.chunks_exact_mut(width).zip(norms).enumerate() {
+        let row = masked(i, &mut row[..keys], visible, mask);
         let highest = simd::max(row);
         for s in row.iter_mut() {
             *s = simd::exp(*s - highest);
@@ -473,6 +543,19 @@ fn differentiate_rows(
         for s in row.iter_mut() {
             *s = simd::exp(*s - highest) * inverse;
         }
+        let product = simd::sum_pairs(row, slopes, |p, s| p * s);
+        for (p, slope) in row.iter().zip(slopes) {
+            *slope = *p * (*slope - product);
+        }
+    }
+}
+
+/// [`differentiate_rows`] with probabilities that were kept, in rows `width` elements apart.
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
+fn differentiate_kept(probabilities: &[f32], width: usize, slopes: &mut [f32], keys: usize) {
+    let rows = probabilities.chunks_exact(width);
+    for (row, slopes) in rows.zip(slopes.chunks_exact_mut(keys)) {
+        let row = &row[..keys];
         let product = simd::sum_pairs(row, slopes, |p, s| p * s);
         for (p, slope) in row.iter().zip(slopes) {
             *slope = *p * (*slope - product);

@@ -1,6 +1,5 @@
 //! Matrix products of slices: on processors with AVX-512 or AVX2 by kernels of our own, on others by the `gemm` crate's.
-//! A large result is cut into blocks, by its shape alone and never along the sums, so the number of threads does not
-//! change a bit.
+//! A large result is cut into blocks, never along the sums, so the number of threads does not change a bit.
 
 #[cfg(target_arch = "x86_64")]
 mod block;
@@ -13,6 +12,8 @@ mod tile;
 
 use gemm::Parallelism;
 use rayon::prelude::*;
+
+use crate::nn::is_crowded;
 
 /// A matrix in a slice: element (i, j) is at `i · row_stride + j · column_stride`.
 #[derive(Clone, Copy)]
@@ -44,6 +45,11 @@ impl<'a> Matrix<'a> {
             row_stride,
             column_stride: 1,
         }
+    }
+
+    /// Rows and columns.
+    pub fn size(&self) -> (usize, usize) {
+        (self.rows, self.columns)
     }
 
     /// Rows `from..until`.
@@ -110,6 +116,25 @@ pub fn product(a: Matrix, b: Matrix, row: Option<&[f32]>) -> Vec<f32> {
     out
 }
 
+/// `factor · a·b`, on all threads.
+pub fn scaled_product(factor: f32, a: Matrix, b: Matrix) -> Vec<f32> {
+    let mut out = Vec::with_capacity(a.rows * b.columns);
+    // SAFETY: as in [`product`].
+    unsafe {
+        spread(
+            factor,
+            a,
+            b,
+            Base::Nothing,
+            out.as_mut_ptr(),
+            b.columns,
+            Threads::All,
+        );
+        out.set_len(a.rows * b.columns);
+    }
+    out
+}
+
 /// `out = factor · a·b`, or `out += factor · a·b` if `accumulate`; the rows of `out` start `stride` elements apart.
 pub fn multiply(
     factor: f32,
@@ -169,6 +194,7 @@ unsafe fn spread(
     assert_eq!(a.columns, b.rows, "inner dimensions of a product");
     let (height, width) = match threads {
         Threads::One => (a.rows, b.columns),
+        Threads::All if is_crowded() && is_one_chain() => (a.rows, b.columns),
         Threads::All => blocks(a.rows, a.columns, b.columns),
     };
     if height >= a.rows && width >= b.columns {
@@ -178,23 +204,23 @@ unsafe fn spread(
     let down = a.rows.div_ceil(height);
     let out = Shared(out);
     let out = &out;
-    (0..down * b.columns.div_ceil(width))
-        .into_par_iter()
-        .for_each(|block| {
-            let (row, column) = (block % down * height, block / down * width);
-            let until = (column + width).min(b.columns);
-            let a = a.some_rows(row, (row + height).min(a.rows));
-            let b = b.some_columns(column, until);
-            let base = match base {
-                Base::Row(values) => Base::Row(&values[column..until]),
-                other => other,
-            };
-            // SAFETY: this function's contract; each block is written by one task.
-            unsafe {
-                let out = out.0.add(row * stride + column);
-                multiply_block(factor, a, b, base, out, stride);
-            }
-        });
+    let body = |block: usize| {
+        let (row, column) = (block % down * height, block / down * width);
+        let until = (column + width).min(b.columns);
+        let a = a.some_rows(row, (row + height).min(a.rows));
+        let b = b.some_columns(column, until);
+        let base = match base {
+            Base::Row(values) => Base::Row(&values[column..until]),
+            other => other,
+        };
+        // SAFETY: this function's contract; each block is written by one task.
+        unsafe {
+            let out = out.0.add(row * stride + column);
+            multiply_block(factor, a, b, base, out, stride);
+        }
+    };
+    let blocks = 0..down * b.columns.div_ceil(width);
+    blocks.into_par_iter().for_each(body);
 }
 
 /// Multiplications below which a block is not worth a task of its own.
@@ -203,12 +229,20 @@ const BLOCK_WORK: usize = 1 << 20;
 /// There need not be more blocks than this, for threads that get no more than one at a time.
 const BLOCKS: usize = 64;
 
+/// Whether each element of a product is one chain of operations, however the product is cut.
+fn is_one_chain() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return tile::Instructions::of_this_machine().is_some();
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
 /// The sizes of a block: the most that the caches hold of the right matrix, the least that pays for bringing it there,
 /// and whole tiles of the kernels, with either instructions.
 const MOST_COLUMNS: usize = 336;
 const LEAST_COLUMNS: usize = 144;
 const COLUMN_STEP: usize = 48;
-const LEAST_ROWS: usize = 96;
+const LEAST_ROWS: usize = 128;
 const ROW_STEP: usize = 8;
 
 /// Rows and columns of the blocks that a product is cut into.

@@ -5,7 +5,7 @@ use multiversion::multiversion;
 use rayon::prelude::*;
 
 use super::gemm::{Matrix, Shared, Threads, multiply_into};
-use super::{ALONE, PIECE, simd};
+use super::{ALONE, PIECE, is_alone, simd};
 use crate::nn::HalfKind;
 
 /// Elements of one widened panel: 1 MiB in f32.
@@ -19,7 +19,7 @@ const PANELS: usize = 16;
 
 /// `out = values of bits`, on all threads if there are many.
 pub fn widen(bits: &[u16], kind: HalfKind, out: &mut [f32]) {
-    if out.len() <= ALONE {
+    if is_alone(out.len(), ALONE) {
         widen_piece(bits, kind, out);
     } else {
         out.par_chunks_mut(PIECE)

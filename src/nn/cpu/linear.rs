@@ -1,18 +1,19 @@
 //! Linear layers, with and without a low-rank addition.
 
-use std::sync::Arc;
-
 use candle_core::{Result, Tensor};
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::gemm::{Matrix, Threads, multiply, product};
-use super::{Values, detached, half, simd, tensor, values};
+use super::gemm::{Matrix, Threads, multiply, product, scaled_product};
+use super::{ALONE, ALONE_PRODUCTS, Values, detached, half, is_alone, simd, tensor, values};
 use crate::nn::vjp::record;
 use crate::nn::{HalfKind, Weight};
 
 /// Up to this many rows each weight is read once, straight from memory: packing it would take longer.
 const THIN: usize = 8;
+
+/// Up to this many outputs, an adapter's rank as a rule, the gradient of a weight is found transposed.
+const LOW: usize = 32;
 
 /// See [`crate::nn::ops::linear`].
 pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tensor> {
@@ -44,18 +45,27 @@ pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tens
     })
 }
 
+/// The factors of an adapter, as an operation sees them.
+pub struct Addition<'a> {
+    /// (rank, inputs)
+    pub a: &'a Tensor,
+    /// (outputs, rank)
+    pub b: &'a Tensor,
+    pub scale: f64,
+    /// Whether W + scale·B·A may be formed where that is less work. The result then rounds by how many rows `x` has.
+    pub merge: bool,
+}
+
 /// See [`crate::nn::ops::linear_lora`].
 pub fn linear_lora(
     x: &Tensor,
     weight: &Weight,
     bias: Option<&Tensor>,
-    a: &Tensor,
-    b: &Tensor,
-    scale: f64,
+    Addition { a, b, scale, merge }: &Addition,
 ) -> Result<Tensor> {
     let shape = Shapes::of(x, weight.dims2()?)?;
     let down = Shapes::of(x, a.dims2()?)?;
-    let scale = scale as f32;
+    let scale = *scale as f32;
     let (x_kept, weight_kept) = (detached(x)?, kept(weight)?);
     let (a_kept, b_kept) = (detached(a)?, detached(b)?);
     if b_kept.dims2()? != (shape.outputs, down.outputs) {
@@ -65,9 +75,32 @@ pub fn linear_lora(
             b.dims()
         );
     }
-    let low = forward(&x_kept, &Weight::Tensor(a_kept.clone()), None, &down)?;
-    let mut y = forward(&x_kept, &weight_kept, bias, &shape)?;
-    add_product(&mut y, &low, &values(&b_kept)?, scale, &shape, down.outputs);
+    let merged = match weight {
+        Weight::Tensor(weight) if *merge && shape.is_deep() => {
+            let mut sum = values(&detached(weight)?)?.to_vec();
+            let (a, b) = (values(&a_kept)?, values(&b_kept)?);
+            add_product(
+                &mut sum,
+                &b,
+                Matrix::new(&a, down.outputs, shape.inputs),
+                scale,
+            );
+            let sum = tensor(sum, (shape.outputs, shape.inputs))?;
+            Some(Weight::Tensor(sum))
+        }
+        _ => None,
+    };
+    let (y, low) = match &merged {
+        Some(merged) => (forward(&x_kept, merged, bias, &shape)?, None),
+        None => {
+            let low = forward(&x_kept, &Weight::Tensor(a_kept.clone()), None, &down)?;
+            let mut y = forward(&x_kept, &weight_kept, bias, &shape)?;
+            let b = values(&b_kept)?;
+            let b = Matrix::new(&b, shape.outputs, down.outputs);
+            add_product(&mut y, &low, b.t(), scale);
+            (y, Some(low))
+        }
+    };
     let wanted = [
         x.track_op(),
         trained(weight).is_some(),
@@ -79,38 +112,29 @@ pub fn linear_lora(
         .into_iter()
         .chain(trained(weight))
         .chain(bias)
-        .chain([a, b])
+        .chain([*a, *b])
         .collect();
     let (x_dims, y_dims) = (x.dims().to_vec(), shape.result(x));
-    let low = Arc::new(low);
     record(&inputs, y, y_dims, move |gradient| {
         let g = values(gradient)?;
         let (a, b) = (values(&a_kept)?, values(&b_kept)?);
         let (rows, rank) = (shape.rows, down.outputs);
-        let mut low_gradient = vec![0.0; rows * rank];
-        if wanted[0] || wanted[3] {
-            multiply(
-                scale,
-                Matrix::new(&g, rows, shape.outputs),
-                Matrix::new(&b, shape.outputs, rank),
-                &mut low_gradient,
-                rank,
-                false,
-                Threads::All,
-            );
-        }
+        let g_matrix = Matrix::new(&g, rows, shape.outputs);
+        let low_gradient = match wanted[3] || (wanted[0] && merged.is_none()) {
+            true => scaled_product(scale, g_matrix, Matrix::new(&b, shape.outputs, rank)),
+            false => Vec::new(),
+        };
         let mut gradients = Vec::new();
         if wanted[0] {
-            let mut dx = input_gradient(&g, &weight_kept, &shape)?;
-            multiply(
-                1.0,
-                Matrix::new(&low_gradient, rows, rank),
-                Matrix::new(&a, rank, shape.inputs),
-                &mut dx,
-                shape.inputs,
-                true,
-                Threads::All,
-            );
+            let dx = match &merged {
+                Some(merged) => input_gradient(&g, merged, &shape)?,
+                None => {
+                    let mut dx = input_gradient(&g, &weight_kept, &shape)?;
+                    let a = Matrix::new(&a, rank, shape.inputs);
+                    add_product(&mut dx, &low_gradient, a, 1.0);
+                    dx
+                }
+            };
             gradients.push(tensor(dx, x_dims.clone())?);
         }
         if wanted[1] {
@@ -125,16 +149,15 @@ pub fn linear_lora(
             gradients.push(tensor(da, (rank, shape.inputs))?);
         }
         if wanted[4] {
-            let mut db = vec![0.0; shape.outputs * rank];
-            multiply(
-                scale,
-                Matrix::new(&g, rows, shape.outputs).t(),
-                Matrix::new(&low, rows, rank),
-                &mut db,
-                rank,
-                false,
-                Threads::All,
-            );
+            let now;
+            let low = match &low {
+                Some(low) => low,
+                None => {
+                    now = forward(&x_kept, &Weight::Tensor(a_kept.clone()), None, &down)?;
+                    &now
+                }
+            };
+            let db = scaled_product(scale, g_matrix.t(), Matrix::new(low, rows, rank));
             gradients.push(tensor(db, (shape.outputs, rank))?);
         }
         Ok(gradients)
@@ -177,6 +200,12 @@ impl Shapes {
             inputs,
             outputs,
         })
+    }
+
+    /// Whether the two products of an adapter with `rows` rows take over twice the multiplications that forming its
+    /// weight does. The weight is then less than half as large as the layer's input and result together.
+    fn is_deep(&self) -> bool {
+        self.rows * (self.inputs + self.outputs) > 2 * self.inputs * self.outputs
     }
 
     fn result(&self, x: &Tensor) -> Vec<usize> {
@@ -227,7 +256,7 @@ fn forward(x: &Tensor, weight: &Weight, bias: Option<&Tensor>, shape: &Shapes) -
                 Readable::Half(bits, kind) => half::thin(&x, &bits[range], *kind, inputs, out),
             }
         };
-        if rows * outputs * inputs > super::ALONE_PRODUCTS {
+        if !is_alone(rows * outputs * inputs, ALONE_PRODUCTS) {
             columns
                 .par_chunks_mut((piece * rows).max(1))
                 .enumerate()
@@ -264,14 +293,16 @@ impl<'a> Readable<'a> {
     }
 }
 
-/// `y += scale · low·bᵀ`.
-fn add_product(y: &mut [f32], low: &[f32], b: &[f32], scale: f32, shape: &Shapes, rank: usize) {
+/// `y += scale · left·right`, all of them whole.
+fn add_product(y: &mut [f32], left: &[f32], right: Matrix, scale: f32) {
+    let (depth, columns) = right.size();
+    let rows = left.len() / depth.max(1);
     multiply(
         scale,
-        Matrix::new(low, shape.rows, rank),
-        Matrix::new(b, shape.outputs, rank).t(),
+        Matrix::new(left, rows, depth),
+        right,
         y,
-        shape.outputs,
+        columns,
         true,
         Threads::All,
     );
@@ -295,7 +326,19 @@ fn input_gradient(g: &[f32], weight: &Weight, shape: &Shapes) -> Result<Vec<f32>
 
 fn weight_gradient(g: &[f32], x: &[f32], shape: &Shapes) -> Vec<f32> {
     let g = Matrix::new(g, shape.rows, shape.outputs);
-    product(g.t(), Matrix::new(x, shape.rows, shape.inputs), None)
+    let x = Matrix::new(x, shape.rows, shape.inputs);
+    if shape.outputs > LOW || shape.inputs < 2 * shape.outputs {
+        return product(g.t(), x, None);
+    }
+    // Few rows: as few columns they keep the smaller matrix in the nearest cache. Each element is the same sum.
+    let turned = product(x.t(), g, None);
+    let mut dw = vec![0.0; turned.len()];
+    for (i, row) in turned.chunks_exact(shape.outputs).enumerate() {
+        for (v, line) in row.iter().zip(dw.chunks_exact_mut(shape.inputs)) {
+            line[i] = *v;
+        }
+    }
+    dw
 }
 
 /// Σ over rows of `g` (rows, `width`): each column from the first row to the last.
@@ -303,7 +346,7 @@ pub fn column_sums(g: &[f32], width: usize) -> Vec<f32> {
     const COLUMNS: usize = 128;
     let mut sums = vec![0.0; width];
     let body = |(i, sums): (usize, &mut [f32])| add_columns(g, width, i * COLUMNS, sums);
-    if g.len() > super::ALONE {
+    if !is_alone(g.len(), ALONE) {
         sums.par_chunks_mut(COLUMNS).enumerate().for_each(body);
     } else {
         sums.chunks_mut(COLUMNS).enumerate().for_each(body);

@@ -23,6 +23,8 @@ use candle_core::{CpuStorage, DType, Device, Result, Shape, Storage, StorageRef,
 use multiversion::multiversion;
 use rayon::prelude::*;
 
+use crate::nn::is_crowded;
+
 /// Whether the fused operations can take these tensors: all in f32 on the CPU, where they are not switched off.
 pub fn takes<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> bool {
     !plain_alone()
@@ -125,13 +127,18 @@ const ALONE: usize = 1 << 15;
 /// Multiplications below which one thread does a sum of products alone.
 const ALONE_PRODUCTS: usize = 1 << 19;
 
+/// Whether one thread does the work alone: there is too little of it to wake another, or others have work of their own.
+fn is_alone(work: usize, least: usize) -> bool {
+    work <= least || is_crowded()
+}
+
 /// Elements of one piece of elementwise work.
 pub const PIECE: usize = 1 << 13;
 
 /// Calls `body(i, piece)` for the pieces of `out` with `length` elements each (the last may be shorter), in parallel.
 pub fn each_piece(out: &mut [f32], length: usize, body: impl Fn(usize, &mut [f32]) + Sync + Send) {
     let length = length.max(1);
-    if out.len() <= ALONE {
+    if is_alone(out.len(), ALONE) {
         for (i, piece) in out.chunks_mut(length).enumerate() {
             body(i, piece);
         }
@@ -149,7 +156,7 @@ pub fn each_pair(
     body: impl Fn(usize, &mut [f32], &mut [f32]) + Sync + Send,
 ) {
     let (one_length, two_length) = (one.1.max(1), two.1.max(1));
-    if one.0.len() <= ALONE {
+    if is_alone(one.0.len(), ALONE) {
         let pieces = one
             .0
             .chunks_mut(one_length)
@@ -196,7 +203,7 @@ pub fn add_heads(
             add_slices(sum, &values[from..from + d]);
         }
     };
-    if sum.len() <= ALONE {
+    if is_alone(sum.len(), ALONE) {
         sum.chunks_exact_mut(width.max(1))
             .enumerate()
             .for_each(rows);

@@ -57,7 +57,7 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
             let x = &x[i * piece * width..][..out.len() * width];
             log_sum_rows(x, width, out);
         };
-        if x.len() > super::ALONE {
+        if !super::is_alone(x.len(), super::ALONE) {
             use rayon::prelude::*;
             log_sums
                 .par_chunks_mut(piece)

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use super::Geometry;
 use super::kernels::{Gradients, Kernels, LINES, Products, SLACK, transpose};
 use crate::nn::cpu::gemm::Shared;
-use crate::nn::cpu::{ALONE_PRODUCTS, add_slices};
+use crate::nn::cpu::{ALONE_PRODUCTS, add_slices, is_alone};
 
 /// The copies of a strip have about this many elements at most.
 const STRIP: usize = 1 << 17;
@@ -225,7 +225,7 @@ pub fn forward(
             }
         }
     };
-    if length * depth <= ALONE_PRODUCTS {
+    if is_alone(length * depth, ALONE_PRODUCTS) {
         let mut copies = Vec::new();
         (0..tasks).for_each(|task| body(&mut copies, task));
     } else {

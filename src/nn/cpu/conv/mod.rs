@@ -212,7 +212,7 @@ fn channel_sums(g: &[f32], outputs: usize, geometry: &Geometry) -> Vec<f32> {
     let pixels = geometry.pixels();
     let mut sums = vec![0.0; outputs];
     let body = |(channel, sum): (usize, &mut f32)| *sum = channel_sum(g, channel, outputs, pixels);
-    if g.len() > super::ALONE {
+    if !super::is_alone(g.len(), super::ALONE) {
         sums.par_iter_mut().enumerate().for_each(body);
     } else {
         sums.iter_mut().enumerate().for_each(body);

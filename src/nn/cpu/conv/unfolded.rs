@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use super::Geometry;
 use crate::nn::cpu::gemm::{Matrix, Shared, Threads, multiply, multiply_into};
-use crate::nn::cpu::{ALONE_PRODUCTS, each_piece};
+use crate::nn::cpu::{ALONE_PRODUCTS, each_piece, is_alone};
 
 /// An unfolded strip has at most this many elements (unless one row of pixels has more): it stays in a core's cache.
 const STRIP: usize = 1 << 17;
@@ -68,7 +68,10 @@ pub fn forward(
         }
     };
     let tasks = images * strips;
-    if tasks * outputs * depth * strip * geometry.columns <= ALONE_PRODUCTS {
+    if is_alone(
+        tasks * outputs * depth * strip * geometry.columns,
+        ALONE_PRODUCTS,
+    ) {
         let mut unfolded = Vec::new();
         (0..tasks).for_each(|task| body(&mut unfolded, task));
     } else {
