@@ -6,14 +6,16 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
+use candle_core::{DType, Tensor};
+use proxytune::files::read_tensors;
 use proxytune::models::adapters::AdapterFile;
 use support::{Place, find, program, say};
 
 /// Smaller sizes than the shipped settings have, so that a checkpoint is made in seconds.
 const SMALLER: [(&str, &str); 4] = [
     (
-        "multipliers = [1, 2, 2]\nnorm_groups = 8",
-        "multipliers = [1, 1, 1]\nnorm_groups = 8",
+        "multipliers = [2, 4, 5]\nnorm_groups = 4",
+        "multipliers = [1, 1, 1]\nnorm_groups = 4",
     ),
     (
         "codebook_size = 1024\ncodebook_dim = 16",
@@ -35,27 +37,32 @@ fn run(command: Command) -> String {
     said.out
 }
 
+/// Trains the models `only` on a few images, into `folder`, by the shipped settings made [`SMALLER`] and then `changed`.
+fn pretrain(only: &str, folder: &Path, changed: impl Fn(String) -> String) -> Command {
+    let mut settings = std::fs::read_to_string("pipelines/nano-pretrain.toml").unwrap();
+    for (from, to) in SMALLER {
+        assert!(settings.contains(from), "{from}");
+        settings = settings.replace(from, to);
+    }
+    let file = folder.join("settings.toml");
+    std::fs::write(&file, changed(settings)).unwrap();
+    let mut command = program();
+    command
+        .arg("pretrain")
+        .arg(&file)
+        .args(["--only", only, "--images", "64", "--out"])
+        .arg(folder)
+        .arg("--store")
+        .arg(folder.join("store"));
+    command
+}
+
 /// A folder with a checkpoint of Lumina that has seen a few images.
 fn checkpoint() -> &'static Path {
     static DIR: OnceLock<(tempfile::TempDir, PathBuf)> = OnceLock::new();
     let (_, dir) = DIR.get_or_init(|| {
         let place = tempfile::tempdir().unwrap();
-        let mut settings = std::fs::read_to_string("pipelines/nano-pretrain.toml").unwrap();
-        for (from, to) in SMALLER {
-            assert!(settings.contains(from), "{from}");
-            settings = settings.replace(from, to);
-        }
-        let file = place.path().join("settings.toml");
-        std::fs::write(&file, settings).unwrap();
-        let mut command = program();
-        command
-            .arg("pretrain")
-            .arg(&file)
-            .args(["--only", "vqgan,chameleon", "--images", "64", "--out"])
-            .arg(place.path())
-            .arg("--store")
-            .arg(place.path().join("store"));
-        run(command);
+        run(pretrain("vqgan,chameleon", place.path(), |same| same));
         let dir = place.path().join("lumina");
         (place, dir)
     });
@@ -158,4 +165,33 @@ fn a_checkpoint_without_an_image_tokenizer_says_what_it_lacks() {
     command.args(["sample", "--prompt", "a dog", "--model"]);
     command.arg(dir.path()).arg("--out").arg(dir.path());
     say(command).says(1, &["no image tokenizer", "hint: ", "vqgan.yaml"]);
+}
+
+#[test]
+fn a_decoder_that_learns_alone_leaves_the_tokens_as_they_are() {
+    let alone = |settings: String| settings.replace("decoder_only = false", "decoder_only = true");
+    let place = tempfile::tempdir().unwrap();
+    let fault = pretrain("vqgan", place.path(), alone);
+    say(fault).says(1, &["without tokens", "hint: ", "decoder_only = false"]);
+
+    run(pretrain("vqgan", place.path(), |same| same));
+    let file = place.path().join("lumina/tokenizer/vqgan.safetensors");
+    let (before, _) = read_tensors(&file).unwrap();
+    run(pretrain("vqgan", place.path(), alone));
+    let (after, _) = read_tensors(&file).unwrap();
+    assert_eq!(before.len(), after.len());
+    let values = |tensor: &Tensor| -> Vec<f32> {
+        let tensor = tensor.flatten_all().unwrap().to_dtype(DType::F32).unwrap();
+        tensor.to_vec1().unwrap()
+    };
+    let mut moved = 0;
+    for (name, tensor) in &before {
+        let same = values(tensor) == values(&after[name]);
+        if name.starts_with("decoder.") || name.starts_with("post_quant_conv.") {
+            moved += usize::from(!same);
+        } else {
+            assert!(same, "{name} has moved");
+        }
+    }
+    assert!(moved > 20, "{moved} tensors have moved");
 }

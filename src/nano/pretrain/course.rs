@@ -27,7 +27,7 @@ const SAVE_EVERY: Duration = Duration::from_secs(180);
 const PRINT_EVERY: Duration = Duration::from_secs(20);
 
 /// The most points of a session's curve in `training.json`, which lies beside the weights for good. The store has all.
-const POINTS: usize = 60;
+const POINTS: usize = 40;
 
 /// What one step computed: the loss to descend (a scalar), and named figures for the progress line.
 pub struct Step {
