@@ -24,10 +24,13 @@ const BLOCK: usize = 64;
 /// Probabilities are kept for as many keys as this times the length of one.
 const KEPT: usize = 4;
 
-/// Queries of each block of `n`, the last of which may be smaller: about the same for all, so that none is left with a
-/// few rows for all the keys.
+/// Queries of each block of `n`, the last of which may be smaller. Two blocks are about equal, so that the second is not
+/// left with a few rows for all the keys; among many that costs less than rows that are no whole tiles of the products.
 fn block_of(n: usize) -> usize {
-    n.div_ceil(n.div_ceil(BLOCK).max(1)).max(1)
+    match n.div_ceil(BLOCK) {
+        2 => n.div_ceil(2),
+        _ => BLOCK,
+    }
 }
 
 /// Whether [`attention`] can take this mask: one row of keys for every query, or one for all.

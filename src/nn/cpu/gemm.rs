@@ -242,7 +242,7 @@ fn is_one_chain() -> bool {
 const MOST_COLUMNS: usize = 336;
 const LEAST_COLUMNS: usize = 144;
 const COLUMN_STEP: usize = 48;
-const LEAST_ROWS: usize = 128;
+const LEAST_ROWS: usize = 96;
 const ROW_STEP: usize = 8;
 
 /// Rows and columns of the blocks that a product is cut into.
