@@ -22,3 +22,16 @@ pub fn beside_others<T>(body: impl FnOnce() -> T) -> T {
 pub(crate) fn is_crowded() -> bool {
     COMPUTING.load(Ordering::Relaxed) >= rayon::current_num_threads()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn as_many_as_there_are_threads_are_a_crowd() {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build();
+        let pool = pool.unwrap();
+        // Other tests compute too: that two are one too few cannot be told here.
+        assert!(pool.install(|| beside_others(|| beside_others(is_crowded))));
+    }
+}

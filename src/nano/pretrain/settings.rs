@@ -154,8 +154,8 @@ pub struct Vq {
     pub commitment: f64,
     /// Weight of the mean absolute error beside the mean squared error.
     pub absolute: f64,
-    /// Whether an image's squared error counts in proportion to itself: what falls is then the mean of its logarithm,
-    /// so that easy images get as many decibels as hard ones.
+    /// Whether an image's squared error counts relative to its own size: what falls is then the mean of its logarithm,
+    /// in which a decibel is worth the same in every image.
     pub even: bool,
     /// Whether the decoder alone learns: images get better, tokens stay, and so does what stands on them.
     pub decoder_only: bool,
@@ -255,8 +255,8 @@ pub struct Vqgan {
     pub commitment: f64,
     /// Weight of the mean absolute error beside the mean squared error.
     pub absolute: f64,
-    /// Whether an image's squared error counts in proportion to itself: what falls is then the mean of its logarithm,
-    /// so that easy images get as many decibels as hard ones.
+    /// Whether an image's squared error counts relative to its own size: what falls is then the mean of its logarithm,
+    /// in which a decibel is worth the same in every image.
     pub even: bool,
     /// Whether the decoder alone learns: images get better, tokens stay, and so does what stands on them.
     pub decoder_only: bool,

@@ -64,14 +64,14 @@ pub fn train(context: &Context) -> Result<()> {
         even: settings.even,
         decoder_only: settings.decoder_only,
         revive_after: settings.revive_after,
-        afresh: opened.afresh.contains(CODEBOOK),
+        afresh: &opened.afresh,
     }
     .run(
         context,
         &opened.weights,
         Passes {
             encode: &|pixels| model.encode_continuous(pixels),
-            quantize: &|z| model.quantize(z),
+            tokens: &|pixels| model.encode(pixels),
             decode: &|tokens| model.decode(tokens),
             train: &|pixels| model.forward_train(pixels),
         },
@@ -109,14 +109,14 @@ pub fn train_chameleon(context: &Context) -> Result<()> {
         even: settings.even,
         decoder_only: settings.decoder_only,
         revive_after: settings.revive_after,
-        afresh: opened.afresh.contains(CODEBOOK),
+        afresh: &opened.afresh,
     }
     .run(
         context,
         &opened.weights,
         Passes {
             encode: &|pixels| model.encode_continuous(pixels),
-            quantize: &|z| model.quantize(z),
+            tokens: &|pixels| model.encode(pixels),
             decode: &|tokens| model.decode(tokens),
             train: &|pixels| model.forward_train(pixels, settings.commitment),
         },
@@ -124,13 +124,15 @@ pub fn train_chameleon(context: &Context) -> Result<()> {
     )
 }
 
-/// Where the variables of the decoding direction are.
-const DECODING: [&str; 2] = ["decoder.", "post_quant_conv."];
+/// Whether the variable `name` belongs to the decoding direction.
+fn is_decoding(name: &str) -> bool {
+    name.starts_with("decoder.") || name.starts_with("post_quant_conv.")
+}
 
 /// What a tokenizer computes.
 struct Passes<'a> {
     encode: &'a dyn Fn(&Tensor) -> Result<Tensor>,
-    quantize: &'a dyn Fn(&Tensor) -> Result<Tensor>,
+    tokens: &'a dyn Fn(&Tensor) -> Result<Tensor>,
     decode: &'a dyn Fn(&Tensor) -> Result<Tensor>,
     train: &'a dyn Fn(&Tensor) -> Result<TrainOutput>,
 }
@@ -148,8 +150,8 @@ struct Learning<'a> {
     even: bool,
     decoder_only: bool,
     revive_after: usize,
-    /// Whether the codebook is new.
-    afresh: bool,
+    /// The variables that no checkpoint gave.
+    afresh: &'a BTreeSet<String>,
 }
 
 impl Learning<'_> {
@@ -164,7 +166,7 @@ impl Learning<'_> {
         let mut variables = weights.variables();
         let codebook = Codebook::new(&variables, self.codes, self.unit_length)?;
         if self.decoder_only {
-            if self.afresh {
+            if !self.afresh.iter().all(|name| is_decoding(name)) {
                 return Err(Error::invalid(
                     format!(
                         "the decoder of {} alone, without tokens that it decodes",
@@ -173,9 +175,9 @@ impl Learning<'_> {
                     "train the whole tokenizer first, with decoder_only = false",
                 ));
             }
-            variables.retain(|(name, _)| DECODING.iter().any(|place| name.starts_with(place)));
+            variables.retain(|(name, _)| is_decoding(name));
         }
-        if self.afresh {
+        if self.afresh.contains(CODEBOOK) {
             // Codes that start where encodings are need no reviving.
             let batch = scenes.batch(0, self.codes.div_ceil(16));
             let pixels = scenes.pixels(&batch, &context.device)?;
@@ -184,17 +186,19 @@ impl Learning<'_> {
         }
         let usage = RefCell::new(codebook);
         let course = context.course(self.name, self.training, self.folder, variables);
+        let difference =
+            |images: &Tensor, pixels: &Tensor| difference(images, pixels, self.absolute, self.even);
         let step = |seen: usize, spent: f64| {
             let batch = scenes.batch(seen, self.training.batch_size);
             let pixels = scenes.pixels(&batch, &context.device)?;
             if self.decoder_only {
-                let tokens = no_grad(|| (passes.quantize)(&(passes.encode)(&pixels)?))?;
-                let (loss, decibels) = self.difference(&(passes.decode)(&tokens)?, &pixels)?;
+                let tokens = no_grad(|| (passes.tokens)(&pixels))?;
+                let (loss, decibels) = difference(&(passes.decode)(&tokens)?, &pixels)?;
                 let figures = vec![("psnr", decibels)];
                 return Ok(Step { loss, figures });
             }
             let output = (passes.train)(&pixels)?;
-            let (loss, decibels) = self.difference(&output.reconstruction, &pixels)?;
+            let (loss, decibels) = difference(&output.reconstruction, &pixels)?;
             let loss = (loss + (&output.vq_loss + &output.commit_loss)?)?;
             let mut usage = usage.borrow_mut();
             usage.count(&output.indices, self.training.batch_size)?;
@@ -221,25 +225,26 @@ impl Learning<'_> {
     }
 }
 
-impl Learning<'_> {
-    /// What is to fall of the difference between `images` and `pixels`, both (b, 3, h, w), and the batch's PSNR in dB.
-    fn difference(&self, images: &Tensor, pixels: &Tensor) -> Result<(Tensor, f64)> {
-        let error = (images - pixels)?;
-        let squares = error.sqr()?.flatten_from(1)?.mean(1)?;
-        let squared = squares.mean_all()?;
-        let decibels = psnr(f64::from(squared.to_scalar::<f32>()?));
-        let squared = match self.even {
-            true => {
-                let shares = squared
-                    .detach()
-                    .broadcast_div(&(squares.detach() + 1e-6)?)?;
-                (squares * shares)?.mean_all()?
-            }
-            false => squared,
-        };
-        let absolute = (error.abs()?.mean_all()? * self.absolute)?;
-        Ok(((squared + absolute)?, decibels))
-    }
+/// What is to fall of the difference between `images` and `pixels`, both (b, 3, h, w), and the batch's PSNR in dB.
+/// `absolute` and `even` as in the settings.
+fn difference(
+    images: &Tensor,
+    pixels: &Tensor,
+    absolute: f64,
+    even: bool,
+) -> Result<(Tensor, f64)> {
+    let error = (images - pixels)?;
+    let squares = error.sqr()?.flatten_from(1)?.mean(1)?;
+    let mean = squares.mean_all()?;
+    let decibels = psnr(f64::from(mean.to_scalar::<f32>()?));
+    let squared = if even {
+        let shares = mean.detach().broadcast_div(&(squares.detach() + 1e-6)?)?;
+        (squares * shares)?.mean_all()?
+    } else {
+        mean
+    };
+    let absolute = (error.abs()?.mean_all()? * absolute)?;
+    Ok(((squared + absolute)?, decibels))
 }
 
 /// The codebook and how long each code has been out of use.
@@ -354,4 +359,37 @@ pub fn reconstruct_chameleon(context: &Context, pixels: &Tensor) -> Result<(Tens
 fn distinct(tokens: &Tensor) -> Result<usize> {
     let used: BTreeSet<u32> = tokens.flatten_all()?.to_vec1()?.into_iter().collect();
     Ok(used.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::DType;
+
+    use super::*;
+
+    #[test]
+    fn an_even_loss_falls_as_the_mean_logarithm_of_the_images_errors() {
+        let pixels = Tensor::zeros((2, 3, 2, 2), DType::F32, &Device::Cpu).unwrap();
+        let values: Vec<f32> = (0..24).map(|i| if i < 12 { 0.01 } else { 0.4 }).collect();
+        let images = Var::from_vec(values, (2, 3, 2, 2), &Device::Cpu).unwrap();
+        let gradient = |loss: &Tensor| {
+            let gradients = crate::nn::backward(loss).unwrap();
+            let gradient = gradients.get(&images).unwrap();
+            gradient.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        };
+        let squares = images.sqr().unwrap().flatten_from(1).unwrap();
+        let squares = squares.mean(1).unwrap();
+        let logarithm = squares.log().unwrap().mean_all().unwrap();
+        let mean = squares.mean_all().unwrap().to_scalar::<f32>().unwrap();
+
+        let (even, decibels) = difference(&images, &pixels, 0.0, true).unwrap();
+        assert!((decibels - psnr(f64::from(mean))).abs() < 1e-4);
+        for (found, wanted) in gradient(&even).iter().zip(gradient(&logarithm)) {
+            let wanted = mean * wanted;
+            assert!((found - wanted).abs() < 0.02 * wanted, "{found} {wanted}");
+        }
+        let (plain, _) = difference(&images, &pixels, 0.0, false).unwrap();
+        let plain = gradient(&plain);
+        assert!((plain[12] / plain[0] - 40.0).abs() < 0.01);
+    }
 }

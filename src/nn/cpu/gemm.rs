@@ -103,34 +103,27 @@ enum Base<'a> {
     Row(&'a [f32]),
 }
 
-/// `a·b`, with `row` added to each row, on all threads. The result is not written before it is computed.
+/// `a·b`, with `row` added to each row, on all threads.
 pub fn product(a: Matrix, b: Matrix, row: Option<&[f32]>) -> Vec<f32> {
-    let (rows, columns) = (a.rows, b.columns);
-    let base = row.map_or(Base::Nothing, |row| Base::Row(&row[..columns]));
-    let mut out = Vec::with_capacity(rows * columns);
-    // SAFETY: there is room for the result, which is written as a whole and never read before.
-    unsafe {
-        spread(1.0, a, b, base, out.as_mut_ptr(), columns, Threads::All);
-        out.set_len(rows * columns);
-    }
-    out
+    let base = row.map_or(Base::Nothing, |row| Base::Row(&row[..b.columns]));
+    fresh(1.0, a, b, base)
 }
 
 /// `factor · a·b`, on all threads.
 pub fn scaled_product(factor: f32, a: Matrix, b: Matrix) -> Vec<f32> {
-    let mut out = Vec::with_capacity(a.rows * b.columns);
-    // SAFETY: as in [`product`].
+    fresh(factor, a, b, Base::Nothing)
+}
+
+/// `factor · a·b + base`, on all threads; the base is not the result's own place. Nothing is written before it is
+/// computed.
+fn fresh(factor: f32, a: Matrix, b: Matrix, base: Base) -> Vec<f32> {
+    let (rows, columns) = (a.rows, b.columns);
+    let mut out = Vec::with_capacity(rows * columns);
+    let place = out.as_mut_ptr();
+    // SAFETY: there is room for the result, which is written as a whole and never read before.
     unsafe {
-        spread(
-            factor,
-            a,
-            b,
-            Base::Nothing,
-            out.as_mut_ptr(),
-            b.columns,
-            Threads::All,
-        );
-        out.set_len(a.rows * b.columns);
+        spread(factor, a, b, base, place, columns, Threads::All);
+        out.set_len(rows * columns);
     }
     out
 }
@@ -219,8 +212,9 @@ unsafe fn spread(
             multiply_block(factor, a, b, base, out, stride);
         }
     };
-    let blocks = 0..down * b.columns.div_ceil(width);
-    blocks.into_par_iter().for_each(body);
+    (0..down * b.columns.div_ceil(width))
+        .into_par_iter()
+        .for_each(body);
 }
 
 /// Multiplications below which a block is not worth a task of its own.
