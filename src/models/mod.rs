@@ -27,7 +27,7 @@ use image::RgbImage;
 use rand_chacha::ChaCha8Rng;
 
 use crate::config::{self, Dtype, Family, Memory};
-use crate::nn::{Adapter, LoraConfig, Weights};
+use crate::nn::{Adapter, LoraConfig, PART, Weights};
 use crate::{Error, Result};
 
 /// What a backbone learns from one image, in its own terms.
@@ -188,15 +188,26 @@ pub struct Opening {
     pub condition_dropout: f64,
 }
 
+/// Weights of a large model: LlamaGen-B has 100 million, nano models two.
+const LARGE: usize = 100_000_000;
+
 impl Opening {
     /// Whether the backbone that was built from `weights` runs its blocks again in backward passes.
     fn recomputes(&self, weights: &Weights) -> bool {
-        /// From here on activations are worth a third more time: LlamaGen-B has 100 million weights, nano models two.
-        const LARGE: usize = 100_000_000;
+        // From here on activations are worth a third more time.
         match self.memory {
             Memory::Fit => true,
             Memory::Fast => false,
             Memory::Auto => weights.elements() >= LARGE,
+        }
+    }
+
+    /// How many examples of a batch are differentiated at once. The operations of a large model, or of a card, are worth
+    /// cutting up themselves, and all examples share what is read of the weights.
+    fn at_once(&self, weights: &Weights) -> usize {
+        match self.device.is_cpu() && weights.elements() < LARGE {
+            true => PART,
+            false => usize::MAX,
         }
     }
 

@@ -50,7 +50,7 @@ impl Linear {
             (Weight::Half(weight), lora) => ops::half_linear(x, weight, bias, lora.as_ref()),
             (Weight::Tensor(weight), None) => ops::linear(x, weight, bias),
             (Weight::Tensor(weight), Some(lora)) => match merged::weight(weight, lora)? {
-                Some(merged) => ops::linear(x, &merged, bias),
+                Some(merged) => merged.forward(x, bias),
                 None => ops::linear_lora(x, weight, bias, &lora.a, &lora.b, lora.scale),
             },
         }

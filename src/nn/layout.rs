@@ -12,11 +12,10 @@ pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     if !takes([x, y]) || x.dims() != y.dims() {
         return Ok((x + y)?);
     }
-    let mut sum = vec![0.0; x.elem_count()];
-    {
+    let sum = {
         let (x, y) = (detached(x)?, detached(y)?);
-        cpu::sum_into(&mut sum, &values(&x)?, &values(&y)?);
-    }
+        cpu::sum(&values(&x)?, &values(&y)?)
+    };
     let count = [x, y].into_iter().filter(|t| t.track_op()).count();
     Ok(vjp::record(&[x, y], sum, x.shape(), move |gradient| {
         Ok(vec![gradient.clone(); count])
@@ -47,20 +46,28 @@ pub fn split_heads(x: &Tensor, start: usize, heads: usize, d: usize) -> Result<T
 /// The heads of `x` (b, heads, n, d) side by side: (b, n, heads · d).
 pub fn merge_heads(x: &Tensor) -> Result<Tensor> {
     let (b, heads, n, d) = x.dims4()?;
-    let merged = |x: &Tensor| x.transpose(1, 2)?.contiguous()?.reshape((b, n, heads * d));
-    if !takes([x]) || !x.track_op() {
-        return Ok(merged(x)?);
+    if !takes([x]) {
+        let merged = x.transpose(1, 2)?.contiguous()?;
+        return Ok(merged.reshape((b, n, heads * d))?);
     }
-    let value = values(&merged(&x.detach())?)?.to_vec();
-    Ok(vjp::record(
-        &[x],
-        value,
-        (b, n, heads * d),
-        move |gradient| {
-            let gradient = gradient.reshape((b, n, heads, d))?.transpose(1, 2)?;
-            Ok(vec![gradient.contiguous()?])
-        },
-    )?)
+    let value = turned(&values(&detached(x)?)?, heads, n, d);
+    let shape = (b, n, heads * d);
+    Ok(vjp::record(&[x], value, shape, move |gradient| {
+        let split = turned(&values(gradient)?, n, heads, d);
+        Ok(vec![cpu::tensor(split, (b, heads, n, d))?])
+    })?)
+}
+
+/// `values` (…, n, m, d) as (…, m, n, d).
+fn turned(values: &[f32], n: usize, m: usize, d: usize) -> Vec<f32> {
+    cpu::pieces(values.len(), n * m * d, |i, out| {
+        let values = &values[i * n * m * d..];
+        for (j, out) in out.chunks_exact_mut((n * d).max(1)).enumerate() {
+            for (k, out) in out.chunks_exact_mut(d.max(1)).enumerate() {
+                out.copy_from_slice(&values[(k * m + j) * d..][..d]);
+            }
+        }
+    })
 }
 
 /// `start..start + count` along dimension 1 of `x` (b, n, …), contiguous.
@@ -81,28 +88,38 @@ pub fn rows(x: &Tensor, start: usize, count: usize) -> Result<Tensor> {
 
 /// `x` and `y` one after the other along `dim`; their other dimensions are equal.
 pub fn join(x: &Tensor, y: &Tensor, dim: usize) -> Result<Tensor> {
-    if !takes([x, y]) || !(x.track_op() || y.track_op()) {
+    let others = |x: &Tensor| {
+        let mut dims = x.dims().to_vec();
+        dims.get_mut(dim).map(|d| *d = 0).map(|()| dims)
+    };
+    let fit = others(x).is_some() && others(x) == others(y);
+    if !fit || !takes([x, y]) || !(x.track_op() || y.track_op()) {
         return Ok(Tensor::cat(&[x, y], dim)?);
     }
-    let value = Tensor::cat(&[x.detach(), y.detach()], dim)?.contiguous()?;
     let (first, second) = (x.dim(dim)?, y.dim(dim)?);
+    let mut shape = x.dims().to_vec();
+    shape[dim] += second;
+    let joined = {
+        let inner = shape[dim + 1..].iter().product::<usize>();
+        let (one, two) = (first * inner, second * inner);
+        let (x, y) = (detached(x)?, detached(y)?);
+        let (x, y) = (values(&x)?, values(&y)?);
+        cpu::pieces(x.len() + y.len(), one + two, |i, out| {
+            out[..one].copy_from_slice(&x[i * one..][..one]);
+            out[one..].copy_from_slice(&y[i * two..][..two]);
+        })
+    };
     let parts: Vec<(usize, usize)> = [(x, (0, first)), (y, (first, second))]
         .into_iter()
         .filter(|(t, _)| t.track_op())
         .map(|(_, part)| part)
         .collect();
-    let joined = values(&value)?.to_vec();
-    Ok(vjp::record(
-        &[x, y],
-        joined,
-        value.shape(),
-        move |gradient| {
-            parts
-                .iter()
-                .map(|&(start, count)| gradient.narrow(dim, start, count)?.contiguous())
-                .collect()
-        },
-    )?)
+    Ok(vjp::record(&[x, y], joined, shape, move |gradient| {
+        parts
+            .iter()
+            .map(|&(start, count)| gradient.narrow(dim, start, count)?.contiguous())
+            .collect()
+    })?)
 }
 
 #[cfg(test)]

@@ -12,14 +12,30 @@ use crate::Result;
 
 thread_local! {
     /// Merged weights by the identity of their A, while [`merged`] runs.
-    static MERGED: RefCell<Option<HashMap<TensorId, Tensor>>> = const { RefCell::new(None) };
+    static MERGED: RefCell<Option<HashMap<TensorId, Merged>>> = const { RefCell::new(None) };
+}
+
+/// W + scale·B·A.
+#[derive(Clone)]
+pub(super) struct Merged {
+    /// (outputs, inputs)
+    weight: Tensor,
+    /// (inputs, outputs): what a product with several rows reads in place.
+    turned: Tensor,
+}
+
+impl Merged {
+    /// See [`ops::linear`].
+    pub(super) fn forward(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        ops::linear_in_place(x, &self.weight, &self.turned, bias)
+    }
 }
 
 /// Runs `body`, in which adapters must not change. A layer that runs inside [`super::no_grad`] merges its adapter into
 /// a copy of its weight at its first call, if the adapter's share of the work is worth that; the copies go with the end
 /// of `body`.
 pub fn merged<T>(body: impl FnOnce() -> T) -> T {
-    struct Restore(Option<HashMap<TensorId, Tensor>>);
+    struct Restore(Option<HashMap<TensorId, Merged>>);
     impl Drop for Restore {
         fn drop(&mut self) {
             MERGED.set(self.0.take());
@@ -30,7 +46,7 @@ pub fn merged<T>(body: impl FnOnce() -> T) -> T {
 }
 
 /// W + scale·B·A for a frozen `weight` (outputs, inputs), where it is to be used.
-pub(super) fn weight(weight: &Tensor, lora: &Lora) -> Result<Option<Tensor>> {
+pub(super) fn weight(weight: &Tensor, lora: &Lora) -> Result<Option<Merged>> {
     if !is_no_grad() || !is_worth_it(weight, lora)? {
         return Ok(None);
     }
@@ -43,7 +59,9 @@ pub(super) fn weight(weight: &Tensor, lora: &Lora) -> Result<Option<Tensor>> {
             return Ok(Some(known.clone()));
         }
         let addition = (ops::linear(&lora.b, &lora.a.t()?, None)? * lora.scale)?;
-        let sum = (weight + addition.to_dtype(weight.dtype())?)?.detach();
+        let weight = (weight + addition.to_dtype(weight.dtype())?)?.detach();
+        let turned = weight.t()?.contiguous()?;
+        let sum = Merged { weight, turned };
         merged.insert(key, sum.clone());
         Ok(Some(sum))
     })

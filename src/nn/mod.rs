@@ -17,6 +17,7 @@ pub mod layers;
 pub mod layout;
 mod merged;
 pub mod ops;
+mod parts;
 pub mod plain;
 mod precision;
 mod recompute;
@@ -32,6 +33,7 @@ pub(crate) use crowd::is_crowded;
 pub use layers::{Conv2d, Embedding, GroupNorm, LayerNorm, Linear, RmsNorm};
 pub use merged::merged;
 pub use ops::Mask;
+pub use parts::{PART, mean_over_parts};
 pub use precision::{HalfKind, HalfMatrix, Precision, Weight};
 pub use recompute::{backward, is_recomputing, recompute, recomputing};
 pub use slices::sum_over_rows;
@@ -47,13 +49,22 @@ thread_local! {
 
 /// Runs `body` on this thread without recording a graph: every parameter is taken detached.
 pub fn no_grad<T>(body: impl FnOnce() -> T) -> T {
+    recording(false, body)
+}
+
+/// Runs `body` recording a graph, though it may be called inside [`no_grad`] by chance of threads.
+fn with_graph<T>(body: impl FnOnce() -> T) -> T {
+    recording(true, body)
+}
+
+fn recording<T>(yes: bool, body: impl FnOnce() -> T) -> T {
     struct Restore(bool);
     impl Drop for Restore {
         fn drop(&mut self) {
             NO_GRAD.with(|flag| flag.set(self.0));
         }
     }
-    let _restore = Restore(NO_GRAD.with(|flag| flag.replace(true)));
+    let _restore = Restore(NO_GRAD.with(|flag| flag.replace(!yes)));
     body()
 }
 
@@ -71,9 +82,9 @@ pub fn parameter(tensor: &Tensor) -> Tensor {
     }
 }
 
-/// Settles three things that training on the CPU depends on, once for the whole process: freed memory is kept for the
-/// next tensor instead of going back to the system (which otherwise takes longer than the arithmetic); candle's own
-/// elementwise operations run on the thread that asks for them, because its pool waits by spinning, on cores that
+/// Settles four things that training on the CPU depends on, once for the whole process: freed memory is kept for the
+/// next tensor instead of going back to the system (which otherwise takes longer than the arithmetic); the first gigabyte
+/// of it is in large pages, where the system has them for those who ask; candle's own elementwise operations run on the thread that asks for them, because its pool waits by spinning, on cores that
 /// other stages need; and candle is told the number of cores, which it otherwise reads from the system's description
 /// of every processor before each of its matrix products.
 ///
@@ -92,6 +103,34 @@ pub unsafe fn prepare_process() {
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
         libc::mallopt(libc::M_MMAP_THRESHOLD, 32 << 20);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, 512 << 20);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 1 << 30);
+        ask_for_large_pages();
+    }
+}
+
+/// Makes room for a gigabyte on the heap, none of which is memory before it is written, and asks for large pages there.
+/// A machine that has no such room or pages goes on without them.
+///
+/// # Safety
+/// To be called before there is a second thread, which might take the room for itself.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+unsafe fn ask_for_large_pages() {
+    /// Below the size from which on blocks do not come from the heap.
+    const BLOCK: usize = 16 << 20;
+    const BLOCKS: usize = 60;
+    const PAGE: usize = 2 << 20;
+    // SAFETY: each block is freed once, and advice changes no values. The heap's end is its own, and the room from the
+    // first block to there is the heap's as well, if that did not have to begin anew elsewhere: then the advice fails.
+    unsafe {
+        let blocks: Vec<_> = (0..BLOCKS).map(|_| libc::malloc(BLOCK)).collect();
+        let end = libc::sbrk(0) as usize;
+        let first = blocks.first().map_or(end, |block| *block as usize);
+        for block in blocks.into_iter().rev() {
+            libc::free(block);
+        }
+        let start = first.next_multiple_of(PAGE);
+        if first != 0 && start < end {
+            libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_HUGEPAGE);
+        }
     }
 }

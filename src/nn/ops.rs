@@ -47,6 +47,20 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     plain::linear(x, &weight, bias)
 }
 
+/// [`linear`] without a graph, with the weight also as `turned` (inputs, outputs): to the bit the same.
+pub(super) fn linear_in_place(
+    x: &Tensor,
+    weight: &Tensor,
+    turned: &Tensor,
+    bias: Option<&Tensor>,
+) -> Result<Tensor> {
+    if takes([x, turned].into_iter().chain(bias)) && cpu::linear::is_for_many(x, turned)? {
+        let bias = bias.map(Tensor::detach);
+        return Ok(cpu::linear::times(&x.detach(), turned, bias.as_ref())?);
+    }
+    linear(&x.detach(), &weight.detach(), bias)
+}
+
 /// [`linear`] and, where there is one, the adapter's addition, with a frozen weight in half precision, (outputs,
 /// inputs). The arithmetic is in `x`'s type; the result is that of the widened weight.
 pub fn half_linear(

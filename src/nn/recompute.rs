@@ -116,12 +116,14 @@ fn differentiate(value: &Tensor, gradient: &Tensor) -> Result<HashMap<TensorId, 
         .collect())
 }
 
-fn collect(gradients: HashMap<TensorId, Tensor>) -> Result<()> {
+/// Gives gradients of variables to the [`backward`] that runs.
+pub(super) fn collect(gradients: HashMap<TensorId, Tensor>) -> Result<()> {
     for (id, gradient) in gradients {
         if collect_variable(id, gradient)?.is_some() {
             return Err(Error::Invalid {
-                what: "a loss with recomputed blocks was differentiated by candle's backward"
-                    .into(),
+                what:
+                    "a loss in blocks or parts of our own was differentiated by candle's backward"
+                        .into(),
                 hint: Some("call nn::backward, which knows of them".into()),
             });
         }

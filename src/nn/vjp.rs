@@ -188,9 +188,7 @@ impl Slot {
             (Some(Sum::One(one)), Place::Whole) => {
                 let (one, gradient) = (one.contiguous()?, gradient.contiguous()?);
                 let (one, gradient) = (cpu::values(&one)?, cpu::values(&gradient)?);
-                let mut own = vec![0.0; one.len()];
-                cpu::sum_into(&mut own, &one, &gradient);
-                Sum::Own(own)
+                Sum::Own(cpu::sum(&one, &gradient))
             }
             (some, place) => {
                 let mut own = match some {

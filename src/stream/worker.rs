@@ -65,19 +65,22 @@ impl<M: Send + 'static> Worker<M> {
         std::thread::Builder::new()
             .name(name.to_string())
             .spawn(move || {
-                let mut model = match pool.install(build) {
-                    Ok(model) => {
-                        let _ = ready.send(Ok(()));
-                        model
+                // On a thread of the pool itself: a job need not be handed on.
+                pool.install(|| {
+                    let mut model = match build() {
+                        Ok(model) => {
+                            let _ = ready.send(Ok(()));
+                            model
+                        }
+                        Err(error) => {
+                            let _ = ready.send(Err(error));
+                            return;
+                        }
+                    };
+                    while let Some(job) = inbox.blocking_recv() {
+                        beside_others(|| job(&mut model));
                     }
-                    Err(error) => {
-                        let _ = ready.send(Err(error));
-                        return;
-                    }
-                };
-                while let Some(job) = inbox.blocking_recv() {
-                    pool.install(|| beside_others(|| job(&mut model)));
-                }
+                });
             })
             .map_err(Error::io(name))?;
         let worker = Self {

@@ -23,7 +23,7 @@ use crate::models::tokenizer::TextTokenizer;
 use crate::models::{
     Example, ImageTokenizer, Learner, Lesson, Opening, Request, Sampling, Tuning, adapters,
 };
-use crate::nn::{Adapter, Weights, merged, no_grad, recomputing};
+use crate::nn::{Adapter, Weights, mean_over_parts, merged, no_grad, recomputing};
 use crate::{Error, Result, images};
 
 /// Side in pixels of the square images of a checkpoint with this `config`: what is `asked` for, or its own.
@@ -96,6 +96,7 @@ pub struct Lumina {
     dropout: f64,
     condition_dropout: f64,
     recomputes: bool,
+    at_once: usize,
 }
 
 impl Lumina {
@@ -130,6 +131,7 @@ impl Lumina {
             text,
             tokenizer,
             recomputes: opening.recomputes(&weights),
+            at_once: opening.at_once(&weights),
             weights,
             adapter,
             config_text,
@@ -184,9 +186,22 @@ impl Learner for Lumina {
                 self.sequence(lesson, captioned)
             })
             .collect::<Result<Vec<_>>>()?;
-        let p = self.dropout;
-        let dropout = Some(Dropout { p, generator });
-        recomputing(self.recomputes, || self.backbone.loss(&sequences, dropout))
+        let labelled: Vec<usize> = sequences
+            .iter()
+            .map(|sequence| sequence.tokens.len().saturating_sub(sequence.labelled))
+            .collect();
+        let variables = self.variables();
+        let (backbone, p, recomputes) = (&self.backbone, self.dropout, self.recomputes);
+        mean_over_parts(
+            &labelled,
+            self.at_once,
+            &variables,
+            generator,
+            |part, generator| {
+                let dropout = Some(Dropout { p, generator });
+                recomputing(recomputes, || backbone.loss(&sequences[part], dropout))
+            },
+        )
     }
 
     fn generate(&mut self, requests: &[Request], sampling: &Sampling) -> Result<Vec<RgbImage>> {

@@ -96,6 +96,17 @@ impl Config {
         self.block_size.isqrt()
     }
 
+    /// Whether learning draws random numbers for dropout.
+    pub fn drops_out(&self) -> bool {
+        let all = [
+            self.token_dropout_p,
+            self.attn_dropout_p,
+            self.resid_dropout_p,
+            self.ffn_dropout_p,
+        ];
+        all.iter().any(|p| *p != 0.0)
+    }
+
     /// Fails where the config asks for what [`super::gpt::Gpt`] is not.
     pub(super) fn validate(&self) -> Result<()> {
         let mut faults = Vec::new();

@@ -117,7 +117,8 @@ impl Attention {
         })
     }
 
-    fn forward(
+    /// What the heads see, side by side: (b, n, dim), not projected yet.
+    fn attend(
         &self,
         x: &Tensor,
         rotary: &Rotary,
@@ -139,8 +140,13 @@ impl Attention {
         let (k, v) = (ops::repeat_heads(&k, times)?, ops::repeat_heads(&v, times)?);
         let scale = 1.0 / (self.head_dim as f64).sqrt();
         let y = ops::attention(&q, &k, &v, scale, mask)?;
-        self.wo.forward(&layout::merge_heads(&y)?)
+        layout::merge_heads(&y)
     }
+}
+
+/// The last `count` positions of `x` (b, n, dim).
+fn ends(x: &Tensor, count: usize) -> Result<Tensor> {
+    layout::rows(x, x.dim(1)? - count, count)
 }
 
 struct FeedForward {
@@ -187,16 +193,23 @@ impl Block {
         })
     }
 
+    /// The layer's result at all positions of `x` (b, n, dim), or at the last `wanted`.
     fn forward(
         &self,
         x: &Tensor,
         rotary: &Rotary,
         mask: &Mask,
         cache: Option<(&LayerCache, usize)>,
+        wanted: Option<usize>,
         mut dropout: Option<&mut ChaCha8Rng>,
     ) -> Result<Tensor> {
         let normed = self.attention_norm.forward(x)?;
-        let attended = self.attention.forward(&normed, rotary, mask, cache)?;
+        let attended = self.attention.attend(&normed, rotary, mask, cache)?;
+        let (x, attended) = match wanted {
+            Some(count) => (&ends(x, count)?, ends(&attended, count)?),
+            None => (x, attended),
+        };
+        let attended = self.attention.wo.forward(&attended)?;
         let attended = drop_out(attended, self.resid_dropout_p, &mut dropout)?;
         let h = layout::add(x, &attended)?;
         let fed = self.feed_forward.forward(&self.ffn_norm.forward(&h)?)?;
@@ -377,13 +390,15 @@ impl Gpt {
         let n = c.cls_token_num - skipped + given;
         let rotary = self.rotary.narrow(skipped, n)?;
         let mask = Mask::CausalKeys(self.hidden_keys(&caption_mask, n)?);
-        for layer in &self.layers {
+        for (i, layer) in self.layers.iter().enumerate() {
+            // Nothing is predicted from the captions' positions: the last layer ends without them.
+            let wanted = (i + 1 == self.layers.len()).then_some(given + 1);
             let (layer, rotary, mask) = (layer.clone(), rotary.clone(), mask.clone());
             h = recompute(&[&h], dropout.as_deref_mut(), move |h, dropout| {
-                layer.forward(&h[0], &rotary, &mask, None, dropout)
+                layer.forward(&h[0], &rotary, &mask, None, wanted, dropout)
             })?;
         }
-        self.logits(&layout::rows(&h, n - given - 1, given + 1)?)
+        self.logits(&ends(&h, given + 1)?)
     }
 
     /// An empty cache for `batch` sequences of a caption and up to `tokens` image tokens.
@@ -424,7 +439,7 @@ impl Gpt {
             let rotary = self.rotary.narrow(0, n)?;
             let mask = Mask::CausalKeys(self.hidden_keys(caption_mask, n)?);
             for (layer, cache) in self.layers.iter().zip(&cache.layers) {
-                h = layer.forward(&h, &rotary, &mask, Some((cache, 0)), None)?;
+                h = layer.forward(&h, &rotary, &mask, Some((cache, 0)), None, None)?;
             }
             cache.hidden = Some(self.hidden_keys(caption_mask, cache.capacity)?);
             cache.length = n;
@@ -455,7 +470,7 @@ impl Gpt {
             let rotary = self.rotary.narrow(position, 1)?;
             let mask = Mask::Additive(hidden.narrow(3, 0, position + 1)?.contiguous()?);
             for (layer, cache) in self.layers.iter().zip(&cache.layers) {
-                h = layer.forward(&h, &rotary, &mask, Some((cache, position)), None)?;
+                h = layer.forward(&h, &rotary, &mask, Some((cache, position)), None, None)?;
             }
             cache.length += 1;
             Ok(self.logits(&h)?.squeeze(1)?)

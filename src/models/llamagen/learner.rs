@@ -20,7 +20,7 @@ use crate::models::{
     Example, ImageTokenizer, Learner, Lesson, Opening, Request, Sampling, Tuning, adapters,
     finish_all,
 };
-use crate::nn::{Adapter, Weights, merged, no_grad, ops, recomputing};
+use crate::nn::{Adapter, Weights, mean_over_parts, merged, no_grad, ops, recomputing};
 use crate::{Error, Result, images};
 
 /// The VQ tokenizer alone.
@@ -130,6 +130,7 @@ pub struct LlamaGen {
     base: String,
     condition_dropout: f64,
     recomputes: bool,
+    at_once: usize,
     device: Device,
 }
 
@@ -191,10 +192,41 @@ impl LlamaGen {
             base: opening.name.clone(),
             condition_dropout: opening.condition_dropout,
             recomputes: opening.recomputes(&weights),
+            at_once: opening.at_once(&weights),
             weights,
             device: device.clone(),
         })
     }
+}
+
+/// Equal ones of `items` once, and how many there are of each.
+fn counted<T: PartialEq>(items: Vec<T>) -> (Vec<T>, Vec<usize>) {
+    let (mut kinds, mut counts) = (Vec::<T>::new(), Vec::<usize>::new());
+    for item in items {
+        match kinds.iter().position(|kind| *kind == item) {
+            Some(kind) => counts[kind] += 1,
+            None => {
+                kinds.push(item);
+                counts.push(1);
+            }
+        }
+    }
+    (kinds, counts)
+}
+
+/// The mean of `losses`, equally many of each lesson, if lesson i counts `counts[i]` times.
+fn mean(losses: &Tensor, counts: &[usize]) -> Result<Tensor> {
+    if counts.iter().all(|count| *count == 1) {
+        return Ok(losses.mean_all()?);
+    }
+    let of_each = losses.elem_count() / counts.len();
+    let total = (counts.iter().sum::<usize>() * of_each) as f64;
+    let weights: Vec<f32> = counts
+        .iter()
+        .flat_map(|count| std::iter::repeat_n((*count as f64 / total) as f32, of_each))
+        .collect();
+    let weights = Tensor::from_vec(weights, losses.shape(), losses.device())?;
+    Ok((losses * weights)?.sum_all()?)
 }
 
 impl Learner for LlamaGen {
@@ -226,28 +258,50 @@ impl Learner for LlamaGen {
                 }),
             })
             .collect::<Result<Vec<_>>>()?;
-        let (b, n) = (
-            tokens.len(),
-            tokens.first().map_or(0, |tokens| tokens.len()),
-        );
-        let (captions, mask) = self
-            .captions
-            .batch(batch.iter().map(|lesson| lesson.prompt.as_str()))?;
-        let drop: Vec<bool> = (0..b)
-            .map(|_| generator.random::<f64>() < self.condition_dropout)
+        let n = tokens.first().map_or(0, |tokens| tokens.len());
+        let lessons: Vec<_> = tokens
+            .into_iter()
+            .zip(batch)
+            .map(|(tokens, lesson)| {
+                let drops = generator.random::<f64>() < self.condition_dropout;
+                (tokens, lesson.prompt.as_str(), drops)
+            })
             .collect();
+        // A few photos make many batches, with the same lesson more than once.
+        let (lessons, counts) = match self.gpt.config().drops_out() {
+            true => (lessons, vec![1; batch.len()]),
+            false => counted(lessons),
+        };
+        let b = lessons.len();
+        let prompts = lessons.iter().map(|(_, prompt, _)| *prompt);
+        let (captions, mask) = self.captions.batch(prompts)?;
+        let drop: Vec<bool> = lessons.iter().map(|(_, _, drops)| *drops).collect();
         let captions = self.gpt.drop_captions(&captions, &drop)?;
-        let targets = Tensor::from_vec(tokens.concat(), (b, n), &self.device)?;
-        let inputs = targets.narrow(1, 0, n - 1)?.contiguous()?;
-        let logits = recomputing(self.recomputes, || {
-            self.gpt.forward(&captions, &mask, &inputs, Some(generator))
-        })?;
-        let vocabulary = logits.dim(2)?;
-        let losses = ops::cross_entropy(
-            &logits.reshape((b * n, vocabulary))?,
-            &targets.flatten_all()?,
-        )?;
-        Ok(losses.mean_all()?)
+        let targets: Vec<u32> = lessons
+            .iter()
+            .flat_map(|(tokens, ..)| *tokens)
+            .copied()
+            .collect();
+        let targets = Tensor::from_vec(targets, (b, n), &self.device)?;
+        let variables = self.variables();
+        let (gpt, recomputes) = (&self.gpt, self.recomputes);
+        mean_over_parts(
+            &counts,
+            self.at_once,
+            &variables,
+            generator,
+            |part, generator| {
+                let rows = |x: &Tensor| x.narrow(0, part.start, part.len());
+                let (captions, mask, targets) = (rows(&captions)?, rows(&mask)?, rows(&targets)?);
+                let inputs = targets.narrow(1, 0, n - 1)?.contiguous()?;
+                let logits = recomputing(recomputes, || {
+                    gpt.forward(&captions, &mask, &inputs, Some(generator))
+                })?;
+                let logits = logits.reshape((part.len() * n, logits.dim(2)?))?;
+                let losses = ops::cross_entropy(&logits, &targets.flatten_all()?)?;
+                mean(&losses, &counts[part])
+            },
+        )
     }
 
     fn generate(&mut self, requests: &[Request], sampling: &Sampling) -> Result<Vec<RgbImage>> {
@@ -300,5 +354,23 @@ impl Learner for LlamaGen {
 
     fn unknown_words(&self, prompt: &str) -> Result<Vec<String>> {
         self.captions.tokenizer.unknown_words(prompt)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn equal_lessons_count_as_often_as_they_occur() {
+        let batch = vec!["a", "b", "a", "c", "b", "a"];
+        assert_eq!(counted(batch), (vec!["a", "b", "c"], vec![3, 2, 1]));
+        let of = |values: &[f32], counts: &[usize]| {
+            let losses = Tensor::new(values, &Device::Cpu).unwrap();
+            mean(&losses, counts).unwrap().to_scalar::<f32>().unwrap()
+        };
+        // Two lessons of two tokens, once as a batch of four and once by their counts.
+        let whole = of(&[1.0, 2.0, 5.0, 6.0, 5.0, 6.0, 5.0, 6.0], &[1; 4]);
+        assert!((of(&[1.0, 2.0, 5.0, 6.0], &[1, 3]) - whole).abs() < 1e-6);
     }
 }

@@ -11,7 +11,7 @@ use rand_chacha::ChaCha8Rng;
 
 use super::{Conditioning, Sd3, transformer_files};
 use crate::models::{Example, Learner, Lesson, Opening, Request, Sampling, Tuning, adapters};
-use crate::nn::{Adapter, Weights, merged, recomputing};
+use crate::nn::{Adapter, Weights, mean_over_parts, merged, recomputing};
 use crate::{Error, Result, images};
 
 /// The denoiser with what it needs to learn and to draw.
@@ -23,6 +23,7 @@ pub struct Sd3Learner {
     config_text: String,
     condition_dropout: f64,
     recomputes: bool,
+    at_once: usize,
     side: usize,
 }
 
@@ -47,6 +48,7 @@ impl Sd3Learner {
             model,
             known: HashMap::new(),
             recomputes: opening.recomputes(&weights),
+            at_once: opening.at_once(&weights),
             weights,
             adapter,
             config_text,
@@ -112,9 +114,21 @@ impl Learner for Sd3Learner {
             })
             .collect();
         let conditioning = self.condition(&prompts)?;
-        recomputing(self.recomputes, || {
-            self.model.loss(&latents, &conditioning, generator)
-        })
+        let variables = self.variables();
+        let (model, recomputes) = (&self.model, self.recomputes);
+        mean_over_parts(
+            &vec![1; batch.len()],
+            self.at_once,
+            &variables,
+            generator,
+            |part, generator| {
+                let latents = latents.narrow(0, part.start, part.len())?;
+                let conditioning = conditioning.rows(part)?;
+                recomputing(recomputes, || {
+                    model.loss(&latents, &conditioning, generator)
+                })
+            },
+        )
     }
 
     fn generate(&mut self, requests: &[Request], sampling: &Sampling) -> Result<Vec<RgbImage>> {

@@ -14,6 +14,7 @@ pub use learner::Sd3Learner;
 pub use sampling::denoise;
 pub use transformer::{Config, LORA_TARGETS, QkNorm, Sd3Transformer};
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
@@ -45,6 +46,15 @@ impl Conditioning {
         Ok(Self {
             context: Tensor::cat(&contexts, 0)?,
             pooled: Tensor::cat(&pooled, 0)?,
+        })
+    }
+
+    /// Some of the rows.
+    pub fn rows(&self, range: Range<usize>) -> Result<Self> {
+        let some = |x: &Tensor| x.narrow(0, range.start, range.len());
+        Ok(Self {
+            context: some(&self.context)?,
+            pooled: some(&self.pooled)?,
         })
     }
 

@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 use multiversion::multiversion;
 
-use super::{PIECE, detached, each_pair, each_piece, simd, tensor, values};
+use super::{PIECE, detached, pairs, pieces, simd, tensor, values};
 use crate::nn::vjp::record;
 
 /// A function of one number with its derivative.
@@ -101,17 +101,15 @@ impl Activation for GeluErf {
 /// A(x).
 pub fn activation<A: Activation>(x: &Tensor) -> Result<Tensor> {
     let kept = detached(x)?;
-    let mut y = vec![0.0; x.elem_count()];
-    {
+    let y = {
         let x = values(&kept)?;
-        each_piece(&mut y, PIECE, |i, y| {
+        pieces(x.len(), PIECE, |i, y| {
             forward::<A>(&x[i * PIECE..][..y.len()], y)
-        });
-    }
+        })
+    };
     record(&[x], y, x.shape(), move |gradient| {
         let (x, g) = (values(&kept)?, values(gradient)?);
-        let mut dx = vec![0.0; x.len()];
-        each_piece(&mut dx, PIECE, |i, dx| {
+        let dx = pieces(x.len(), PIECE, |i, dx| {
             let from = i * PIECE;
             let until = from + dx.len();
             backward::<A>(&x[from..until], &g[from..until], dx);
@@ -130,33 +128,27 @@ pub fn gated<A: Activation>(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
         );
     }
     let (gate_kept, up_kept) = (detached(gate)?, detached(up)?);
-    let mut y = vec![0.0; gate.elem_count()];
-    {
+    let y = {
         let (gate, up) = (values(&gate_kept)?, values(&up_kept)?);
-        each_piece(&mut y, PIECE, |i, y| {
+        pieces(gate.len(), PIECE, |i, y| {
             let from = i * PIECE;
             let until = from + y.len();
             gated_forward::<A>(&gate[from..until], &up[from..until], y);
-        });
-    }
+        })
+    };
     let wanted = (gate.track_op(), up.track_op());
     record(&[gate, up], y, gate.shape(), move |gradient| {
         let (gate, up, g) = (values(&gate_kept)?, values(&up_kept)?, values(gradient)?);
-        let mut gate_gradient = vec![0.0; g.len()];
-        let mut up_gradient = vec![0.0; g.len()];
-        each_pair(
-            (&mut gate_gradient, PIECE),
-            (&mut up_gradient, PIECE),
-            |i, dgate, dup| {
-                let from = i * PIECE;
-                let until = from + dgate.len();
-                gated_backward::<A>(
-                    [&gate[from..until], &up[from..until], &g[from..until]],
-                    dgate,
-                    dup,
-                );
-            },
-        );
+        let size = (g.len(), PIECE);
+        let (gate_gradient, up_gradient) = pairs(size, size, |i, dgate, dup| {
+            let from = i * PIECE;
+            let until = from + dgate.len();
+            gated_backward::<A>(
+                [&gate[from..until], &up[from..until], &g[from..until]],
+                dgate,
+                dup,
+            );
+        });
         let mut gradients = Vec::new();
         if wanted.0 {
             gradients.push(tensor(gate_gradient, gate_kept.shape())?);

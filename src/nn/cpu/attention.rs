@@ -512,14 +512,25 @@ fn softmax_rows(
 ) {
     for (i, (row, norm)) in scores.chunks_exact_mut(width).zip(norms).enumerate() {
         let row = masked(i, &mut row[..keys], visible, mask);
-        let highest = simd::max(row);
-        for s in row.iter_mut() {
-            *s = simd::exp(*s - highest);
+        // Rows are short: what is left after the last whole block is made one, of scores that add nothing.
+        let (blocks, rest) = row.as_chunks_mut::<{ simd::LANES }>();
+        let mut last = [f32::NEG_INFINITY; simd::LANES];
+        last[..rest.len()].copy_from_slice(rest);
+        let highest = simd::max(blocks.as_flattened()).max(simd::max(&last));
+        let mut lanes = [0.0; simd::LANES];
+        for block in blocks.iter_mut().chain([&mut last]) {
+            for (s, lane) in block.iter_mut().zip(&mut lanes) {
+                *s = simd::exp(*s - highest);
+                *lane += *s;
+            }
         }
-        let inverse = 1.0 / simd::sum(row, |v| v);
-        for s in row.iter_mut() {
-            *s *= inverse;
+        let inverse = 1.0 / simd::fold(lanes);
+        for block in blocks.iter_mut().chain([&mut last]) {
+            for s in block {
+                *s *= inverse;
+            }
         }
+        rest.copy_from_slice(&last[..rest.len()]);
         *norm = Norm { highest, inverse };
     }
 }

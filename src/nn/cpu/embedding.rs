@@ -3,7 +3,7 @@
 use candle_core::{DType, Result, Tensor};
 
 use super::half::widen_piece;
-use super::{detached, each_piece, tensor, values};
+use super::{detached, pieces, tensor, values};
 use crate::nn::HalfMatrix;
 use crate::nn::vjp::record;
 
@@ -11,14 +11,13 @@ use crate::nn::vjp::record;
 pub fn embedding(weight: &Tensor, ids: &Tensor) -> Result<Tensor> {
     let (count, width) = weight.dims2()?;
     let (ids, shape) = rows(ids, count, width)?;
-    let mut y = vec![0.0; ids.len() * width];
-    {
+    let y = {
         let weight = detached(weight)?;
         let weight = values(&weight)?;
-        each_piece(&mut y, width, |i, y| {
+        pieces(ids.len() * width, width, |i, y| {
             y.copy_from_slice(&weight[ids[i] as usize * width..][..width]);
-        });
-    }
+        })
+    };
     record(&[weight], y, shape, move |gradient| {
         let g = values(gradient)?;
         let mut dw = vec![0.0; count * width];
@@ -36,8 +35,7 @@ pub fn half_embedding(weight: &HalfMatrix, ids: &Tensor) -> Result<Tensor> {
     let (count, width) = weight.dims2();
     let (ids, shape) = rows(ids, count, width)?;
     let bits = weight.bits()?;
-    let mut y = vec![0.0; ids.len() * width];
-    each_piece(&mut y, width, |i, y| {
+    let y = pieces(ids.len() * width, width, |i, y| {
         let row = &bits[ids[i] as usize * width..][..width];
         widen_piece(row, weight.kind(), y);
     });

@@ -101,6 +101,8 @@ enum Base<'a> {
     Out,
     /// The same row for all of the result's.
     Row(&'a [f32]),
+    /// A matrix of the result's size, whose rows start this many elements apart.
+    Matrix(&'a [f32], usize),
 }
 
 /// `a·b`, with `row` added to each row, on all threads.
@@ -112,6 +114,12 @@ pub fn product(a: Matrix, b: Matrix, row: Option<&[f32]>) -> Vec<f32> {
 /// `factor · a·b`, on all threads.
 pub fn scaled_product(factor: f32, a: Matrix, b: Matrix) -> Vec<f32> {
     fresh(factor, a, b, Base::Nothing)
+}
+
+/// `factor · a·b + sum`, on all threads; the rows of `sum` follow one another.
+pub fn product_on(sum: &[f32], factor: f32, a: Matrix, b: Matrix) -> Vec<f32> {
+    assert_eq!(sum.len(), a.rows * b.columns, "a sum with a product");
+    fresh(factor, a, b, Base::Matrix(sum, b.columns))
 }
 
 /// `factor · a·b + base`, on all threads; the base is not the result's own place. Nothing is written before it is
@@ -204,6 +212,7 @@ unsafe fn spread(
         let b = b.some_columns(column, until);
         let base = match base {
             Base::Row(values) => Base::Row(&values[column..until]),
+            Base::Matrix(values, stride) => Base::Matrix(&values[row * stride + column..], stride),
             other => other,
         };
         // SAFETY: this function's contract; each block is written by one task.
@@ -290,8 +299,14 @@ unsafe fn multiply_elsewhere(
     out: *mut f32,
     stride: usize,
 ) {
-    if let Base::Row(row) = base {
+    let copied = match base {
+        Base::Nothing | Base::Out => None,
+        Base::Row(row) => Some((row, 0)),
+        Base::Matrix(values, rows) => Some((values, rows)),
+    };
+    if let Some((values, rows)) = copied {
         for i in 0..a.rows {
+            let row = &values[i * rows..][..b.columns];
             // SAFETY: this function's contract; the row is as long as the result's.
             unsafe { out.add(i * stride).copy_from(row.as_ptr(), b.columns) }
         }

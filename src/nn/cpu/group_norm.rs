@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor};
 use multiversion::multiversion;
 
 use super::activation::{Activation, Silu};
-use super::{add_rows, detached, each_pair, simd, tensor, values};
+use super::{add_rows, detached, pairs, simd, tensor, values};
 use crate::nn::vjp::record;
 
 /// See [`crate::nn::ops::group_norm`] and, if `activated`, [`crate::nn::ops::group_norm_silu`].
@@ -32,11 +32,9 @@ pub fn group_norm(
     let size = channels * pixels;
     let kept = detached(x)?;
     let (weight_kept, bias_kept) = (detached(weight)?, detached(bias)?);
-    let mut y = vec![0.0; x.elem_count()];
-    let mut moments = vec![0.0; 2 * b * groups];
-    {
+    let (y, moments) = {
         let (x, weight, bias) = (values(&kept)?, values(&weight_kept)?, values(&bias_kept)?);
-        each_pair((&mut y, size), (&mut moments, 2), |i, y, moments| {
+        pairs((x.len(), size), (2 * b * groups, 2), |i, y, moments| {
             let first = i % groups * channels;
             let parameters = Parameters {
                 weight: &weight[first..first + channels],
@@ -49,18 +47,16 @@ pub fn group_norm(
                 activated,
                 (y, moments),
             );
-        });
-    }
+        })
+    };
     let wanted = (x.track_op(), weight.track_op(), bias.track_op());
     record(&[x, weight, bias], y, x.shape(), move |gradient| {
         let (x, g) = (values(&kept)?, values(gradient)?);
         let (weight, bias) = (values(&weight_kept)?, values(&bias_kept)?);
-        let mut dx = vec![0.0; x.len()];
-        // For each image and channel the gradients of weight and bias.
-        let mut partial = vec![0.0; 2 * b * c];
-        each_pair(
-            (&mut dx, size),
-            (&mut partial, 2 * channels),
+        // With the gradients of weight and bias for each image and channel.
+        let (dx, partial) = pairs(
+            (x.len(), size),
+            (2 * b * c, 2 * channels),
             |i, dx, partial| {
                 let first = i % groups * channels;
                 let parameters = Parameters {

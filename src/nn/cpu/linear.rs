@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor};
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::gemm::{Matrix, Threads, multiply, product, scaled_product};
+use super::gemm::{Matrix, Threads, multiply, product, product_on, scaled_product};
 use super::{ALONE, ALONE_PRODUCTS, Values, detached, half, is_alone, simd, tensor, values};
 use crate::nn::vjp::record;
 use crate::nn::{HalfKind, Weight};
@@ -45,6 +45,26 @@ pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tens
     })
 }
 
+/// Whether `x` has so many rows that [`linear`] multiplies whole matrices.
+pub fn is_for_many(x: &Tensor, turned: &Tensor) -> Result<bool> {
+    Ok(x.elem_count() / turned.dim(0)?.max(1) > THIN)
+}
+
+/// [`linear`] of many rows and without a graph, by the weight `turned` (inputs, outputs).
+pub fn times(x: &Tensor, turned: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let (inputs, outputs) = turned.dims2()?;
+    let shape = Shapes::of(x, (outputs, inputs))?;
+    let (x, turned) = (detached(x)?, detached(turned)?);
+    let bias = bias.map(detached).transpose()?;
+    let y = {
+        let bias = bias.as_ref().map(values).transpose()?;
+        let (x, turned) = (values(&x)?, values(&turned)?);
+        let x = Matrix::new(&x, shape.rows, inputs);
+        product(x, Matrix::new(&turned, inputs, outputs), bias.as_deref())
+    };
+    tensor(y, shape.result(&x))
+}
+
 /// The factors of an adapter, as an operation sees them.
 pub struct Addition<'a> {
     /// (rank, inputs)
@@ -77,16 +97,12 @@ pub fn linear_lora(
     }
     let merged = match weight {
         Weight::Tensor(weight) if *merge && shape.is_deep() => {
-            let mut sum = values(&detached(weight)?)?.to_vec();
+            let weight = detached(weight)?;
             let (a, b) = (values(&a_kept)?, values(&b_kept)?);
-            add_product(
-                &mut sum,
-                &b,
-                Matrix::new(&a, down.outputs, shape.inputs),
-                scale,
-            );
-            let sum = tensor(sum, (shape.outputs, shape.inputs))?;
-            Some(Weight::Tensor(sum))
+            let a = Matrix::new(&a, down.outputs, shape.inputs);
+            let b = Matrix::new(&b, shape.outputs, down.outputs);
+            let sum = product_on(&values(&weight)?, scale, b, a);
+            Some(Weight::Tensor(tensor(sum, (shape.outputs, shape.inputs))?))
         }
         _ => None,
     };

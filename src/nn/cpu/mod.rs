@@ -149,27 +149,96 @@ pub fn each_piece(out: &mut [f32], length: usize, body: impl Fn(usize, &mut [f32
     }
 }
 
-/// Like [`each_piece`] over two outputs cut into the same number of pieces.
-pub fn each_pair(
-    one: (&mut [f32], usize),
-    two: (&mut [f32], usize),
+/// What `body(i, piece)` makes of zeros: `count` elements in pieces of `length` (the last may be shorter), in parallel.
+/// A piece is cleared when it is its turn, so that the nearest cache has it then.
+pub fn pieces(
+    count: usize,
+    length: usize,
+    body: impl Fn(usize, &mut [f32]) + Sync + Send,
+) -> Vec<f32> {
+    let (all, []) = several((count, length), [], |i, piece, []| body(i, piece));
+    all
+}
+
+/// Like [`pieces`] with two results, (elements, elements of a piece) each, cut into the same number of pieces.
+pub fn pairs(
+    one: (usize, usize),
+    two: (usize, usize),
     body: impl Fn(usize, &mut [f32], &mut [f32]) + Sync + Send,
-) {
-    let (one_length, two_length) = (one.1.max(1), two.1.max(1));
-    if is_alone(one.0.len(), ALONE) {
-        let pieces = one
-            .0
-            .chunks_mut(one_length)
-            .zip(two.0.chunks_mut(two_length));
-        for (i, (a, b)) in pieces.enumerate() {
-            body(i, a, b);
-        }
+) -> (Vec<f32>, Vec<f32>) {
+    let (one, [two]) = several(one, [two], |i, a, [b]| body(i, a, b));
+    (one, two)
+}
+
+/// Like [`pieces`] with `N` results beside the first, which says how much work there is. None of them has more pieces.
+pub fn several<const N: usize>(
+    first: (usize, usize),
+    others: [(usize, usize); N],
+    body: impl Fn(usize, &mut [f32], [&mut [f32]; N]) + Sync + Send,
+) -> (Vec<f32>, [Vec<f32>; N]) {
+    let count = first.0.div_ceil(first.1.max(1));
+    if count == 0 {
+        return (Vec::new(), others.map(|(elements, _)| vec![0.0; elements]));
+    }
+    let (mut one, mut rest) = (Room::new(first), others.map(Room::new));
+    assert!(rest.iter().all(|room| room.elements <= count * room.length));
+    // SAFETY: this is the only call for piece `i`.
+    let piece =
+        |i: usize| unsafe { body(i, one.piece(i), rest.each_ref().map(|room| room.piece(i))) };
+    if is_alone(first.0, ALONE) {
+        (0..count).for_each(piece);
     } else {
-        one.0
-            .par_chunks_mut(one_length)
-            .zip(two.0.par_chunks_mut(two_length))
-            .enumerate()
-            .for_each(|(i, (a, b))| body(i, a, b));
+        (0..count).into_par_iter().for_each(piece);
+    }
+    // SAFETY: the pieces are all there is, and each was cleared.
+    unsafe { (one.filled(), rest.each_mut().map(|room| room.filled())) }
+}
+
+/// A vector in the making.
+struct Room {
+    place: gemm::Shared,
+    values: Vec<f32>,
+    elements: usize,
+    /// Elements of a piece.
+    length: usize,
+}
+
+impl Room {
+    fn new((elements, length): (usize, usize)) -> Self {
+        let mut values = Vec::with_capacity(elements);
+        Self {
+            place: gemm::Shared(values.as_mut_ptr()),
+            values,
+            elements,
+            length: length.max(1),
+        }
+    }
+
+    /// Piece `i`, cleared.
+    ///
+    /// # Safety
+    /// Nobody else may have the same piece.
+    #[expect(clippy::mut_from_ref, reason = "each piece is given out once")]
+    unsafe fn piece(&self, i: usize) -> &mut [f32] {
+        let from = (i * self.length).min(self.elements);
+        let count = self.length.min(self.elements - from);
+        // SAFETY: the piece lies within the vector's room, and is written before it is read.
+        unsafe {
+            let place = self.place.0.add(from);
+            place.write_bytes(0, count);
+            std::slice::from_raw_parts_mut(place, count)
+        }
+    }
+
+    /// The vector.
+    ///
+    /// # Safety
+    /// Every piece must have been cleared, and none may still be written.
+    unsafe fn filled(&mut self) -> Vec<f32> {
+        let mut values = std::mem::take(&mut self.values);
+        // SAFETY: there is room for as many, all of them written.
+        unsafe { values.set_len(self.elements) }
+        values
     }
 }
 
@@ -178,11 +247,11 @@ pub fn add_into(sum: &mut [f32], values: &[f32]) {
     each_piece(sum, PIECE, |i, sum| add_slices(sum, &values[i * PIECE..]));
 }
 
-/// `sum = x + y`, element by element.
-pub fn sum_into(sum: &mut [f32], x: &[f32], y: &[f32]) {
-    each_piece(sum, PIECE, |i, sum| {
+/// `x + y`, element by element.
+pub fn sum(x: &[f32], y: &[f32]) -> Vec<f32> {
+    pieces(x.len(), PIECE, |i, sum| {
         sum_slices(sum, &x[i * PIECE..], &y[i * PIECE..])
-    });
+    })
 }
 
 /// Adds `values` (b, heads, n, d) to the columns `start..start + heads · d` of `sum` (b, n, width).

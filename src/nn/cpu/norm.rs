@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 use multiversion::multiversion;
 
-use super::{add_rows, detached, each_pair, simd, tensor, values};
+use super::{add_rows, detached, pairs, simd, tensor, values};
 use crate::nn::vjp::record;
 
 /// Rows of one piece of work, and of one partial sum of the weights' gradients.
@@ -29,17 +29,15 @@ pub fn norm(
     let kept = detached(x)?;
     let weight_kept = weight.map(detached).transpose()?;
     let rows = x.elem_count() / width;
-    let mut y = vec![0.0; x.elem_count()];
-    // Mean and 1/deviation of each row.
-    let mut moments = vec![0.0; 2 * rows];
-    {
+    // With mean and 1/deviation of each row.
+    let (y, moments) = {
         let x = values(&kept)?;
         let weight = weight_kept.as_ref().map(values).transpose()?;
         let bias_kept = bias.map(detached).transpose()?;
         let bias = bias_kept.as_ref().map(values).transpose()?;
-        each_pair(
-            (&mut y, ROWS * width),
-            (&mut moments, ROWS * 2),
+        pairs(
+            (x.len(), ROWS * width),
+            (2 * rows, ROWS * 2),
             |i, y, moments| {
                 let x = &x[i * ROWS * width..][..y.len()];
                 forward(
@@ -51,8 +49,8 @@ pub fn norm(
                     (y, moments),
                 );
             },
-        );
-    }
+        )
+    };
     let wanted = (
         x.track_op(),
         weight.is_some_and(Tensor::track_op),
@@ -62,11 +60,14 @@ pub fn norm(
     record(&inputs, y, x.shape(), move |gradient| {
         let (x, g) = (values(&kept)?, values(gradient)?);
         let weight = weight_kept.as_ref().map(values).transpose()?;
-        let mut dx = vec![0.0; x.len()];
-        let mut partial = vec![0.0; rows.div_ceil(ROWS) * 2 * width];
-        each_pair(
-            (&mut dx, ROWS * width),
-            (&mut partial, 2 * width),
+        // Sums that nobody wants are not taken.
+        let of_parameters = match wanted.1 || wanted.2 {
+            true => 2 * width,
+            false => 0,
+        };
+        let (dx, partial) = pairs(
+            (x.len(), ROWS * width),
+            (rows.div_ceil(ROWS) * of_parameters, of_parameters),
             |i, dx, partial| {
                 let piece = i * ROWS * width..i * ROWS * width + dx.len();
                 let moments = &moments[i * ROWS * 2..][..dx.len() / width * 2];
@@ -142,7 +143,7 @@ fn forward(
 }
 
 /// With x̂ the normalised row and h = g · weight: dx = (h − [mean(h)] − x̂ · mean(h · x̂)) / deviation. The gradients of
-/// weight and bias, Σ g·x̂ and Σ g, are added to the two halves of `partial`.
+/// weight and bias, Σ g·x̂ and Σ g, are added to the two halves of `partial`, if it is not empty.
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
 fn backward(
     x: &[f32],
@@ -152,8 +153,8 @@ fn backward(
     centred: bool,
     (dx, partial): (&mut [f32], &mut [f32]),
 ) {
-    let width = partial.len() / 2;
-    let (weight_sum, bias_sum) = partial.split_at_mut(width);
+    let width = 2 * x.len() / moments.len();
+    let (weight_sum, bias_sum) = partial.split_at_mut(partial.len() / 2);
     let mut normal = vec![0.0; width];
     for (((x, g), dx), moments) in x
         .chunks_exact(width)
@@ -162,15 +163,12 @@ fn backward(
         .zip(moments.chunks_exact(2))
     {
         let (mean, inverse) = (moments[0], moments[1]);
-        for ((((n, x), g), ws), bs) in normal
-            .iter_mut()
-            .zip(x)
-            .zip(g)
-            .zip(weight_sum.iter_mut())
-            .zip(bias_sum.iter_mut())
-        {
+        for (n, x) in normal.iter_mut().zip(x) {
             *n = (x - mean) * inverse;
-            *ws += g * *n;
+        }
+        let sums = weight_sum.iter_mut().zip(bias_sum.iter_mut());
+        for (((ws, bs), n), g) in sums.zip(&normal).zip(g) {
+            *ws += g * n;
             *bs += g;
         }
         match weight {

@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 use multiversion::multiversion;
 
-use super::{adjacent, detached, each_piece, strided_values, tensor, values};
+use super::{adjacent, detached, pieces, strided_values, tensor, values};
 use crate::nn::vjp::record;
 
 /// Which two components are turned together.
@@ -39,13 +39,12 @@ fn turn(x: &Tensor, cos: &Tensor, sin: &Tensor, sign: f32, pairing: Pairing) -> 
     let x = adjacent(x)?;
     let (_, h, n, d) = x.dims4()?;
     let strides = [x.stride()[0], x.stride()[1], x.stride()[2]];
-    let mut y = vec![0.0; x.elem_count()];
+    let count = x.elem_count();
     let (x, cos, sin) = (strided_values(&x)?, values(cos)?, values(sin)?);
-    each_piece(&mut y, n * d, |head, y| {
+    Ok(pieces(count, n * d, |head, y| {
         let start = head / h * strides[0] + head % h * strides[1];
         turn_head(&x[start..], strides[2], [&cos, &sin], sign, pairing, (y, d));
-    });
-    Ok(y)
+    }))
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]

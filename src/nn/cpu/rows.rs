@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 use multiversion::multiversion;
 
-use super::{detached, each_pair, each_piece, tensor, values};
+use super::{detached, pairs, pieces, tensor, values};
 use crate::nn::vjp::record;
 
 fn sizes(x: &Tensor, vectors: &[&Tensor]) -> Result<(usize, usize, usize)> {
@@ -22,11 +22,10 @@ fn sizes(x: &Tensor, vectors: &[&Tensor]) -> Result<(usize, usize, usize)> {
 pub fn modulate(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tensor> {
     let (b, n, c) = sizes(x, &[shift, scale])?;
     let (x_kept, scale_kept) = (detached(x)?, detached(scale)?);
-    let mut y = vec![0.0; x.elem_count()];
-    {
+    let y = {
         let shift = detached(shift)?;
         let (x, shift, scale) = (values(&x_kept)?, values(&shift)?, values(&scale_kept)?);
-        each_piece(&mut y, n * c, |i, y| {
+        pieces(x.len(), n * c, |i, y| {
             let image = i * c..(i + 1) * c;
             modulate_rows(
                 &x[i * n * c..][..n * c],
@@ -34,14 +33,12 @@ pub fn modulate(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tensor> {
                 &scale[image],
                 y,
             );
-        });
-    }
+        })
+    };
     let wanted = [x.track_op(), shift.track_op(), scale.track_op()];
     record(&[x, shift, scale], y, x.shape(), move |gradient| {
         let (x, scale, g) = (values(&x_kept)?, values(&scale_kept)?, values(gradient)?);
-        let mut dx = vec![0.0; x.len()];
-        let mut sums = vec![0.0; b * 2 * c];
-        each_pair((&mut dx, n * c), (&mut sums, 2 * c), |i, dx, sums| {
+        let (dx, sums) = pairs((x.len(), n * c), (b * 2 * c, 2 * c), |i, dx, sums| {
             let piece = i * n * c..(i + 1) * n * c;
             let scale = &scale[i * c..(i + 1) * c];
             modulate_slopes(&x[piece.clone()], &g[piece], scale, (dx, sums));
@@ -67,16 +64,15 @@ pub fn gated_residual(x: &Tensor, gate: &Tensor, y: &Tensor) -> Result<Tensor> {
         candle_core::bail!("{:?} added to {:?}", y.dims(), x.dims());
     }
     let (gate_kept, y_kept) = (detached(gate)?, detached(y)?);
-    let mut sum = vec![0.0; x.elem_count()];
-    {
+    let sum = {
         let x = detached(x)?;
         let (x, gate, y) = (values(&x)?, values(&gate_kept)?, values(&y_kept)?);
-        each_piece(&mut sum, n * c, |i, out| {
+        pieces(x.len(), n * c, |i, out| {
             let piece = i * n * c..(i + 1) * n * c;
             let gate = &gate[i * c..(i + 1) * c];
             gate_rows(&x[piece.clone()], gate, &y[piece], out);
-        });
-    }
+        })
+    };
     let wanted = [x.track_op(), gate.track_op(), y.track_op()];
     record(&[x, gate, y], sum, x.shape(), move |gradient| {
         let mut gradients = Vec::new();
@@ -84,9 +80,7 @@ pub fn gated_residual(x: &Tensor, gate: &Tensor, y: &Tensor) -> Result<Tensor> {
             gradients.push(gradient.clone());
         }
         let (gate, y, g) = (values(&gate_kept)?, values(&y_kept)?, values(gradient)?);
-        let mut dy = vec![0.0; y.len()];
-        let mut dgate = vec![0.0; b * c];
-        each_pair((&mut dy, n * c), (&mut dgate, c), |i, dy, dgate| {
+        let (dy, dgate) = pairs((y.len(), n * c), (b * c, c), |i, dy, dgate| {
             let piece = i * n * c..(i + 1) * n * c;
             let gate = &gate[i * c..(i + 1) * c];
             gate_slopes(gate, &y[piece.clone()], &g[piece], (dy, dgate));
@@ -103,19 +97,17 @@ pub fn gated_residual(x: &Tensor, gate: &Tensor, y: &Tensor) -> Result<Tensor> {
 
 /// x times `factors`, which have no gradient: dropout.
 pub fn times(x: &Tensor, factors: Vec<f32>) -> Result<Tensor> {
-    let mut y = vec![0.0; x.elem_count()];
-    {
+    let y = {
         let x = detached(x)?;
         let x = values(&x)?;
-        each_piece(&mut y, super::PIECE, |i, y| {
+        pieces(x.len(), super::PIECE, |i, y| {
             multiply_pairs(&x[i * super::PIECE..], &factors[i * super::PIECE..], y);
-        });
-    }
+        })
+    };
     let shape = x.shape().clone();
     record(&[x], y, x.shape(), move |gradient| {
         let g = values(gradient)?;
-        let mut dx = vec![0.0; g.len()];
-        each_piece(&mut dx, super::PIECE, |i, dx| {
+        let dx = pieces(g.len(), super::PIECE, |i, dx| {
             multiply_pairs(&g[i * super::PIECE..], &factors[i * super::PIECE..], dx);
         });
         Ok(vec![tensor(dx, &shape)?])
@@ -125,11 +117,10 @@ pub fn times(x: &Tensor, factors: Vec<f32>) -> Result<Tensor> {
 /// See [`crate::nn::ops::upsample_nearest2x`].
 pub fn upsample_nearest2x(x: &Tensor) -> Result<Tensor> {
     let (b, c, h, w) = x.dims4()?;
-    let mut y = vec![0.0; 4 * x.elem_count()];
-    {
+    let y = {
         let x = detached(x)?;
         let x = values(&x)?;
-        each_piece(&mut y, 4 * h * w, |plane, y| {
+        pieces(4 * x.len(), 4 * h * w, |plane, y| {
             let x = &x[plane * h * w..(plane + 1) * h * w];
             for (x, y) in x
                 .chunks_exact(w.max(1))
@@ -141,12 +132,11 @@ pub fn upsample_nearest2x(x: &Tensor) -> Result<Tensor> {
                 }
                 below.copy_from_slice(above);
             }
-        });
-    }
+        })
+    };
     record(&[x], y, (b, c, 2 * h, 2 * w), move |gradient| {
         let g = values(gradient)?;
-        let mut dx = vec![0.0; b * c * h * w];
-        each_piece(&mut dx, h * w, |plane, dx| {
+        let dx = pieces(b * c * h * w, h * w, |plane, dx| {
             let g = &g[plane * 4 * h * w..(plane + 1) * 4 * h * w];
             for (dx, g) in dx.chunks_exact_mut(w).zip(g.chunks_exact(4 * w)) {
                 let (above, below) = g.split_at(2 * w);

@@ -3,7 +3,7 @@
 use candle_core::{DType, Result, Tensor};
 use multiversion::multiversion;
 
-use super::{detached, each_piece, simd, tensor, values};
+use super::{detached, each_piece, pieces, simd, tensor, values};
 use crate::nn::vjp::{record, record_with_result};
 
 /// Rows of one piece of work: about this many elements.
@@ -15,19 +15,17 @@ fn rows_of_piece(width: usize) -> usize {
 pub fn softmax(x: &Tensor) -> Result<Tensor> {
     let width = x.dims().last().copied().unwrap_or(1).max(1);
     let piece = rows_of_piece(width) * width;
-    let mut y = vec![0.0; x.elem_count()];
-    {
+    let y = {
         let x = detached(x)?;
         let x = values(&x)?;
-        each_piece(&mut y, piece, |i, y| {
+        pieces(x.len(), piece, |i, y| {
             softmax_rows(&x[i * piece..][..y.len()], width, y);
-        });
-    }
+        })
+    };
     record_with_result(&[x], y, x.shape(), move |result, gradient| {
         let result = detached(result)?;
         let (y, g) = (values(&result)?, values(gradient)?);
-        let mut dx = vec![0.0; y.len()];
-        each_piece(&mut dx, piece, |i, dx| {
+        let dx = pieces(y.len(), piece, |i, dx| {
             let from = i * piece;
             let until = from + dx.len();
             softmax_slopes(&y[from..until], &g[from..until], width, dx);
@@ -74,8 +72,7 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     };
     record(&[logits], losses, n, move |gradient| {
         let (x, g) = (values(&kept)?, values(gradient)?);
-        let mut dx = vec![0.0; x.len()];
-        each_piece(&mut dx, piece * width, |i, dx| {
+        let dx = pieces(x.len(), piece * width, |i, dx| {
             let rows = i * piece..i * piece + dx.len() / width;
             let x = &x[rows.start * width..rows.end * width];
             cross_entropy_slopes(x, &log_sums[rows.clone()], &g[rows.clone()], dx);

@@ -70,6 +70,7 @@ pub unsafe fn multiply(
                     Base::Nothing => (None, 0),
                     Base::Out => (Some(out.cast_const()), stride),
                     Base::Row(row) => (Some(row[first..until].as_ptr()), 0),
+                    Base::Matrix(values, rows) => (Some(values[first..].as_ptr()), rows),
                 };
                 let slice = Slice {
                     instructions,
