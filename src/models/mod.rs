@@ -27,7 +27,7 @@ use image::RgbImage;
 use rand_chacha::ChaCha8Rng;
 
 use crate::config::{self, Dtype, Family, Memory};
-use crate::nn::{Adapter, LoraConfig, PART, Weights};
+use crate::nn::{Adapter, LoraConfig, Weights};
 use crate::{Error, Result};
 
 /// What a backbone learns from one image, in its own terms.
@@ -202,11 +202,11 @@ impl Opening {
         }
     }
 
-    /// How many examples of a batch are differentiated at once. The operations of a large model, or of a card, are worth
-    /// cutting up themselves, and all examples share what is read of the weights.
-    fn at_once(&self, weights: &Weights) -> usize {
+    /// How many examples of a batch are differentiated at once: `few` of a small model. The operations of a large one, or
+    /// of a card, are worth cutting up themselves, and all examples share what is read of the weights.
+    fn at_once(&self, weights: &Weights, few: usize) -> usize {
         match self.device.is_cpu() && weights.elements() < LARGE {
-            true => PART,
+            true => few,
             false => usize::MAX,
         }
     }

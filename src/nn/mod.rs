@@ -33,7 +33,7 @@ pub(crate) use crowd::is_crowded;
 pub use layers::{Conv2d, Embedding, GroupNorm, LayerNorm, Linear, RmsNorm};
 pub use merged::merged;
 pub use ops::Mask;
-pub use parts::{PART, mean_over_parts};
+pub use parts::mean_over_parts;
 pub use precision::{HalfKind, HalfMatrix, Precision, Weight};
 pub use recompute::{backward, is_recomputing, recompute, recomputing};
 pub use slices::sum_over_rows;

@@ -13,9 +13,6 @@ use super::recompute::{backward, collect};
 use super::{is_no_grad, vjp};
 use crate::Result;
 
-/// Examples of one part: with fewer a processor spends more on what a part costs whatever its size.
-pub const PART: usize = 4;
-
 /// The mean of `body` over examples: of each of about equal parts of at most `at_once` of them `body` gives the mean, a scalar in f32 on
 /// the CPU, and `shares` says how much each example counts in it. `variables` is everything that is trained in `body`;
 /// the result's gradients are [`backward`]'s to compute.

@@ -83,6 +83,9 @@ pub fn tokenizer_files(dir: &Path, asked: Option<u32>) -> Result<(PathBuf, usize
     Ok((files::tokenizer_dir(dir), side * side))
 }
 
+/// Examples of a small model that are differentiated at once, as LlamaGen's.
+const AT_ONCE: usize = 5;
+
 /// Lumina-mGPT, ready to learn and to draw.
 pub struct Lumina {
     backbone: Backbone,
@@ -131,7 +134,7 @@ impl Lumina {
             text,
             tokenizer,
             recomputes: opening.recomputes(&weights),
-            at_once: opening.at_once(&weights),
+            at_once: opening.at_once(&weights, AT_ONCE),
             weights,
             adapter,
             config_text,

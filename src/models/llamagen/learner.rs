@@ -23,6 +23,10 @@ use crate::models::{
 use crate::nn::{Adapter, Weights, mean_over_parts, merged, no_grad, ops, recomputing};
 use crate::{Error, Result, images};
 
+/// Examples of a small model that are differentiated at once: about equal parts then have three or more, and what a part
+/// costs whatever its size is little beside that.
+const AT_ONCE: usize = 5;
+
 /// The VQ tokenizer alone.
 pub struct VqTokenizer {
     model: vq::VqModel,
@@ -192,7 +196,7 @@ impl LlamaGen {
             base: opening.name.clone(),
             condition_dropout: opening.condition_dropout,
             recomputes: opening.recomputes(&weights),
-            at_once: opening.at_once(&weights),
+            at_once: opening.at_once(&weights, AT_ONCE),
             weights,
             device: device.clone(),
         })

@@ -14,6 +14,9 @@ use crate::models::{Example, Learner, Lesson, Opening, Request, Sampling, Tuning
 use crate::nn::{Adapter, Weights, mean_over_parts, merged, recomputing};
 use crate::{Error, Result, images};
 
+/// Examples of a small model that are differentiated at once: its batches are small, and two keep a processor busy.
+const AT_ONCE: usize = 2;
+
 /// The denoiser with what it needs to learn and to draw.
 pub struct Sd3Learner {
     model: Sd3,
@@ -48,7 +51,7 @@ impl Sd3Learner {
             model,
             known: HashMap::new(),
             recomputes: opening.recomputes(&weights),
-            at_once: opening.at_once(&weights),
+            at_once: opening.at_once(&weights, AT_ONCE),
             weights,
             adapter,
             config_text,
