@@ -91,8 +91,7 @@ impl Rotary {
 
     /// Turns `x` (b, h, n, d), in f32 as the reference does.
     fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        let turned = ops::rope_adjacent(&x.to_dtype(DType::F32)?, &self.cos, &self.sin)?;
-        Ok(turned.to_dtype(x.dtype())?)
+        ops::rope_adjacent(x, &self.cos, &self.sin)
     }
 }
 
@@ -213,8 +212,9 @@ impl LayerCache {
     /// Writes `k` and `v` (b, h, n, d) at `position` and returns everything up to their end.
     fn extend(&self, k: &Tensor, v: &Tensor, position: usize) -> Result<(Tensor, Tensor)> {
         let length = position + k.dim(2)?;
-        self.keys.slice_set(&k.contiguous()?, 2, position)?;
-        self.values.slice_set(&v.contiguous()?, 2, position)?;
+        self.keys.slice_set(&layout::contiguous(k)?, 2, position)?;
+        self.values
+            .slice_set(&layout::contiguous(v)?, 2, position)?;
         Ok((
             self.keys.narrow(2, 0, length)?,
             self.values.narrow(2, 0, length)?,
@@ -463,10 +463,7 @@ impl Gpt {
     }
 
     fn logits(&self, h: &Tensor) -> Result<Tensor> {
-        Ok(self
-            .output
-            .forward(&self.norm.forward(h)?)?
-            .to_dtype(DType::F32)?)
+        layout::to_f32(&self.output.forward(&self.norm.forward(h)?)?)
     }
 
     fn check_captions(&self, captions: &Tensor, mask: &Tensor) -> Result<usize> {
