@@ -12,7 +12,7 @@ use super::cpu::rope::{Pairing, rope};
 use super::cpu::takes;
 use super::cuda::activation::Activation;
 use super::recompute::in_recomputing;
-use super::{HalfMatrix, Lora, Weight, cpu, cuda, parameter, plain};
+use super::{HalfMatrix, Lora, Weight, cpu, cuda, layout, parameter, plain};
 use crate::{Error, Result};
 
 /// Zeros around the two spatial dimensions of a convolution's input.
@@ -414,6 +414,14 @@ pub fn dropout(x: &Tensor, p: f64, generator: &mut ChaCha8Rng) -> Result<Tensor>
     }
     let factors = Tensor::from_vec(factors, x.shape(), x.device())?.to_dtype(x.dtype())?;
     Ok((x * factors)?)
+}
+
+/// `x + dropout(y)`, of equal shapes; draws as [`dropout`] does.
+pub fn dropout_onto(x: &Tensor, y: &Tensor, p: f64, generator: &mut ChaCha8Rng) -> Result<Tensor> {
+    if (0.0..1.0).contains(&p) && p > 0.0 && cuda::takes([x, y]) {
+        return Ok(cuda::rows::dropout(y, Some(x), p, generator.random())?);
+    }
+    layout::add(x, &dropout(y, p, generator)?)
 }
 
 /// Each pixel of `x` (b, c, h, w) four times: (b, c, 2h, 2w).

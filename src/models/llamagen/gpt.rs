@@ -196,10 +196,9 @@ impl Block {
     ) -> Result<Tensor> {
         let normed = self.attention_norm.forward(x)?;
         let attended = self.attention.forward(&normed, rotary, mask, cache)?;
-        let attended = drop_out(attended, self.resid_dropout_p, &mut dropout)?;
-        let h = layout::add(x, &attended)?;
+        let h = add_dropped(x, &attended, self.resid_dropout_p, &mut dropout)?;
         let fed = self.feed_forward.forward(&self.ffn_norm.forward(&h)?)?;
-        layout::add(&h, &drop_out(fed, self.ffn_dropout_p, &mut dropout)?)
+        add_dropped(&h, &fed, self.ffn_dropout_p, &mut dropout)
     }
 }
 
@@ -526,6 +525,19 @@ impl Gpt {
             valid
         };
         Ok(self.additive(&valid)?.unsqueeze(1)?.unsqueeze(1)?)
+    }
+}
+
+/// `x + y`, with dropout of `y` where a generator is given, that is, in training.
+fn add_dropped(
+    x: &Tensor,
+    y: &Tensor,
+    p: f64,
+    generator: &mut Option<&mut ChaCha8Rng>,
+) -> Result<Tensor> {
+    match generator {
+        Some(generator) => ops::dropout_onto(x, y, p, generator),
+        None => layout::add(x, y),
     }
 }
 

@@ -41,7 +41,12 @@ pub fn takes_mask(mask: &Mask, q: &Tensor, k: &Tensor) -> bool {
                 && matches!(bias.dims(), [images, 1, 1, keys] if [1, b].contains(images) && *keys == m)
         }
     };
-    masked && b * h * n * m < super::MOST
+    masked && b * h * n * line(m) < super::MOST
+}
+
+/// From one row of `m` scores to the next: tensor cores read rows that begin at multiples of 16 bytes.
+fn line(m: usize) -> usize {
+    m.next_multiple_of(8)
 }
 
 /// The sizes and the mask of one call.
@@ -118,29 +123,31 @@ impl Call {
         result: Heads,
         scale: f64,
     ) -> Result<()> {
-        let all = [left, right, result].map(|heads| heads.apart(self.b, self.h));
-        let (parts, batch) = match all.contains(&None) {
-            true => (self.b, self.h),
-            false => (1, self.b * self.h),
+        let matrix = |heads: Heads| match heads.apart(self.b, self.h) {
+            Some(apart) => Ok(heads.matrix(apart)),
+            None => candle_core::bail!("heads that lie apart unevenly"),
         };
-        for part in 0..parts {
-            let matrix = |heads: Heads, apart: Option<usize>| {
-                let apart = if parts == 1 { apart } else { None };
-                heads.matrix(part, apart.unwrap_or(heads.strides[1]))
-            };
-            card.multiply(&Product {
-                rows,
-                columns,
-                depth,
-                batch,
-                left: matrix(left, all[0]),
-                right: matrix(right, all[1]),
-                result: matrix(result, all[2]),
-                scale: scale as f32,
-                adds: false,
-            })?;
-        }
-        Ok(())
+        card.multiply(&Product {
+            rows,
+            columns,
+            depth,
+            batch: self.b * self.h,
+            left: matrix(left)?,
+            right: matrix(right)?,
+            result: matrix(result)?,
+            scale: scale as f32,
+            adds: false,
+        })
+    }
+
+    /// Scores in new memory.
+    fn scores(&self, buffer: &Buffer) -> Heads {
+        self.heads(buffer, self.n, line(self.m))
+    }
+
+    /// Memory for all scores.
+    fn scores_buffer(&self, card: Card, dtype: DType) -> Result<Buffer> {
+        card.buffer(self.rows() * line(self.m), dtype)
     }
 
     /// A contiguous (b, h, rows, width) in new memory.
@@ -192,11 +199,9 @@ impl Heads {
         }
     }
 
-    /// Those of image `image`.
-    fn matrix(&self, image: usize, apart: usize) -> Matrix {
-        let bytes = image * self.strides[0] * self.dtype.size_in_bytes();
+    fn matrix(&self, apart: usize) -> Matrix {
         Matrix {
-            at: self.at + bytes as u64,
+            at: self.at,
             dtype: self.dtype,
             stride: self.strides[2],
             apart,
@@ -205,13 +210,14 @@ impl Heads {
     }
 }
 
-/// `x` as matrix products can read it.
+/// `x` as one batch of matrix products can read it.
 fn readable(x: &Tensor) -> Result<Tensor> {
     let x = adjacent(x)?;
-    let (_, _, n, d) = x.dims4()?;
-    match n > 1 && x.stride()[2] < d {
-        true => super::layout::copy(&x),
-        false => Ok(x),
+    let (b, h, n, d) = x.dims4()?;
+    let is_dense = n == 1 || x.stride()[2] >= d;
+    match is_dense && Heads::of(&x)?.apart(b, h).is_some() {
+        true => Ok(x),
+        false => super::layout::copy(&x),
     }
 }
 
@@ -230,13 +236,13 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
         return few(&call, [&q_kept, &k_kept, &v_kept], scale);
     }
     let (card, dtype) = (Card::of(&q_kept)?, q.dtype());
-    let scores = card.buffer(call.rows() * m, DType::F32)?;
+    let scores = call.scores_buffer(card, DType::F32)?;
     call.multiply(
         card,
         [n, d, m],
         Heads::of(&q_kept)?,
         Heads::of(&k_kept)?.t(),
-        call.heads(&scores, n, m),
+        call.scores(&scores),
         scale,
     )?;
     let probabilities = softmax(&call, card, scores, dtype)?;
@@ -244,7 +250,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
     call.multiply(
         card,
         [n, m, d],
-        call.heads(&probabilities, n, m),
+        call.scores(&probabilities),
         Heads::of(&v_kept)?,
         call.heads(&y, n, d),
         1.0,
@@ -254,7 +260,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
     record(&inputs, y.into_storage(), (b, h, n, d), move |gradient| {
         let card = Card::of(gradient)?;
         let g = Heads::of(gradient)?;
-        let kept = call.heads(&probabilities, n, m);
+        let kept = call.scores(&probabilities);
         let mut gradients = Vec::new();
         let new = |rows: usize| card.buffer(b * h * rows * d, dtype);
         let slopes = match wanted[0] || wanted[1] || bias_like.is_some() {
@@ -267,7 +273,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
             let (true, Some(slopes)) = (wanted[i], &slopes) else {
                 continue;
             };
-            let left = call.heads(slopes, n, m);
+            let left = call.scores(slopes);
             let left = if i == 0 { left } else { left.t() };
             let dx = new(rows)?;
             let to = call.heads(&dx, rows, d);
@@ -281,7 +287,8 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
             gradients.push(dv.tensor((b, h, m, d)));
         }
         if let (Some(bias), Some(slopes)) = (&bias_like, slopes) {
-            gradients.push(bias_gradient(slopes.tensor((b, h, n, m)), bias)?);
+            let slopes = slopes.tensor((b, h, n, line(m))).narrow(3, 0, m)?;
+            gradients.push(bias_gradient(slopes, bias)?);
         }
         Ok(gradients)
     })
@@ -292,12 +299,12 @@ fn softmax(call: &Call, card: Card, scores: Buffer, dtype: DType) -> Result<Buff
     let (rows, m) = (call.rows(), call.m);
     let own = match dtype {
         DType::F32 => None,
-        _ => Some(card.buffer(rows * m, dtype)?),
+        _ => Some(call.scores_buffer(card, dtype)?),
     };
     let bias = maybe(call.bias.as_ref())?;
     let to = own.as_ref().unwrap_or(&scores);
     let mut args = vec![Arg::from(to), Arg::from(&scores), bias, int(rows)?];
-    args.extend([int(call.h)?, int(call.n)?, int(m)?]);
+    args.extend([int(call.h)?, int(call.n)?, int(m)?, int(line(m))?]);
     args.extend(call.mask_args());
     card.launch("attend_forward", dtype, Grid::rows(rows, m), &args)?;
     Ok(own.unwrap_or(scores))
@@ -307,12 +314,12 @@ fn softmax(call: &Call, card: Card, scores: Buffer, dtype: DType) -> Result<Buff
 fn slopes(call: &Call, g: Heads, v: &Tensor, probabilities: &Buffer) -> Result<Buffer> {
     let (rows, n, m, d) = (call.rows(), call.n, call.m, call.d);
     let (card, dtype) = (Card::of(v)?, v.dtype());
-    let products = card.buffer(rows * m, DType::F32)?;
-    let to = call.heads(&products, n, m);
+    let products = call.scores_buffer(card, DType::F32)?;
+    let to = call.scores(&products);
     call.multiply(card, [n, d, m], g, Heads::of(v)?.t(), to, 1.0)?;
     let own = match dtype {
         DType::F32 => None,
-        _ => Some(card.buffer(rows * m, dtype)?),
+        _ => Some(call.scores_buffer(card, dtype)?),
     };
     let to = own.as_ref().unwrap_or(&products);
     let args = [
@@ -321,6 +328,7 @@ fn slopes(call: &Call, g: Heads, v: &Tensor, probabilities: &Buffer) -> Result<B
         Arg::from(&products),
         int(rows)?,
         int(m)?,
+        int(line(m))?,
     ];
     card.launch("attend_backward", dtype, Grid::rows(rows, m), &args)?;
     Ok(own.unwrap_or(products))

@@ -325,18 +325,18 @@ extern "C" __global__ void softmax_backward(stored* dx, const stored* y, const s
     softmax_slopes(dx + (index_t)row * width, y + (index_t)row * width, g + (index_t)row * width, width);
 }
 
-// Probabilities p of scores (b, h, n, m), which may lie where p does. `causal`: query i sees key j ≤ i + m − n. The
-// mask, of floats if `wide`, is added; with `causal` it leaves every query its own key.
+// Probabilities p of scores (b, h, n, m) in rows `stride` apart, which may lie where p does. `causal`: query i sees key
+// j ≤ i + m − n. The mask, of floats if `wide`, is added; with `causal` it leaves every query its own key.
 extern "C" __global__ void attend_forward(
-    stored* p, const float* scores, const void* mask, unsigned rows, int h, int n, int m, int causal, int wide,
-    index_t m0, index_t m1, index_t m2
+    stored* p, const float* scores, const void* mask, unsigned rows, int h, int n, int m, int stride, int causal,
+    int wide, index_t m0, index_t m1, index_t m2
 ) {
     ROW(row, rows);
     unsigned head = row / n;
     int i = row % n, seen = causal ? i + 1 + m - n : m;
     index_t at = head / h * m0 + head % h * m1 + i * m2;
-    scores += (index_t)row * m;
-    p += (index_t)row * m;
+    scores += (index_t)row * stride;
+    p += (index_t)row * stride;
     float highest = HIDDEN, sum = 0.f;
 #define SCORE(j) \
     (scores[j] + (!mask || (causal && j == seen - 1) ? 0.f \
@@ -349,9 +349,11 @@ extern "C" __global__ void attend_forward(
 }
 
 // The gradient of the scores, scale and mask included, of that of the probabilities.
-extern "C" __global__ void attend_backward(stored* ds, const stored* p, const float* dp, unsigned rows, int m) {
+extern "C" __global__ void attend_backward(
+    stored* ds, const stored* p, const float* dp, unsigned rows, int m, int stride
+) {
     ROW(row, rows);
-    index_t at = (index_t)row * m;
+    index_t at = (index_t)row * stride;
     softmax_slopes(ds + at, p + at, dp + at, m);
 }
 

@@ -109,7 +109,11 @@ pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
 /// See [`crate::nn::layout::merge_heads`].
 pub fn merge_heads(x: &Tensor) -> Result<Tensor> {
     let (b, heads, n, d) = x.dims4()?;
-    let merged = copy_buffer(&x.detach().transpose(1, 2)?)?.into_storage();
+    let turned = x.detach().transpose(1, 2)?;
+    if !x.track_op() && turned.is_contiguous() {
+        return turned.reshape((b, n, heads * d));
+    }
+    let merged = copy_buffer(&turned)?.into_storage();
     record(&[x], merged, (b, n, heads * d), move |gradient| {
         Ok(vec![gradient.reshape((b, n, heads, d))?.transpose(1, 2)?])
     })
