@@ -184,6 +184,15 @@ struct Factors {
 }
 
 impl Factors {
+    // Methods, so that a closure that asks for a factor keeps what holds it.
+    fn a(&self) -> Matrix {
+        self.a
+    }
+
+    fn b(&self) -> Matrix {
+        self.b
+    }
+
     fn new(a: &Tensor, b: &Tensor, dtype: DType) -> Result<Self> {
         let (a, b) = (kept(a)?, kept(b)?);
         let (rank, inputs) = a.dims2()?;
@@ -234,13 +243,20 @@ pub fn linear_lora(
     let (x_kept, weight_kept) = (kept(x)?, kept(weight)?);
     let factors = Factors::new(a, b, dtype)?;
     let left = Matrix::of(&x_kept, inputs)?;
-    let low = product(card, [rows, inputs, rank], left, factors.a.t(), dtype, 1.0)?;
+    let low = product(
+        card,
+        [rows, inputs, rank],
+        left,
+        factors.a().t(),
+        dtype,
+        1.0,
+    )?;
     let y = forward(&x_kept, &weight_kept, bias, &sizes)?;
     multiply(
         card,
         [rows, rank, outputs],
         Matrix::of_buffer(&low, rank),
-        factors.b.t(),
+        factors.b().t(),
         (Matrix::of_buffer(&y, outputs), true),
         scale,
     )?;
@@ -259,7 +275,7 @@ pub fn linear_lora(
         let low_gradient = match wanted[0] || wanted[3] {
             true => {
                 let sizes = [rows, outputs, rank];
-                Some(product(card, sizes, g_matrix, factors.b, dtype, scale)?)
+                Some(product(card, sizes, g_matrix, factors.b(), dtype, scale)?)
             }
             false => None,
         };
@@ -270,7 +286,7 @@ pub fn linear_lora(
         if let (true, Some(low)) = (wanted[0], low_matrix) {
             let dx = input_gradient(g, &weight_kept, &sizes)?;
             let to = (Matrix::of_buffer(&dx, inputs), true);
-            multiply(card, [rows, rank, inputs], low, factors.a, to, 1.0)?;
+            multiply(card, [rows, rank, inputs], low, factors.a(), to, 1.0)?;
             gradients.push(dx.tensor(x_dims.clone()));
         }
         if wanted[1] {
