@@ -482,19 +482,22 @@ fn sequences_and_vectors() {
             random(&[b, n, c], g),
             random(&[b, 2 * c], g),
         ];
+        let with_vectors = [inputs[0].clone(), inputs[2].clone()];
+        for tracked in [[true, false], [true, true], [false, true]] {
+            compare(
+                "modulate",
+                &with_vectors,
+                2,
+                &tracked,
+                &|x| ops::modulate(&x[0], &x[1].narrow(1, 0, c)?, &x[1].narrow(1, c, c)?),
+                &|x| plain::modulate(&x[0], &x[1].narrow(1, 0, c)?, &x[1].narrow(1, c, c)?),
+            );
+        }
         for tracked in [
             [true, true, false],
             [true, true, true],
             [false, false, true],
         ] {
-            compare(
-                "modulate",
-                &inputs,
-                3,
-                &tracked,
-                &|x| ops::modulate(&x[0], &x[2].narrow(1, 0, c)?, &x[2].narrow(1, c, c)?),
-                &|x| plain::modulate(&x[0], &x[2].narrow(1, 0, c)?, &x[2].narrow(1, c, c)?),
-            );
             compare(
                 "gated_residual",
                 &inputs,

@@ -243,8 +243,11 @@ impl Slot {
             (Some(Sum::One(one)), Place::Whole) => {
                 return Ok(Sum::Card(cuda::layout::sum(&one, &gradient)?));
             }
-            (None, _) => cuda::layout::own(None, &gradient, &self.shape)?,
-            (Some(Sum::One(one)), _) => cuda::layout::own(Some(&one), &gradient, &self.shape)?,
+            (None, place) => {
+                let first = cuda::layout::first_part(&gradient, place, &self.shape)?;
+                return Ok(Sum::Card(first));
+            }
+            (Some(Sum::One(one)), _) => cuda::layout::own(&one)?,
             (Some(Sum::Card(own)), _) => own,
             (Some(Sum::Own(_)), _) => candle_core::bail!("gradients of one tensor on two devices"),
         };

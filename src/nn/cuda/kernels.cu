@@ -177,6 +177,7 @@ extern "C" __global__ void norm_parameters(
     int j = blockIdx.x * 32 + threadIdx.x;
     float scaled = 0.f, plain = 0.f;
     if (j < width) {
+#pragma unroll 4
         for (unsigned row = threadIdx.y; row < rows; row += blockDim.y) {
             float v = widen(g[(index_t)row * width + j]);
             float normal = widen(x[begin(row, n1, n2, s0, s1, s2) + j]) - moments[2 * row];
@@ -552,6 +553,7 @@ extern "C" __global__ void column_sums(
     index_t start = (index_t)blockIdx.y * n * c;
     float sum = 0.f, product = 0.f;
     if (j < c) {
+#pragma unroll 4
         for (int i = threadIdx.y; i < n; i += blockDim.y) {
             index_t at = start + (index_t)i * c + j;
             float v = widen(g[at]);

@@ -169,16 +169,31 @@ pub fn to_f32(x: &Tensor) -> Result<Tensor> {
     })
 }
 
-/// What one gradient of a tensor of `shape` becomes when another joins it: `sum`, in memory of its own, or zeros.
-pub fn own(one: Option<&Tensor>, like: &Tensor, shape: &Shape) -> Result<Buffer> {
-    match one {
-        Some(one) => copy_buffer(one),
-        None => Card::of(like)?.zeros(shape.elem_count(), like.dtype()),
-    }
+/// The values of `one` in memory of their own, for others to be added to.
+pub fn own(one: &Tensor) -> Result<Buffer> {
+    copy_buffer(one)
+}
+
+/// The gradient of a tensor of `shape`, of which nothing is known yet but that of a part.
+pub fn first_part(gradient: &Tensor, place: Place, shape: &Shape) -> Result<Buffer> {
+    let (card, dtype, count) = (Card::of(gradient)?, gradient.dtype(), shape.elem_count());
+    // A part with as many elements is all of it.
+    let is_all = gradient.elem_count() == count;
+    let sum = match is_all {
+        true => card.buffer(count, dtype)?,
+        false => card.zeros(count, dtype)?,
+    };
+    put(&sum, gradient, place, !is_all)?;
+    Ok(sum)
 }
 
 /// Adds the gradient of a part to `sum`, that of the whole tensor.
 pub fn add_part(sum: &Buffer, gradient: &Tensor, place: Place) -> Result<()> {
+    put(sum, gradient, place, true)
+}
+
+/// Writes or adds the gradient of a part to `sum`.
+fn put(sum: &Buffer, gradient: &Tensor, place: Place, adds: bool) -> Result<()> {
     let gradient = match gradient.rank() {
         0..=4 => gradient.clone(),
         _ => kept(gradient)?,
@@ -207,5 +222,5 @@ pub fn add_part(sum: &Buffer, gradient: &Tensor, place: Place) -> Result<()> {
     };
     let to = Spread::new(sum, start, to);
     let (card, from) = (Card::of(&gradient)?, Spread::of(&gradient)?);
-    transfer(card, sum.dtype(), dims, to, from, true)
+    transfer(card, sum.dtype(), dims, to, from, adds)
 }
