@@ -1,14 +1,18 @@
 //! Sums, parts and joins of activations. candle's own have right gradients too, but pass them through a copy and a sum
 //! each; these bring them straight to where they are gathered.
 
-use candle_core::{Shape, Tensor};
+use candle_core::{DType, Shape, Tensor};
 
 use super::cpu::{self, detached, takes, values};
+use super::cuda;
 use super::vjp::{self, Place};
 use crate::Result;
 
 /// `x + y`, of equal shapes.
 pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    if cuda::takes([x, y]) && x.dims() == y.dims() {
+        return Ok(cuda::layout::add(x, y)?);
+    }
     if !takes([x, y]) || x.dims() != y.dims() {
         return Ok((x + y)?);
     }
@@ -31,6 +35,22 @@ pub fn reshape(x: &Tensor, shape: impl Into<Shape>) -> Result<Tensor> {
     Ok(view)
 }
 
+/// The values of `x` one after the other in memory.
+pub fn contiguous(x: &Tensor) -> Result<Tensor> {
+    match !x.is_contiguous() && cuda::takes([x]) {
+        true => Ok(cuda::layout::contiguous_copy(x)?),
+        false => Ok(x.contiguous()?),
+    }
+}
+
+/// `x` in f32.
+pub fn to_f32(x: &Tensor) -> Result<Tensor> {
+    match x.dtype() != DType::F32 && cuda::takes([x]) {
+        true => Ok(cuda::layout::to_f32(x)?),
+        false => Ok(x.to_dtype(DType::F32)?),
+    }
+}
+
 /// `heads` heads of `d` values each, from column `start` of `x` (b, n, c) on: a view (b, heads, n, d). `start` and `c`
 /// are multiples of `d`.
 pub fn split_heads(x: &Tensor, start: usize, heads: usize, d: usize) -> Result<Tensor> {
@@ -46,6 +66,9 @@ pub fn split_heads(x: &Tensor, start: usize, heads: usize, d: usize) -> Result<T
 /// The heads of `x` (b, heads, n, d) side by side: (b, n, heads · d).
 pub fn merge_heads(x: &Tensor) -> Result<Tensor> {
     let (b, heads, n, d) = x.dims4()?;
+    if cuda::takes([x]) {
+        return Ok(cuda::layout::merge_heads(x)?);
+    }
     if !takes([x]) {
         let merged = x.transpose(1, 2)?.contiguous()?;
         return Ok(merged.reshape((b, n, heads * d))?);
@@ -72,6 +95,14 @@ fn turned(values: &[f32], n: usize, m: usize, d: usize) -> Vec<f32> {
 
 /// `start..start + count` along dimension 1 of `x` (b, n, …), contiguous.
 pub fn rows(x: &Tensor, start: usize, count: usize) -> Result<Tensor> {
+    if cuda::takes([x]) {
+        let of = x.dim(1)?;
+        let part = x.narrow(1, start, count)?;
+        if part.id() != x.id() {
+            vjp::show(x, &part, Place::Rows { start, of });
+        }
+        return contiguous(&part);
+    }
     let part = x.narrow(1, start, count)?.contiguous()?;
     if part.id() != x.id() {
         vjp::show(
@@ -93,6 +124,9 @@ pub fn join(x: &Tensor, y: &Tensor, dim: usize) -> Result<Tensor> {
         dims.get_mut(dim).map(|d| *d = 0).map(|()| dims)
     };
     let fit = others(x).is_some() && others(x) == others(y);
+    if fit && cuda::takes([x, y]) && x.rank() <= 4 {
+        return Ok(cuda::layout::join(x, y, dim)?);
+    }
     if !fit || !takes([x, y]) || !(x.track_op() || y.track_op()) {
         return Ok(Tensor::cat(&[x, y], dim)?);
     }

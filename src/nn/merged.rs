@@ -20,14 +20,17 @@ thread_local! {
 pub(super) struct Merged {
     /// (outputs, inputs)
     weight: Tensor,
-    /// (inputs, outputs): what a product with several rows reads in place.
-    turned: Tensor,
+    /// (inputs, outputs): what a product with several rows reads in place, on the CPU.
+    turned: Option<Tensor>,
 }
 
 impl Merged {
     /// See [`ops::linear`].
     pub(super) fn forward(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-        ops::linear_in_place(x, &self.weight, &self.turned, bias)
+        match &self.turned {
+            Some(turned) => ops::linear_in_place(x, &self.weight, turned, bias),
+            None => ops::linear(x, &self.weight, bias),
+        }
     }
 }
 
@@ -60,7 +63,8 @@ pub(super) fn weight(weight: &Tensor, lora: &Lora) -> Result<Option<Merged>> {
         }
         let addition = (ops::linear(&lora.b, &lora.a.t()?, None)? * lora.scale)?;
         let weight = (weight + addition.to_dtype(weight.dtype())?)?.detach();
-        let turned = weight.t()?.contiguous()?;
+        let here = weight.device().is_cpu();
+        let turned = here.then(|| weight.t()?.contiguous()).transpose()?;
         let sum = Merged { weight, turned };
         merged.insert(key, sum.clone());
         Ok(Some(sum))

@@ -10,8 +10,9 @@ use super::cpu::activation::{Gelu, GeluErf, QuickGelu, Silu, activation, gated};
 use super::cpu::linear::Addition;
 use super::cpu::rope::{Pairing, rope};
 use super::cpu::takes;
+use super::cuda::activation::Activation;
 use super::recompute::in_recomputing;
-use super::{HalfMatrix, Lora, Weight, cpu, parameter, plain};
+use super::{HalfMatrix, Lora, Weight, cpu, cuda, layout, parameter, plain};
 use crate::{Error, Result};
 
 /// Zeros around the two spatial dimensions of a convolution's input.
@@ -43,6 +44,9 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     let bias = bias.as_ref();
     if takes([x, &weight].into_iter().chain(bias)) {
         return Ok(cpu::linear::linear(x, &Weight::Tensor(weight), bias)?);
+    }
+    if cuda::takes([x, &weight].into_iter().chain(bias)) {
+        return Ok(cuda::linear::linear(x, &weight, bias)?);
     }
     plain::linear(x, &weight, bias)
 }
@@ -108,6 +112,15 @@ pub fn linear_lora(
         let addition = addition(&a, &b, scale);
         return Ok(cpu::linear::linear_lora(x, &weight, bias, &addition)?);
     }
+    if cuda::takes([x, &weight].into_iter().chain(bias)) && cuda::takes_factors(x, &a, &b) {
+        return Ok(cuda::linear::linear_lora(
+            x,
+            &weight,
+            bias,
+            (&a, &b),
+            scale,
+        )?);
+    }
     plain::linear_lora(x, &weight, bias, &a, &b, scale)
 }
 
@@ -139,6 +152,9 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
     if takes([q, k, v]) && cpu::attention::takes_mask(mask, q.dim(2)?, k.dim(2)?) {
         return Ok(cpu::attention::attention(q, k, v, scale, mask)?);
     }
+    if cuda::takes([q, k, v]) && cuda::attention::takes_mask(mask, q, k) {
+        return Ok(cuda::attention::attention(q, k, v, scale, mask)?);
+    }
     plain::attention(q, k, v, scale, mask)
 }
 
@@ -146,6 +162,9 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
 pub fn softmax(x: &Tensor) -> Result<Tensor> {
     if takes([x]) {
         return Ok(cpu::softmax::softmax(x)?);
+    }
+    if cuda::takes([x]) {
+        return Ok(cuda::softmax::softmax(x)?);
     }
     plain::softmax(x)
 }
@@ -162,6 +181,9 @@ pub fn layer_norm(
     if takes([x].into_iter().chain(weight).chain(bias)) {
         return Ok(cpu::norm::norm(x, weight, bias, eps, true)?);
     }
+    if cuda::takes([x].into_iter().chain(weight).chain(bias)) {
+        return Ok(cuda::norm::norm(x, weight, bias, eps, true)?);
+    }
     plain::layer_norm(x, weight, bias, eps)
 }
 
@@ -170,6 +192,9 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
     let weight = parameter(weight);
     if takes([x, &weight]) {
         return Ok(cpu::norm::norm(x, Some(&weight), None, eps, false)?);
+    }
+    if cuda::takes([x, &weight]) {
+        return Ok(cuda::norm::norm(x, Some(&weight), None, eps, false)?);
     }
     plain::rms_norm(x, &weight, eps)
 }
@@ -185,6 +210,11 @@ pub fn group_norm(
     let (weight, bias) = (parameter(weight), parameter(bias));
     if takes([x, &weight, &bias]) {
         return Ok(cpu::group_norm::group_norm(
+            x, groups, &weight, &bias, eps, false,
+        )?);
+    }
+    if cuda::takes([x, &weight, &bias]) {
+        return Ok(cuda::norm::group_norm(
             x, groups, &weight, &bias, eps, false,
         )?);
     }
@@ -205,6 +235,11 @@ pub fn group_norm_silu(
             x, groups, &weight, &bias, eps, true,
         )?);
     }
+    if cuda::takes([x, &weight, &bias]) {
+        return Ok(cuda::norm::group_norm(
+            x, groups, &weight, &bias, eps, true,
+        )?);
+    }
     Ok(plain::group_norm(x, groups, &weight, &bias, eps)?.silu()?)
 }
 
@@ -212,6 +247,9 @@ pub fn group_norm_silu(
 pub fn silu(x: &Tensor) -> Result<Tensor> {
     if takes([x]) {
         return Ok(activation::<Silu>(x)?);
+    }
+    if cuda::takes([x]) {
+        return Ok(cuda::activation::activation(x, Activation::Silu)?);
     }
     Ok(x.silu()?)
 }
@@ -221,6 +259,9 @@ pub fn gelu(x: &Tensor) -> Result<Tensor> {
     if takes([x]) {
         return Ok(activation::<Gelu>(x)?);
     }
+    if cuda::takes([x]) {
+        return Ok(cuda::activation::activation(x, Activation::Gelu)?);
+    }
     Ok(x.gelu()?)
 }
 
@@ -228,6 +269,9 @@ pub fn gelu(x: &Tensor) -> Result<Tensor> {
 pub fn gelu_erf(x: &Tensor) -> Result<Tensor> {
     if takes([x]) {
         return Ok(activation::<GeluErf>(x)?);
+    }
+    if cuda::takes([x]) {
+        return Ok(cuda::activation::activation(x, Activation::GeluErf)?);
     }
     Ok(x.gelu_erf()?)
 }
@@ -237,6 +281,9 @@ pub fn quick_gelu(x: &Tensor) -> Result<Tensor> {
     if takes([x]) {
         return Ok(activation::<QuickGelu>(x)?);
     }
+    if cuda::takes([x]) {
+        return Ok(cuda::activation::activation(x, Activation::QuickGelu)?);
+    }
     plain::quick_gelu(x)
 }
 
@@ -244,6 +291,9 @@ pub fn quick_gelu(x: &Tensor) -> Result<Tensor> {
 pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     if takes([gate, up]) {
         return Ok(gated::<Silu>(gate, up)?);
+    }
+    if cuda::takes([gate, up]) {
+        return Ok(cuda::activation::gated(gate, up, Activation::Silu)?);
     }
     plain::swiglu(gate, up)
 }
@@ -253,23 +303,35 @@ pub fn geglu_tanh(value: &Tensor, gate: &Tensor) -> Result<Tensor> {
     if takes([value, gate]) {
         return Ok(gated::<Gelu>(gate, value)?);
     }
+    if cuda::takes([value, gate]) {
+        return Ok(cuda::activation::gated(gate, value, Activation::Gelu)?);
+    }
     plain::geglu_tanh(value, gate)
 }
 
-/// Rotary embedding of `x` (b, h, n, d), pairs (2i, 2i+1); `cos` and `sin` (n, d/2).
+/// Rotary embedding of `x` (b, h, n, d), pairs (2i, 2i+1); `cos` and `sin` (n, d/2), in whose type it is turned. The
+/// result has the type of `x`.
 pub fn rope_adjacent(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     if takes([x, cos, sin]) && !cos.track_op() && !sin.track_op() {
         return Ok(rope(x, cos, sin, Pairing::Adjacent)?);
     }
-    plain::rope_adjacent(x, cos, sin)
+    if cuda::rope::takes_angles(x, cos, sin) {
+        return Ok(cuda::rope::rope(x, cos, sin, true)?);
+    }
+    let turned = plain::rope_adjacent(&x.to_dtype(cos.dtype())?, cos, sin)?;
+    Ok(turned.to_dtype(x.dtype())?)
 }
 
-/// Rotary embedding of `x` (b, h, n, d), pairs (i, i + d/2); `cos` and `sin` (n, d/2).
+/// Rotary embedding of `x` (b, h, n, d), pairs (i, i + d/2); types as in [`rope_adjacent`].
 pub fn rope_halves(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
     if takes([x, cos, sin]) && !cos.track_op() && !sin.track_op() {
         return Ok(rope(x, cos, sin, Pairing::Halves)?);
     }
-    plain::rope_halves(x, cos, sin)
+    if cuda::rope::takes_angles(x, cos, sin) {
+        return Ok(cuda::rope::rope(x, cos, sin, false)?);
+    }
+    let turned = plain::rope_halves(&x.to_dtype(cos.dtype())?, cos, sin)?;
+    Ok(turned.to_dtype(x.dtype())?)
 }
 
 /// Heads of `x` (b, h, m, d), each `times` over in its place: (b, h · times, m, d). Keys and values that serve several
@@ -290,6 +352,9 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     if takes([logits]) {
         return Ok(cpu::softmax::cross_entropy(logits, targets)?);
     }
+    if cuda::takes([logits]) {
+        return Ok(cuda::softmax::cross_entropy(logits, targets)?);
+    }
     plain::cross_entropy(logits, targets)
 }
 
@@ -298,6 +363,9 @@ pub fn embedding(weight: &Tensor, ids: &Tensor) -> Result<Tensor> {
     let weight = parameter(weight);
     if takes([&weight]) {
         return Ok(cpu::embedding::embedding(&weight, ids)?);
+    }
+    if cuda::takes([&weight]) {
+        return Ok(cuda::embedding::embedding(&weight, ids)?);
     }
     plain::embedding(&weight, ids)
 }
@@ -312,6 +380,9 @@ pub fn modulate(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tensor> {
     if takes([x, shift, scale]) {
         return Ok(cpu::rows::modulate(x, shift, scale)?);
     }
+    if cuda::takes([x, shift, scale]) {
+        return Ok(cuda::rows::modulate(x, shift, scale)?);
+    }
     plain::modulate(x, shift, scale)
 }
 
@@ -320,11 +391,14 @@ pub fn gated_residual(x: &Tensor, gate: &Tensor, y: &Tensor) -> Result<Tensor> {
     if takes([x, gate, y]) {
         return Ok(cpu::rows::gated_residual(x, gate, y)?);
     }
+    if cuda::takes([x, gate, y]) {
+        return Ok(cuda::rows::gated_residual(x, gate, y)?);
+    }
     plain::gated_residual(x, gate, y)
 }
 
 /// Each element of `x` zero with probability `p` in 0..1, the others divided by 1 − p. Draws one number per element
-/// from `generator`, none if `p` is 0.
+/// from `generator`, none if `p` is 0; on a card one in all, from which the card makes the others.
 pub fn dropout(x: &Tensor, p: f64, generator: &mut ChaCha8Rng) -> Result<Tensor> {
     if !(0.0..1.0).contains(&p) {
         return Err(Error::invalid(
@@ -334,6 +408,9 @@ pub fn dropout(x: &Tensor, p: f64, generator: &mut ChaCha8Rng) -> Result<Tensor>
     }
     if p == 0.0 {
         return Ok(x.clone());
+    }
+    if cuda::takes([x]) {
+        return Ok(cuda::rows::dropout(x, None, p, generator.random())?);
     }
     let threshold = (p * (1u64 << 32) as f64) as u32;
     let kept = (1.0 / (1.0 - p)) as f32;
@@ -353,10 +430,21 @@ pub fn dropout(x: &Tensor, p: f64, generator: &mut ChaCha8Rng) -> Result<Tensor>
     Ok((x * factors)?)
 }
 
+/// `x + dropout(y)`, of equal shapes; draws as [`dropout`] does.
+pub fn dropout_onto(x: &Tensor, y: &Tensor, p: f64, generator: &mut ChaCha8Rng) -> Result<Tensor> {
+    if (0.0..1.0).contains(&p) && p > 0.0 && cuda::takes([x, y]) {
+        return Ok(cuda::rows::dropout(y, Some(x), p, generator.random())?);
+    }
+    layout::add(x, &dropout(y, p, generator)?)
+}
+
 /// Each pixel of `x` (b, c, h, w) four times: (b, c, 2h, 2w).
 pub fn upsample_nearest2x(x: &Tensor) -> Result<Tensor> {
     if takes([x]) {
         return Ok(cpu::rows::upsample_nearest2x(x)?);
+    }
+    if cuda::takes([x]) {
+        return Ok(cuda::rows::upsample_nearest2x(x)?);
     }
     plain::upsample_nearest2x(x)
 }

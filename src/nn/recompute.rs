@@ -66,8 +66,9 @@ where
     };
     let mut tracked: Vec<&Tensor> = inputs.iter().copied().filter(|t| t.track_op()).collect();
     // Even the first block, whose input nobody differentiates, has variables inside.
-    let anchor = Var::zeros((), DType::F32, value.device())?;
+    let anchor;
     if tracked.is_empty() {
+        anchor = Var::zeros((), DType::F32, value.device())?;
         tracked.push(&anchor);
     }
     let again = move |gradient: &Tensor| -> Result<Vec<Tensor>> {

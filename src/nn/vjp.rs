@@ -16,6 +16,7 @@ use candle_core::{
 };
 
 use super::cpu::{self, add_into};
+use super::cuda;
 use super::recompute::collect_variable;
 
 /// Gives one gradient per tracked input, in the order in which they were passed.
@@ -27,20 +28,41 @@ pub(super) const MOST_TRACKED: usize = GROUP * GROUP;
 /// The most inputs of candle's custom operations.
 const GROUP: usize = 3;
 
+/// The values of a result, one after the other.
+pub(super) enum Value {
+    Cpu(Vec<f32>),
+    Card(CudaStorage),
+}
+
+impl From<Vec<f32>> for Value {
+    fn from(values: Vec<f32>) -> Self {
+        Value::Cpu(values)
+    }
+}
+
+impl From<CudaStorage> for Value {
+    fn from(values: CudaStorage) -> Self {
+        Value::Card(values)
+    }
+}
+
 /// The tensor of `shape` with these values, recorded as a function of those `inputs` that are tracked, at most
 /// [`MOST_TRACKED`] of them. `backward(gradient)` takes the result's gradient, contiguous, and returns theirs (contiguous
 /// or not, of the inputs' shapes) in the same order, leaving out inputs that are not tracked. With no tracked input
 /// there is no graph and `backward` is dropped.
 pub(super) fn record(
     inputs: &[&Tensor],
-    value: Vec<f32>,
+    value: impl Into<Value>,
     shape: impl Into<Shape>,
     backward: impl Fn(&Tensor) -> Result<Vec<Tensor>> + Send + Sync + 'static,
 ) -> Result<Tensor> {
-    let shape = shape.into();
+    let (value, shape) = (value.into(), shape.into());
     let tracked: Vec<&Tensor> = inputs.iter().copied().filter(|t| t.track_op()).collect();
     if tracked.is_empty() {
-        return Tensor::from_vec(value, shape, &Device::Cpu);
+        return match value {
+            Value::Cpu(value) => Tensor::from_vec(value, shape, &Device::Cpu),
+            Value::Card(value) => Ok(cuda::tensor_of(value, shape)),
+        };
     }
     let node = Node::new(&tracked, &shape, Box::new(backward))?;
     let recorded = Op(Recorded {
@@ -56,7 +78,7 @@ pub(super) fn record(
 /// [`record`] with a backward pass that also takes the result.
 pub(super) fn record_with_result(
     inputs: &[&Tensor],
-    value: Vec<f32>,
+    value: impl Into<Value>,
     shape: impl Into<Shape>,
     backward: impl Fn(&Tensor, &Tensor) -> Result<Vec<Tensor>> + Send + Sync + 'static,
 ) -> Result<Tensor> {
@@ -91,9 +113,9 @@ pub(super) fn pull(output: &Tensor, gradient: Tensor) -> Result<Tensor> {
 
 /// Says that `view` shows a part of `whole`: what our operations find as its gradient goes straight to that part. `view`
 /// must be made of `whole` by candle's own operations, which remain the way for everybody else. Nothing happens where
-/// `whole` is not the result of one of our operations, in f32 on the CPU.
+/// `whole` is not the result of one of our operations.
 pub(super) fn show(whole: &Tensor, view: &Tensor, place: Place) {
-    if !cpu::takes([whole]) {
+    if !cpu::takes([whole]) && !cuda::takes([whole]) {
         return;
     }
     let node = match registry().get(&whole.id()) {
@@ -174,12 +196,18 @@ enum Sum {
     One(Tensor),
     /// A sum of our own, in f32 on the CPU.
     Own(Vec<f32>),
+    /// A sum of our own on a card.
+    Card(cuda::Buffer),
 }
 
 impl Slot {
     fn add(&self, gradient: &Tensor, place: Place) -> Result<()> {
         let mut sum = self.sum.lock().unwrap_or_else(PoisonError::into_inner);
         let gradient = gradient.detach();
+        if cuda::takes([&gradient]) {
+            *sum = Some(self.with_part(sum.take(), gradient, place)?);
+            return Ok(());
+        }
         *sum = Some(match (sum.take(), place) {
             (None, Place::Whole) => Sum::One(gradient.reshape(&self.shape)?),
             (Some(Sum::One(one)), Place::Whole) if !cpu::takes([&one]) => {
@@ -195,12 +223,34 @@ impl Slot {
                     None => vec![0.0; self.shape.elem_count()],
                     Some(Sum::One(one)) => cpu::values(&one.contiguous()?)?.to_vec(),
                     Some(Sum::Own(own)) => own,
+                    Some(Sum::Card(_)) => {
+                        candle_core::bail!("gradients of one tensor on two devices")
+                    }
                 };
                 Self::add_part(&mut own, &gradient.contiguous()?, place)?;
                 Sum::Own(own)
             }
         });
         Ok(())
+    }
+
+    /// `sum` and one more gradient, of the whole or of a part, on a card.
+    fn with_part(&self, sum: Option<Sum>, gradient: Tensor, place: Place) -> Result<Sum> {
+        let own = match (sum, place) {
+            (None, Place::Whole) => return Ok(Sum::One(gradient.reshape(&self.shape)?)),
+            (Some(Sum::One(one)), Place::Whole) => {
+                return Ok(Sum::Card(cuda::layout::sum(&one, &gradient)?));
+            }
+            (None, place) => {
+                let first = cuda::layout::first_part(&gradient, place, &self.shape)?;
+                return Ok(Sum::Card(first));
+            }
+            (Some(Sum::One(one)), _) => cuda::layout::own(&one)?,
+            (Some(Sum::Card(own)), _) => own,
+            (Some(Sum::Own(_)), _) => candle_core::bail!("gradients of one tensor on two devices"),
+        };
+        cuda::layout::add_part(&own, &gradient, place)?;
+        Ok(Sum::Card(own))
     }
 
     fn add_part(own: &mut [f32], gradient: &Tensor, place: Place) -> Result<()> {
@@ -226,7 +276,9 @@ impl Slot {
     fn take(&self) -> Result<Tensor> {
         let mut sum = self.sum.lock().unwrap_or_else(PoisonError::into_inner);
         match sum.take() {
+            Some(Sum::One(one)) if cuda::takes([&one]) => cuda::kept(&one),
             Some(Sum::One(one)) => one.contiguous(),
+            Some(Sum::Card(own)) => Ok(own.tensor(&self.shape)),
             Some(Sum::Own(own)) => Tensor::from_vec(own, self.shape.clone(), &Device::Cpu),
             None => candle_core::bail!("the gradient of a fused operation was taken twice"),
         }
@@ -296,8 +348,12 @@ fn connect(inputs: &[&Tensor], slot: Option<Arc<Slot>>, backward: Backward) -> R
     }
 }
 
+/// The gradient of a signal. On a card signals have no elements: candle then adds them up without memory or a launch.
 fn signal(device: &Device) -> Result<Tensor> {
-    Tensor::zeros((), DType::F32, device)
+    match device.is_cuda() {
+        true => Tensor::zeros(0, DType::F32, device),
+        false => Tensor::zeros((), DType::F32, device),
+    }
 }
 
 /// An operation of one to three inputs with a backward pass of its own. candle asks for the same things once for each
@@ -387,8 +443,13 @@ fn nothing_on_cpu() -> (CpuStorage, Shape) {
     (CpuStorage::F32(vec![0.0]), Shape::from(()))
 }
 
-fn nothing_on_cuda(like: &CudaStorage) -> Result<(CudaStorage, Shape)> {
-    let shape = Shape::from(());
+/// See [`signal`]; a scalar where the backward pass starts from it.
+fn nothing_on_cuda(like: &CudaStorage, is_end: bool) -> Result<(CudaStorage, Shape)> {
+    let shape = if is_end {
+        Shape::from(())
+    } else {
+        Shape::from(0)
+    };
     Ok((like.device().zeros_impl(&shape, DType::F32)?, shape))
 }
 
@@ -439,7 +500,7 @@ impl Fused for Gate {
     }
 
     fn cuda(&self, first: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
-        nothing_on_cuda(first)
+        nothing_on_cuda(first, self.slot.is_none())
     }
 
     fn backward(&self, gradient: &Tensor) -> Result<[Option<Tensor>; GROUP]> {
@@ -489,7 +550,7 @@ impl Fused for Joint {
     }
 
     fn cuda(&self, first: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
-        nothing_on_cuda(first)
+        nothing_on_cuda(first, false)
     }
 
     fn backward(&self, _: &Tensor) -> Result<[Option<Tensor>; GROUP]> {
@@ -501,24 +562,40 @@ impl Fused for Joint {
 
 /// A result that was computed before candle asks for it, in place of its signal.
 struct Recorded {
-    value: Mutex<Option<Vec<f32>>>,
+    value: Mutex<Option<Value>>,
     shape: Shape,
     node: Arc<Node>,
+}
+
+impl Recorded {
+    fn take(&self) -> Result<Value> {
+        let mut value = self.value.lock().unwrap_or_else(PoisonError::into_inner);
+        match value.take() {
+            Some(value) => Ok(value),
+            None => candle_core::bail!("the result of a fused operation was taken twice"),
+        }
+    }
 }
 
 impl Fused for Recorded {
     const NAME: &'static str = "result";
 
     fn cpu(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        let mut value = self.value.lock().unwrap_or_else(PoisonError::into_inner);
-        match value.take() {
-            Some(value) => Ok((CpuStorage::F32(value), self.shape.clone())),
-            None => candle_core::bail!("the result of a fused operation was taken twice"),
+        match self.take()? {
+            Value::Cpu(value) => Ok((CpuStorage::F32(value), self.shape.clone())),
+            Value::Card(_) => {
+                candle_core::bail!("a fused operation of a card was given a tensor on the CPU")
+            }
         }
     }
 
     fn cuda(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
-        candle_core::bail!("a fused operation of the CPU was given a tensor on a card")
+        match self.take()? {
+            Value::Card(value) => Ok((value, self.shape.clone())),
+            Value::Cpu(_) => {
+                candle_core::bail!("a fused operation of the CPU was given a tensor on a card")
+            }
+        }
     }
 
     fn backward(&self, gradient: &Tensor) -> Result<[Option<Tensor>; GROUP]> {

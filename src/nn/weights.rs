@@ -7,9 +7,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{DType, Device, Shape, Tensor, Var};
+use rand::Rng;
 use rand_distr::{Distribution, Normal, Uniform};
 
 use super::adapter::{Adapter, Lora, seeded};
+use super::cuda;
 use super::precision::{HalfKind, HalfMatrix, Precision, Weight};
 use crate::{Error, Result};
 
@@ -518,8 +520,17 @@ fn stored_dtype(source: &Source) -> Option<DType> {
 }
 
 fn draw(shape: &Shape, init: Init, seed: u64, name: &str, device: &Device) -> Result<Tensor> {
+    /// So many random numbers of a tensor on a card are made there, in another way than the processor's.
+    const MANY: usize = 1 << 20;
     let count = shape.elem_count();
     let mut generator = seeded(seed, name);
+    if let Init::Normal(deviation) = init
+        && device.is_cuda()
+        && count >= MANY
+    {
+        let seed = generator.random();
+        return Ok(cuda::rows::normal(shape, deviation, seed, device)?);
+    }
     let values: Vec<f32> = match init {
         Init::Zeros => vec![0.0; count],
         Init::Ones => vec![1.0; count],

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
 use crate::config::LrScheduler;
+use crate::nn::{card_optimizer, card_takes};
 use crate::{Error, Result};
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Storage, Tensor, Var};
@@ -38,6 +39,12 @@ impl Default for AdamWConfig {
             decay_vectors: true,
             max_grad_norm: None,
         }
+    }
+}
+
+impl AdamWConfig {
+    fn decays(&self, slot: &Slot) -> bool {
+        self.decay_vectors || slot.variable.rank() >= 2
     }
 }
 
@@ -141,24 +148,25 @@ impl AdamW {
         let gradients = self.gradients(gradients)?;
         self.steps += 1;
         let (config, steps) = (self.config, self.steps as i32);
+        let update = Update {
+            clip,
+            decay: 1.0 - learning_rate * config.weight_decay,
+            step_size: learning_rate / (1.0 - config.beta1.powi(steps)),
+            second_correction: (1.0 - config.beta2.powi(steps)).sqrt(),
+            config,
+        };
+        if card_takes(self.slots.iter().map(|slot| slot.variable.as_tensor())) {
+            return update.apply_on_card(&self.slots, &gradients);
+        }
         self.slots
             .par_iter_mut()
             .zip(&gradients)
             .try_for_each(|(slot, gradient)| {
-                let decays = config.decay_vectors || slot.variable.rank() >= 2;
-                let decay = if decays {
-                    1.0 - learning_rate * config.weight_decay
-                } else {
-                    1.0
+                let decay = match config.decays(slot) {
+                    true => update.decay,
+                    false => 1.0,
                 };
-                let update = Update {
-                    clip,
-                    decay,
-                    step_size: learning_rate / (1.0 - config.beta1.powi(steps)),
-                    second_correction: (1.0 - config.beta2.powi(steps)).sqrt(),
-                    config,
-                };
-                update.apply(slot, gradient)
+                Update { decay, ..update }.apply(slot, gradient)
             })
     }
 
@@ -240,6 +248,7 @@ pub fn clip_factor(norm: f64, limit: Option<f64>, step: u64) -> Result<f64> {
     Ok(limit.map_or(1.0, |limit| (limit / (norm + 1e-6)).min(1.0)))
 }
 
+#[derive(Clone, Copy)]
 struct Update {
     clip: f64,
     decay: f64,
@@ -249,6 +258,33 @@ struct Update {
 }
 
 impl Update {
+    /// The step of all tensors, which are on one card, in one go.
+    fn apply_on_card(&self, slots: &[Slot], gradients: &[Tensor]) -> Result<()> {
+        let mut trained = Vec::with_capacity(slots.len());
+        for (slot, gradient) in slots.iter().zip(gradients) {
+            let Moments::Device { first, second } = &slot.moments else {
+                continue;
+            };
+            trained.push(card_optimizer::Trained {
+                weights: slot.variable.as_tensor(),
+                gradient,
+                first,
+                second,
+                decays: self.config.decays(slot),
+            });
+        }
+        let step = card_optimizer::Step {
+            clip: self.clip,
+            decay: self.decay,
+            step_size: self.step_size,
+            second_correction: self.second_correction,
+            epsilon: self.config.epsilon,
+            beta1: self.config.beta1,
+            beta2: self.config.beta2,
+        };
+        Ok(card_optimizer::adamw(&trained, &step)?)
+    }
+
     fn apply(&self, slot: &mut Slot, gradient: &Tensor) -> Result<()> {
         match &mut slot.moments {
             Moments::Cpu { first, second } => {
@@ -369,7 +405,9 @@ pub(crate) fn sums_of_squares(tensors: &[Tensor]) -> Result<f64> {
             })
         })
         .collect::<Result<Vec<f64>>>()?;
-    if !there.is_empty() {
+    if card_takes(there.iter().copied()) {
+        sums.push(card_optimizer::squares(&there)?);
+    } else if !there.is_empty() {
         // A card is waited for once, not for each tensor.
         let scalars = there.iter().map(|tensor| tensor.sqr()?.sum_all());
         let scalars = scalars.collect::<candle_core::Result<Vec<_>>>()?;

@@ -32,11 +32,12 @@ on_card = device.type == "cuda"
 layers, heads, dim = map(int, args.sizes.split(","))
 side = args.size // 16
 torch.set_default_dtype(getattr(torch, args.dtype))
-model = gpt.Transformer(
-    gpt.ModelArgs(
-        n_layer=layers, n_head=heads, dim=dim, block_size=side * side, model_type="t2i", cls_token_num=120
+with device:  # weights are drawn where they are used
+    model = gpt.Transformer(
+        gpt.ModelArgs(
+            n_layer=layers, n_head=heads, dim=dim, block_size=side * side, model_type="t2i", cls_token_num=120
+        )
     )
-)
 model.output.weight.data.normal_(std=0.02)
 torch.set_default_dtype(torch.float32)
 model = peft.get_peft_model(

@@ -112,8 +112,7 @@ impl Rotary {
 
     /// Turns `x` (b, h, n, d), in f32.
     fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        let turned = ops::rope_halves(&x.to_dtype(DType::F32)?, &self.cos, &self.sin)?;
-        Ok(turned.to_dtype(x.dtype())?)
+        ops::rope_halves(x, &self.cos, &self.sin)
     }
 
     /// The rows of `positions`, of u32.
@@ -359,7 +358,7 @@ impl Backbone {
 
     /// Logits (…, vocab_size) in f32 of normed hidden states (…, hidden_size).
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        Ok(self.lm_head.forward(hidden)?.to_dtype(DType::F32)?)
+        layout::to_f32(&self.lm_head.forward(hidden)?)
     }
 
     /// What [`Backbone::logits`] learns, if anything.

@@ -91,8 +91,7 @@ impl Rotary {
 
     /// Turns `x` (b, h, n, d), in f32 as the reference does.
     fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        let turned = ops::rope_adjacent(&x.to_dtype(DType::F32)?, &self.cos, &self.sin)?;
-        Ok(turned.to_dtype(x.dtype())?)
+        ops::rope_adjacent(x, &self.cos, &self.sin)
     }
 }
 
@@ -210,10 +209,9 @@ impl Block {
             None => (x, attended),
         };
         let attended = self.attention.wo.forward(&attended)?;
-        let attended = drop_out(attended, self.resid_dropout_p, &mut dropout)?;
-        let h = layout::add(x, &attended)?;
+        let h = add_dropped(x, &attended, self.resid_dropout_p, &mut dropout)?;
         let fed = self.feed_forward.forward(&self.ffn_norm.forward(&h)?)?;
-        layout::add(&h, &drop_out(fed, self.ffn_dropout_p, &mut dropout)?)
+        add_dropped(&h, &fed, self.ffn_dropout_p, &mut dropout)
     }
 }
 
@@ -226,8 +224,9 @@ impl LayerCache {
     /// Writes `k` and `v` (b, h, n, d) at `position` and returns everything up to their end.
     fn extend(&self, k: &Tensor, v: &Tensor, position: usize) -> Result<(Tensor, Tensor)> {
         let length = position + k.dim(2)?;
-        self.keys.slice_set(&k.contiguous()?, 2, position)?;
-        self.values.slice_set(&v.contiguous()?, 2, position)?;
+        self.keys.slice_set(&layout::contiguous(k)?, 2, position)?;
+        self.values
+            .slice_set(&layout::contiguous(v)?, 2, position)?;
         Ok((
             self.keys.narrow(2, 0, length)?,
             self.values.narrow(2, 0, length)?,
@@ -478,10 +477,7 @@ impl Gpt {
     }
 
     fn logits(&self, h: &Tensor) -> Result<Tensor> {
-        Ok(self
-            .output
-            .forward(&self.norm.forward(h)?)?
-            .to_dtype(DType::F32)?)
+        layout::to_f32(&self.output.forward(&self.norm.forward(h)?)?)
     }
 
     fn check_captions(&self, captions: &Tensor, mask: &Tensor) -> Result<usize> {
@@ -544,6 +540,19 @@ impl Gpt {
             valid
         };
         Ok(self.additive(&valid)?.unsqueeze(1)?.unsqueeze(1)?)
+    }
+}
+
+/// `x + y`, with dropout of `y` where a generator is given, that is, in training.
+fn add_dropped(
+    x: &Tensor,
+    y: &Tensor,
+    p: f64,
+    generator: &mut Option<&mut ChaCha8Rng>,
+) -> Result<Tensor> {
+    match generator {
+        Some(generator) => ops::dropout_onto(x, y, p, generator),
+        None => layout::add(x, y),
     }
 }
 
