@@ -1,6 +1,8 @@
 //! Rectified flow with a shifted schedule (Esser et al. 2024, arXiv 2403.03206), in the numbers of diffusers'
 //! `FlowMatchEulerDiscreteScheduler` and `train_dreambooth_lora_sd3.py`.
 
+use std::ops::Range;
+
 use candle_core::{Device, Tensor};
 use rand::Rng;
 use rand_distr::{Distribution, StandardNormal};
@@ -68,6 +70,19 @@ pub struct TrainingDraw {
     pub indices: Vec<usize>,
     /// Shape of the latents, f32.
     pub noise: Tensor,
+}
+
+impl TrainingDraw {
+    /// Those of some samples.
+    ///
+    /// # Errors
+    /// When there are not as many.
+    pub fn rows(&self, samples: Range<usize>) -> Result<Self> {
+        Ok(Self {
+            noise: self.noise.narrow(0, samples.start, samples.len())?,
+            indices: self.indices.get(samples).unwrap_or_default().to_vec(),
+        })
+    }
 }
 
 /// The schedule of a rectified-flow model and the Euler sampler.

@@ -117,6 +117,7 @@ impl Learner for Sd3Learner {
             })
             .collect();
         let conditioning = self.condition(&prompts)?;
+        let draw = self.model.draw(&latents, generator)?;
         let variables = self.variables();
         let (model, recomputes) = (&self.model, self.recomputes);
         mean_over_parts(
@@ -124,12 +125,10 @@ impl Learner for Sd3Learner {
             self.at_once,
             &variables,
             generator,
-            |part, generator| {
+            |part, _| {
                 let latents = latents.narrow(0, part.start, part.len())?;
-                let conditioning = conditioning.rows(part)?;
-                recomputing(recomputes, || {
-                    model.loss(&latents, &conditioning, generator)
-                })
+                let (conditioning, draw) = (conditioning.rows(part.clone())?, draw.rows(part)?);
+                recomputing(recomputes, || model.loss_at(&latents, &conditioning, &draw))
             },
         )
     }

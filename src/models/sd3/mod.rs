@@ -24,7 +24,7 @@ use self::text::TextEncoders;
 use super::autoencoder::{self, AutoencoderKl};
 use super::checkpoint_files::{self, WeightFiles};
 use super::finish_all;
-use crate::diffusion::{self, FlowMatchEuler, LossForm};
+use crate::diffusion::{self, FlowMatchEuler, LossForm, TrainingDraw};
 use crate::files::read_json;
 use crate::nn::{self, Weights};
 use crate::{Error, Result};
@@ -197,11 +197,25 @@ impl Sd3 {
         conditioning: &Conditioning,
         generator: &mut ChaCha8Rng,
     ) -> Result<Tensor> {
-        let draw = self
-            .schedule
-            .draw(latents.dims4()?, generator, latents.device())?;
+        let draw = self.draw(latents, generator)?;
+        self.loss_at(latents, conditioning, &draw)
+    }
+
+    /// What [`Sd3::loss`] draws for `latents` (b, c, h, w).
+    pub fn draw(&self, latents: &Tensor, generator: &mut ChaCha8Rng) -> Result<TrainingDraw> {
         self.schedule
-            .loss(latents, &draw, self.loss_form, |noisy, timesteps| {
+            .draw(latents.dims4()?, generator, latents.device())
+    }
+
+    /// [`Sd3::loss`] with what was drawn for it.
+    pub fn loss_at(
+        &self,
+        latents: &Tensor,
+        conditioning: &Conditioning,
+        draw: &TrainingDraw,
+    ) -> Result<Tensor> {
+        self.schedule
+            .loss(latents, draw, self.loss_form, |noisy, timesteps| {
                 let noisy = noisy.to_dtype(self.dtype)?;
                 let Conditioning { context, pooled } = conditioning;
                 self.transformer.forward(&noisy, timesteps, context, pooled)
