@@ -86,10 +86,11 @@ pub fn parameter(tensor: &Tensor) -> Tensor {
 }
 
 /// Settles four things that training on the CPU depends on, once for the whole process: freed memory is kept for the
-/// next tensor instead of going back to the system (which otherwise takes longer than the arithmetic); the first gigabyte
-/// of it is in large pages, where the system has them for those who ask; candle's own elementwise operations run on the thread that asks for them, because its pool waits by spinning, on cores that
-/// other stages need; and candle is told the number of cores, which it otherwise reads from the system's description
-/// of every processor before each of its matrix products.
+/// next tensor instead of going back to the system (which otherwise takes longer than the arithmetic); the first
+/// gigabyte of it is in large pages, where the system has them for those who ask; candle's own elementwise operations
+/// run on the thread that asks for them, because its pool waits by spinning, on cores that other stages need; and
+/// candle is told the number of cores, which it otherwise reads from the system's description of every processor
+/// before each of its matrix products.
 ///
 /// # Safety
 /// To be called at the start of `main`, before there is a second thread: it sets environment variables.
