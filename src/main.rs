@@ -6,6 +6,10 @@ use clap::Parser;
 use proxytune::Error;
 use proxytune::cli::{self, Cli};
 
+/// Tensors of a few sizes come and go all the time. This allocator gives what was freed last, which the caches still have.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Something was set aside or warned about, but the command did what it was asked.
 const EXIT_WITH_WARNINGS: u8 = 3;
 

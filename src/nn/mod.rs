@@ -85,12 +85,11 @@ pub fn parameter(tensor: &Tensor) -> Tensor {
     }
 }
 
-/// Settles four things that training on the CPU depends on, once for the whole process: freed memory is kept for the
-/// next tensor instead of going back to the system (which otherwise takes longer than the arithmetic); the first
-/// gigabyte of it is in large pages, where the system has them for those who ask; candle's own elementwise operations
-/// run on the thread that asks for them, because its pool waits by spinning, on cores that other stages need; and
-/// candle is told the number of cores, which it otherwise reads from the system's description of every processor
-/// before each of its matrix products.
+/// Settles three things that training on the CPU depends on, once for the whole process: where mimalloc is the
+/// allocator, freed memory is kept for a second for the next tensor instead of going back to the system (which
+/// otherwise takes longer than the arithmetic); candle's own elementwise operations run on the thread that asks for
+/// them, because its pool waits by spinning, on cores that other stages need; and candle is told the number of cores,
+/// which it otherwise reads from the system's description of every processor before each of its matrix products.
 ///
 /// # Safety
 /// To be called at the start of `main`, before there is a second thread: it sets environment variables.
@@ -102,39 +101,9 @@ pub unsafe fn prepare_process() {
             unsafe { std::env::set_var(name, value.to_string()) };
         }
     }
-    #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // SAFETY: `mallopt` takes two numbers. One that it refuses leaves the allocator as it was.
-    unsafe {
-        libc::mallopt(libc::M_ARENA_MAX, 1);
-        libc::mallopt(libc::M_MMAP_THRESHOLD, 32 << 20);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, 1 << 30);
-        ask_for_large_pages();
-    }
-}
-
-/// Makes room for a gigabyte on the heap, none of which is memory before it is written, and asks for large pages there.
-/// A machine that has no such room or pages goes on without them.
-///
-/// # Safety
-/// To be called before there is a second thread, which might take the room for itself.
-#[cfg(all(target_os = "linux", target_env = "gnu"))]
-unsafe fn ask_for_large_pages() {
-    /// Below the size from which on blocks do not come from the heap.
-    const BLOCK: usize = 16 << 20;
-    const BLOCKS: usize = 60;
-    const PAGE: usize = 2 << 20;
-    // SAFETY: each block is freed once, and advice changes no values. The heap's end is its own, and the room from the
-    // first block to there is the heap's as well, if that did not have to begin anew elsewhere: then the advice fails.
-    unsafe {
-        let blocks: Vec<_> = (0..BLOCKS).map(|_| libc::malloc(BLOCK)).collect();
-        let end = libc::sbrk(0) as usize;
-        let first = blocks.first().map_or(end, |block| *block as usize);
-        for block in blocks.into_iter().rev() {
-            libc::free(block);
-        }
-        let start = first.next_multiple_of(PAGE);
-        if first != 0 && start < end {
-            libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_HUGEPAGE);
-        }
-    }
+    /// Its number in mimalloc 2's `mi_option_e`.
+    const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
+    const MILLISECONDS: std::ffi::c_long = 1000;
+    // SAFETY: an option takes a number; a program with another allocator has no use for it.
+    unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, MILLISECONDS) }
 }
