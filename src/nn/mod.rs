@@ -104,6 +104,7 @@ pub unsafe fn prepare_process() {
     /// Its number in mimalloc 2's `mi_option_e`.
     const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
     const MILLISECONDS: std::ffi::c_long = 1000;
-    // SAFETY: an option takes a number; a program with another allocator has no use for it.
-    unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, MILLISECONDS) }
+    // SAFETY: an option takes a number, here unless its variable MIMALLOC_PURGE_DELAY is set; a program with another
+    // allocator has no use for it.
+    unsafe { libmimalloc_sys::mi_option_set_default(PURGE_DELAY, MILLISECONDS) }
 }

@@ -40,7 +40,7 @@ const OPERATIONS: &str = "PROXYTUNE_OPERATIONS";
 
 /// Whether `PROXYTUNE_OPERATIONS=candle` asks for candle's own operations in every f32 layer, to compare results and
 /// times with. Half-precision weights and the optimizer stay as they are.
-fn plain_alone() -> bool {
+pub fn plain_alone() -> bool {
     static ASKED: LazyLock<bool> =
         LazyLock::new(|| std::env::var_os(OPERATIONS).is_some_and(|v| v == CANDLE));
     *ASKED

@@ -54,8 +54,8 @@ pub fn tensor_of(storage: CudaStorage, shape: Shape) -> Tensor {
     Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
 }
 
-/// Where the first element of `tensor` is. The memory may be freed while a kernel still reads it: that waits in the
-/// same stream.
+/// Where the first element of `tensor` is. It must be held until the kernel that reads it has been launched; it may be
+/// freed while that still runs, since that waits in the same stream.
 pub fn at(tensor: &Tensor) -> Result<u64> {
     let (storage, layout) = tensor.storage_and_layout();
     match &*storage {

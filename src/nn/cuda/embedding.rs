@@ -13,8 +13,8 @@ pub fn embedding(weight: &Tensor, ids: &Tensor) -> Result<Tensor> {
     let ids = ids.to_device(weight.device())?.flatten_all()?;
     let ids = ids.to_dtype(DType::U32)?.contiguous()?;
     let (card, dtype, n) = (Card::of(weight)?, weight.dtype(), ids.elem_count());
-    let y = card.buffer(n * width, dtype)?;
-    let mut args = vec![Arg::from(&y), at(&kept(weight)?)?, at(&ids)?];
+    let (table, y) = (kept(weight)?, card.buffer(n * width, dtype)?);
+    let mut args = vec![Arg::from(&y), at(&table)?, at(&ids)?];
     args.extend([int(n * width)?, int(count)?, int(width)?]);
     card.launch("gather", dtype, Grid::each(n * width), &args)?;
     record(&[weight], y.into_storage(), shape, move |g| {

@@ -157,8 +157,8 @@ pub fn join(x: &Tensor, y: &Tensor, dim: usize) -> Result<Tensor> {
 /// See [`crate::nn::layout::to_f32`]; `x` is in half precision.
 pub fn to_f32(x: &Tensor) -> Result<Tensor> {
     let (card, count, dtype) = (Card::of(x)?, x.elem_count(), x.dtype());
-    let wide = card.buffer(count, DType::F32)?;
-    let args = [Arg::from(&wide), at(&kept(x)?)?, int(count)?];
+    let (x_kept, wide) = (kept(x)?, card.buffer(count, DType::F32)?);
+    let args = [Arg::from(&wide), at(&x_kept)?, int(count)?];
     card.launch("to_float", dtype, Grid::each(count), &args)?;
     record(&[x], wide.into_storage(), x.shape(), move |gradient| {
         let card = Card::of(gradient)?;

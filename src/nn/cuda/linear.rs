@@ -90,8 +90,8 @@ fn forward(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, sizes: &Sizes) ->
     if bias.elem_count() != outputs {
         candle_core::bail!("a bias of shape {:?} for {outputs} outputs", bias.dims());
     }
-    let count = rows * outputs;
-    let args = [Arg::from(&y), at(&kept(bias)?)?, int(count)?, int(outputs)?];
+    let (bias, count) = (kept(bias)?, rows * outputs);
+    let args = [Arg::from(&y), at(&bias)?, int(count)?, int(outputs)?];
     card.launch("add_bias", x.dtype(), Grid::each(count), &args)?;
     Ok(y)
 }

@@ -24,11 +24,11 @@ pub mod rope;
 pub mod rows;
 pub mod softmax;
 
-use std::sync::LazyLock;
-
 use candle_core::{DType, Error, Result, Tensor};
 
 pub use card::{Buffer, Card, tensor_of};
+
+use super::cpu::plain_alone;
 
 /// Elements from which on a tensor is left to candle: kernels count in 32 bits.
 const MOST: usize = 1 << 31;
@@ -53,13 +53,6 @@ pub fn takes_factors(x: &Tensor, a: &Tensor, b: &Tensor) -> bool {
     takes([a, b])
         && (a.dtype() == DType::F32 || a.dtype() == x.dtype())
         && a.device().same_device(x.device())
-}
-
-/// Whether `PROXYTUNE_OPERATIONS=candle` asks for candle's own operations, as it does on the CPU.
-fn plain_alone() -> bool {
-    static ASKED: LazyLock<bool> =
-        LazyLock::new(|| std::env::var_os("PROXYTUNE_OPERATIONS").is_some_and(|v| v == "candle"));
-    *ASKED
 }
 
 /// An argument of a kernel.

@@ -148,8 +148,8 @@ pub fn dropout(x: &Tensor, onto: Option<&Tensor>, p: f64, seed: u64) -> Result<T
 pub fn upsample_nearest2x(x: &Tensor) -> Result<Tensor> {
     let (b, c, h, w) = x.dims4()?;
     let (card, dtype, count) = (Card::of(x)?, x.dtype(), x.elem_count());
-    let y = card.buffer(4 * count, dtype)?;
-    let mut args = vec![Arg::from(&y), at(&kept(x)?)?, int(4 * count)?];
+    let (x_kept, y) = (kept(x)?, card.buffer(4 * count, dtype)?);
+    let mut args = vec![Arg::from(&y), at(&x_kept)?, int(4 * count)?];
     args.extend([int(h)?, int(w)?]);
     card.launch("upsample", dtype, Grid::each(4 * count), &args)?;
     let storage = y.into_storage();

@@ -9,9 +9,9 @@ use crate::nn::vjp::{record, record_with_result};
 pub fn softmax(x: &Tensor) -> Result<Tensor> {
     let width = x.dims().last().copied().unwrap_or(1).max(1);
     let (card, dtype, rows) = (Card::of(x)?, x.dtype(), x.elem_count() / width);
-    let y = card.buffer(rows * width, dtype)?;
+    let (x_kept, y) = (kept(x)?, card.buffer(rows * width, dtype)?);
     let grid = Grid::rows(rows, width);
-    let args = [Arg::from(&y), at(&kept(x)?)?, int(rows)?, int(width)?];
+    let args = [Arg::from(&y), at(&x_kept)?, int(rows)?, int(width)?];
     card.launch("softmax_forward", dtype, grid, &args)?;
     let storage = y.into_storage();
     record_with_result(&[x], storage, x.shape(), move |y, g| {
