@@ -116,8 +116,8 @@ pub trait Learner: Send {
     /// Turns images of that size into examples.
     fn encode(&mut self, images: &[RgbImage]) -> Result<Vec<Example>>;
 
-    /// The mean loss of a batch, a scalar with its graph. All randomness (noise, timesteps, dropout) comes from
-    /// `generator`.
+    /// The mean loss of a batch, a scalar with its graph, whose gradients are [`crate::nn::backward`]'s to compute. All
+    /// randomness (noise, timesteps, dropout) comes from `generator`.
     fn loss(&mut self, batch: &[Lesson], generator: &mut ChaCha8Rng) -> Result<Tensor>;
 
     /// Draws one image for each request, without a graph.

@@ -5,7 +5,8 @@ use candle_core::{DType, Shape, Tensor};
 
 use super::cpu::{self, detached, takes, values};
 use super::cuda;
-use super::vjp::{self, Place};
+use super::slot::Place;
+use super::vjp;
 use crate::Result;
 
 /// `x + y`, of equal shapes.

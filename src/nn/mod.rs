@@ -22,7 +22,9 @@ mod parts;
 pub mod plain;
 mod precision;
 mod recompute;
+mod shapes;
 mod slices;
+mod slot;
 mod vjp;
 mod weights;
 

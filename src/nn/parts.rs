@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
@@ -87,7 +87,7 @@ fn attach(parts: Vec<Part>, variables: &[(String, Var)]) -> Result<Tensor> {
         .zip(sums)
         .filter_map(|(id, sum)| Some((id, sum?.detach())))
         .collect();
-    let value = Tensor::new(value, &candle_core::Device::Cpu)?;
+    let value = Tensor::new(value, &Device::Cpu)?;
     let anchor = Var::zeros((), DType::F32, value.device())?;
     let backward = move |slope: &Tensor| -> Result<Vec<Tensor>> {
         let slope = f64::from(slope.to_scalar::<f32>()?);
@@ -99,11 +99,7 @@ fn attach(parts: Vec<Part>, variables: &[(String, Var)]) -> Result<Tensor> {
             Ok((*id, gradient))
         });
         collect(scaled.collect::<Result<_>>()?)?;
-        Ok(vec![Tensor::zeros(
-            (),
-            DType::F32,
-            &candle_core::Device::Cpu,
-        )?])
+        Ok(vec![Tensor::zeros((), DType::F32, &Device::Cpu)?])
     };
     Ok(vjp::attach(&value, &[&anchor], move |slope| {
         backward(slope).map_err(candle_core::Error::wrap)
@@ -112,8 +108,6 @@ fn attach(parts: Vec<Part>, variables: &[(String, Var)]) -> Result<Tensor> {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
-
     use super::*;
     use crate::nn::ops;
 

@@ -4,6 +4,7 @@ use candle_core::{Result, Tensor};
 use multiversion::multiversion;
 
 use super::{PIECE, detached, pairs, pieces, simd, tensor, values};
+use crate::nn::shapes::check_gate;
 use crate::nn::vjp::record;
 
 /// A function of one number with its derivative.
@@ -120,13 +121,7 @@ pub fn activation<A: Activation>(x: &Tensor) -> Result<Tensor> {
 
 /// A(gate) · up.
 pub fn gated<A: Activation>(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    if gate.dims() != up.dims() {
-        candle_core::bail!(
-            "a gate of shape {:?} for values of shape {:?}",
-            gate.dims(),
-            up.dims()
-        );
-    }
+    check_gate(gate, up)?;
     let (gate_kept, up_kept) = (detached(gate)?, detached(up)?);
     let y = {
         let (gate, up) = (values(&gate_kept)?, values(&up_kept)?);

@@ -16,6 +16,7 @@ use super::{
     ALONE_PRODUCTS, Values, adjacent, detached, is_alone, simd, strided_values, tensor, values,
 };
 use crate::nn::ops::Mask;
+use crate::nn::shapes::Attention;
 use crate::nn::vjp::record;
 
 /// The most queries of one block.
@@ -52,7 +53,7 @@ pub fn takes_mask(mask: &Mask, n: usize, m: usize) -> bool {
 /// See [`crate::nn::ops::attention`]; the mask is one that [`takes_mask`].
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) -> Result<Tensor> {
     let call = Call::new(q, k, v, scale, mask)?;
-    let (b, h, n, m, d) = (call.b, call.h, call.n, call.m, call.d);
+    let Attention { b, h, n, m, d, .. } = call.sizes;
     let kept = [adjacent(q)?, adjacent(k)?, adjacent(v)?];
     let rows = block_of(n);
     let wanted = [q.track_op(), k.track_op(), v.track_op()];
@@ -229,14 +230,8 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
 
 /// The sizes and the mask of one call.
 struct Call {
-    b: usize,
-    h: usize,
-    n: usize,
-    m: usize,
-    d: usize,
+    sizes: Attention,
     scale: f32,
-    /// Whether later keys are hidden; the mask, if there is one too, then leaves every query its own key.
-    causal: bool,
     bias: Option<Tensor>,
 }
 
@@ -249,21 +244,8 @@ struct MaskRows<'a> {
 
 impl Call {
     fn new(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) -> Result<Self> {
-        let (b, h, n, d) = q.dims4()?;
-        let m = k.dim(2)?;
-        let causal = matches!(mask, Mask::Causal | Mask::CausalKeys(_));
-        if k.dims() != [b, h, m, d]
-            || v.dims() != [b, h, m, d]
-            || (causal && m < n)
-            || (m == 0 && n > 0)
-        {
-            candle_core::bail!(
-                "attention of queries {:?}, keys {:?} and values {:?}",
-                q.dims(),
-                k.dims(),
-                v.dims()
-            );
-        }
+        let sizes = Attention::of(q, k, v, mask)?;
+        let Attention { b, h, n, m, .. } = sizes;
         let bias = match mask {
             Mask::None | Mask::Causal => None,
             Mask::Additive(bias) | Mask::CausalKeys(bias) => {
@@ -279,13 +261,8 @@ impl Call {
             }
         };
         Ok(Self {
-            b,
-            h,
-            n,
-            m,
-            d,
+            sizes,
             scale: scale as f32,
-            causal,
             bias,
         })
     }
@@ -300,16 +277,18 @@ impl Call {
 
     /// How many keys the queries before `end` can see.
     fn keys(&self, end: usize) -> usize {
-        if self.causal {
-            end + self.m - self.n
+        if self.sizes.causal {
+            end + self.sizes.m - self.sizes.n
         } else {
-            self.m
+            self.sizes.m
         }
     }
 
     /// How many keys query `first` sees, if each query after it sees one more.
     fn visible(&self, first: usize) -> Option<usize> {
-        self.causal.then(|| first + 1 + self.m - self.n)
+        self.sizes
+            .causal
+            .then(|| first + 1 + self.sizes.m - self.sizes.n)
     }
 
     fn mask_values(&self) -> Result<Option<Values<'_>>> {
@@ -324,11 +303,11 @@ impl Call {
         first: usize,
     ) -> Option<MaskRows<'a>> {
         let dims = self.bias.as_ref()?.dims();
-        let (image, head) = (head / self.h % dims[0], head % self.h % dims[1]);
-        let start = ((image * dims[1] + head) * dims[2] + first % dims[2]) * self.m;
+        let (image, head) = (head / self.sizes.h % dims[0], head % self.sizes.h % dims[1]);
+        let start = ((image * dims[1] + head) * dims[2] + first % dims[2]) * self.sizes.m;
         all.map(|all| MaskRows {
             values: &all[start..],
-            stride: if dims[2] == 1 { 0 } else { self.m },
+            stride: if dims[2] == 1 { 0 } else { self.sizes.m },
         })
     }
 
@@ -342,7 +321,7 @@ impl Call {
         (probabilities, slopes): (&mut Vec<f32>, &mut Vec<f32>),
     ) {
         let keys = self.keys(queries.end);
-        let rows = head * self.n + queries.start..head * self.n + queries.end;
+        let rows = head * self.sizes.n + queries.start..head * self.sizes.n + queries.end;
         probabilities.resize(queries.len() * keys, 0.0);
         self.scores(q, k, head, queries.clone(), (probabilities, keys));
         self.products(v, g, &(head, queries.clone()), slopes);
@@ -364,14 +343,14 @@ impl Call {
         products: &mut Vec<f32>,
     ) {
         let keys = self.keys(queries.end);
-        let rows = head * self.n + queries.start..head * self.n + queries.end;
+        let rows = head * self.sizes.n + queries.start..head * self.sizes.n + queries.end;
         products.resize(queries.len() * keys, 0.0);
         multiply(
             1.0,
             Matrix::new(
-                &g[rows.start * self.d..rows.end * self.d],
+                &g[rows.start * self.sizes.d..rows.end * self.sizes.d],
                 queries.len(),
-                self.d,
+                self.sizes.d,
             ),
             v.matrix(*head, 0..keys).t(),
             products,
@@ -390,7 +369,7 @@ impl Call {
         saved: (&[Norm], &[f32]),
         dims: &[usize],
     ) -> Vec<f32> {
-        let (n, m) = (self.n, self.m);
+        let (n, m) = (self.sizes.n, self.sizes.m);
         let mut sums = vec![0.0; dims.iter().product()];
         sums.par_chunks_mut((dims[2] * m).max(1))
             .enumerate()
@@ -400,9 +379,10 @@ impl Call {
                     let (image, own) = (part / dims[1], part % dims[1]);
                     // In the order of their numbers: every head whose scores this part of the mask is added to.
                     let shares = |head: &usize| {
-                        head / self.h % dims[0] == image && head % self.h % dims[1] == own
+                        head / self.sizes.h % dims[0] == image
+                            && head % self.sizes.h % dims[1] == own
                     };
-                    for head in (0..self.b * self.h).filter(shares) {
+                    for head in (0..self.sizes.b * self.sizes.h).filter(shares) {
                         for first in (0..n).step_by(BLOCK) {
                             let queries = first..(first + BLOCK).min(n);
                             let place = (head, queries);

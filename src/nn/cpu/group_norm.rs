@@ -5,6 +5,7 @@ use multiversion::multiversion;
 
 use super::activation::{Activation, Silu};
 use super::{add_rows, detached, pairs, simd, tensor, values};
+use crate::nn::shapes;
 use crate::nn::vjp::record;
 
 /// See [`crate::nn::ops::group_norm`] and, if `activated`, [`crate::nn::ops::group_norm_silu`].
@@ -16,17 +17,7 @@ pub fn group_norm(
     eps: f64,
     activated: bool,
 ) -> Result<Tensor> {
-    let (b, c) = match x.dims() {
-        [b, c, ..] => (*b, *c),
-        other => candle_core::bail!("group norm of a tensor of shape {other:?}"),
-    };
-    if groups == 0 || c % groups != 0 || weight.dims() != [c] || bias.dims() != [c] {
-        candle_core::bail!(
-            "group norm of {c} channels in {groups} groups with weight {:?} and bias {:?}",
-            weight.dims(),
-            bias.dims()
-        );
-    }
+    let (b, c) = shapes::group_norm(x, groups, weight, bias)?;
     let pixels = (x.elem_count() / (b * c).max(1)).max(1);
     let channels = c / groups;
     let size = channels * pixels;

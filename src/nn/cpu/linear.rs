@@ -6,6 +6,7 @@ use rayon::prelude::*;
 
 use super::gemm::{Matrix, Threads, multiply, product, product_on, scaled_product};
 use super::{ALONE, ALONE_PRODUCTS, Values, detached, half, is_alone, simd, tensor, values};
+use crate::nn::shapes::Linear as Shapes;
 use crate::nn::vjp::record;
 use crate::nn::{HalfKind, Weight};
 
@@ -55,7 +56,7 @@ pub fn times(x: &Tensor, turned: &Tensor, bias: Option<&Tensor>) -> Result<Tenso
     let (inputs, outputs) = turned.dims2()?;
     let shape = Shapes::of(x, (outputs, inputs))?;
     let (x, turned) = (detached(x)?, detached(turned)?);
-    let bias = bias.map(detached).transpose()?;
+    let bias = kept_bias(bias, &shape)?;
     let y = {
         let bias = bias.as_ref().map(values).transpose()?;
         let (x, turned) = (values(&x)?, values(&turned)?);
@@ -84,19 +85,15 @@ pub fn linear_lora(
     Addition { a, b, scale, merge }: &Addition,
 ) -> Result<Tensor> {
     let shape = Shapes::of(x, weight.dims2()?)?;
-    let down = Shapes::of(x, a.dims2()?)?;
+    let down = Shapes {
+        outputs: shape.rank(a, b)?,
+        ..shape
+    };
     let scale = *scale as f32;
     let (x_kept, weight_kept) = (detached(x)?, kept(weight)?);
     let (a_kept, b_kept) = (detached(a)?, detached(b)?);
-    if b_kept.dims2()? != (shape.outputs, down.outputs) {
-        candle_core::bail!(
-            "the factors of an adapter have shapes {:?} and {:?}",
-            a.dims(),
-            b.dims()
-        );
-    }
     let merged = match weight {
-        Weight::Tensor(weight) if *merge && shape.is_deep() => {
+        Weight::Tensor(weight) if *merge && is_deep(&shape) => {
             let weight = detached(weight)?;
             let (a, b) = (values(&a_kept)?, values(&b_kept)?);
             let a = Matrix::new(&a, down.outputs, shape.inputs);
@@ -188,6 +185,11 @@ fn kept(weight: &Weight) -> Result<Weight> {
     }
 }
 
+fn kept_bias(bias: Option<&Tensor>, shape: &Shapes) -> Result<Option<Tensor>> {
+    let kept = |bias: &Tensor| shape.check_bias(bias).and_then(|()| detached(bias));
+    bias.map(kept).transpose()
+}
+
 /// The weight, if it is trained.
 fn trained(weight: &Weight) -> Option<&Tensor> {
     match weight {
@@ -196,41 +198,10 @@ fn trained(weight: &Weight) -> Option<&Tensor> {
     }
 }
 
-#[derive(Clone, Copy)]
-struct Shapes {
-    rows: usize,
-    inputs: usize,
-    outputs: usize,
-}
-
-impl Shapes {
-    fn of(x: &Tensor, (outputs, inputs): (usize, usize)) -> Result<Self> {
-        if x.dims().last() != Some(&inputs) {
-            candle_core::bail!(
-                "a linear layer of {inputs} inputs was given a tensor of shape {:?}",
-                x.dims()
-            );
-        }
-        Ok(Self {
-            rows: x.elem_count() / inputs.max(1),
-            inputs,
-            outputs,
-        })
-    }
-
-    /// Whether the two products of an adapter with `rows` rows take over twice the multiplications that forming its
-    /// weight does. The weight is then less than half as large as the layer's input and result together.
-    fn is_deep(&self) -> bool {
-        self.rows * (self.inputs + self.outputs) > 2 * self.inputs * self.outputs
-    }
-
-    fn result(&self, x: &Tensor) -> Vec<usize> {
-        let mut dims = x.dims().to_vec();
-        if let Some(last) = dims.last_mut() {
-            *last = self.outputs;
-        }
-        dims
-    }
+/// Whether the two products of an adapter with `rows` rows take over twice the multiplications that forming its
+/// weight does. The weight is then less than half as large as the layer's input and result together.
+fn is_deep(shape: &Shapes) -> bool {
+    shape.rows * (shape.inputs + shape.outputs) > 2 * shape.inputs * shape.outputs
 }
 
 fn forward(x: &Tensor, weight: &Weight, bias: Option<&Tensor>, shape: &Shapes) -> Result<Vec<f32>> {
@@ -241,13 +212,7 @@ fn forward(x: &Tensor, weight: &Weight, bias: Option<&Tensor>, shape: &Shapes) -
         inputs,
         outputs,
     } = *shape;
-    let bias = match bias {
-        Some(bias) if bias.elem_count() != outputs => {
-            candle_core::bail!("a bias of shape {:?} for {outputs} outputs", bias.dims());
-        }
-        Some(bias) => Some(detached(bias)?),
-        None => None,
-    };
+    let bias = kept_bias(bias, shape)?;
     let bias = bias.as_ref().map(values).transpose()?;
     if let (true, Readable::Full(w)) = (rows > THIN, &w) {
         let x = Matrix::new(&x, rows, inputs);

@@ -156,42 +156,34 @@ pub fn pieces(
     length: usize,
     body: impl Fn(usize, &mut [f32]) + Sync + Send,
 ) -> Vec<f32> {
-    let (all, []) = several((count, length), [], |i, piece, []| body(i, piece));
-    all
+    pairs((count, length), (0, 0), |i, piece, _| body(i, piece)).0
 }
 
-/// Like [`pieces`] with two results, (elements, elements of a piece) each, cut into the same number of pieces.
+/// Like [`pieces`] with two results, (elements, elements of a piece) each. The first says how much work there is; the
+/// second has no more pieces.
 pub fn pairs(
     one: (usize, usize),
     two: (usize, usize),
     body: impl Fn(usize, &mut [f32], &mut [f32]) + Sync + Send,
 ) -> (Vec<f32>, Vec<f32>) {
-    let (one, [two]) = several(one, [two], |i, a, [b]| body(i, a, b));
-    (one, two)
-}
-
-/// Like [`pieces`] with `N` results beside the first, which says how much work there is. None of them has more pieces.
-pub fn several<const N: usize>(
-    first: (usize, usize),
-    others: [(usize, usize); N],
-    body: impl Fn(usize, &mut [f32], [&mut [f32]; N]) + Sync + Send,
-) -> (Vec<f32>, [Vec<f32>; N]) {
-    let count = first.0.div_ceil(first.1.max(1));
+    let count = one.0.div_ceil(one.1.max(1));
     if count == 0 {
-        return (Vec::new(), others.map(|(elements, _)| vec![0.0; elements]));
+        return (Vec::new(), vec![0.0; two.0]);
     }
-    let (mut one, mut rest) = (Room::new(first), others.map(Room::new));
-    assert!(rest.iter().all(|room| room.elements <= count * room.length));
+    let (mut first, mut second) = (Room::new(one), Room::new(two));
+    assert!(
+        second.elements <= count * second.length,
+        "{two:?} in as few pieces as {one:?}"
+    );
     // SAFETY: this is the only call for piece `i`.
-    let piece =
-        |i: usize| unsafe { body(i, one.piece(i), rest.each_ref().map(|room| room.piece(i))) };
-    if is_alone(first.0, ALONE) {
+    let piece = |i: usize| unsafe { body(i, first.piece(i), second.piece(i)) };
+    if is_alone(one.0, ALONE) {
         (0..count).for_each(piece);
     } else {
         (0..count).into_par_iter().for_each(piece);
     }
     // SAFETY: the pieces are all there is, and each was cleared.
-    unsafe { (one.filled(), rest.each_mut().map(|room| room.filled())) }
+    unsafe { (first.filled(), second.filled()) }
 }
 
 /// A vector in the making.

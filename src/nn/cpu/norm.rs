@@ -4,6 +4,7 @@ use candle_core::{Result, Tensor};
 use multiversion::multiversion;
 
 use super::{add_rows, detached, pairs, simd, tensor, values};
+use crate::nn::shapes;
 use crate::nn::vjp::record;
 
 /// Rows of one piece of work, and of one partial sum of the weights' gradients.
@@ -17,15 +18,7 @@ pub fn norm(
     eps: f64,
     centred: bool,
 ) -> Result<Tensor> {
-    let width = x.dims().last().copied().unwrap_or(0).max(1);
-    for parameter in [weight, bias].into_iter().flatten() {
-        if parameter.dims() != [width] {
-            candle_core::bail!(
-                "a norm's parameter of shape {:?} for width {width}",
-                parameter.dims()
-            );
-        }
-    }
+    let width = shapes::norm(x, weight.into_iter().chain(bias))?;
     let kept = detached(x)?;
     let weight_kept = weight.map(detached).transpose()?;
     let rows = x.elem_count() / width;

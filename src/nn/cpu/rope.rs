@@ -4,6 +4,7 @@ use candle_core::{Result, Tensor};
 use multiversion::multiversion;
 
 use super::{adjacent, detached, pieces, strided_values, tensor, values};
+use crate::nn::shapes::check_rope;
 use crate::nn::vjp::record;
 
 /// Which two components are turned together.
@@ -17,15 +18,7 @@ pub enum Pairing {
 
 /// See [`crate::nn::ops::rope_adjacent`] and [`crate::nn::ops::rope_halves`]; `cos` and `sin` must not be tracked.
 pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, pairing: Pairing) -> Result<Tensor> {
-    let (_, _, n, d) = x.dims4()?;
-    if d % 2 != 0 || cos.dims() != [n, d / 2] || sin.dims() != [n, d / 2] {
-        candle_core::bail!(
-            "rotary embedding of {:?} by angles of {:?} and {:?}",
-            x.dims(),
-            cos.dims(),
-            sin.dims()
-        );
-    }
+    check_rope(x, cos, sin)?;
     let (cos, sin) = (detached(cos)?, detached(sin)?);
     let y = turn(x, &cos, &sin, 1.0, pairing)?;
     record(&[x], y, x.shape(), move |gradient| {

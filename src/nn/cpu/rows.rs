@@ -4,23 +4,12 @@ use candle_core::{Result, Tensor};
 use multiversion::multiversion;
 
 use super::{detached, pairs, pieces, tensor, values};
+use crate::nn::shapes::{sequence, two_sequences};
 use crate::nn::vjp::record;
-
-fn sizes(x: &Tensor, vectors: &[&Tensor]) -> Result<(usize, usize, usize)> {
-    let (b, n, c) = x.dims3()?;
-    if let Some(vector) = vectors.iter().find(|v| v.dims() != [b, c]) {
-        candle_core::bail!(
-            "a vector of {:?} for a sequence of {:?}",
-            vector.dims(),
-            x.dims()
-        );
-    }
-    Ok((b, n, c))
-}
 
 /// See [`crate::nn::ops::modulate`].
 pub fn modulate(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tensor> {
-    let (b, n, c) = sizes(x, &[shift, scale])?;
+    let (b, n, c) = sequence(x, &[shift, scale])?;
     let (x_kept, scale_kept) = (detached(x)?, detached(scale)?);
     let y = {
         let shift = detached(shift)?;
@@ -59,10 +48,7 @@ pub fn modulate(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tensor> {
 
 /// See [`crate::nn::ops::gated_residual`].
 pub fn gated_residual(x: &Tensor, gate: &Tensor, y: &Tensor) -> Result<Tensor> {
-    let (b, n, c) = sizes(x, &[gate])?;
-    if y.dims() != x.dims() {
-        candle_core::bail!("{:?} added to {:?}", y.dims(), x.dims());
-    }
+    let (b, n, c) = two_sequences(x, y, &[gate])?;
     let (gate_kept, y_kept) = (detached(gate)?, detached(y)?);
     let sum = {
         let x = detached(x)?;

@@ -3,6 +3,7 @@
 use candle_core::{Result, Tensor};
 
 use super::{Arg, Card, Grid, at, int, kept, maybe_buffer};
+use crate::nn::shapes::check_gate;
 use crate::nn::vjp::record;
 
 /// Which function; kernels.cu knows them by these numbers.
@@ -49,13 +50,7 @@ pub fn activation(x: &Tensor, kind: Activation) -> Result<Tensor> {
 
 /// A(gate) · up.
 pub fn gated(gate: &Tensor, up: &Tensor, kind: Activation) -> Result<Tensor> {
-    if gate.dims() != up.dims() {
-        candle_core::bail!(
-            "a gate of shape {:?} for values of shape {:?}",
-            gate.dims(),
-            up.dims()
-        );
-    }
+    check_gate(gate, up)?;
     let (card, dtype, count) = (Card::of(gate)?, gate.dtype(), gate.elem_count());
     let (gate_kept, up_kept) = (kept(gate)?, kept(up)?);
     let y = card.buffer(count, dtype)?;

@@ -5,6 +5,7 @@ use candle_core::{DType, Result, Tensor};
 
 use super::{Arg, Buffer, Card, Grid, Matrix, Product, adjacent, at, int, maybe, strides, takes};
 use crate::nn::ops::Mask;
+use crate::nn::shapes::Attention;
 use crate::nn::vjp::record;
 
 /// The most queries that [`few`] answers.
@@ -51,49 +52,22 @@ fn line(m: usize) -> usize {
 
 /// The sizes and the mask of one call.
 struct Call {
-    b: usize,
-    h: usize,
-    n: usize,
-    m: usize,
-    d: usize,
-    causal: bool,
+    sizes: Attention,
     bias: Option<Tensor>,
 }
 
 impl Call {
     fn new(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Mask) -> Result<Self> {
-        let (b, h, n, d) = q.dims4()?;
-        let m = k.dim(2)?;
-        let causal = matches!(mask, Mask::Causal | Mask::CausalKeys(_));
-        if k.dims() != [b, h, m, d]
-            || v.dims() != [b, h, m, d]
-            || (causal && m < n)
-            || (m == 0 && n > 0)
-        {
-            candle_core::bail!(
-                "attention of queries {:?}, keys {:?} and values {:?}",
-                q.dims(),
-                k.dims(),
-                v.dims()
-            );
-        }
+        let sizes = Attention::of(q, k, v, mask)?;
         let bias = match mask {
             Mask::None | Mask::Causal => None,
             Mask::Additive(bias) | Mask::CausalKeys(bias) => Some(adjacent(bias)?),
         };
-        Ok(Self {
-            b,
-            h,
-            n,
-            m,
-            d,
-            causal,
-            bias,
-        })
+        Ok(Self { sizes, bias })
     }
 
     fn rows(&self) -> usize {
-        self.b * self.h * self.n
+        self.sizes.b * self.sizes.h * self.sizes.n
     }
 
     /// Whether later keys are hidden, whether the mask is of floats, and its strides.
@@ -110,7 +84,7 @@ impl Call {
             }
         }
         let [m0, m1, m2] = strides(steps);
-        [self.causal.into(), wide.into(), m0, m1, m2]
+        [self.sizes.causal.into(), wide.into(), m0, m1, m2]
     }
 
     /// `result = scale · left·right` for every head.
@@ -123,7 +97,7 @@ impl Call {
         result: Heads,
         scale: f64,
     ) -> Result<()> {
-        let matrix = |heads: Heads| match heads.apart(self.b, self.h) {
+        let matrix = |heads: Heads| match heads.apart(self.sizes.b, self.sizes.h) {
             Some(apart) => Ok(heads.matrix(apart)),
             None => candle_core::bail!("heads that lie apart unevenly"),
         };
@@ -131,7 +105,7 @@ impl Call {
             rows,
             columns,
             depth,
-            batch: self.b * self.h,
+            batch: self.sizes.b * self.sizes.h,
             left: matrix(left)?,
             right: matrix(right)?,
             result: matrix(result)?,
@@ -142,12 +116,12 @@ impl Call {
 
     /// Scores in new memory.
     fn scores(&self, buffer: &Buffer) -> Heads {
-        self.heads(buffer, self.n, line(self.m))
+        self.heads(buffer, self.sizes.n, line(self.sizes.m))
     }
 
     /// Memory for all scores.
     fn scores_buffer(&self, card: Card, dtype: DType) -> Result<Buffer> {
-        card.buffer(self.rows() * line(self.m), dtype)
+        card.buffer(self.rows() * line(self.sizes.m), dtype)
     }
 
     /// A contiguous (b, h, rows, width) in new memory.
@@ -155,7 +129,7 @@ impl Call {
         Heads {
             at: buffer.at(),
             dtype: buffer.dtype(),
-            strides: [self.h * rows * width, rows * width, width],
+            strides: [self.sizes.h * rows * width, rows * width, width],
             turned: false,
         }
     }
@@ -224,7 +198,7 @@ fn readable(x: &Tensor) -> Result<Tensor> {
 /// See [`crate::nn::ops::attention`]; the mask is one that [`takes_mask`].
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) -> Result<Tensor> {
     let call = Call::new(q, k, v, mask)?;
-    let (b, h, n, m, d) = (call.b, call.h, call.n, call.m, call.d);
+    let Attention { b, h, n, m, d, .. } = call.sizes;
     let bias = match mask {
         Mask::Additive(bias) => Some(bias).filter(|bias| bias.track_op()),
         Mask::None | Mask::Causal | Mask::CausalKeys(_) => None,
@@ -296,7 +270,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
 
 /// The probabilities of scaled scores; where they are stored in f32, in the same memory.
 fn softmax(call: &Call, card: Card, scores: Buffer, dtype: DType) -> Result<Buffer> {
-    let (rows, m) = (call.rows(), call.m);
+    let (rows, m) = (call.rows(), call.sizes.m);
     let own = match dtype {
         DType::F32 => None,
         _ => Some(call.scores_buffer(card, dtype)?),
@@ -304,7 +278,12 @@ fn softmax(call: &Call, card: Card, scores: Buffer, dtype: DType) -> Result<Buff
     let bias = maybe(call.bias.as_ref())?;
     let to = own.as_ref().unwrap_or(&scores);
     let mut args = vec![Arg::from(to), Arg::from(&scores), bias, int(rows)?];
-    args.extend([int(call.h)?, int(call.n)?, int(m)?, int(line(m))?]);
+    args.extend([
+        int(call.sizes.h)?,
+        int(call.sizes.n)?,
+        int(m)?,
+        int(line(m))?,
+    ]);
     args.extend(call.mask_args());
     card.launch("attend_forward", dtype, Grid::rows(rows, m), &args)?;
     Ok(own.unwrap_or(scores))
@@ -312,7 +291,7 @@ fn softmax(call: &Call, card: Card, scores: Buffer, dtype: DType) -> Result<Buff
 
 /// The gradient of the scores with scale and mask, (b, h, n, m), of that of the result.
 fn slopes(call: &Call, g: Heads, v: &Tensor, probabilities: &Buffer) -> Result<Buffer> {
-    let (rows, n, m, d) = (call.rows(), call.n, call.m, call.d);
+    let (rows, n, m, d) = (call.rows(), call.sizes.n, call.sizes.m, call.sizes.d);
     let (card, dtype) = (Card::of(v)?, v.dtype());
     let products = call.scores_buffer(card, DType::F32)?;
     let to = call.scores(&products);
@@ -347,7 +326,7 @@ fn bias_gradient(slopes: Tensor, bias: &Tensor) -> Result<Tensor> {
 
 /// Attention of few queries, without a graph.
 fn few(call: &Call, [q, k, v]: [&Tensor; 3], scale: f64) -> Result<Tensor> {
-    let Call { b, h, n, m, d, .. } = *call;
+    let Attention { b, h, n, m, d, .. } = call.sizes;
     let (card, rows) = (Card::of(q)?, call.rows());
     let y = card.buffer(rows * d, q.dtype())?;
     let bias = maybe(call.bias.as_ref())?;

@@ -3,7 +3,8 @@
 use candle_core::{DType, Result, Shape, Tensor};
 
 use super::{Arg, Buffer, Card, Grid, at, int, kept, strides};
-use crate::nn::vjp::{Place, record};
+use crate::nn::slot::Place;
+use crate::nn::vjp::record;
 
 /// Four dimensions of a tensor, with leading ones of 1, and where its elements are.
 #[derive(Clone, Copy)]

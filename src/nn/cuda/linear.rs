@@ -3,39 +3,8 @@
 use candle_core::{DType, Result, Tensor};
 
 use super::{Arg, Buffer, Card, Grid, Matrix, Product, at, int, kept};
+use crate::nn::shapes::Linear as Sizes;
 use crate::nn::vjp::record;
-
-#[derive(Clone, Copy)]
-struct Sizes {
-    rows: usize,
-    inputs: usize,
-    outputs: usize,
-}
-
-impl Sizes {
-    fn of(x: &Tensor, weight: &Tensor) -> Result<Self> {
-        let (outputs, inputs) = weight.dims2()?;
-        if x.dims().last() != Some(&inputs) {
-            candle_core::bail!(
-                "a linear layer of {inputs} inputs was given a tensor of shape {:?}",
-                x.dims()
-            );
-        }
-        Ok(Self {
-            rows: x.elem_count() / inputs.max(1),
-            inputs,
-            outputs,
-        })
-    }
-
-    fn result(&self, x: &Tensor) -> Vec<usize> {
-        let mut dims = x.dims().to_vec();
-        if let Some(last) = dims.last_mut() {
-            *last = self.outputs;
-        }
-        dims
-    }
-}
 
 /// `result = scale · left·right`, or `+=`; (rows, depth) · (depth, columns).
 fn multiply(
@@ -87,9 +56,7 @@ fn forward(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, sizes: &Sizes) ->
     let Some(bias) = bias else {
         return Ok(y);
     };
-    if bias.elem_count() != outputs {
-        candle_core::bail!("a bias of shape {:?} for {outputs} outputs", bias.dims());
-    }
+    sizes.check_bias(bias)?;
     let (bias, count) = (kept(bias)?, rows * outputs);
     let args = [Arg::from(&y), at(&bias)?, int(count)?, int(outputs)?];
     card.launch("add_bias", x.dtype(), Grid::each(count), &args)?;
@@ -147,7 +114,7 @@ fn bias_gradient(g: &Tensor, sizes: &Sizes) -> Result<Tensor> {
 
 /// See [`crate::nn::ops::linear`].
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    let sizes = Sizes::of(x, weight)?;
+    let sizes = Sizes::of(x, weight.dims2()?)?;
     let (x_kept, weight_kept) = (kept(x)?, kept(weight)?);
     let y = forward(&x_kept, &weight_kept, bias, &sizes)?;
     let wanted = (
@@ -225,20 +192,13 @@ pub fn linear_lora(
     (a, b): (&Tensor, &Tensor),
     scale: f64,
 ) -> Result<Tensor> {
-    let sizes = Sizes::of(x, weight)?;
+    let sizes = Sizes::of(x, weight.dims2()?)?;
     let Sizes {
         rows,
         inputs,
         outputs,
     } = sizes;
-    let rank = Sizes::of(x, a)?.outputs;
-    if b.dims() != [outputs, rank] {
-        candle_core::bail!(
-            "the factors of an adapter have shapes {:?} and {:?}",
-            a.dims(),
-            b.dims()
-        );
-    }
+    let rank = sizes.rank(a, b)?;
     let (card, dtype, factors_dtype) = (Card::of(x)?, x.dtype(), a.dtype());
     let (x_kept, weight_kept) = (kept(x)?, kept(weight)?);
     let factors = Factors::new(a, b, dtype)?;

@@ -3,6 +3,7 @@
 use candle_core::{DType, Result, Tensor};
 
 use super::{Arg, Card, Grid, adjacent, at, int, kept, maybe, maybe_buffer, row_places};
+use crate::nn::shapes;
 use crate::nn::vjp::record;
 
 /// `(x − mean) / √(variance + eps)`, or `x / √(mean(x²) + eps)` if not `centred`, over the last dimension; times
@@ -14,15 +15,7 @@ pub fn norm(
     eps: f64,
     centred: bool,
 ) -> Result<Tensor> {
-    let width = x.dims().last().copied().unwrap_or(0).max(1);
-    for parameter in [weight, bias].into_iter().flatten() {
-        if parameter.dims() != [width] {
-            candle_core::bail!(
-                "a norm's parameter of shape {:?} for width {width}",
-                parameter.dims()
-            );
-        }
-    }
+    let width = shapes::norm(x, weight.into_iter().chain(bias))?;
     let (card, dtype, rows) = (Card::of(x)?, x.dtype(), x.elem_count() / width);
     let x_kept = adjacent(x)?;
     let weight_kept = weight.map(kept).transpose()?;
@@ -85,15 +78,7 @@ pub fn group_norm(
     silu: bool,
 ) -> Result<Tensor> {
     const THREADS: u32 = 512;
-    let (b, c) = (x.dim(0)?, x.dim(1)?);
-    if groups == 0 || c % groups != 0 || weight.dims() != [c] || bias.dims() != [c] {
-        candle_core::bail!(
-            "{groups} groups of {:?} with parameters of {:?} and {:?}",
-            x.dims(),
-            weight.dims(),
-            bias.dims()
-        );
-    }
+    let (b, c) = shapes::group_norm(x, groups, weight, bias)?;
     let (count, inner) = (x.elem_count(), x.elem_count() / (b * c).max(1));
     let (card, dtype) = (Card::of(x)?, x.dtype());
     let (x_kept, weight_kept, bias_kept) = (kept(x)?, kept(weight)?, kept(bias)?);

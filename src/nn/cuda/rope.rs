@@ -3,6 +3,7 @@
 use candle_core::{DType, Result, Tensor};
 
 use super::{Arg, Buffer, Card, Grid, adjacent, at, int, kept, strides, takes};
+use crate::nn::shapes::check_rope;
 use crate::nn::vjp::record;
 
 /// Whether [`rope`] can take these: `x` in any of the three types, the angles in f32 and not tracked.
@@ -17,15 +18,7 @@ pub fn takes_angles(x: &Tensor, cos: &Tensor, sin: &Tensor) -> bool {
 
 /// See [`crate::nn::ops::rope_adjacent`], and [`crate::nn::ops::rope_halves`] if not `pairs_adjacent`.
 pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, pairs_adjacent: bool) -> Result<Tensor> {
-    let (_, _, n, d) = x.dims4()?;
-    if d % 2 != 0 || cos.dims() != [n, d / 2] || sin.dims() != [n, d / 2] {
-        candle_core::bail!(
-            "rotary embedding of {:?} by angles of {:?} and {:?}",
-            x.dims(),
-            cos.dims(),
-            sin.dims()
-        );
-    }
+    check_rope(x, cos, sin)?;
     let (cos, sin) = (kept(cos)?, kept(sin)?);
     let turn = move |x: &Tensor, sign: f64| -> Result<Buffer> {
         let x = adjacent(x)?;

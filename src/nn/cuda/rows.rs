@@ -4,19 +4,8 @@
 use candle_core::{DType, Device, Result, Shape, Tensor};
 
 use super::{Arg, Buffer, Card, Grid, adjacent, at, int, kept, maybe_buffer};
+use crate::nn::shapes::{sequence, two_sequences};
 use crate::nn::vjp::record;
-
-fn sizes(x: &Tensor, vectors: &[&Tensor]) -> Result<(usize, usize, usize)> {
-    let (b, n, c) = x.dims3()?;
-    if let Some(vector) = vectors.iter().find(|v| v.dims() != [b, c]) {
-        candle_core::bail!(
-            "a vector of {:?} for a sequence of {:?}",
-            vector.dims(),
-            x.dims()
-        );
-    }
-    Ok((b, n, c))
-}
 
 /// How far the rows of `vectors` (b, c) lie apart.
 fn apart(vectors: &Tensor) -> Arg {
@@ -58,7 +47,7 @@ fn scaled(x: &Tensor, shift: Option<&Tensor>, scale: &Tensor) -> Result<Buffer> 
 
 /// See [`crate::nn::ops::modulate`].
 pub fn modulate(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tensor> {
-    sizes(x, &[shift, scale])?;
+    sequence(x, &[shift, scale])?;
     let (x_kept, scale_kept) = (kept(x)?, adjacent(scale)?);
     let y = scaled(&x_kept, Some(&adjacent(shift)?), &scale_kept)?;
     let wanted = [x.track_op(), shift.track_op(), scale.track_op()];
@@ -87,10 +76,7 @@ fn gate(x: Option<&Tensor>, gate: &Tensor, y: &Tensor) -> Result<Buffer> {
 
 /// See [`crate::nn::ops::gated_residual`].
 pub fn gated_residual(x: &Tensor, gates: &Tensor, y: &Tensor) -> Result<Tensor> {
-    sizes(x, &[gates])?;
-    if y.dims() != x.dims() {
-        candle_core::bail!("{:?} added to {:?}", y.dims(), x.dims());
-    }
+    two_sequences(x, y, &[gates])?;
     let (gates_kept, y_kept) = (adjacent(gates)?, kept(y)?);
     let sum = gate(Some(&kept(x)?), &gates_kept, &y_kept)?;
     let wanted = [x.track_op(), gates.track_op(), y.track_op()];

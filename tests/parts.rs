@@ -1,0 +1,194 @@
+//! Learners cut a batch into parts and compute equal lessons once: the nano models' losses and gradients are those of the
+//! whole batch all the same.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor, Var};
+use proxytune::config::{Dtype, Family, Memory, training_defaults};
+use proxytune::models::sd3::{self, Sd3};
+use proxytune::models::{Example, Learner, Lesson, Opening, Tuning, open};
+use proxytune::nn::{Adapter, LoraConfig, Weights, backward};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use rand_distr::{Distribution, StandardNormal};
+
+fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn checkpoint(name: &str) -> PathBuf {
+    root().join("datasets/nano/checkpoints").join(name)
+}
+
+fn lora(family: Family) -> LoraConfig {
+    let defaults = training_defaults(family);
+    LoraConfig {
+        rank: 4,
+        alpha: 4.0,
+        targets: defaults.targets,
+    }
+}
+
+fn learner(family: Family, dir: &Path) -> Box<dyn Learner> {
+    let learner = open(&Opening {
+        dir: dir.to_path_buf(),
+        name: "nano".into(),
+        family,
+        resolution: None,
+        tuning: Tuning::Lora(lora(family)),
+        seed: 3,
+        device: Device::Cpu,
+        dtype: Dtype::F32,
+        memory: Memory::Fast,
+        dropout: 0.0,
+        condition_dropout: 0.0,
+    })
+    .unwrap();
+    disturb(&learner.variables());
+    learner
+}
+
+/// An adapter starts without effect: B is zero, and with it the gradient of A.
+fn disturb(variables: &[(String, Var)]) {
+    let mut generator = ChaCha8Rng::seed_from_u64(11);
+    for (_, v) in variables {
+        let values: Vec<f32> = StandardNormal
+            .sample_iter(&mut generator)
+            .take(v.elem_count())
+            .map(|x: f32| x * 0.05)
+            .collect();
+        v.set(&Tensor::from_vec(values, v.shape(), v.device()).unwrap())
+            .unwrap();
+    }
+}
+
+/// One example of each of four photos.
+fn examples(learner: &mut dyn Learner) -> Vec<Example> {
+    let photos: Vec<image::RgbImage> = ["dog1/00.png", "dog1/01.png", "toy1/00.png", "cat1/02.png"]
+        .iter()
+        .map(|photo| {
+            let path = root().join("datasets/nano/subjects").join(photo);
+            let side = learner.resolution();
+            let photo = image::open(path).unwrap();
+            photo
+                .resize_exact(side, side, image::imageops::FilterType::Nearest)
+                .to_rgb8()
+        })
+        .collect();
+    learner.encode(&photos).unwrap()
+}
+
+/// The loss, and its gradients one after the other.
+fn differentiate(loss: &Tensor, variables: &[(String, Var)]) -> (f32, Vec<f32>) {
+    let gradients = backward(loss).unwrap();
+    let of = |(_, v): &(String, Var)| {
+        let gradient = gradients.get(v).unwrap();
+        gradient.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    };
+    (
+        loss.to_scalar().unwrap(),
+        variables.iter().flat_map(of).collect(),
+    )
+}
+
+fn learnt(learner: &mut dyn Learner, batch: &[Lesson]) -> (f32, Vec<f32>) {
+    let mut generator = ChaCha8Rng::seed_from_u64(1);
+    let loss = learner.loss(batch, &mut generator).unwrap();
+    differentiate(&loss, &learner.variables())
+}
+
+fn assert_close((loss, gradients): (f32, Vec<f32>), (wanted, all): (f32, Vec<f32>)) {
+    assert!(
+        (loss - wanted).abs() < 1e-5 * wanted.abs(),
+        "{loss} and {wanted}"
+    );
+    let norm = |x: &[f32]| x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
+    let off: Vec<f32> = gradients.iter().zip(&all).map(|(a, b)| a - b).collect();
+    assert!(norm(&all) > 0.0 && gradients.len() == all.len());
+    assert!(
+        norm(&off) < 1e-4 * norm(&all),
+        "gradients off by {:e} of {:e}",
+        norm(&off),
+        norm(&all)
+    );
+}
+
+/// Nine lessons, of which two pairs of photo and prompt occur twice and one three times.
+#[test]
+fn an_autoregressive_batch_is_the_mean_of_its_lessons() {
+    for (family, dir) in [(Family::LlamaGen, "llamagen"), (Family::Lumina, "lumina")] {
+        let mut learner = learner(family, &checkpoint(dir));
+        let examples = examples(learner.as_mut());
+        let batch: Vec<Lesson> = [
+            (0, "a dog"),
+            (1, "a dog in the snow"),
+            (0, "a dog"),
+            (2, "a toy"),
+            (3, "a cat on a beach"),
+            (0, "a dog in the snow"),
+            (1, "a dog in the snow"),
+            (0, "a dog"),
+            (2, "a toy"),
+        ]
+        .into_iter()
+        .map(|(i, prompt)| Lesson {
+            example: examples[i].clone(),
+            prompt: prompt.into(),
+        })
+        .collect();
+        let whole = learnt(learner.as_mut(), &batch);
+        let (mut loss, mut gradients) = (0.0, vec![0.0; whole.1.len()]);
+        for lesson in &batch {
+            let one = learnt(learner.as_mut(), std::slice::from_ref(lesson));
+            loss += one.0 / batch.len() as f32;
+            for (sum, g) in gradients.iter_mut().zip(one.1) {
+                *sum += g / batch.len() as f32;
+            }
+        }
+        assert_close(whole, (loss, gradients));
+    }
+}
+
+/// The model's own loss takes the whole batch at once.
+#[test]
+fn a_diffusion_batch_in_parts_has_the_draws_and_the_loss_of_the_whole() {
+    let dir = checkpoint("sd3");
+    let mut learner = learner(Family::Sd3, &dir);
+    let examples = examples(learner.as_mut());
+    let prompts = ["a dog", "a dog in the snow", "a toy", "a cat", "a dog"];
+    let batch: Vec<Lesson> = prompts
+        .iter()
+        .enumerate()
+        .map(|(i, prompt)| Lesson {
+            example: examples[i % examples.len()].clone(),
+            prompt: (*prompt).into(),
+        })
+        .collect();
+    let parts = learnt(learner.as_mut(), &batch);
+
+    let adapter = Arc::new(Adapter::new(lora(Family::Sd3), 3));
+    let files = sd3::transformer_files(&dir).unwrap();
+    let weights = Weights::from_files(&files, DType::F32, &Device::Cpu).unwrap();
+    let model = Sd3::open(&dir, &weights.with_adapter(adapter.clone())).unwrap();
+    disturb(&adapter.variables());
+    let (means, logvars): (Vec<Tensor>, Vec<Tensor>) = batch
+        .iter()
+        .map(|lesson| match &lesson.example {
+            Example::Latents { mean, logvar } => (mean.clone(), logvar.clone()),
+            Example::Tokens(_) => panic!("a diffusion model learns latents"),
+        })
+        .unzip();
+    let stack = |x: &[Tensor]| Tensor::stack(x, 0).unwrap();
+    let mut generator = ChaCha8Rng::seed_from_u64(1);
+    let latents = model.sample_latents(&stack(&means), &stack(&logvars), &mut generator);
+    let latents = latents.unwrap();
+    // For each caption it is drawn whether it is dropped.
+    prompts.iter().for_each(|_| {
+        generator.random::<f64>();
+    });
+    let prompts = prompts.map(String::from);
+    let conditioning = model.encode_prompts(&prompts).unwrap();
+    let loss = model.loss(&latents, &conditioning, &mut generator).unwrap();
+    assert_close(parts, differentiate(&loss, &adapter.variables()));
+}
