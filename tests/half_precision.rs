@@ -57,7 +57,13 @@ fn products(
         b: Var::from_tensor(&random(&[outputs, 3], seed + 4)).unwrap(),
         scale: 0.5,
     });
-    let found = ops::half_linear(x.as_tensor(), &half, Some(&bias), lora.as_ref()).unwrap();
+    let found = ops::adapted_linear(
+        x.as_tensor(),
+        &Weight::Half(half),
+        Some(&bias),
+        lora.as_ref(),
+    )
+    .unwrap();
     let wanted = match &lora {
         None => ops::linear(x.as_tensor(), &wide, Some(&bias)).unwrap(),
         // Five tensors of which four are tracked: the definition, operation by operation.
@@ -139,9 +145,10 @@ fn few_rows_give_the_same_bits_as_the_widened_weight() {
     for kind in KINDS {
         let half = HalfMatrix::new(&random(&[130, 333], 1), kind).unwrap();
         let wide = half.to_tensor().unwrap();
+        let half = Weight::Half(half);
         for rows in [1, 2, 8] {
             let x = random(&[rows, 333], 2);
-            let found = ops::half_linear(&x, &half, None, None).unwrap();
+            let found = ops::adapted_linear(&x, &half, None, None).unwrap();
             assert_eq!(flat(&found), flat(&ops::linear(&x, &wide, None).unwrap()));
         }
     }
@@ -164,11 +171,11 @@ fn products_are_equal_to_the_byte_for_one_two_and_three_threads() {
 
 #[test]
 fn the_frozen_weight_gets_no_gradient_and_other_types_are_computed_plainly() {
-    let half = HalfMatrix::new(&random(&[4, 5], 1), HalfKind::F16).unwrap();
+    let half = Weight::Half(HalfMatrix::new(&random(&[4, 5], 1), HalfKind::F16).unwrap());
     let x = random(&[2, 5], 2).to_dtype(DType::F64).unwrap();
-    let y = ops::half_linear(&x, &half, None, None).unwrap();
+    let y = ops::adapted_linear(&x, &half, None, None).unwrap();
     assert_eq!(y.dtype(), DType::F64);
-    let narrow = ops::half_linear(&random(&[2, 5], 2), &half, None, None).unwrap();
+    let narrow = ops::adapted_linear(&random(&[2, 5], 2), &half, None, None).unwrap();
     assert!(!narrow.track_op());
     assert!(apart(&y.to_dtype(DType::F32).unwrap(), &narrow) < 1e-6);
 }
@@ -270,7 +277,7 @@ fn a_file_in_half_precision_is_mapped_and_every_other_is_rounded_once() {
     for (name, kind) in [("bf16", HalfKind::Bf16), ("f16", HalfKind::F16)] {
         match matrix(&weights, name, (1024, 1024)) {
             Weight::Half(half) => assert!(half.is_mapped() && half.kind() == kind),
-            Weight::Tensor(_) => panic!("{name} was widened"),
+            _ => panic!("{name} was widened"),
         }
     }
     assert!(

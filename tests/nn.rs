@@ -5,7 +5,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use proptest::prelude::*;
 use proxytune::Result;
 use proxytune::nn::ops::{Mask, Padding};
-use proxytune::nn::{beside_others, no_grad, ops, plain};
+use proxytune::nn::{Lora, Weight, beside_others, no_grad, ops, plain};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
@@ -579,6 +579,47 @@ fn results_are_equal_to_the_byte_for_one_two_and_three_threads_and_in_a_crowd() 
             );
         }
     }
+}
+
+/// Few rows and many, an adapter that is merged while it learns and one that is not, a result in several blocks.
+#[test]
+fn a_weight_that_is_kept_turned_as_well_gives_the_same_bits() {
+    for (rows, inputs, outputs, rank) in [
+        (1, 7, 5, 1),
+        (9, 33, 50, 2),
+        (40, 24, 20, 4),
+        (300, 200, 700, 4),
+    ] {
+        let weight = random(&[outputs, inputs], 1);
+        let turned = Weight::from(weight.clone()).turned().unwrap();
+        assert!(matches!(turned, Weight::Twice { .. }));
+        let bias = random(&[outputs], 2);
+        let lora = Lora {
+            a: Var::from_tensor(&random(&[rank, inputs], 3)).unwrap(),
+            b: Var::from_tensor(&random(&[outputs, rank], 4)).unwrap(),
+            scale: 0.5,
+        };
+        let all = |weight: &Weight, lora: Option<&Lora>| -> Vec<u32> {
+            let x = Var::from_tensor(&random(&[rows, inputs], 5)).unwrap();
+            let y = ops::adapted_linear(&x, weight, Some(&bias), lora).unwrap();
+            let gradients = (&y * random(&[rows, outputs], 6)).unwrap().sum_all();
+            let gradients = gradients.unwrap().backward().unwrap();
+            let factors = lora.map_or(vec![], |lora| vec![&lora.a, &lora.b]);
+            let gradients = [&x]
+                .into_iter()
+                .chain(factors)
+                .map(|v| gradients.get(v).unwrap());
+            let values = [&y].into_iter().chain(gradients);
+            let values = values.flat_map(|t| t.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+            values.map(f32::to_bits).collect()
+        };
+        for lora in [None, Some(&lora)] {
+            assert!(all(&turned, lora) == all(&weight.clone().into(), lora));
+        }
+    }
+    let trained = Var::from_tensor(&random(&[3, 2], 1)).unwrap();
+    let trained = Weight::from(trained.as_tensor().clone()).turned().unwrap();
+    assert!(matches!(trained, Weight::Tensor(_)));
 }
 
 #[test]

@@ -7,38 +7,19 @@ use std::collections::HashMap;
 use candle_core::{Tensor, TensorId};
 
 use super::adapter::Lora;
-use super::{is_no_grad, ops};
+use super::{Weight, is_no_grad, ops};
 use crate::Result;
 
 thread_local! {
     /// Merged weights by the identity of their A, while [`merged`] runs.
-    static MERGED: RefCell<Option<HashMap<TensorId, Merged>>> = const { RefCell::new(None) };
-}
-
-/// W + scale·B·A.
-#[derive(Clone)]
-pub(super) struct Merged {
-    /// (outputs, inputs)
-    weight: Tensor,
-    /// (inputs, outputs): what a product with several rows reads in place, on the CPU.
-    turned: Option<Tensor>,
-}
-
-impl Merged {
-    /// See [`ops::linear`].
-    pub(super) fn forward(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-        match &self.turned {
-            Some(turned) => ops::linear_in_place(x, &self.weight, turned, bias),
-            None => ops::linear(x, &self.weight, bias),
-        }
-    }
+    static MERGED: RefCell<Option<HashMap<TensorId, Weight>>> = const { RefCell::new(None) };
 }
 
 /// Runs `body`, in which adapters must not change. A layer that runs inside [`super::no_grad`] merges its adapter into
 /// a copy of its weight at its first call, if the adapter's share of the work is worth that; the copies go with the end
 /// of `body`.
 pub fn merged<T>(body: impl FnOnce() -> T) -> T {
-    struct Restore(Option<HashMap<TensorId, Merged>>);
+    struct Restore(Option<HashMap<TensorId, Weight>>);
     impl Drop for Restore {
         fn drop(&mut self) {
             MERGED.set(self.0.take());
@@ -49,7 +30,7 @@ pub fn merged<T>(body: impl FnOnce() -> T) -> T {
 }
 
 /// W + scale·B·A for a frozen `weight` (outputs, inputs), where it is to be used.
-pub(super) fn weight(weight: &Tensor, lora: &Lora) -> Result<Option<Merged>> {
+pub(super) fn weight(weight: &Tensor, lora: &Lora) -> Result<Option<Weight>> {
     if !is_no_grad() || !is_worth_it(weight, lora)? {
         return Ok(None);
     }
@@ -62,10 +43,8 @@ pub(super) fn weight(weight: &Tensor, lora: &Lora) -> Result<Option<Merged>> {
             return Ok(Some(known.clone()));
         }
         let addition = (ops::linear(&lora.b, &lora.a.t()?, None)? * lora.scale)?;
-        let weight = (weight + addition.to_dtype(weight.dtype())?)?.detach();
-        let here = weight.device().is_cpu();
-        let turned = here.then(|| weight.t()?.contiguous()).transpose()?;
-        let sum = Merged { weight, turned };
+        let sum = (weight + addition.to_dtype(weight.dtype())?)?.detach();
+        let sum = Weight::Tensor(sum).turned()?;
         merged.insert(key, sum.clone());
         Ok(Some(sum))
     })

@@ -2,6 +2,8 @@
 //! and computes none for an argument that is not. Weights are taken through [`super::parameter`], so that nothing
 //! is recorded inside [`super::no_grad`].
 
+use std::borrow::Cow;
+
 use candle_core::Tensor;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
@@ -51,42 +53,31 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     plain::linear(x, &weight, bias)
 }
 
-/// [`linear`] without a graph, with the weight also as `turned` (inputs, outputs): to the bit the same.
-pub(super) fn linear_in_place(
+/// [`linear`] and, where there is one, the adapter's addition. With a weight in half precision the arithmetic is in
+/// `x`'s type, and the result is that of the widened weight.
+pub fn adapted_linear(
     x: &Tensor,
-    weight: &Tensor,
-    turned: &Tensor,
-    bias: Option<&Tensor>,
-) -> Result<Tensor> {
-    if takes([x, turned].into_iter().chain(bias)) && cpu::linear::is_for_many(x, turned)? {
-        let bias = bias.map(Tensor::detach);
-        return Ok(cpu::linear::times(&x.detach(), turned, bias.as_ref())?);
-    }
-    linear(&x.detach(), &weight.detach(), bias)
-}
-
-/// [`linear`] and, where there is one, the adapter's addition, with a frozen weight in half precision, (outputs,
-/// inputs). The arithmetic is in `x`'s type; the result is that of the widened weight.
-pub fn half_linear(
-    x: &Tensor,
-    weight: &HalfMatrix,
+    weight: &Weight,
     bias: Option<&Tensor>,
     lora: Option<&Lora>,
 ) -> Result<Tensor> {
-    if !takes([x].into_iter().chain(bias)) {
-        let weight = weight.to_tensor()?.to_dtype(x.dtype())?;
+    if matches!(weight, Weight::Tensor(_)) || !takes([x].into_iter().chain(bias)) {
+        let weight = match weight {
+            Weight::Half(half) => Cow::Owned(half.to_tensor()?.to_dtype(x.dtype())?),
+            _ => weight.to_tensor()?,
+        };
         return match lora {
             None => linear(x, &weight, bias),
             Some(lora) => linear_lora(x, &weight, bias, &lora.a, &lora.b, lora.scale),
         };
     }
-    let (weight, bias) = (Weight::Half(weight.clone()), bias.map(parameter));
+    let bias = bias.map(parameter);
     let bias = bias.as_ref();
     Ok(match lora {
-        None => cpu::linear::linear(x, &weight, bias)?,
+        None => cpu::linear::linear(x, weight, bias)?,
         Some(lora) => {
             let (a, b) = (parameter(&lora.a), parameter(&lora.b));
-            cpu::linear::linear_lora(x, &weight, bias, &addition(&a, &b, lora.scale))?
+            cpu::linear::linear_lora(x, weight, bias, &addition(&a, &b, lora.scale))?
         }
     })
 }

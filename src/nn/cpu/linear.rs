@@ -46,26 +46,6 @@ pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tens
     })
 }
 
-/// Whether `x` has so many rows that [`linear`] multiplies whole matrices.
-pub fn is_for_many(x: &Tensor, turned: &Tensor) -> Result<bool> {
-    Ok(x.elem_count() / turned.dim(0)?.max(1) > THIN)
-}
-
-/// [`linear`] of many rows and without a graph, by the weight `turned` (inputs, outputs).
-pub fn times(x: &Tensor, turned: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    let (inputs, outputs) = turned.dims2()?;
-    let shape = Shapes::of(x, (outputs, inputs))?;
-    let (x, turned) = (detached(x)?, detached(turned)?);
-    let bias = kept_bias(bias, &shape)?;
-    let y = {
-        let bias = bias.as_ref().map(values).transpose()?;
-        let (x, turned) = (values(&x)?, values(&turned)?);
-        let x = Matrix::new(&x, shape.rows, inputs);
-        product(x, Matrix::new(&turned, inputs, outputs), bias.as_deref())
-    };
-    tensor(y, shape.result(&x))
-}
-
 /// The factors of an adapter, as an operation sees them.
 pub struct Addition<'a> {
     /// (rank, inputs)
@@ -92,8 +72,8 @@ pub fn linear_lora(
     let scale = *scale as f32;
     let (x_kept, weight_kept) = (detached(x)?, kept(weight)?);
     let (a_kept, b_kept) = (detached(a)?, detached(b)?);
-    let merged = match weight {
-        Weight::Tensor(weight) if *merge && is_deep(&shape) => {
+    let merged = match weight.tensor() {
+        Some(weight) if *merge && is_deep(&shape) => {
             let weight = detached(weight)?;
             let (a, b) = (values(&a_kept)?, values(&b_kept)?);
             let a = Matrix::new(&a, down.outputs, shape.inputs);
@@ -181,7 +161,7 @@ pub fn linear_lora(
 fn kept(weight: &Weight) -> Result<Weight> {
     match weight {
         Weight::Tensor(tensor) => Ok(Weight::Tensor(detached(tensor)?)),
-        Weight::Half(half) => Ok(Weight::Half(half.clone())),
+        Weight::Twice { .. } | Weight::Half(_) => Ok(weight.clone()),
     }
 }
 
@@ -192,10 +172,7 @@ fn kept_bias(bias: Option<&Tensor>, shape: &Shapes) -> Result<Option<Tensor>> {
 
 /// The weight, if it is trained.
 fn trained(weight: &Weight) -> Option<&Tensor> {
-    match weight {
-        Weight::Tensor(tensor) => Some(tensor).filter(|tensor| tensor.track_op()),
-        Weight::Half(_) => None,
-    }
+    weight.tensor().filter(|tensor| tensor.track_op())
 }
 
 /// Whether the two products of an adapter with `rows` rows take over twice the multiplications that forming its
@@ -214,10 +191,17 @@ fn forward(x: &Tensor, weight: &Weight, bias: Option<&Tensor>, shape: &Shapes) -
     } = *shape;
     let bias = kept_bias(bias, shape)?;
     let bias = bias.as_ref().map(values).transpose()?;
-    if let (true, Readable::Full(w)) = (rows > THIN, &w) {
+    if let (true, Readable::Full(full)) = (rows > THIN, &w) {
         let x = Matrix::new(&x, rows, inputs);
-        let w = Matrix::new(w, outputs, inputs);
-        return Ok(product(x, w.t(), bias.as_deref()));
+        let turned = match weight {
+            Weight::Twice { turned, .. } => Some(values(turned)?),
+            _ => None,
+        };
+        let w = match &turned {
+            Some(turned) => Matrix::new(turned, inputs, outputs),
+            None => Matrix::new(full, outputs, inputs).t(),
+        };
+        return Ok(product(x, w, bias.as_deref()));
     }
     let mut y = match &bias {
         Some(bias) => bias.repeat(rows),
@@ -268,7 +252,9 @@ enum Readable<'a> {
 impl<'a> Readable<'a> {
     fn of(weight: &'a Weight) -> Result<Self> {
         match weight {
-            Weight::Tensor(tensor) => Ok(Readable::Full(values(tensor)?)),
+            Weight::Tensor(weight) | Weight::Twice { weight, .. } => {
+                Ok(Readable::Full(values(weight)?))
+            }
             Weight::Half(half) => Ok(Readable::Half(half.bits()?, half.kind())),
         }
     }
