@@ -47,11 +47,6 @@ impl<'a> Matrix<'a> {
         }
     }
 
-    /// Rows and columns.
-    pub fn size(&self) -> (usize, usize) {
-        (self.rows, self.columns)
-    }
-
     /// Rows `from..until`.
     fn some_rows(self, from: usize, until: usize) -> Self {
         Self {
@@ -105,32 +100,57 @@ enum Base<'a> {
     Matrix(&'a [f32], usize),
 }
 
+/// `factor · a·b`.
+#[derive(Clone, Copy)]
+pub struct Term<'a> {
+    pub factor: f32,
+    pub a: Matrix<'a>,
+    pub b: Matrix<'a>,
+}
+
+impl<'a> Term<'a> {
+    fn some_rows(self, from: usize, until: usize) -> Self {
+        let a = self.a.some_rows(from, until);
+        Self { a, ..self }
+    }
+
+    fn some_columns(self, from: usize, until: usize) -> Self {
+        let b = self.b.some_columns(from, until);
+        Self { b, ..self }
+    }
+}
+
 /// `a·b`, with `row` added to each row, on all threads.
 pub fn product(a: Matrix, b: Matrix, row: Option<&[f32]>) -> Vec<f32> {
+    product_and(a, b, row, None)
+}
+
+/// [`product`] with another product of the same size added to it, to the bit as if that were done afterwards.
+pub fn product_and(a: Matrix, b: Matrix, row: Option<&[f32]>, more: Option<Term>) -> Vec<f32> {
     let base = row.map_or(Base::Nothing, |row| Base::Row(&row[..b.columns]));
-    fresh(1.0, a, b, base)
+    fresh(Term { factor: 1.0, a, b }, base, more)
 }
 
 /// `factor · a·b`, on all threads.
 pub fn scaled_product(factor: f32, a: Matrix, b: Matrix) -> Vec<f32> {
-    fresh(factor, a, b, Base::Nothing)
+    fresh(Term { factor, a, b }, Base::Nothing, None)
 }
 
 /// `factor · a·b + sum`, on all threads; the rows of `sum` follow one another.
 pub fn product_on(sum: &[f32], factor: f32, a: Matrix, b: Matrix) -> Vec<f32> {
     assert_eq!(sum.len(), a.rows * b.columns, "a sum with a product");
-    fresh(factor, a, b, Base::Matrix(sum, b.columns))
+    fresh(Term { factor, a, b }, Base::Matrix(sum, b.columns), None)
 }
 
-/// `factor · a·b + base`, on all threads; the base is not the result's own place. Nothing is written before it is
+/// `term + base + more`, on all threads; the base is not the result's own place. Nothing is written before it is
 /// computed.
-fn fresh(factor: f32, a: Matrix, b: Matrix, base: Base) -> Vec<f32> {
-    let (rows, columns) = (a.rows, b.columns);
+fn fresh(term: Term, base: Base, more: Option<Term>) -> Vec<f32> {
+    let (rows, columns) = (term.a.rows, term.b.columns);
     let mut out = Vec::with_capacity(rows * columns);
     let place = out.as_mut_ptr();
     // SAFETY: there is room for the result, which is written as a whole and never read before.
     unsafe {
-        spread(factor, a, b, base, place, columns, Threads::All);
+        spread(term, base, more, place, columns, Threads::All);
         out.set_len(rows * columns);
     }
     out
@@ -176,23 +196,29 @@ pub unsafe fn multiply_into(
         false => Base::Nothing,
     };
     // SAFETY: this function's contract.
-    unsafe { spread(factor, a, b, base, out, stride, threads) }
+    unsafe { spread(Term { factor, a, b }, base, None, out, stride, threads) }
 }
 
-/// `out = factor · a·b + base`.
+/// `out = term + base + more`.
 ///
 /// # Safety
-/// As for [`multiply_into`]; `out` is only read if it is the base.
+/// As for [`multiply_into`]; `out` is only read if it is the base, or after it was written.
 unsafe fn spread(
-    factor: f32,
-    a: Matrix,
-    b: Matrix,
+    term: Term,
     base: Base,
+    more: Option<Term>,
     out: *mut f32,
     stride: usize,
     threads: Threads,
 ) {
-    assert_eq!(a.columns, b.rows, "inner dimensions of a product");
+    let Term { a, b, .. } = term;
+    for Term { a, b, .. } in [term].into_iter().chain(more) {
+        assert_eq!(a.columns, b.rows, "inner dimensions of a product");
+    }
+    if let Some(more) = more {
+        let size = (more.a.rows, more.b.columns);
+        assert_eq!(size, (a.rows, b.columns), "products that are added up");
+    }
     let (height, width) = match threads {
         Threads::One => (a.rows, b.columns),
         Threads::All if is_crowded() && is_one_chain() => (a.rows, b.columns),
@@ -200,16 +226,14 @@ unsafe fn spread(
     };
     if height >= a.rows && width >= b.columns {
         // SAFETY: this function's contract.
-        return unsafe { multiply_block(factor, a, b, base, out, stride) };
+        return unsafe { multiply_block(term, base, more, out, stride) };
     }
     let down = a.rows.div_ceil(height);
     let out = Shared(out);
     let out = &out;
     let body = |block: usize| {
         let (row, column) = (block % down * height, block / down * width);
-        let until = (column + width).min(b.columns);
-        let a = a.some_rows(row, (row + height).min(a.rows));
-        let b = b.some_columns(column, until);
+        let (end, until) = ((row + height).min(a.rows), (column + width).min(b.columns));
         let base = match base {
             Base::Row(values) => Base::Row(&values[column..until]),
             Base::Matrix(values, stride) => Base::Matrix(&values[row * stride + column..], stride),
@@ -218,7 +242,9 @@ unsafe fn spread(
         // SAFETY: this function's contract; each block is written by one task.
         unsafe {
             let out = out.0.add(row * stride + column);
-            multiply_block(factor, a, b, base, out, stride);
+            let term = term.some_rows(row, end).some_columns(column, until);
+            let more = more.map(|more| more.some_rows(row, end).some_columns(column, until));
+            multiply_block(term, base, more, out, stride);
         }
     };
     (0..down * b.columns.div_ceil(width))
@@ -272,29 +298,25 @@ unsafe impl Sync for Shared {}
 
 /// # Safety
 /// As for [`spread`].
-unsafe fn multiply_block(
-    factor: f32,
-    a: Matrix,
-    b: Matrix,
-    base: Base,
-    out: *mut f32,
-    stride: usize,
-) {
+unsafe fn multiply_block(term: Term, base: Base, more: Option<Term>, out: *mut f32, stride: usize) {
     #[cfg(target_arch = "x86_64")]
     if let Some(instructions) = tile::Instructions::of_this_machine() {
         // SAFETY: this function's contract, and the machine has them.
-        return unsafe { block::multiply(instructions, factor, a, b, base, out, stride) };
+        return unsafe { block::multiply(instructions, term, base, more, out, stride) };
     }
     // SAFETY: this function's contract.
-    unsafe { multiply_elsewhere(factor, a, b, base, out, stride) }
+    unsafe {
+        multiply_elsewhere(term, base, out, stride);
+        if let Some(more) = more {
+            multiply_elsewhere(more, Base::Out, out, stride);
+        }
+    }
 }
 
 /// # Safety
 /// As for [`spread`].
 unsafe fn multiply_elsewhere(
-    factor: f32,
-    a: Matrix,
-    b: Matrix,
+    Term { factor, a, b }: Term,
     base: Base,
     out: *mut f32,
     stride: usize,

@@ -4,7 +4,9 @@ use candle_core::{Result, Tensor};
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::gemm::{Matrix, Threads, multiply, product, product_on, scaled_product};
+use super::gemm::{
+    Matrix, Term, Threads, multiply, product, product_and, product_on, scaled_product,
+};
 use super::{ALONE, ALONE_PRODUCTS, Values, detached, half, is_alone, simd, tensor, values};
 use crate::nn::shapes::Linear as Shapes;
 use crate::nn::vjp::record;
@@ -20,7 +22,7 @@ const LOW: usize = 32;
 pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tensor> {
     let shape = Shapes::of(x, weight.dims2()?)?;
     let (x_kept, weight_kept) = (detached(x)?, kept(weight)?);
-    let y = forward(&x_kept, &weight_kept, bias, &shape)?;
+    let y = forward(&x_kept, &weight_kept, bias, &shape, None)?;
     let wanted = (
         x.track_op(),
         trained(weight).is_some(),
@@ -32,7 +34,7 @@ pub fn linear(x: &Tensor, weight: &Weight, bias: Option<&Tensor>) -> Result<Tens
         let g = values(gradient)?;
         let mut gradients = Vec::new();
         if wanted.0 {
-            let dx = input_gradient(&g, &weight_kept, &shape)?;
+            let dx = input_gradient(&g, &weight_kept, &shape, None)?;
             gradients.push(tensor(dx, x_dims.clone())?);
         }
         if wanted.1 {
@@ -84,13 +86,16 @@ pub fn linear_lora(
         _ => None,
     };
     let (y, low) = match &merged {
-        Some(merged) => (forward(&x_kept, merged, bias, &shape)?, None),
+        Some(merged) => (forward(&x_kept, merged, bias, &shape, None)?, None),
         None => {
-            let low = forward(&x_kept, &Weight::Tensor(a_kept.clone()), None, &down)?;
-            let mut y = forward(&x_kept, &weight_kept, bias, &shape)?;
+            let low = forward(&x_kept, &Weight::Tensor(a_kept.clone()), None, &down, None)?;
             let b = values(&b_kept)?;
-            let b = Matrix::new(&b, shape.outputs, down.outputs);
-            add_product(&mut y, &low, b.t(), scale);
+            let addition = Term {
+                factor: scale,
+                a: Matrix::new(&low, shape.rows, down.outputs),
+                b: Matrix::new(&b, shape.outputs, down.outputs).t(),
+            };
+            let y = forward(&x_kept, &weight_kept, bias, &shape, Some(addition))?;
             (y, Some(low))
         }
     };
@@ -120,12 +125,14 @@ pub fn linear_lora(
         let mut gradients = Vec::new();
         if wanted[0] {
             let dx = match &merged {
-                Some(merged) => input_gradient(&g, merged, &shape)?,
+                Some(merged) => input_gradient(&g, merged, &shape, None)?,
                 None => {
-                    let mut dx = input_gradient(&g, &weight_kept, &shape)?;
-                    let a = Matrix::new(&a, rank, shape.inputs);
-                    add_product(&mut dx, &low_gradient, a, 1.0);
-                    dx
+                    let addition = Term {
+                        factor: 1.0,
+                        a: Matrix::new(&low_gradient, rows, rank),
+                        b: Matrix::new(&a, rank, shape.inputs),
+                    };
+                    input_gradient(&g, &weight_kept, &shape, Some(addition))?
                 }
             };
             gradients.push(tensor(dx, x_dims.clone())?);
@@ -146,7 +153,7 @@ pub fn linear_lora(
             let low = match &low {
                 Some(low) => low,
                 None => {
-                    now = forward(&x_kept, &Weight::Tensor(a_kept.clone()), None, &down)?;
+                    now = forward(&x_kept, &Weight::Tensor(a_kept.clone()), None, &down, None)?;
                     &now
                 }
             };
@@ -181,7 +188,13 @@ fn is_deep(shape: &Shapes) -> bool {
     shape.rows * (shape.inputs + shape.outputs) > 2 * shape.inputs * shape.outputs
 }
 
-fn forward(x: &Tensor, weight: &Weight, bias: Option<&Tensor>, shape: &Shapes) -> Result<Vec<f32>> {
+fn forward(
+    x: &Tensor,
+    weight: &Weight,
+    bias: Option<&Tensor>,
+    shape: &Shapes,
+    addition: Option<Term>,
+) -> Result<Vec<f32>> {
     let x = values(x)?;
     let w = Readable::of(weight)?;
     let Shapes {
@@ -201,7 +214,7 @@ fn forward(x: &Tensor, weight: &Weight, bias: Option<&Tensor>, shape: &Shapes) -
             Some(turned) => Matrix::new(turned, inputs, outputs),
             None => Matrix::new(full, outputs, inputs).t(),
         };
-        return Ok(product(x, w, bias.as_deref()));
+        return Ok(product_and(x, w, bias.as_deref(), addition));
     }
     let mut y = match &bias {
         Some(bias) => bias.repeat(rows),
@@ -234,13 +247,11 @@ fn forward(x: &Tensor, weight: &Weight, bias: Option<&Tensor>, shape: &Shapes) -
                 *v += columns[j * rows + i];
             }
         }
-        return Ok(y);
-    }
-    if let Readable::Half(bits, kind) = w {
+    } else if let Readable::Half(bits, kind) = w {
         let sizes = (rows, inputs, outputs);
         half::times_transposed(&x, bits, kind, sizes, &mut y, bias.is_some());
     }
-    Ok(y)
+    Ok(with_addition(y, outputs, addition))
 }
 
 /// A weight's values, for reading.
@@ -260,35 +271,31 @@ impl<'a> Readable<'a> {
     }
 }
 
-/// `y += scale · left·right`, all of them whole.
-fn add_product(y: &mut [f32], left: &[f32], right: Matrix, scale: f32) {
-    let (depth, columns) = right.size();
-    let rows = left.len() / depth.max(1);
-    multiply(
-        scale,
-        Matrix::new(left, rows, depth),
-        right,
-        y,
-        columns,
-        true,
-        Threads::All,
-    );
+/// `y`, rows of `columns`, with what is to be added to it.
+fn with_addition(mut y: Vec<f32>, columns: usize, addition: Option<Term>) -> Vec<f32> {
+    if let Some(Term { factor, a, b }) = addition {
+        multiply(factor, a, b, &mut y, columns, true, Threads::All);
+    }
+    y
 }
 
-fn input_gradient(g: &[f32], weight: &Weight, shape: &Shapes) -> Result<Vec<f32>> {
+fn input_gradient(
+    g: &[f32],
+    weight: &Weight,
+    shape: &Shapes,
+    addition: Option<Term>,
+) -> Result<Vec<f32>> {
     let w = match Readable::of(weight)? {
         Readable::Full(w) => w,
         Readable::Half(bits, kind) => {
             let sizes = (shape.rows, shape.inputs, shape.outputs);
-            return Ok(half::times(g, bits, kind, sizes));
+            let dx = half::times(g, bits, kind, sizes);
+            return Ok(with_addition(dx, shape.inputs, addition));
         }
     };
     let g = Matrix::new(g, shape.rows, shape.outputs);
-    Ok(product(
-        g,
-        Matrix::new(&w, shape.outputs, shape.inputs),
-        None,
-    ))
+    let w = Matrix::new(&w, shape.outputs, shape.inputs);
+    Ok(product_and(g, w, None, addition))
 }
 
 fn weight_gradient(g: &[f32], x: &[f32], shape: &Shapes) -> Vec<f32> {

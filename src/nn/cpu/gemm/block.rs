@@ -5,7 +5,7 @@ use std::cell::RefCell;
 
 use super::lanes::turn;
 use super::tile::{Copying, Instructions, Tile, VECTORS};
-use super::{Base, Matrix};
+use super::{Base, Matrix, Term};
 
 /// The most rows and columns of a block of the right matrix: half a MiB.
 const DEPTH: usize = 384;
@@ -19,11 +19,12 @@ const NARROW: usize = 9;
 #[repr(align(64))]
 struct Line(#[expect(dead_code, reason = "read and written through pointers")] [f32; 16]);
 
-/// Memory for one thread's copies of panels of both matrices.
+/// Memory for one thread's copies of panels of all matrices.
 #[derive(Default)]
 struct Scratch {
     a: Vec<Line>,
     b: Vec<Line>,
+    more_b: Vec<Line>,
 }
 
 thread_local! {
@@ -38,24 +39,29 @@ fn room(lines: &mut Vec<Line>, length: usize) -> *mut f32 {
     lines.as_mut_ptr().cast()
 }
 
-/// `out = factor · a·b + base`.
+/// `out = term + base + more`.
 ///
 /// # Safety
-/// As for [`super::multiply_into`], and the machine must have these instructions.
+/// As for [`super::spread`], and the machine must have these instructions.
 pub unsafe fn multiply(
     instructions: Instructions,
-    factor: f32,
-    a: Matrix,
-    b: Matrix,
+    term: Term,
     base: Base,
+    more: Option<Term>,
     out: *mut f32,
     stride: usize,
 ) {
+    let Term { factor, a, b } = term;
     let lanes = instructions.lanes();
     let vectors = b.columns.div_ceil(lanes);
     let widths = vectors.div_ceil(WIDTH / lanes);
     // At least one, which sets the result where there is nothing to add up.
     let depths = a.columns.div_ceil(DEPTH).max(1);
+    // A deep one is cut up itself.
+    let (with_last, afterwards) = match more {
+        Some(more) if more.a.columns > DEPTH => (None, Some(more)),
+        other => (other, None),
+    };
     SCRATCH.with_borrow_mut(|scratch| {
         for width in 0..widths {
             let first = vectors * width / widths * lanes;
@@ -72,11 +78,15 @@ pub unsafe fn multiply(
                     Base::Row(row) => (Some(row[first..until].as_ptr()), 0),
                     Base::Matrix(values, rows) => (Some(values[first..].as_ptr()), rows),
                 };
+                let more = with_last.filter(|_| depth + 1 == depths);
                 let slice = Slice {
                     instructions,
-                    factor,
-                    a: a.some_columns(from, to),
-                    b: b.some_rows(from, to).some_columns(first, until),
+                    term: Term {
+                        factor,
+                        a: a.some_columns(from, to),
+                        b: b.some_rows(from, to).some_columns(first, until),
+                    },
+                    more: more.map(|more| more.some_columns(first, until)),
                     base,
                     base_stride,
                     out,
@@ -87,14 +97,17 @@ pub unsafe fn multiply(
             }
         }
     });
+    if let Some(more) = afterwards {
+        // SAFETY: this function's contract.
+        unsafe { multiply(instructions, more, Base::Out, None, out, stride) }
+    }
 }
 
-/// A product whose right matrix is one block.
+/// A product whose right matrix is one block, and one to add to it.
 struct Slice<'a> {
     instructions: Instructions,
-    factor: f32,
-    a: Matrix<'a>,
-    b: Matrix<'a>,
+    term: Term<'a>,
+    more: Option<Term<'a>>,
     base: Option<*const f32>,
     base_stride: usize,
     out: *mut f32,
@@ -102,6 +115,7 @@ struct Slice<'a> {
 }
 
 /// Some columns of a block: a row of tiles' width.
+#[derive(Clone, Copy)]
 struct Panel {
     /// Its first column.
     first: usize,
@@ -112,66 +126,108 @@ struct Panel {
     columns: usize,
 }
 
+/// The most panels of a block: of two and two vectors of eight instead of four where it comes out so.
+const PANELS: usize = WIDTH.div_ceil(VECTORS * 8) + 1;
+
 impl Slice<'_> {
     /// # Safety
     /// As for [`multiply`].
     unsafe fn multiply(&self, scratch: &mut Scratch) {
-        let (a, b, depth) = (self.a, self.b, self.a.columns);
+        let Term { factor, a, b } = self.term;
+        let depth = a.columns;
         let (lanes, height) = (self.instructions.lanes(), self.instructions.rows());
-        let vectors = b.columns.div_ceil(lanes);
+        let elements = b.columns.next_multiple_of(lanes);
         let copied_a = room(&mut scratch.a, height * depth);
-        let copied_b = room(&mut scratch.b, vectors * lanes * depth);
+        let copied_b = room(&mut scratch.b, elements * depth);
+        let more_depth = self.more.map_or(0, |more| more.a.columns);
+        let copied_more = room(&mut scratch.more_b, elements * more_depth);
         let mut nowhere = [0.0f32; VECTORS * 16];
         let nowhere = nowhere.as_mut_ptr();
-        let copies_a = a.column_stride != 1 && vectors > NARROW;
+        let copies_a = a.column_stride != 1 && elements > NARROW * lanes;
+        let mut panels = [None; PANELS];
+        for (i, panel) in self.panels().enumerate() {
+            panels[i] = Some(panel);
+        }
         for first_row in (0..a.rows).step_by(height) {
             let rows = (a.rows - first_row).min(height);
-            for panel in self.panels() {
-                // SAFETY: each panel has its own part of the copy; both matrices lie within their slices.
+            // SAFETY: rows of both lie within their slices.
+            let (out, base) = unsafe {
+                let base = self.base.map(|base| base.add(first_row * self.base_stride));
+                (self.out.add(first_row * self.stride), base)
+            };
+            let mut tile = Tile {
+                a: a.at(first_row, 0),
+                a_row: a.row_stride,
+                a_step: a.column_stride,
+                b: copied_b,
+                b_step: 0,
+                depth,
+                out,
+                stride: self.stride,
+                base,
+                base_stride: self.base_stride,
+                factor,
+                last: 0,
+                copy_a: nowhere,
+                copy_a_step: 0,
+                copy_b: nowhere,
+                copy_b_step: 0,
+            };
+            for panel in panels.iter().map_while(Option::as_ref) {
+                // SAFETY: each panel has its own part of the copy; all matrices lie within their slices.
                 unsafe {
                     let copy = copied_b.add(panel.first * depth);
-                    let adjacent = b.column_stride == 1 && panel.columns == panel.width;
-                    if first_row == 0 && !adjacent {
-                        self.pack(&panel, copy);
+                    let mut copying = Copying::Nothing;
+                    (tile.b, tile.b_step) = (copy, panel.width);
+                    if first_row == 0 {
+                        if !panel.is_adjacent(&b) {
+                            panel.pack(&b, copy);
+                        } else {
+                            (tile.b, tile.b_step) = (b.at(0, panel.first), b.row_stride);
+                            if a.rows > height {
+                                copying = Copying::B;
+                                (tile.copy_b, tile.copy_b_step) = (copy, panel.width);
+                            }
+                        }
                     }
-                    let in_place = first_row == 0 && adjacent;
-                    let copy_b = in_place && a.rows > height;
-                    let (from_b, b_step) = match in_place {
-                        true => (b.at(0, panel.first), b.row_stride),
-                        false => (copy.cast_const(), panel.width),
-                    };
-                    let copy_a = copies_a && panel.first == 0;
-                    let (from_a, a_row, a_step) = match copies_a && panel.first > 0 {
-                        true => (copied_a.cast_const(), 1, rows),
-                        false => (a.at(first_row, 0), a.row_stride, a.column_stride),
-                    };
-                    let copying = match (copy_a, copy_b) {
-                        (true, _) => Copying::Both,
-                        (false, true) => Copying::B,
-                        (false, false) => Copying::Nothing,
-                    };
-                    let base = self
-                        .base
-                        .map(|base| base.add(first_row * self.base_stride + panel.first));
+                    if copies_a && panel.first == 0 {
+                        copying = Copying::Both;
+                        (tile.copy_a, tile.copy_a_step) = (copied_a, rows);
+                    }
+                    tile.out = out.add(panel.first);
+                    tile.base = base.map(|base| base.add(panel.first));
+                    tile.last = panel.columns - (panel.vectors - 1) * lanes;
                     let kernel = self.instructions.kernel(rows, panel.vectors, copying);
-                    kernel(&Tile {
-                        a: from_a,
-                        a_row,
-                        a_step,
-                        b: from_b,
-                        b_step,
-                        depth,
-                        out: self.out.add(first_row * self.stride + panel.first),
-                        stride: self.stride,
-                        base,
-                        base_stride: self.base_stride,
-                        factor: self.factor,
-                        last: panel.columns - (panel.vectors - 1) * lanes,
-                        copy_a: if copy_a { copied_a } else { nowhere },
-                        copy_a_step: if copy_a { rows } else { 0 },
-                        copy_b: if copy_b { copy } else { nowhere },
-                        copy_b_step: if copy_b { panel.width } else { 0 },
-                    });
+                    kernel(&tile);
+                    if copies_a && panel.first == 0 {
+                        (tile.a, tile.a_row, tile.a_step) = (copied_a, 1, rows);
+                    }
+                    if let Some(more) = self.more {
+                        let copy = copied_more.add(panel.first * more_depth);
+                        let adjacent = panel.is_adjacent(&more.b);
+                        if first_row == 0 && !adjacent {
+                            panel.pack(&more.b, copy);
+                        }
+                        let (b, b_step) = match adjacent {
+                            true => (more.b.at(0, panel.first), more.b.row_stride),
+                            false => (copy.cast_const(), panel.width),
+                        };
+                        let kernel =
+                            self.instructions
+                                .kernel(rows, panel.vectors, Copying::Nothing);
+                        kernel(&Tile {
+                            a: more.a.at(first_row, 0),
+                            a_row: more.a.row_stride,
+                            a_step: more.a.column_stride,
+                            b,
+                            b_step,
+                            depth: more_depth,
+                            base: Some(tile.out),
+                            base_stride: self.stride,
+                            factor: more.factor,
+                            ..tile
+                        });
+                    }
                 }
             }
         }
@@ -180,7 +236,7 @@ impl Slice<'_> {
     /// Panels of [`VECTORS`] vectors, but of two and two rather than of three and one: a tile of one is slow.
     fn panels(&self) -> impl Iterator<Item = Panel> {
         let lanes = self.instructions.lanes();
-        let columns = self.b.columns;
+        let columns = self.term.b.columns;
         let mut first = 0;
         std::iter::from_fn(move || {
             let vectors = match (columns - first).div_ceil(lanes) {
@@ -199,32 +255,39 @@ impl Slice<'_> {
             Some(panel)
         })
     }
+}
 
-    /// Copies a panel that cannot be read in place, with zeros after its last column.
+impl Panel {
+    /// Whether the panel of `b` can be read in place.
+    fn is_adjacent(&self, b: &Matrix) -> bool {
+        b.column_stride == 1 && self.columns == self.width
+    }
+
+    /// Copies the panel of a matrix that cannot be read in place, with zeros after its last column.
     ///
     /// # Safety
-    /// As for [`multiply`]; `to` must have room for the panel.
-    unsafe fn pack(&self, panel: &Panel, to: *mut f32) {
-        let (b, depth) = (self.b, self.a.columns);
+    /// As for [`multiply`]; `to` must have room for it.
+    unsafe fn pack(&self, b: &Matrix, to: *mut f32) {
+        let depth = b.rows;
         // SAFETY: the panel's elements lie within the slice, its rows within `to`; the kernels' machines have AVX.
         unsafe {
             if b.column_stride == 1 {
                 for k in 0..depth {
-                    let to = to.add(k * panel.width);
-                    std::ptr::copy_nonoverlapping(b.at(k, panel.first), to, panel.columns);
-                    std::ptr::write_bytes(to.add(panel.columns), 0, panel.width - panel.columns);
+                    let to = to.add(k * self.width);
+                    std::ptr::copy_nonoverlapping(b.at(k, self.first), to, self.columns);
+                    std::ptr::write_bytes(to.add(self.columns), 0, self.width - self.columns);
                 }
                 return;
             }
-            let whole = panel.columns / 8 * 8;
+            let whole = self.columns / 8 * 8;
             for i in (0..whole).step_by(8) {
-                let from = b.at(0, panel.first + i);
-                turn(from, b.column_stride, depth, to.add(i), panel.width);
+                let from = b.at(0, self.first + i);
+                turn(from, b.column_stride, depth, to.add(i), self.width);
             }
             for k in 0..depth {
-                for i in whole..panel.width {
-                    *to.add(k * panel.width + i) = match i < panel.columns {
-                        true => *b.at(k, panel.first + i),
+                for i in whole..self.width {
+                    *to.add(k * self.width + i) = match i < self.columns {
+                        true => *b.at(k, self.first + i),
                         false => 0.0,
                     };
                 }

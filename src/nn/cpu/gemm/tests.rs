@@ -110,7 +110,7 @@ proptest! {
         shape.check(|a, b, out, stride| {
             let base = if accumulate { Base::Out } else { Base::Nothing };
             // SAFETY: `out` has `stride` elements for each row.
-            unsafe { multiply_elsewhere(factor, a, b, base, out.as_mut_ptr(), stride) }
+            unsafe { multiply_elsewhere(Term { factor, a, b }, base, out.as_mut_ptr(), stride) }
         });
     }
 
@@ -120,9 +120,9 @@ proptest! {
         for instructions in tile::Instructions::all() {
             shape.check(|a, b, out, stride| {
                 let base = if shape.accumulate { Base::Out } else { Base::Nothing };
-                let out = out.as_mut_ptr();
+                let (term, out) = (Term { factor: shape.factor, a, b }, out.as_mut_ptr());
                 // SAFETY: `out` has `stride` elements for each row, and the machine has the instructions.
-                unsafe { block::multiply(instructions, shape.factor, a, b, base, out, stride) }
+                unsafe { block::multiply(instructions, term, base, None, out, stride) }
             });
         }
     }
@@ -155,6 +155,39 @@ fn a_row_is_added_to_every_row() {
         let mut wanted = row.repeat(rows);
         multiply(1.0, a, b, &mut wanted, columns, true, Threads::One);
         assert_eq!(product(a, b, Some(&row)), wanted);
+    }
+}
+
+#[test]
+fn what_is_added_at_once_is_what_would_be_added_afterwards() {
+    for (rows, depth, columns, more) in [
+        (3, 5, 7, 2),
+        (8, 0, 48, 4),
+        (17, 40, 83, 16),
+        (300, 400, 500, 8),
+        (20, 30, 350, 500),
+    ] {
+        for turned in [false, true] {
+            let [a, b] = [numbers(rows * depth, 1), numbers(depth * columns, 2)];
+            let [c, d] = [numbers(rows * more, 3), numbers(more * columns, 4)];
+            let row = numbers(columns, 5);
+            let (a, b) = (
+                Matrix::new(&a, rows, depth),
+                matrix(&b, (depth, columns), 0, turned),
+            );
+            let (c, d) = (
+                Matrix::new(&c, rows, more),
+                matrix(&d, (more, columns), 0, !turned),
+            );
+            let mut wanted = product(a, b, Some(&row));
+            multiply(0.3, c, d, &mut wanted, columns, true, Threads::All);
+            let term = Term {
+                factor: 0.3,
+                a: c,
+                b: d,
+            };
+            assert!(product_and(a, b, Some(&row), Some(term)) == wanted);
+        }
     }
 }
 
