@@ -263,7 +263,8 @@ impl Panel {
         b.column_stride == 1 && self.columns == self.width
     }
 
-    /// Copies the panel of a matrix that cannot be read in place, with zeros after its last column.
+    /// Copies the panel of a matrix that cannot be read in place. Whatever follows its last column
+    /// there is multiplied too, and left out of the result.
     ///
     /// # Safety
     /// As for [`multiply`]; `to` must have room for it.
@@ -275,21 +276,21 @@ impl Panel {
                 for k in 0..depth {
                     let to = to.add(k * self.width);
                     std::ptr::copy_nonoverlapping(b.at(k, self.first), to, self.columns);
-                    std::ptr::write_bytes(to.add(self.columns), 0, self.width - self.columns);
                 }
                 return;
             }
             let whole = self.columns / 8 * 8;
-            for i in (0..whole).step_by(8) {
+            // The last eight may have some of those before among them.
+            let last = (self.columns > whole && whole > 0).then(|| self.columns - 8);
+            for i in (0..whole).step_by(8).chain(last) {
                 let from = b.at(0, self.first + i);
                 turn(from, b.column_stride, depth, to.add(i), self.width);
             }
-            for k in 0..depth {
-                for i in whole..self.width {
-                    *to.add(k * self.width + i) = match i < self.columns {
-                        true => *b.at(k, self.first + i),
-                        false => 0.0,
-                    };
+            if whole == 0 {
+                for k in 0..depth {
+                    for i in 0..self.columns {
+                        *to.add(k * self.width + i) = *b.at(k, self.first + i);
+                    }
                 }
             }
         }
