@@ -185,6 +185,13 @@ const AHEAD: usize = 12;
 unsafe fn compute<L: Lanes, const R: usize, const V: usize, const COPYING: usize>(tile: &Tile) {
     // SAFETY: the contract. Addresses past the ends are computed and fetched ahead, never read.
     unsafe {
+        // What is written at the end is asked for now.
+        for r in 0..R {
+            for v in 0..V {
+                let out = tile.out.wrapping_add(r * tile.stride + v * L::COUNT);
+                _mm_prefetch::<_MM_HINT_T0>(out.cast_const().cast());
+            }
+        }
         let mut sums = [[L::splat(0.0); V]; R];
         let (mut a, mut b) = (tile.a, tile.b);
         let (mut copy_a, mut copy_b) = (tile.copy_a, tile.copy_b);
