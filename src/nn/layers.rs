@@ -7,8 +7,8 @@ use super::adapter::Lora;
 use super::{Init, Weight, Weights, merged, ops};
 use crate::Result;
 
-/// Frozen weights of up to this many elements are kept turned as well: in a model of such layers turning them again for
-/// every batch takes a twentieth of the time, and another copy little memory.
+/// Frozen weights of up to this many elements are kept turned as well: to turn them again for every batch took 3 % of the
+/// nano job's time, and another copy takes little memory.
 const TURNED: usize = 1 << 18;
 
 /// `y = x·Wᵀ + bias`, plus the adapter's `scale · (x·Aᵀ)·Bᵀ` where one is attached.
@@ -64,12 +64,8 @@ impl Linear {
     /// Everything in it that may be trained: weight, bias, and the adapter's factors.
     pub fn parameters(&self) -> Vec<&Tensor> {
         let factors = self.lora.iter().flat_map(|lora| [&*lora.a, &*lora.b]);
-        let weight = self.weight.tensor();
-        weight
-            .into_iter()
-            .chain(&self.bias)
-            .chain(factors)
-            .collect()
+        let weight = self.weight.tensor().into_iter();
+        weight.chain(&self.bias).chain(factors).collect()
     }
 
     /// W, shape (outputs, inputs), without the adapter.

@@ -126,7 +126,7 @@ struct Panel {
     columns: usize,
 }
 
-/// The most panels of a block: of two and two vectors of eight instead of four where it comes out so.
+/// The most panels of a block, where vectors are shortest; four that are left over make two panels.
 const PANELS: usize = WIDTH.div_ceil(VECTORS * 8) + 1;
 
 impl Slice<'_> {
