@@ -4,7 +4,7 @@
 use candle_core::{DType, Device, Tensor, Var};
 use proptest::prelude::*;
 use proxytune::Result;
-use proxytune::nn::ops::{Mask, Padding};
+use proxytune::nn::ops::{LoraBlock, Mask, Padding};
 use proxytune::nn::{Lora, Weight, beside_others, no_grad, ops, plain};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -161,12 +161,51 @@ fn linear_cases(seed: u64, b: usize, n: usize, width: usize) -> Vec<Case> {
             |t| plain::linear_lora(&t[0], &t[1], Some(&t[2]), &t[3], &t[4], 0.5),
         ),
         case(
+            "linear with adapters in blocks, on a frozen weight",
+            inputs(&[x, &[r, width], &[2, r], &[3, width], &[o - 4, 3]], seed),
+            move |t| {
+                let (w, bias) = (random(&[o, width], 5), random(&[o], 6));
+                ops::fused_linear(&t[0], &w, Some(&bias), &blocks(t))
+            },
+            move |t| {
+                let w = random(&[o, width], 5).to_dtype(t[0].dtype())?;
+                let bias = random(&[o], 6).to_dtype(t[0].dtype())?;
+                plain::fused_linear(&t[0], &w, Some(&bias), &blocks(t))
+            },
+        ),
+        case(
+            "linear with adapters in blocks, on a trained weight",
+            inputs(
+                &[x, &[r, width], &[3, r], &[r, width], &[2, r], &[o, width]],
+                seed,
+            ),
+            |t| ops::fused_linear(&t[0], &t[5], None, &blocks(t)),
+            |t| plain::fused_linear(&t[0], &t[5], None, &blocks(t)),
+        ),
+        case(
             "embedding",
             inputs(&[&[width, 5]], seed),
             move |t| ops::embedding(&t[0], &ids(b, n, width)?),
             move |t| plain::embedding(&t[0], &ids(b, n, width)?),
         ),
     ]
+}
+
+/// Two adapters: of the first outputs, and of some after one that has none.
+fn blocks(t: &[Tensor]) -> [LoraBlock<'_>; 2] {
+    let first = LoraBlock {
+        a: &t[1],
+        b: &t[2],
+        scale: 0.5,
+        start: 0,
+    };
+    let second = LoraBlock {
+        a: &t[3],
+        b: &t[4],
+        scale: -1.5,
+        start: t[2].dims()[0] + 1,
+    };
+    [first, second]
 }
 
 fn ids(b: usize, n: usize, count: usize) -> Result<Tensor> {
@@ -443,6 +482,12 @@ fn elementwise_cases(seed: u64, b: usize, n: usize, c: usize) -> Vec<Case> {
             inputs(&[x, x], seed),
             |t| ops::swiglu(&t[0], &t[1]),
             |t| plain::swiglu(&t[0], &t[1]),
+        ),
+        case(
+            "swiglu of two halves",
+            inputs(&[&[b, n, 2 * c]], seed),
+            |t| ops::swiglu_halves(&t[0]),
+            |t| plain::swiglu_halves(&t[0]),
         ),
         case(
             "geglu of two views",

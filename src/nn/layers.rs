@@ -9,7 +9,7 @@ use crate::Result;
 
 /// Frozen weights of up to this many elements are kept turned as well: to turn them again for every batch took 3 % of the
 /// nano job's time, and another copy takes little memory.
-const TURNED: usize = 1 << 18;
+pub(super) const TURNED: usize = 1 << 18;
 
 /// `y = x·Wᵀ + bias`, plus the adapter's `scale · (x·Aᵀ)·Bᵀ` where one is attached.
 #[derive(Clone)]
@@ -22,8 +22,7 @@ pub struct Linear {
 impl Linear {
     /// Takes `weight` (`outputs`, `inputs`) and, if `bias`, `bias` (`outputs`) at this place of `weights`.
     pub fn new(inputs: usize, outputs: usize, bias: bool, weights: &Weights) -> Result<Self> {
-        let init = Init::Normal((1.0 / inputs as f64).sqrt());
-        Self::with_init(inputs, outputs, bias, init, weights)
+        Self::with_init(inputs, outputs, bias, Init::fan_in(inputs), weights)
     }
 
     /// Like [`Linear::new`]; a weight that no checkpoint gives starts as `init`, the bias as zero.
@@ -34,10 +33,22 @@ impl Linear {
         init: Init,
         weights: &Weights,
     ) -> Result<Self> {
-        let mut weight = weights.matrix((outputs, inputs), "weight", init)?;
+        let mut layer = Self::as_read(inputs, outputs, bias, init, weights)?;
         if inputs * outputs <= TURNED {
-            weight = weight.turned()?;
+            layer.weight = layer.weight.turned()?;
         }
+        Ok(layer)
+    }
+
+    /// [`Linear::with_init`] with the weight as it lies in memory.
+    pub(super) fn as_read(
+        inputs: usize,
+        outputs: usize,
+        bias: bool,
+        init: Init,
+        weights: &Weights,
+    ) -> Result<Self> {
+        let weight = weights.matrix((outputs, inputs), "weight", init)?;
         let bias = if bias {
             Some(weights.get(outputs, "bias", Init::Zeros)?)
         } else {
@@ -54,7 +65,7 @@ impl Linear {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let bias = self.bias.as_ref();
         if let (Some(weight), Some(lora)) = (self.weight.tensor(), &self.lora)
-            && let Some(merged) = merged::weight(weight, lora)?
+            && let Some(merged) = merged::weight(weight, &[(0, lora)])?
         {
             return ops::adapted_linear(x, &merged, bias, None);
         }
@@ -71,6 +82,23 @@ impl Linear {
     /// W, shape (outputs, inputs), without the adapter.
     pub fn weight(&self) -> &Weight {
         &self.weight
+    }
+
+    /// Puts equal values in another place.
+    pub(super) fn set_weight(&mut self, weight: Tensor) {
+        self.weight = Weight::Tensor(weight);
+    }
+
+    pub(super) fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref()
+    }
+
+    pub(super) fn lora(&self) -> Option<&Lora> {
+        self.lora.as_ref()
+    }
+
+    pub(super) fn outputs(&self) -> Result<usize> {
+        Ok(self.weight.dims2()?.0)
     }
 }
 

@@ -1,9 +1,11 @@
 //! Sums, parts and joins of activations. candle's own have right gradients too, but pass them through a copy and a sum
 //! each; these bring them straight to where they are gathered.
 
+use std::ops::Range;
+
 use candle_core::{DType, Shape, Tensor};
 
-use super::cpu::{self, detached, takes, values};
+use super::cpu::{self, Values, adjacent, detached, strided_values, takes, values};
 use super::cuda;
 use super::slot::Place;
 use super::vjp;
@@ -136,12 +138,13 @@ pub fn join(x: &Tensor, y: &Tensor, dim: usize) -> Result<Tensor> {
     shape[dim] += second;
     let joined = {
         let inner = shape[dim + 1..].iter().product::<usize>();
-        let (one, two) = (first * inner, second * inner);
-        let (x, y) = (detached(x)?, detached(y)?);
-        let (x, y) = (values(&x)?, values(&y)?);
-        cpu::pieces(x.len() + y.len(), one + two, |i, out| {
-            out[..one].copy_from_slice(&x[i * one..][..one]);
-            out[one..].copy_from_slice(&y[i * two..][..two]);
+        let (x, y) = (adjacent(x)?, adjacent(y)?);
+        let (x, y) = (Parts::new(&x, dim)?, Parts::new(&y, dim)?);
+        let piece = (first + second) * inner;
+        cpu::pieces(shape.iter().product(), piece, |i, out| {
+            let (one, two) = out.split_at_mut(first * inner);
+            x.copy(i, one);
+            y.copy(i, two);
         })
     };
     let parts: Vec<(usize, usize)> = [(x, (0, first)), (y, (first, second))]
@@ -155,6 +158,47 @@ pub fn join(x: &Tensor, y: &Tensor, dim: usize) -> Result<Tensor> {
             .map(|&(start, count)| gradient.narrow(dim, start, count)?.contiguous())
             .collect()
     })?)
+}
+
+/// The parts of a tensor, read in place, that have the same indices before dimension `dim`.
+struct Parts<'a> {
+    values: Values<'a>,
+    dims: &'a [usize],
+    strides: &'a [usize],
+    dim: usize,
+}
+
+impl<'a> Parts<'a> {
+    /// Of `x`, whose last dimension is adjacent.
+    fn new(x: &'a Tensor, dim: usize) -> candle_core::Result<Self> {
+        Ok(Self {
+            values: strided_values(x)?,
+            dims: x.dims(),
+            strides: x.stride(),
+            dim,
+        })
+    }
+
+    /// Copies part `i`.
+    fn copy(&self, i: usize, out: &mut [f32]) {
+        let last = self.dims.len() - 1;
+        let start = self.place(i, 0..self.dim);
+        let width = self.dims[last];
+        for (row, out) in out.chunks_exact_mut(width.max(1)).enumerate() {
+            let at = start + self.place(row, self.dim..last);
+            out.copy_from_slice(&self.values[at..][..width]);
+        }
+    }
+
+    /// Where index `i` of some dimensions, taken as one, lies.
+    fn place(&self, mut i: usize, dims: Range<usize>) -> usize {
+        let mut place = 0;
+        for k in dims.rev() {
+            place += i % self.dims[k] * self.strides[k];
+            i /= self.dims[k];
+        }
+        place
+    }
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 //!
 //! - [`Weights`] hands named tensors to models: frozen from a checkpoint, or trainable, with an [`Adapter`] attached.
 //! - [`layers`] holds `Linear`, `Conv2d`, norms and `Embedding`; [`ops`] the functions that they are made of.
+//!   [`FusedLinear`] is several linear layers of one input.
 //! - A frozen [`Weight`] may be a [`HalfMatrix`]: bf16 or f16 on the CPU, mapped from its file, with f32 arithmetic.
 //! - [`recompute`] runs a block again in the backward pass instead of keeping what it computed; [`backward`] gives the
 //!   gradients.
@@ -14,6 +15,7 @@ pub mod bench;
 mod cpu;
 mod crowd;
 mod cuda;
+mod fused;
 pub mod layers;
 pub mod layout;
 mod merged;
@@ -35,6 +37,7 @@ pub use crowd::beside_others;
 pub(crate) use crowd::is_crowded;
 pub(crate) use cuda::optimizer as card_optimizer;
 pub(crate) use cuda::takes as card_takes;
+pub use fused::{FusedLinear, Projected};
 pub use layers::{Conv2d, Embedding, GroupNorm, LayerNorm, Linear, RmsNorm};
 pub use merged::merged;
 pub use ops::Mask;

@@ -28,6 +28,13 @@ pub enum Init {
     Uniform(f64),
 }
 
+impl Init {
+    /// Normal with variance 1 / `inputs`.
+    pub fn fan_in(inputs: usize) -> Self {
+        Init::Normal((1.0 / inputs as f64).sqrt())
+    }
+}
+
 enum Source {
     Files(Arc<MmapedSafetensors>),
     Memory(Mutex<HashMap<String, Held>>),

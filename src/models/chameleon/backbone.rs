@@ -14,8 +14,8 @@ use super::cache::{Cache, RowCache};
 pub use super::config::Config;
 use crate::models::encoder::Activation;
 use crate::nn::{
-    Embedding, Init, LayerNorm, Linear, Mask, RmsNorm, Weights, layout, no_grad, ops, parameter,
-    recompute,
+    Embedding, FusedLinear, Init, LayerNorm, Linear, Mask, RmsNorm, Weights, layout, no_grad, ops,
+    parameter, recompute,
 };
 use crate::{Error, Result};
 
@@ -43,40 +43,34 @@ impl HeadNorm {
         })
     }
 
-    /// `x` (b, n, heads · d) to (b, heads, n, d).
+    /// `x` (b, heads, n, d) to the same shape.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (b, n, width) = x.dims3()?;
-        let (h, d) = (self.heads, width / self.heads);
-        let x = layout::reshape(x, (b, n, h, d))?;
-        let rows = self.weight.dim(0)?;
-        if rows == 1 {
+        let (b, h, n, d) = x.dims4()?;
+        if self.weight.dim(0)? == 1 {
             let (weight, bias) = (self.weight.squeeze(0)?, self.bias.squeeze(0)?);
-            let y = ops::layer_norm(&x, Some(&weight), Some(&bias), 1e-5)?;
-            return layout::split_heads(&layout::reshape(&y, (b, n, width))?, 0, h, d);
+            return ops::layer_norm(x, Some(&weight), Some(&bias), 1e-5);
         }
-        // Heads first: their scales then belong to whole rows.
-        let y = self.norm.forward(&x)?.permute((2, 0, 1, 3))?;
-        let y = y.contiguous()?.reshape((h, b * n, d))?;
+        let y = layout::reshape(&self.norm.forward(x)?, (b * h, n, d))?;
         let y = ops::modulate(
             &y,
-            &self.each_head(&self.bias)?,
-            &(self.each_head(&self.weight)? - 1.0)?,
+            &self.each_head(&self.bias, b)?,
+            &(self.each_head(&self.weight, b)? - 1.0)?,
         )?;
-        Ok(y.reshape((h, b, n, d))?.transpose(0, 1)?)
+        layout::reshape(&y, (b, h, n, d))
     }
 
-    /// `rows` (rows, d) as (heads, d).
-    fn each_head(&self, rows: &Tensor) -> Result<Tensor> {
+    /// `rows` (rows, d) as (b · heads, d).
+    fn each_head(&self, rows: &Tensor, b: usize) -> Result<Tensor> {
         let (count, d) = rows.dims2()?;
         let rows = parameter(rows);
-        if count == self.heads {
+        if b * self.heads == count {
             return Ok(rows);
         }
         Ok(rows
-            .unsqueeze(1)?
-            .broadcast_as((count, self.heads / count, d))?
+            .reshape((1, count, 1, d))?
+            .broadcast_as((b, count, self.heads / count, d))?
             .contiguous()?
-            .reshape((self.heads, d))?)
+            .reshape((b * self.heads, d))?)
     }
 }
 
@@ -125,9 +119,7 @@ impl Rotary {
 }
 
 struct Attention {
-    q_proj: Linear,
-    k_proj: Linear,
-    v_proj: Linear,
+    qkv: FusedLinear,
     o_proj: Linear,
     q_norm: HeadNorm,
     k_norm: HeadNorm,
@@ -139,15 +131,15 @@ struct Attention {
 impl Attention {
     fn new(c: &Config, weights: &Weights) -> Result<Self> {
         let (hidden, kv_width) = (c.hidden_size, c.kv_heads() * c.head_dim());
-        let linear = |outputs, name| {
-            let init = Init::Normal(0.02);
-            Linear::with_init(hidden, outputs, c.attention_bias, init, &weights.pp(name))
-        };
+        let (bias, init) = (c.attention_bias, Init::Normal(0.02));
+        let places = [
+            (hidden, weights.pp("q_proj")),
+            (kv_width, weights.pp("k_proj")),
+            (kv_width, weights.pp("v_proj")),
+        ];
         Ok(Self {
-            q_proj: linear(hidden, "q_proj")?,
-            k_proj: linear(kv_width, "k_proj")?,
-            v_proj: linear(kv_width, "v_proj")?,
-            o_proj: linear(hidden, "o_proj")?,
+            qkv: FusedLinear::new(hidden, &places, bias, init)?,
+            o_proj: Linear::with_init(hidden, hidden, bias, init, &weights.pp("o_proj"))?,
             q_norm: HeadNorm::new(c.num_attention_heads, c.head_dim(), &weights.pp("q_norm"))?,
             k_norm: HeadNorm::new(c.kv_heads(), c.head_dim(), &weights.pp("k_norm"))?,
             heads: c.num_attention_heads,
@@ -164,10 +156,11 @@ impl Attention {
         rotary: &Rotary,
         attend: impl FnOnce(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        let q = rotary.apply(&self.q_norm.forward(&self.q_proj.forward(x)?)?)?;
-        let k = rotary.apply(&self.k_norm.forward(&self.k_proj.forward(x)?)?)?;
-        let v = self.v_proj.forward(x)?;
-        let v = layout::split_heads(&v, 0, self.kv_heads, self.head_dim)?;
+        let qkv = self.qkv.forward(x)?;
+        let heads = |i| qkv.heads(i, self.head_dim);
+        let q = rotary.apply(&self.q_norm.forward(&heads(0)?)?)?;
+        let k = rotary.apply(&self.k_norm.forward(&heads(1)?)?)?;
+        let v = heads(2)?;
         self.o_proj
             .forward(&layout::merge_heads(&attend(&q, &k, &v)?)?)
     }
@@ -183,30 +176,30 @@ impl Attention {
 }
 
 struct Mlp {
-    gate_proj: Linear,
-    up_proj: Linear,
+    gate_up: FusedLinear,
     down_proj: Linear,
     activation: Activation,
 }
 
 impl Mlp {
     fn new(c: &Config, weights: &Weights) -> Result<Self> {
-        let linear = |inputs, outputs, name| {
-            let init = Init::Normal(0.02);
-            Linear::with_init(inputs, outputs, c.mlp_bias, init, &weights.pp(name))
-        };
         let (hidden, inner) = (c.hidden_size, c.intermediate_size);
+        let (bias, init) = (c.mlp_bias, Init::Normal(0.02));
+        let places = ["gate_proj", "up_proj"].map(|name| (inner, weights.pp(name)));
         Ok(Self {
-            gate_proj: linear(hidden, inner, "gate_proj")?,
-            up_proj: linear(hidden, inner, "up_proj")?,
-            down_proj: linear(inner, hidden, "down_proj")?,
+            gate_up: FusedLinear::new(hidden, &places, bias, init)?,
+            down_proj: Linear::with_init(inner, hidden, bias, init, &weights.pp("down_proj"))?,
             activation: c.hidden_act,
         })
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (gate, up) = (self.gate_proj.forward(x)?, self.up_proj.forward(x)?);
-        self.down_proj.forward(&self.activation.gate(&gate, &up)?)
+        let both = self.gate_up.forward(x)?;
+        let gated = match self.activation {
+            Activation::Silu => both.swiglu()?,
+            other => other.gate(&both.part(0)?, &both.part(1)?)?,
+        };
+        self.down_proj.forward(&gated)
     }
 }
 

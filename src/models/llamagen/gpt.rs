@@ -10,7 +10,9 @@ use candle_core::{DType, Device, Tensor};
 use rand_chacha::ChaCha8Rng;
 
 pub use super::config::Config;
-use crate::nn::{Embedding, Init, Linear, Mask, RmsNorm, Weights, layout, no_grad, ops, recompute};
+use crate::nn::{
+    Embedding, FusedLinear, Init, Linear, Mask, RmsNorm, Weights, layout, no_grad, ops, recompute,
+};
 use crate::{Error, Result};
 
 struct CaptionEmbedder {
@@ -149,25 +151,24 @@ fn ends(x: &Tensor, count: usize) -> Result<Tensor> {
 }
 
 struct FeedForward {
-    w1: Linear,
+    /// w1, the gate, and w3.
+    w1_w3: FusedLinear,
     w2: Linear,
-    w3: Linear,
 }
 
 impl FeedForward {
     fn new(c: &Config, weights: &Weights) -> Result<Self> {
         let hidden = c.hidden_dim();
         let init = Init::Normal(0.02);
+        let places = ["w1", "w3"].map(|name| (hidden, weights.pp(name)));
         Ok(Self {
-            w1: Linear::with_init(c.dim, hidden, false, init, &weights.pp("w1"))?,
+            w1_w3: FusedLinear::new(c.dim, &places, false, init)?,
             w2: Linear::with_init(hidden, c.dim, false, init, &weights.pp("w2"))?,
-            w3: Linear::with_init(c.dim, hidden, false, init, &weights.pp("w3"))?,
         })
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.w2
-            .forward(&ops::swiglu(&self.w1.forward(x)?, &self.w3.forward(x)?)?)
+        self.w2.forward(&self.w1_w3.forward(x)?.swiglu()?)
     }
 }
 

@@ -8,7 +8,8 @@ use candle_core::{D, Tensor};
 use super::transformer::{Config, QkNorm};
 use crate::Result;
 use crate::nn::{
-    Init, LayerNorm, Linear, Mask, RmsNorm, Weights, is_recomputing, layout, ops, recompute,
+    FusedLinear, Init, LayerNorm, Linear, Mask, RmsNorm, Weights, is_recomputing, layout, ops,
+    recompute,
 };
 
 /// Epsilon of every norm of the transformer.
@@ -36,9 +37,7 @@ impl Modulation {
 
 /// Queries, keys and values of one stream.
 struct Projections {
-    q: Linear,
-    k: Linear,
-    v: Linear,
+    qkv: FusedLinear,
     norms: Option<(HeadNorm, HeadNorm)>,
     heads: usize,
 }
@@ -70,7 +69,7 @@ impl Projections {
     /// `names` are those of q, k, v and of the norms of q and k.
     fn new(config: &Config, names: [&str; 5], weights: &Weights) -> Result<Self> {
         let d = config.inner_dim();
-        let linear = |name: &str| Linear::new(d, d, true, &weights.pp(name));
+        let places = [0, 1, 2].map(|i| (d, weights.pp(names[i])));
         let norm =
             |kind, name: &str| HeadNorm::new(kind, config.attention_head_dim, &weights.pp(name));
         let norms = match config.qk_norm {
@@ -78,9 +77,7 @@ impl Projections {
             None => None,
         };
         Ok(Self {
-            q: linear(names[0])?,
-            k: linear(names[1])?,
-            v: linear(names[2])?,
+            qkv: FusedLinear::new(d, &places, true, Init::fan_in(d))?,
             norms,
             heads: config.num_attention_heads,
         })
@@ -88,10 +85,9 @@ impl Projections {
 
     /// (b, n, d) to q, k and v, each (b, heads, n, d / heads).
     fn forward(&self, x: &Tensor) -> Result<[Tensor; 3]> {
-        let d = x.dim(2)?;
-        let split = |y: Tensor| layout::split_heads(&y, 0, self.heads, d / self.heads);
-        let (q, k) = (split(self.q.forward(x)?)?, split(self.k.forward(x)?)?);
-        let v = split(self.v.forward(x)?)?;
+        let d = x.dim(2)? / self.heads;
+        let qkv = self.qkv.forward(x)?;
+        let [q, k, v] = [qkv.heads(0, d)?, qkv.heads(1, d)?, qkv.heads(2, d)?];
         match &self.norms {
             Some((norm_q, norm_k)) => Ok([norm_q.forward(&q)?, norm_k.forward(&k)?, v]),
             None => Ok([q, k, v]),

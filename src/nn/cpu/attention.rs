@@ -25,11 +25,13 @@ const BLOCK: usize = 64;
 /// Probabilities are kept for as many keys as this times the length of one.
 const KEPT: usize = 4;
 
-/// Queries of each block of `n`, the last of which may be smaller. Two blocks are about equal, so that the second is not
-/// left with a few rows for all the keys; among many that costs less than rows that are no whole tiles of the products.
+/// Queries of each block of `n`, the last of which may be smaller. Of two blocks the first is half or a little more, so
+/// that the second is not left with a few rows for all the keys: in whole tiles of the products, and in whole vectors
+/// where it sees as many keys as it has rows.
 fn block_of(n: usize) -> usize {
+    const WHOLE: usize = 16;
     match n.div_ceil(BLOCK) {
-        2 => n.div_ceil(2),
+        2 => n.div_ceil(2).next_multiple_of(WHOLE),
         _ => BLOCK,
     }
 }

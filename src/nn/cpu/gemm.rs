@@ -48,7 +48,7 @@ impl<'a> Matrix<'a> {
     }
 
     /// Rows `from..until`.
-    fn some_rows(self, from: usize, until: usize) -> Self {
+    pub fn some_rows(self, from: usize, until: usize) -> Self {
         Self {
             data: &self.data[(from * self.row_stride).min(self.data.len())..],
             rows: until - from,
@@ -57,7 +57,7 @@ impl<'a> Matrix<'a> {
     }
 
     /// Columns `from..until`.
-    fn some_columns(self, from: usize, until: usize) -> Self {
+    pub fn some_columns(self, from: usize, until: usize) -> Self {
         self.t().some_rows(from, until).t()
     }
 
@@ -102,10 +102,40 @@ enum Base<'a> {
 
 /// `factor · a·b`.
 #[derive(Clone, Copy)]
-pub struct Term<'a> {
-    pub factor: f32,
+struct Term<'a> {
+    factor: f32,
+    a: Matrix<'a>,
+    b: Matrix<'a>,
+}
+
+/// `a·b`, to be added to another product, whose sums go on where its own end.
+#[derive(Clone, Copy)]
+pub struct Pair<'a> {
     pub a: Matrix<'a>,
     pub b: Matrix<'a>,
+}
+
+impl<'a> Pair<'a> {
+    /// Adds the product to `out`, whose rows follow one another, on all threads.
+    pub fn add_to(self, out: &mut [f32]) {
+        let Self { a, b } = self;
+        multiply(1.0, a, b, out, b.columns, true, Threads::All);
+    }
+
+    fn term(self) -> Term<'a> {
+        let Self { a, b } = self;
+        Term { factor: 1.0, a, b }
+    }
+
+    fn some_rows(self, from: usize, until: usize) -> Self {
+        let a = self.a.some_rows(from, until);
+        Self { a, ..self }
+    }
+
+    fn some_columns(self, from: usize, until: usize) -> Self {
+        let b = self.b.some_columns(from, until);
+        Self { b, ..self }
+    }
 }
 
 impl<'a> Term<'a> {
@@ -125,8 +155,48 @@ pub fn product(a: Matrix, b: Matrix, row: Option<&[f32]>) -> Vec<f32> {
     product_and(a, b, row, None)
 }
 
-/// [`product`] with another product of the same size added to it, to the bit as if that were done afterwards.
-pub fn product_and(a: Matrix, b: Matrix, row: Option<&[f32]>, more: Option<Term>) -> Vec<f32> {
+/// The right side of one of several products with the same left matrix.
+pub struct Right<'a> {
+    pub b: Matrix<'a>,
+    /// Added to each row.
+    pub row: Option<&'a [f32]>,
+    /// Added to the product, as in [`product_and`].
+    pub more: Option<Pair<'a>>,
+}
+
+/// The products of `a` with each of `rights`, side by side in one matrix, on all threads.
+pub fn products(a: Matrix, rights: &[Right]) -> Vec<f32> {
+    let columns: usize = rights.iter().map(|right| right.b.columns).sum();
+    let mut out = Vec::with_capacity(a.rows * columns);
+    let place: *mut f32 = out.as_mut_ptr();
+    let mut first = 0;
+    for Right { b, row, more } in rights {
+        let base = row.map_or(Base::Nothing, |row| Base::Row(&row[..b.columns]));
+        let term = Term {
+            factor: 1.0,
+            a,
+            b: *b,
+        };
+        // SAFETY: there is room for the result, of which each product writes its own columns and reads none before.
+        unsafe {
+            spread(
+                term,
+                base,
+                *more,
+                place.wrapping_add(first),
+                columns,
+                Threads::All,
+            )
+        }
+        first += b.columns;
+    }
+    // SAFETY: all columns are written.
+    unsafe { out.set_len(a.rows * columns) }
+    out
+}
+
+/// [`product`] with another product of the same size added to it.
+pub fn product_and(a: Matrix, b: Matrix, row: Option<&[f32]>, more: Option<Pair>) -> Vec<f32> {
     let base = row.map_or(Base::Nothing, |row| Base::Row(&row[..b.columns]));
     fresh(Term { factor: 1.0, a, b }, base, more)
 }
@@ -144,7 +214,7 @@ pub fn product_on(sum: &[f32], factor: f32, a: Matrix, b: Matrix) -> Vec<f32> {
 
 /// `term + base + more`, on all threads; the base is not the result's own place. Nothing is written before it is
 /// computed.
-fn fresh(term: Term, base: Base, more: Option<Term>) -> Vec<f32> {
+fn fresh(term: Term, base: Base, more: Option<Pair>) -> Vec<f32> {
     let (rows, columns) = (term.a.rows, term.b.columns);
     let mut out = Vec::with_capacity(rows * columns);
     let place = out.as_mut_ptr();
@@ -206,16 +276,15 @@ pub unsafe fn multiply_into(
 unsafe fn spread(
     term: Term,
     base: Base,
-    more: Option<Term>,
+    more: Option<Pair>,
     out: *mut f32,
     stride: usize,
     threads: Threads,
 ) {
     let Term { a, b, .. } = term;
-    for Term { a, b, .. } in [term].into_iter().chain(more) {
-        assert_eq!(a.columns, b.rows, "inner dimensions of a product");
-    }
+    assert_eq!(a.columns, b.rows, "inner dimensions of a product");
     if let Some(more) = more {
+        assert_eq!(more.a.columns, more.b.rows, "inner dimensions of a product");
         let size = (more.a.rows, more.b.columns);
         assert_eq!(size, (a.rows, b.columns), "products that are added up");
     }
@@ -298,7 +367,7 @@ unsafe impl Sync for Shared {}
 
 /// # Safety
 /// As for [`spread`].
-unsafe fn multiply_block(term: Term, base: Base, more: Option<Term>, out: *mut f32, stride: usize) {
+unsafe fn multiply_block(term: Term, base: Base, more: Option<Pair>, out: *mut f32, stride: usize) {
     #[cfg(target_arch = "x86_64")]
     if let Some(instructions) = tile::Instructions::of_this_machine() {
         // SAFETY: this function's contract, and the machine has them.
@@ -308,7 +377,7 @@ unsafe fn multiply_block(term: Term, base: Base, more: Option<Term>, out: *mut f
     unsafe {
         multiply_elsewhere(term, base, out, stride);
         if let Some(more) = more {
-            multiply_elsewhere(more, Base::Out, out, stride);
+            multiply_elsewhere(more.term(), Base::Out, out, stride);
         }
     }
 }

@@ -80,21 +80,22 @@ fn thin_rows(
     }
 }
 
-/// `out = x·wᵀ` with `x` (rows, inputs), `w` (outputs, inputs) and `out` (rows, outputs); `out += x·wᵀ` if
-/// `accumulate`.
+/// `out = x·wᵀ` with `x` (rows, inputs), `w` (outputs, inputs) and `out` (rows, outputs), whose rows start `stride`
+/// elements apart; `out += x·wᵀ` if `accumulate`.
 pub fn times_transposed(
     x: &[f32],
     w: &[u16],
     kind: HalfKind,
     (rows, inputs, outputs): (usize, usize, usize),
-    out: &mut [f32],
+    (out, stride): (&mut [f32], usize),
     accumulate: bool,
 ) {
     let width = panel(outputs, inputs);
+    let x = Matrix::new(x, rows, inputs);
+    assert!(rows == 0 || out.len() >= (rows - 1) * stride + outputs && stride >= outputs);
+    assert_eq!(w.len(), outputs * inputs);
     let shared = Shared(out.as_mut_ptr());
     let shared = &shared;
-    let x = Matrix::new(x, rows, inputs);
-    assert!(out.len() >= rows * outputs && w.len() == outputs * inputs);
     (0..outputs.div_ceil(width))
         .into_par_iter()
         .for_each_init(Vec::new, |scratch, i| {
@@ -106,20 +107,21 @@ pub fn times_transposed(
             // SAFETY: columns `from..until` of all rows lie within `out`, and no other task writes them.
             unsafe {
                 let out = shared.0.add(from);
-                multiply_into(1.0, x, panel, out, outputs, accumulate, Threads::One);
+                multiply_into(1.0, x, panel, out, stride, accumulate, Threads::One);
             }
         });
 }
 
-/// `g·w` (rows, inputs) with `g` (rows, outputs) and `w` (outputs, inputs).
+/// `dx = g·w` (rows, inputs) with `g` (rows, outputs) and `w` (outputs, inputs); `dx += g·w` if `accumulate`.
 pub fn times(
-    g: &[f32],
+    g: Matrix,
     w: &[u16],
     kind: HalfKind,
     (rows, inputs, outputs): (usize, usize, usize),
-) -> Vec<f32> {
-    let mut dx = vec![0.0; rows * inputs];
-    assert!(g.len() == rows * outputs && w.len() == outputs * inputs);
+    dx: &mut [f32],
+    accumulate: bool,
+) {
+    assert!(dx.len() == rows * inputs && w.len() == outputs * inputs);
     // Panels of some columns and, of a long matrix, of some of its rows at a time.
     let width = panel(inputs, outputs.min(PANEL / STEP));
     let height = (PANEL / width).max(1);
@@ -138,16 +140,16 @@ pub fn times(
                     let start = row * inputs;
                     widen_piece(&w[start + from..start + until], kind, line);
                 }
-                let g = Matrix::with_stride(&g[first..], rows, last - first, outputs);
+                let g = g.some_columns(first, last);
                 let panel = Matrix::new(scratch, last - first, columns);
                 // SAFETY: columns `from..until` of all rows lie within `dx`, and no other task writes them.
                 unsafe {
                     let out = shared.0.add(from);
-                    multiply_into(1.0, g, panel, out, inputs, first > 0, Threads::One);
+                    let accumulate = accumulate || first > 0;
+                    multiply_into(1.0, g, panel, out, inputs, accumulate, Threads::One);
                 }
             }
         });
-    dx
 }
 
 /// How many of `count` lines of `length` elements make up a panel.

@@ -4,8 +4,8 @@
 use std::cell::RefCell;
 
 use super::lanes::turn;
-use super::tile::{Copying, Instructions, Tile, VECTORS};
-use super::{Base, Matrix, Term};
+use super::tile::{Copying, Instructions, Strips, Tile, VECTORS};
+use super::{Base, Matrix, Pair, Term};
 
 /// The most rows and columns of a block of the right matrix: half a MiB.
 const DEPTH: usize = 384;
@@ -39,7 +39,7 @@ fn room(lines: &mut Vec<Line>, length: usize) -> *mut f32 {
     lines.as_mut_ptr().cast()
 }
 
-/// `out = term + base + more`.
+/// `out = term + base + more`, where `term` has no factor if there is more.
 ///
 /// # Safety
 /// As for [`super::spread`], and the machine must have these instructions.
@@ -47,7 +47,7 @@ pub unsafe fn multiply(
     instructions: Instructions,
     term: Term,
     base: Base,
-    more: Option<Term>,
+    more: Option<Pair>,
     out: *mut f32,
     stride: usize,
 ) {
@@ -99,7 +99,7 @@ pub unsafe fn multiply(
     });
     if let Some(more) = afterwards {
         // SAFETY: this function's contract.
-        unsafe { multiply(instructions, more, Base::Out, None, out, stride) }
+        unsafe { multiply(instructions, more.term(), Base::Out, None, out, stride) }
     }
 }
 
@@ -107,7 +107,7 @@ pub unsafe fn multiply(
 struct Slice<'a> {
     instructions: Instructions,
     term: Term<'a>,
-    more: Option<Term<'a>>,
+    more: Option<Pair<'a>>,
     base: Option<*const f32>,
     base_stride: usize,
     out: *mut f32,
@@ -156,12 +156,15 @@ impl Slice<'_> {
                 (self.out.add(first_row * self.stride), base)
             };
             let mut tile = Tile {
-                a: a.at(first_row, 0),
-                a_row: a.row_stride,
-                a_step: a.column_stride,
-                b: copied_b,
-                b_step: 0,
-                depth,
+                strips: Strips {
+                    a: a.at(first_row, 0),
+                    a_row: a.row_stride,
+                    a_step: a.column_stride,
+                    b: copied_b,
+                    b_step: 0,
+                    depth,
+                },
+                more: None,
                 out,
                 stride: self.stride,
                 base,
@@ -177,13 +180,14 @@ impl Slice<'_> {
                 // SAFETY: each panel has its own part of the copy; all matrices lie within their slices.
                 unsafe {
                     let copy = copied_b.add(panel.first * depth);
+                    let strips = &mut tile.strips;
                     let mut copying = Copying::Nothing;
-                    (tile.b, tile.b_step) = (copy, panel.width);
+                    (strips.b, strips.b_step) = (copy, panel.width);
                     if first_row == 0 {
                         if !panel.is_adjacent(&b) {
                             panel.pack(&b, copy);
                         } else {
-                            (tile.b, tile.b_step) = (b.at(0, panel.first), b.row_stride);
+                            (strips.b, strips.b_step) = (b.at(0, panel.first), b.row_stride);
                             if a.rows > height {
                                 copying = Copying::B;
                                 (tile.copy_b, tile.copy_b_step) = (copy, panel.width);
@@ -194,15 +198,7 @@ impl Slice<'_> {
                         copying = Copying::Both;
                         (tile.copy_a, tile.copy_a_step) = (copied_a, rows);
                     }
-                    tile.out = out.add(panel.first);
-                    tile.base = base.map(|base| base.add(panel.first));
-                    tile.last = panel.columns - (panel.vectors - 1) * lanes;
-                    let kernel = self.instructions.kernel(rows, panel.vectors, copying);
-                    kernel(&tile);
-                    if copies_a && panel.first == 0 {
-                        (tile.a, tile.a_row, tile.a_step) = (copied_a, 1, rows);
-                    }
-                    if let Some(more) = self.more {
+                    if let Some(more) = &self.more {
                         let copy = copied_more.add(panel.first * more_depth);
                         let adjacent = panel.is_adjacent(&more.b);
                         if first_row == 0 && !adjacent {
@@ -212,21 +208,23 @@ impl Slice<'_> {
                             true => (more.b.at(0, panel.first), more.b.row_stride),
                             false => (copy.cast_const(), panel.width),
                         };
-                        let kernel =
-                            self.instructions
-                                .kernel(rows, panel.vectors, Copying::Nothing);
-                        kernel(&Tile {
+                        tile.more = Some(Strips {
                             a: more.a.at(first_row, 0),
                             a_row: more.a.row_stride,
                             a_step: more.a.column_stride,
                             b,
                             b_step,
                             depth: more_depth,
-                            base: Some(tile.out),
-                            base_stride: self.stride,
-                            factor: more.factor,
-                            ..tile
                         });
+                    }
+                    tile.out = out.add(panel.first);
+                    tile.base = base.map(|base| base.add(panel.first));
+                    tile.last = panel.columns - (panel.vectors - 1) * lanes;
+                    let kernel = self.instructions.kernel(rows, panel.vectors, copying);
+                    kernel(&tile);
+                    if copies_a && panel.first == 0 {
+                        let strips = &mut tile.strips;
+                        (strips.a, strips.a_row, strips.a_step) = (copied_a, 1, rows);
                     }
                 }
             }

@@ -159,7 +159,7 @@ fn a_row_is_added_to_every_row() {
 }
 
 #[test]
-fn what_is_added_at_once_is_what_would_be_added_afterwards() {
+fn a_product_that_is_added_to_another_goes_on_with_its_sums() {
     for (rows, depth, columns, more) in [
         (3, 5, 7, 2),
         (8, 0, 48, 4),
@@ -180,13 +180,55 @@ fn what_is_added_at_once_is_what_would_be_added_afterwards() {
                 matrix(&d, (more, columns), 0, !turned),
             );
             let mut wanted = product(a, b, Some(&row));
-            multiply(0.3, c, d, &mut wanted, columns, true, Threads::All);
-            let term = Term {
-                factor: 0.3,
-                a: c,
-                b: d,
+            multiply(1.0, c, d, &mut wanted, columns, true, Threads::All);
+            let found = product_and(a, b, Some(&row), Some(Pair { a: c, b: d }));
+            let size = ((depth + more) as f32).sqrt();
+            for (found, wanted) in found.iter().zip(&wanted) {
+                assert!((found - wanted).abs() < 2e-6 * size, "{found} and {wanted}");
+            }
+        }
+    }
+}
+
+#[test]
+fn products_side_by_side_are_each_what_it_is_alone() {
+    for (rows, depth, widths, rank) in [
+        (3, 5, [7, 0, 2], 2),
+        (130, 128, [128, 90, 128], 16),
+        (300, 200, [400, 512, 33], 8),
+    ] {
+        let total: usize = widths.iter().sum();
+        let [left, right] = [numbers(rows * depth, 1), numbers(depth * total, 2)];
+        let [low, up, row] = [
+            numbers(rows * rank, 3),
+            numbers(rank * total, 4),
+            numbers(total, 5),
+        ];
+        let a = Matrix::new(&left, rows, depth);
+        let b = Matrix::new(&right, depth, total);
+        let mut rights = Vec::new();
+        let mut from = 0;
+        for (i, width) in widths.into_iter().enumerate() {
+            let until = from + width;
+            let more = Pair {
+                a: Matrix::new(&low, rows, rank),
+                b: Matrix::new(&up, rank, total).some_columns(from, until),
             };
-            assert!(product_and(a, b, Some(&row), Some(term)) == wanted);
+            rights.push(Right {
+                b: b.some_columns(from, until),
+                row: (i != 1).then_some(&row[from..until]),
+                more: (i != 2).then_some(more),
+            });
+            from = until;
+        }
+        let found = products(a, &rights);
+        let mut from = 0;
+        for Right { b, row, more } in &rights {
+            let alone = product_and(a, *b, *row, *more);
+            for (i, alone) in alone.chunks_exact(b.columns.max(1)).enumerate() {
+                assert!(found[i * total + from..][..b.columns] == *alone);
+            }
+            from += b.columns;
         }
     }
 }

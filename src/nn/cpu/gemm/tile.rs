@@ -9,8 +9,9 @@ use super::lanes::Lanes;
 /// Vectors in a row of a tile.
 pub const VECTORS: usize = 3;
 
-/// What a kernel reads and writes: `out = factor · a·b + base` for some rows of `a` and a panel of `b`.
-pub struct Tile {
+/// Some rows of a left matrix and a panel of a right one.
+#[derive(Clone, Copy)]
+pub struct Strips {
     /// Element (r, k) is at `r · a_row + k · a_step`.
     pub a: *const f32,
     pub a_row: usize,
@@ -19,6 +20,13 @@ pub struct Tile {
     pub b: *const f32,
     pub b_step: usize,
     pub depth: usize,
+}
+
+/// What a kernel reads and writes: `out = factor · (a·b + more) + base`.
+pub struct Tile {
+    pub strips: Strips,
+    /// Those of another product, which is added.
+    pub more: Option<Strips>,
     pub out: *mut f32,
     pub stride: usize,
     /// Where there is something to add: rows `base_stride` apart.
@@ -193,35 +201,34 @@ unsafe fn compute<L: Lanes, const R: usize, const V: usize, const COPYING: usize
             }
         }
         let mut sums = [[L::splat(0.0); V]; R];
-        let (mut a, mut b) = (tile.a, tile.b);
+        let Strips { mut a, mut b, .. } = tile.strips;
         let (mut copy_a, mut copy_b) = (tile.copy_a, tile.copy_b);
-        for _ in 0..tile.depth {
-            let mut columns = [L::splat(0.0); V];
-            for (v, column) in columns.iter_mut().enumerate() {
-                *column = L::load(b.add(v * L::COUNT));
-                if COPYING != NOTHING {
-                    column.store(copy_b.add(v * L::COUNT));
-                    let next = b.wrapping_add(AHEAD * tile.b_step + v * L::COUNT);
+        for _ in 0..tile.strips.depth {
+            if COPYING != NOTHING {
+                for v in 0..V {
+                    L::load(b.add(v * L::COUNT)).store(copy_b.add(v * L::COUNT));
+                    let next = b.wrapping_add(AHEAD * tile.strips.b_step + v * L::COUNT);
                     _mm_prefetch::<_MM_HINT_T0>(next.cast());
                 }
+                copy_b = copy_b.wrapping_add(tile.copy_b_step);
             }
             if COPYING == BOTH {
                 let column = a.cast::<[f32; R]>().read_unaligned();
                 copy_a.cast::<[f32; R]>().write_unaligned(column);
-                let next = a.wrapping_add(AHEAD * tile.a_step);
+                let next = a.wrapping_add(AHEAD * tile.strips.a_step);
                 _mm_prefetch::<_MM_HINT_T0>(next.cast());
-            }
-            for (r, sums) in sums.iter_mut().enumerate() {
-                let x = L::splat(*a.add(r * tile.a_row));
-                for (sum, column) in sums.iter_mut().zip(columns) {
-                    *sum = x.times_plus(column, *sum);
-                }
-            }
-            a = a.wrapping_add(tile.a_step);
-            b = b.wrapping_add(tile.b_step);
-            if COPYING != NOTHING {
                 copy_a = copy_a.wrapping_add(tile.copy_a_step);
-                copy_b = copy_b.wrapping_add(tile.copy_b_step);
+            }
+            add_step(&mut sums, a, b, tile.strips.a_row);
+            a = a.wrapping_add(tile.strips.a_step);
+            b = b.wrapping_add(tile.strips.b_step);
+        }
+        if let Some(more) = &tile.more {
+            let Strips { mut a, mut b, .. } = *more;
+            for _ in 0..more.depth {
+                add_step(&mut sums, a, b, more.a_row);
+                a = a.wrapping_add(more.a_step);
+                b = b.wrapping_add(more.b_step);
             }
         }
         let factor = L::splat(tile.factor);
@@ -245,6 +252,32 @@ unsafe fn compute<L: Lanes, const R: usize, const V: usize, const COPYING: usize
                     };
                     value.store_some(out, tile.last);
                 }
+            }
+        }
+    }
+}
+
+/// One step of the depth: `sums += a·b` with a column of `a`, whose elements are `a_row` apart, and a row of `b`.
+///
+/// # Safety
+/// As for [`Kernel`].
+#[inline(always)]
+unsafe fn add_step<L: Lanes, const R: usize, const V: usize>(
+    sums: &mut [[L; V]; R],
+    a: *const f32,
+    b: *const f32,
+    a_row: usize,
+) {
+    // SAFETY: the contract.
+    unsafe {
+        let mut row = [L::splat(0.0); V];
+        for (v, vector) in row.iter_mut().enumerate() {
+            *vector = L::load(b.add(v * L::COUNT));
+        }
+        for (r, sums) in sums.iter_mut().enumerate() {
+            let x = L::splat(*a.add(r * a_row));
+            for (sum, vector) in sums.iter_mut().zip(row) {
+                *sum = x.times_plus(vector, *sum);
             }
         }
     }
