@@ -272,6 +272,35 @@ mod tests {
     }
 
     #[test]
+    fn views_are_joined_along_any_dimension() {
+        for dim in 0..4 {
+            let [x, y] = [2, 3].map(|n| {
+                let mut shape = [4, 3, 5, 6];
+                shape[dim] = n;
+                // Heads as an attention has them, within something wider.
+                let [b, h, n, d] = shape;
+                let wide = random(&[b, n, h + 2, d]);
+                let view = wide.narrow(2, 1, h).unwrap().transpose(1, 2).unwrap();
+                (wide, view)
+            });
+            let tracked = Var::from_tensor(&x.0).unwrap();
+            let h = x.1.dim(1).unwrap();
+            let view = tracked.narrow(2, 1, h).unwrap().transpose(1, 2).unwrap();
+            let joined = join(&view, &y.1, dim).unwrap();
+            let wanted = Tensor::cat(&[&view, &y.1], dim).unwrap();
+            assert_eq!(joined.dims(), wanted.dims());
+            assert_eq!(numbers(&joined), numbers(&wanted));
+            let of = |joined: Tensor| {
+                let weights = Tensor::arange(0f32, joined.elem_count() as f32, &Device::Cpu);
+                let weights = weights.unwrap().reshape(joined.shape()).unwrap();
+                let loss = (joined * weights).unwrap().sum_all().unwrap();
+                numbers(backward(&loss).unwrap().get(&tracked).unwrap())
+            };
+            assert_eq!(of(joined), of(wanted));
+        }
+    }
+
+    #[test]
     fn heads_have_candles_values_and_gradients() {
         compare(|x, y, ours| {
             let heads = |x: &Tensor, start: usize, heads: usize| match ours {

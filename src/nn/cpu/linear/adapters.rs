@@ -256,7 +256,7 @@ impl Adapters {
         shape: &Shapes,
     ) -> Result<Vec<Tensor>> {
         let inputs = shape.inputs;
-        let da = match low_gradient {
+        let mut da = match low_gradient {
             Some(low) if self.trains_a() => weight_gradient(low, &values(x)?, &self.down(shape)),
             _ => Vec::new(),
         };
@@ -275,7 +275,7 @@ impl Adapters {
             let Range { start, end } = block.ranks;
             if block.trained[0] {
                 let da = match self.blocks.len() {
-                    1 => da.clone(),
+                    1 => std::mem::take(&mut da),
                     _ => da[start * inputs..end * inputs].to_vec(),
                 };
                 gradients.push(tensor(da, (end - start, inputs))?);

@@ -15,9 +15,9 @@ use crate::nn::ops::LoraBlock;
 use crate::nn::shapes::Linear as Shapes;
 use crate::nn::vjp::record;
 
-/// `x` (…, inputs) to (…, outputs): x·Wᵀ + bias, W being `weights` one below the other, and what the adapters of `blocks` add to it.
-/// Several weights are all in half precision, and nobody trains them. Where `merge`, W with these may be formed
-/// if that is less work; the result then rounds by how many rows `x` has.
+/// `x` (…, inputs) to (…, outputs): x·Wᵀ + bias, W being `weights` one below the other, and what the adapters of
+/// `blocks` add to it. Several weights are all in half precision, and nobody trains them. Where `merge`, W with its
+/// adapters may be formed if that is less work; the result then rounds by how many rows `x` has.
 ///
 /// See [`crate::nn::ops::linear`], [`crate::nn::ops::linear_lora`] and [`crate::nn::ops::fused_linear`].
 pub fn linear(
