@@ -176,7 +176,7 @@ fn linear_cases(seed: u64, b: usize, n: usize, width: usize) -> Vec<Case> {
         case(
             "linear with adapters in blocks, on a trained weight",
             inputs(
-                &[x, &[r, width], &[3, r], &[r, width], &[2, r], &[o, width]],
+                &[x, &[r, width], &[2, r], &[3, width], &[1, 3], &[o, width]],
                 seed,
             ),
             |t| ops::fused_linear(&t[0], &t[5], None, &blocks(t)),
