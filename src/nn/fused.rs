@@ -1,5 +1,5 @@
-//! Fused projections: linear layers of one input, such as an attention's queries, keys and values, computed in one
-//! product. Their names, files and adapters stay those of the single layers.
+//! Fused projections: linear layers of one input, such as an attention's queries, keys and values, computed as one
+//! operation. Their names, files and adapters stay those of the single layers.
 
 use candle_core::{D, Tensor};
 

@@ -106,7 +106,7 @@ impl<'a> LoraBlock<'a> {
 }
 
 /// [`linear`] plus `scale · (x·aᵀ)·bᵀ` of each of `blocks`, added to its own outputs: fused projections, each with its
-/// adapter. At most four are trained.
+/// adapter. The blocks are in the order of their outputs and do not overlap; at most nine tensors of all are tracked.
 pub fn fused_linear(
     x: &Tensor,
     weight: &Tensor,

@@ -61,7 +61,8 @@ pub fn forward(
     if rows <= THIN {
         add_thin(&x, weights, shape, &mut y)?;
     } else {
-        for (from, half) in halves(weights) {
+        for block in halves(weights) {
+            let (from, half) = block?;
             let sizes = (rows, inputs, half.dims2().0);
             let out = (&mut y[from..], outputs);
             half::times_transposed(&x, half.bits()?, half.kind(), sizes, out, bias.is_some());
@@ -78,16 +79,16 @@ fn kept_bias(bias: Option<&Tensor>, shape: &Shapes) -> Result<Option<Tensor>> {
     bias.map(kept).transpose()
 }
 
-/// Those of `weights` in half precision, each with its first output.
-fn halves(weights: &[Weight]) -> impl Iterator<Item = (usize, &HalfMatrix)> {
+/// Each of `weights`, which are all in half precision, with its first output.
+fn halves(weights: &[Weight]) -> impl Iterator<Item = Result<(usize, &HalfMatrix)>> {
     let mut next = 0;
-    weights.iter().filter_map(move |weight| match weight {
+    weights.iter().map(move |weight| match weight {
         Weight::Half(half) => {
             let from = next;
             next += half.dims2().0;
-            Some((from, half))
+            Ok((from, half))
         }
-        _ => None,
+        _ => candle_core::bail!("a weight in f32 among several in one layer"),
     })
 }
 
@@ -169,7 +170,8 @@ pub fn input_gradient(
         };
     }
     let mut dx = vec![0.0; shape.rows * shape.inputs];
-    for (from, half) in halves(weights) {
+    for block in halves(weights) {
+        let (from, half) = block?;
         let outputs = half.dims2().0;
         let g = g.some_columns(from, from + outputs);
         let sizes = (shape.rows, shape.inputs, outputs);
