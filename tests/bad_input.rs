@@ -1,7 +1,5 @@
 //! What is wrong with the input is said: what, where, and how to mend it; and nothing that is committed is lost.
 
-mod support;
-
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -12,7 +10,8 @@ use candle_core::{DType, Device, Tensor};
 use lance::dataset::InsertBuilder;
 use proxytune::files;
 use proxytune::store::{Columns, SCHEMA_VERSION};
-use support::{PROXIES, Place, Said, say};
+
+use crate::support::{PROXIES, Place, Said, say};
 
 const PHOTOS: &str = "datasets/nano/subjects/dog1";
 const STUDENT: &str = "datasets/nano/checkpoints/llamagen";

@@ -1,11 +1,9 @@
 //! What can be typed, and what comes back.
 
-mod support;
-
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use support::{Place, SMOKE, Said, find, program, say};
+use crate::support::{Place, SMOKE, Said, find, program, say};
 
 fn proxytune(arguments: &[&str]) -> Said {
     let mut command = program();

@@ -1,6 +1,5 @@
 //! The fused operations on a card against their plain forms in f64 on the CPU: values and gradients, on random shapes,
 //! strides and masks, in every type. Where there is no card the tests say so and pass.
-#![cfg(feature = "cuda")]
 
 use candle_core::{DType, Device, Tensor, Var};
 use proxytune::Result;

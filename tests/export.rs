@@ -1,15 +1,14 @@
 //! What exports promise: the layouts that other trainers read, pictures unchanged, whole or not at all.
 
-#[path = "support/filled.rs"]
-mod filled;
-mod support;
-
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use filled::{SMALL, key};
-use support::{Said, program, say};
 use tempfile::TempDir;
+
+use crate::support;
+use crate::support::filled;
+use crate::support::filled::{SMALL, key};
+use crate::support::{Said, program, say};
 
 async fn store(count: u64) -> TempDir {
     let dir = tempfile::tempdir().unwrap();

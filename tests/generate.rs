@@ -1,8 +1,6 @@
 //! Proxies alone: however many processes make them and however these end, the store comes to hold what one undisturbed
 //! process makes, once.
 
-mod support;
-
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
@@ -14,7 +12,9 @@ use proxytune::pipeline::{Generated, Generation, Options, generate};
 use proxytune::stages::disk::FreeSpace;
 use proxytune::store::{Columns, Store};
 use proxytune::stream::Stop;
-use support::{Place, Running, SMOKE, find, program};
+
+use crate::support;
+use crate::support::{Place, Running, SMOKE, find, program};
 
 /// A second subject beside that of the smoke pipeline.
 const CAT: [&str; 2] = [

@@ -1,14 +1,10 @@
 //! Checkpoints by name arrive from a hub on this machine, whatever happens on the way; nothing here uses the network.
 
-#[path = "support/hub.rs"]
-mod hub;
-mod support;
-
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use hub::{COMMIT, Hub, Manner};
-use support::{Said, program, say};
+use crate::support::hub::{COMMIT, Hub, Manner};
+use crate::support::{Said, program, say};
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))

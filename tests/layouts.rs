@@ -1,18 +1,16 @@
 //! What becomes of tables of other layouts: older ones are read as they are and upgraded when they are written, newer
 //! ones refused.
 
-#[path = "support/filled.rs"]
-mod filled;
-mod support;
-
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
 use arrow::array::RecordBatch;
-use filled::{EVALUATORS, SMALL, asked, count, files_of, small_store};
 use lance::dataset::{InsertBuilder, WriteParams};
 use proxytune::store::{Columns, EvaluationRow, Row, SCHEMA_VERSION, Store};
+
+use crate::support::filled;
+use crate::support::filled::{EVALUATORS, SMALL, asked, count, files_of, small_store};
 
 /// An evaluations table as version 0.1 wrote it: layout 1, without the column `adapter`.
 async fn write_in_layout_1(dir: &Path, rows: &[EvaluationRow]) {

@@ -1,8 +1,6 @@
 //! A folder as LlamaGen publishes it, without a config, opens and draws what LlamaGen's own source draws from it, and
 //! what is merged into it stays. The folder and the program that made it are in `tests/golden`.
 
-mod support;
-
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -15,7 +13,8 @@ use proxytune::models::lora_file::LoraFile;
 use proxytune::models::pickle::Pickle;
 use proxytune::models::{Learner, Opening, Request, Sampling, Tuning, merge, open};
 use proxytune::nn::LoraConfig;
-use support::{program, say};
+
+use crate::support::{program, say};
 
 const PROMPT: &str = "a red dog on the beach";
 

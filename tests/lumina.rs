@@ -1,7 +1,5 @@
 //! A Lumina student in the whole program: pretrained a little, then proxy-tuned, drawn with and evaluated.
 
-mod support;
-
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -9,7 +7,8 @@ use std::sync::OnceLock;
 use candle_core::{DType, Tensor};
 use proxytune::files::read_tensors;
 use proxytune::models::adapters::AdapterFile;
-use support::{Place, find, program, say};
+
+use crate::support::{Place, find, program, say};
 
 /// Smaller sizes than the shipped settings have, so that a checkpoint is made in seconds.
 const SMALLER: [(&str, &str); 4] = [

@@ -1,13 +1,12 @@
 //! The nano checkpoints that ship: their size, what measures them, and that they can be trained further.
 
-mod support;
-
 use std::path::Path;
 use std::process::Command;
 
 use proxytune::store::{Columns, Store};
 use serde_json::Value;
-use support::{Said, program, say};
+
+use crate::support::{Said, program, say};
 
 const CHECKPOINTS: &str = "datasets/nano/checkpoints";
 const SETTINGS: &str = "pipelines/nano-pretrain.toml";

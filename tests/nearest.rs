@@ -1,15 +1,13 @@
 //! What nearest-neighbour search promises: the nearest are found, with an index and without, whatever came after it, and
 //! pictures and texts are embedded by the models of the store.
 
-#[path = "support/filled.rs"]
-mod filled;
-mod support;
-
 use std::path::Path;
 
-use filled::{EVALUATORS, SMALL, ask, asked, clip_of, dino_of, key, small_store};
 use proxytune::store::query::{Neighbour, Search, Snapshot, Space};
 use proxytune::store::{EvaluationRow, ProxyRow, Store};
+
+use crate::support::filled;
+use crate::support::filled::{EVALUATORS, SMALL, ask, asked, clip_of, dino_of, key, small_store};
 
 fn cosine(a: &[f32], b: &[f32]) -> f32 {
     let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
@@ -255,7 +253,7 @@ async fn a_picture_finds_itself_and_a_text_what_it_says_with_the_models_of_the_s
     assert!(said.out.contains(&key(best as u64)), "{said:?}");
 }
 
-/// Figures for the README: `cargo test --release --test nearest -- --ignored --nocapture`.
+/// Figures for the README: `cargo test --release nearest -- --ignored --nocapture`.
 #[tokio::test]
 #[ignore = "makes a store of 20,000 proxies, and its times mean something on an idle machine alone"]
 async fn twenty_thousand_proxies_are_asked_in_time() {

@@ -2,10 +2,6 @@
 //! implementations compute. The cases and the programs that made them are in `tests/golden`; see
 //! `tests/golden/ar/common.py` for their files.
 
-mod support {
-    pub mod golden;
-}
-
 use std::path::Path;
 
 use candle_core::{DType, Tensor};
@@ -13,7 +9,8 @@ use proxytune::models::llamagen::{Gpt, Sampling, VqModel, gpt, vq};
 use proxytune::models::pickle::Pickle;
 use proxytune::models::{checkpoint_files, clip, t5, vit};
 use proxytune::nn::Weights;
-use support::golden::*;
+
+use crate::support::golden::*;
 
 #[test]
 fn t5_encoder_equals_transformers_with_gradients_for_every_weight() {

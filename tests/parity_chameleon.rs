@@ -2,15 +2,11 @@
 //! cases and the programs that made them are in `tests/golden`; see `tests/golden/ar/chameleon.py` and
 //! `chameleon_vq.py` for their files.
 
-#[path = "support/golden.rs"]
-mod golden;
-
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
-use golden::{CPU, Tensors, assert_close, assert_gradients, case, config, dot, ids, load, values};
 use proxytune::models::adapters::AdapterFile;
 use proxytune::models::chameleon::files::open_image_tokenizer;
 use proxytune::models::chameleon::grammar::{Format, Vocabulary};
@@ -21,6 +17,10 @@ use proxytune::models::pickle::Pickle;
 use proxytune::nn::{Adapter, Weights};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
+
+use crate::support::golden::{
+    CPU, Tensors, assert_close, assert_gradients, case, config, dot, ids, load, values,
+};
 
 const CASES: [&str; 3] = [
     "own-norm-for-each-head",

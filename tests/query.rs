@@ -1,18 +1,19 @@
 //! What questions to a store promise: every table and view answers, what is shown and hidden, and that nothing is changed.
 
-#[path = "support/filled.rs"]
-mod filled;
-mod support;
-
 use std::path::Path;
 
 use arrow::array::{AsArray, LargeBinaryArray, RecordBatch};
 use arrow::datatypes::Float32Type;
-use filled::{EVALUATORS, SMALL, ask, asked, clip_of, count, files_of, key, small_store};
 use lance::dataset::{InsertBuilder, WriteMode, WriteParams};
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use proxytune::store::query::{Format, Search, Snapshot, Space, tables_text, write};
 use proxytune::store::{EvaluationRow, ProxyRow, Row};
+
+use crate::support;
+use crate::support::filled;
+use crate::support::filled::{
+    EVALUATORS, SMALL, ask, asked, clip_of, count, files_of, key, small_store,
+};
 
 async fn written(dir: &Path, sql: &str, format: Format) -> Vec<u8> {
     let snapshot = Snapshot::open(dir, None).await.unwrap();

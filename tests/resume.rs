@@ -1,15 +1,14 @@
 //! A run may end at any moment: what is committed stays, and the same command goes on to the same result.
 
-mod support;
-
 use std::collections::BTreeSet;
 use std::time::Duration;
 
 use lance::Dataset;
 use proxytune::store::Row;
 use rand::{Rng, SeedableRng};
-use support::{PROXIES, Place, Remains, Running, find};
 use tokio::sync::OnceCell;
+
+use crate::support::{PROXIES, Place, Remains, Running, find};
 
 const KILLS: usize = 20;
 

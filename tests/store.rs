@@ -502,7 +502,7 @@ async fn a_writer_killed_at_any_moment_leaves_a_whole_table() {
     let mut seen = 0;
     for life in 0..8_usize {
         let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "appends_until_killed", "--ignored"])
+            .args(["--exact", "store::appends_until_killed", "--ignored"])
             .env("STORE_TO_FILL", dir.path())
             .stdout(Stdio::null())
             .spawn()

@@ -1,11 +1,10 @@
 //! Time does not change the result: all stages at once, or one after another.
 
-mod support;
-
 use std::collections::BTreeSet;
 
 use proxytune::store::Columns;
-use support::{PROXIES, Place};
+
+use crate::support::{PROXIES, Place};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn streaming_and_sequential_runs_leave_equal_bytes_and_equal_rows() {

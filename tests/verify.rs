@@ -2,15 +2,15 @@
 //! and names what is wrong with cases that were tampered with. The cases are made by `golden/ar`, `golden/diffusion.py`,
 //! `golden/verify.py` and `golden/settings.py`.
 
-mod support;
-
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use candle_core::{Device, Tensor};
 use serde_json::Value;
-use support::{Said, program, say};
+
+use crate::support;
+use crate::support::{Said, program, say};
 
 const COMPONENTS: [&str; 10] = [
     "llamagen-gpt",

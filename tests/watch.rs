@@ -1,7 +1,5 @@
 //! A watched folder: what comes to rest is learnt, whatever happens around it, and the chain of runs can be replayed.
 
-mod support;
-
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -14,8 +12,9 @@ use proxytune::watch::remove::Leaving;
 use proxytune::watch::scan::{Scan, Scanner};
 use proxytune::watch::state::{Home, State};
 use proxytune::watch::{Options, watch};
-use support::{Running, SMOKE, find, program, say, tables};
 use tempfile::TempDir;
+
+use crate::support::{Running, SMOKE, find, program, say, tables};
 
 const SETTLE: Duration = Duration::from_secs(3);
 

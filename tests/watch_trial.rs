@@ -1,8 +1,6 @@
 //! One long trial of a watched folder: six subjects, photographs among them, arrive over time; one is extended, one
 //! renamed, one retired, one folder holds only bad files, and the process is killed five times.
 
-mod support;
-
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -10,7 +8,8 @@ use std::time::{Duration, Instant};
 use proxytune::watch::state::{Ended, Home, Run, State};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use support::{Running, find, program, say, tables};
+
+use crate::support::{Running, find, program, say, tables};
 
 /// Where folders of photos called `dog6`, `backpack` and `cat` lie: the DreamBooth dataset.
 const PHOTOS: &str = "PROXYTUNE_DREAMBOOTH";
@@ -261,7 +260,7 @@ fn print_scores(trial: &Trial) {
     );
 }
 
-/// `PROXYTUNE_DREAMBOOTH=DIR cargo test --release --test watch_trial -- --ignored --nocapture`; DIR holds the photos of
+/// `PROXYTUNE_DREAMBOOTH=DIR cargo test --release watch_trial -- --ignored --nocapture`; DIR holds the photos of
 /// the DreamBooth dataset. Minutes.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "minutes, and photographs that are not part of this repository"]

@@ -1,7 +1,5 @@
 //! A store as runs leave it, made quickly: proxies whose embeddings lie around the centres of their prompts.
 
-#![allow(dead_code)]
-
 use std::path::Path;
 
 use arrow::array::{AsArray, RecordBatch};

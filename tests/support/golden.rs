@@ -1,8 +1,5 @@
 //! What the parity tests share: reading the cases of `tests/golden` and comparing with them.
 
-// Every test file compiles this module for itself and uses its own part of it.
-#![allow(dead_code)]
-
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 

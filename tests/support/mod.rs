@@ -1,7 +1,8 @@
 //! What the tests of whole runs share: the smoke pipeline, ways to run it, and what a run leaves behind.
 
-// Every test file compiles this module for itself and uses its own part of it.
-#![allow(dead_code)]
+pub mod filled;
+pub mod golden;
+pub mod hub;
 
 use std::collections::BTreeMap;
 use std::io::Read;
