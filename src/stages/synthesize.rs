@@ -12,7 +12,7 @@ use super::{Checkpoint, Context, Lazy, Method, ProxyBatch, Supervisor, ended_ear
 use crate::Result;
 use crate::models::{Request, Sampling};
 use crate::plan::proxy_keys;
-use crate::stream::{Meter, Outlet};
+use crate::stream::{Downstream, Meter, Outlet};
 use crate::training::restore;
 
 /// What whoever makes the batch with these keys claims in the store. Batches that share a claim, by chance, are made
@@ -59,7 +59,7 @@ pub(super) async fn draw(
 pub fn synthesize(
     context: Arc<Context>,
     input: impl Stream<Item = Supervisor> + Send,
-    evaluated: Outlet<Checkpoint>,
+    evaluated: Vec<Outlet<Checkpoint>>,
     meter: Meter,
 ) -> impl Stream<Item = Result<ProxyBatch>> + Send {
     try_stream! {
@@ -121,7 +121,7 @@ pub fn synthesize(
                     subjects: vec![batch.subject],
                     values: Arc::new(values),
                 };
-                if evaluated.send(checkpoint).await.is_err() {
+                if !evaluated.pass(checkpoint).await {
                     // The evaluation was stopped or has failed, and says so itself.
                     return;
                 }
