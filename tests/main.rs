@@ -8,6 +8,7 @@ mod command_line;
 mod config;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod documents;
 mod evaluators;
 mod export;
 mod fused;
