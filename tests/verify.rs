@@ -22,6 +22,7 @@ const COMPONENTS: [&str; 10] = [
     "t5",
     "dino",
     "sd3-transformer",
+    "flux-transformer",
     "vae",
 ];
 

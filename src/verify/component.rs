@@ -31,13 +31,15 @@ pub enum Component {
     Dino,
     /// diffusers' `SD3Transformer2DModel`.
     Sd3Transformer,
+    /// diffusers' `FluxTransformer2DModel`.
+    FluxTransformer,
     /// diffusers' `AutoencoderKL`.
     Vae,
 }
 
 impl Component {
     /// All of them, in the order of the documentation.
-    pub const ALL: [Component; 10] = [
+    pub const ALL: [Component; 11] = [
         Component::LlamagenGpt,
         Component::LlamagenVq,
         Component::Chameleon,
@@ -47,6 +49,7 @@ impl Component {
         Component::T5,
         Component::Dino,
         Component::Sd3Transformer,
+        Component::FluxTransformer,
         Component::Vae,
     ];
 
@@ -62,6 +65,7 @@ impl Component {
             Component::T5 => "t5",
             Component::Dino => "dino",
             Component::Sd3Transformer => "sd3-transformer",
+            Component::FluxTransformer => "flux-transformer",
             Component::Vae => "vae",
         }
     }
@@ -78,6 +82,7 @@ impl Component {
             Component::T5 => runners::t5(place),
             Component::Dino => runners::dino(place),
             Component::Sd3Transformer => runners::sd3_transformer(place),
+            Component::FluxTransformer => runners::flux_transformer(place),
             Component::Vae => runners::vae(place),
         }
     }
@@ -100,6 +105,7 @@ impl Component {
             Component::T5 => kind(&["t5", "mt5"]),
             Component::Dino => kind(&["vit"]),
             Component::Sd3Transformer => class("SD3Transformer2DModel"),
+            Component::FluxTransformer => class("FluxTransformer2DModel"),
             Component::Vae => class("AutoencoderKL"),
         }
     }
@@ -128,6 +134,7 @@ impl Component {
             | Component::ChameleonVq
             | Component::Clip
             | Component::Sd3Transformer
+            | Component::FluxTransformer
             | Component::Vae => &[],
         };
         beside.iter().any(|start| layer.starts_with(start))
@@ -145,7 +152,8 @@ impl Component {
             | Component::ChameleonVq
             | Component::Clip
             | Component::T5
-            | Component::Sd3Transformer => str::to_string,
+            | Component::Sd3Transformer
+            | Component::FluxTransformer => str::to_string,
         }
     }
 }

@@ -17,6 +17,7 @@ use crate::models::chameleon::files::build_image_tokenizer;
 use crate::models::chameleon::{Backbone, VqGan};
 use crate::models::checkpoint_files::WeightFiles;
 use crate::models::clip::{self, Clip, TextModel};
+use crate::models::flux::{self, FluxTransformer};
 use crate::models::llamagen::{Gpt, VqModel};
 use crate::models::pickle::Pickle;
 use crate::models::sd3::Sd3Transformer;
@@ -357,12 +358,7 @@ impl Runner for Sd3Transformer {
     fn run(&self, inputs: &Inputs<'_>) -> Result<Vec<Output>> {
         let latents = inputs.numbers("hidden_states")?;
         let b = latents.dims().first().copied().unwrap_or(0);
-        // One timestep may stand for all.
-        let timestep = inputs.exact("timestep")?.flatten_all()?;
-        let timestep = match timestep.elem_count() {
-            1 => timestep.broadcast_as(b)?.contiguous()?,
-            _ => timestep,
-        };
+        let timestep = one_each(inputs, "timestep", b)?;
         let velocity = self.forward(
             &latents,
             &timestep,
@@ -371,6 +367,50 @@ impl Runner for Sd3Transformer {
         )?;
         Ok(vec![Output::numbers(&["", "sample"], velocity)])
     }
+}
+
+pub(super) fn flux_transformer(place: &Place) -> Opened {
+    let weights = place.weights("diffusion_pytorch_model")?;
+    let transformer = FluxTransformer::new(place.config()?, &weights)?;
+    Ok((Box::new(transformer), weights))
+}
+
+impl Runner for FluxTransformer {
+    fn run(&self, inputs: &Inputs<'_>) -> Result<Vec<Output>> {
+        let latents = inputs.numbers("hidden_states")?;
+        let b = latents.dims().first().copied().unwrap_or(0);
+        let guidance = match inputs.has("guidance") {
+            true => Some(one_each(inputs, "guidance", b)?),
+            false => None,
+        };
+        // Older pipelines give every image of a batch the same positions.
+        let positions = |name: &str| {
+            let ids = inputs.exact(name)?;
+            Ok::<_, Error>(match ids.rank() {
+                3 => ids.get(0)?,
+                _ => ids,
+            })
+        };
+        let condition = flux::Condition {
+            timestep: &one_each(inputs, "timestep", b)?,
+            guidance: guidance.as_ref(),
+            encoder_hidden_states: &inputs.numbers("encoder_hidden_states")?,
+            pooled_projections: &inputs.numbers("pooled_projections")?,
+            txt_ids: &positions("txt_ids")?,
+            img_ids: &positions("img_ids")?,
+        };
+        let velocity = self.forward(&latents, &condition)?;
+        Ok(vec![Output::numbers(&["", "sample"], velocity)])
+    }
+}
+
+/// The input `name` (b); one number may stand for all.
+fn one_each(inputs: &Inputs<'_>, name: &str, b: usize) -> Result<Tensor> {
+    let numbers = inputs.exact(name)?.flatten_all()?;
+    Ok(match numbers.elem_count() {
+        1 => numbers.broadcast_as(b)?.contiguous()?,
+        _ => numbers,
+    })
 }
 
 pub(super) fn vae(place: &Place) -> Opened {

@@ -10,9 +10,11 @@ mod text;
 mod transformer;
 
 pub use block::JointTransformerBlock;
+pub(super) use block::{EPS as NORM_EPS, FeedForward, Modulation, attend};
 pub use learner::Sd3Learner;
 pub use sampling::denoise;
 pub use transformer::{Config, LORA_TARGETS, QkNorm, Sd3Transformer};
+pub(super) use transformer::{Embedder, TIMESTEP_CHANNELS, timestep_embedding};
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
