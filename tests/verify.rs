@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::support;
 use crate::support::{Said, program, say};
 
-const COMPONENTS: [&str; 10] = [
+const COMPONENTS: [&str; 11] = [
     "llamagen-gpt",
     "llamagen-vq",
     "chameleon",
