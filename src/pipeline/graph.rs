@@ -218,7 +218,7 @@ impl<T: Send + 'static> Ends<T> {
     }
 
     /// What `stage` reads.
-    fn into(&mut self, stage: Stage) -> BoxStream<'static, T> {
+    fn read_by(&mut self, stage: Stage) -> BoxStream<'static, T> {
         match self.inlets.remove(&stage) {
             None => stream::empty().boxed(),
             Some(inlet) if self.in_order => stream::once(inlet.collect::<Vec<T>>())
@@ -229,7 +229,7 @@ impl<T: Send + 'static> Ends<T> {
     }
 
     /// Where `stage` writes.
-    fn out_of(&mut self, stage: Stage) -> Vec<Outlet<T>> {
+    fn written_by(&mut self, stage: Stage) -> Vec<Outlet<T>> {
         self.outlets.remove(&stage).unwrap_or_default()
     }
 }
@@ -283,7 +283,7 @@ impl Builder {
         let context = self.prepared.context.clone();
         match stage {
             Stage::References => {
-                let to = self.wires.references.out_of(stage);
+                let to = self.wires.references.written_by(stage);
                 let subjects = references(context, meter.clone());
                 self.stages.spawn(&meter, subjects, to);
             }
@@ -291,7 +291,7 @@ impl Builder {
             Stage::Synthesize => self.synthesize(&meter),
             Stage::Keep => {
                 let keys = self.prepared.supervisor_keys.clone();
-                let input = self.wires.proxies.into(stage);
+                let input = self.wires.proxies.read_by(stage);
                 let sequential = self.manner.sequential;
                 let kept = keep(
                     context,
@@ -307,18 +307,18 @@ impl Builder {
                     }
                     batch
                 });
-                let to = self.wires.kept.out_of(stage);
+                let to = self.wires.kept.written_by(stage);
                 self.stages.spawn(&meter, kept, to);
             }
             Stage::Tokenize => {
-                let input = self.wires.kept.into(stage);
+                let input = self.wires.kept.read_by(stage);
                 let tokenizer = self.prepared.tokenizer.clone();
                 let tokens = tokenize(context, tokenizer, input, meter.clone());
-                let to = self.wires.tokens.out_of(stage);
+                let to = self.wires.tokens.written_by(stage);
                 self.stages.spawn(&meter, tokens, to);
             }
             Stage::Score => {
-                let input = self.wires.kept.into(stage);
+                let input = self.wires.kept.read_by(stage);
                 let scores = score_proxies(context, input, meter.clone());
                 self.stages.spawn(&meter, scores, ());
             }
@@ -338,9 +338,9 @@ impl Builder {
             }
             Stage::Train => self.train(&meter),
             Stage::Evaluate => {
-                let input = self.wires.checkpoints.into(stage);
+                let input = self.wires.checkpoints.read_by(stage);
                 let scored = evaluate(context, input, meter.clone());
-                let to = self.wires.evaluations.out_of(stage);
+                let to = self.wires.evaluations.written_by(stage);
                 self.stages.spawn(&meter, scored, to);
             }
             // Whoever joins the graph writes it, when all else has ended.
@@ -354,7 +354,7 @@ impl Builder {
         };
         let context = self.prepared.context.clone();
         let keys = self.prepared.supervisor_keys.clone();
-        let input = self.wires.references.into(Stage::Supervise);
+        let input = self.wires.references.read_by(Stage::Supervise);
         let input = match &self.manner.shared {
             None => input,
             // Photos are committed for all subjects, and then taken up in this process's own order.
@@ -367,21 +367,21 @@ impl Builder {
         };
         let keyed = input.map(move |subject| (subject, keys[subject].clone()));
         let supervisors = supervise(context, opening, keyed, meter.clone());
-        let to = self.wires.supervisors.out_of(Stage::Supervise);
+        let to = self.wires.supervisors.written_by(Stage::Supervise);
         self.stages.spawn(meter, supervisors, to);
     }
 
     fn synthesize(&mut self, meter: &Meter) {
         let context = self.prepared.context.clone();
-        let input = self.wires.supervisors.into(Stage::Synthesize);
-        let to = self.wires.proxies.out_of(Stage::Synthesize);
+        let input = self.wires.supervisors.read_by(Stage::Synthesize);
+        let to = self.wires.proxies.written_by(Stage::Synthesize);
         match self.manner.shared.take() {
             Some(Shared { work, .. }) => {
                 let made = generate(context, work, input, meter.clone());
                 self.stages.spawn(meter, made, to);
             }
             None => {
-                let evaluated = self.wires.checkpoints.out_of(Stage::Synthesize);
+                let evaluated = self.wires.checkpoints.written_by(Stage::Synthesize);
                 let made = synthesize(context, input, evaluated, meter.clone());
                 self.stages.spawn(meter, made, to);
             }
@@ -400,19 +400,19 @@ impl Builder {
             };
             return self.tune(meter, Stage::Train, opening, tuned);
         }
-        let input = self.wires.tokens.into(Stage::Train);
+        let input = self.wires.tokens.read_by(Stage::Train);
         let first = self.first_training_proxy.clone();
         let learning = train(context.clone(), opening, input, first, meter.clone());
-        let to = self.wires.checkpoints.out_of(Stage::Train);
+        let to = self.wires.checkpoints.written_by(Stage::Train);
         self.stages.spawn(meter, learning, to);
     }
 
     /// Spawns a stage that learns from the references alone.
     fn tune(&mut self, meter: &Meter, stage: Stage, opening: Opening, tuned: Tuned) {
-        let input = self.wires.references.into(stage);
+        let input = self.wires.references.read_by(stage);
         let context = self.prepared.context.clone();
         let learning = direct(context, opening, tuned, input, meter.clone());
-        let to = self.wires.checkpoints.out_of(stage);
+        let to = self.wires.checkpoints.written_by(stage);
         self.stages.spawn(meter, learning, to);
     }
 }
