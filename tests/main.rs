@@ -10,7 +10,6 @@ mod config;
 mod cuda;
 mod evaluators;
 mod export;
-mod fused;
 mod generate;
 mod half_precision;
 mod hub;
