@@ -11,7 +11,6 @@ mod cuda;
 mod documents;
 mod evaluators;
 mod export;
-mod fused;
 mod generate;
 mod half_precision;
 mod hub;

@@ -4,8 +4,8 @@
 use candle_core::{DType, Device, Tensor, Var};
 use proptest::prelude::*;
 use proxytune::Result;
-use proxytune::nn::ops::{LoraBlock, Mask, Padding};
-use proxytune::nn::{Lora, Weight, beside_others, no_grad, ops, plain};
+use proxytune::nn::ops::{Mask, Padding};
+use proxytune::nn::{beside_others, no_grad, ops, plain};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
@@ -161,51 +161,12 @@ fn linear_cases(seed: u64, b: usize, n: usize, width: usize) -> Vec<Case> {
             |t| plain::linear_lora(&t[0], &t[1], Some(&t[2]), &t[3], &t[4], 0.5),
         ),
         case(
-            "linear with adapters in blocks, on a frozen weight",
-            inputs(&[x, &[r, width], &[2, r], &[3, width], &[o - 4, 3]], seed),
-            move |t| {
-                let (w, bias) = (random(&[o, width], 5), random(&[o], 6));
-                ops::fused_linear(&t[0], &w, Some(&bias), &blocks(t))
-            },
-            move |t| {
-                let w = random(&[o, width], 5).to_dtype(t[0].dtype())?;
-                let bias = random(&[o], 6).to_dtype(t[0].dtype())?;
-                plain::fused_linear(&t[0], &w, Some(&bias), &blocks(t))
-            },
-        ),
-        case(
-            "linear with adapters in blocks, on a trained weight",
-            inputs(
-                &[x, &[r, width], &[2, r], &[3, width], &[1, 3], &[o, width]],
-                seed,
-            ),
-            |t| ops::fused_linear(&t[0], &t[5], None, &blocks(t)),
-            |t| plain::fused_linear(&t[0], &t[5], None, &blocks(t)),
-        ),
-        case(
             "embedding",
             inputs(&[&[width, 5]], seed),
             move |t| ops::embedding(&t[0], &ids(b, n, width)?),
             move |t| plain::embedding(&t[0], &ids(b, n, width)?),
         ),
     ]
-}
-
-/// Two adapters: of the first outputs, and of some after one that has none.
-fn blocks(t: &[Tensor]) -> [LoraBlock<'_>; 2] {
-    let first = LoraBlock {
-        a: &t[1],
-        b: &t[2],
-        scale: 0.5,
-        start: 0,
-    };
-    let second = LoraBlock {
-        a: &t[3],
-        b: &t[4],
-        scale: -1.5,
-        start: t[2].dims()[0] + 1,
-    };
-    [first, second]
 }
 
 fn ids(b: usize, n: usize, count: usize) -> Result<Tensor> {
@@ -484,12 +445,6 @@ fn elementwise_cases(seed: u64, b: usize, n: usize, c: usize) -> Vec<Case> {
             |t| plain::swiglu(&t[0], &t[1]),
         ),
         case(
-            "swiglu of two halves",
-            inputs(&[&[b, n, 2 * c]], seed),
-            |t| ops::swiglu_halves(&t[0]),
-            |t| plain::swiglu_halves(&t[0]),
-        ),
-        case(
             "geglu of two views",
             inputs(&[&[b, n, 2 * c]], seed),
             move |t| ops::geglu_tanh(&t[0].narrow(2, 0, c)?, &t[0].narrow(2, c, c)?),
@@ -624,47 +579,6 @@ fn results_are_equal_to_the_byte_for_one_two_and_three_threads_and_in_a_crowd() 
             );
         }
     }
-}
-
-/// Few rows and many, an adapter that is merged while it learns and one that is not, a result in several blocks.
-#[test]
-fn a_weight_that_is_kept_turned_as_well_gives_the_same_bits() {
-    for (rows, inputs, outputs, rank) in [
-        (1, 7, 5, 1),
-        (9, 33, 50, 2),
-        (40, 24, 20, 4),
-        (300, 200, 700, 4),
-    ] {
-        let weight = random(&[outputs, inputs], 1);
-        let turned = Weight::from(weight.clone()).turned().unwrap();
-        assert!(matches!(turned, Weight::Twice { .. }));
-        let bias = random(&[outputs], 2);
-        let lora = Lora {
-            a: Var::from_tensor(&random(&[rank, inputs], 3)).unwrap(),
-            b: Var::from_tensor(&random(&[outputs, rank], 4)).unwrap(),
-            scale: 0.5,
-        };
-        let all = |weight: &Weight, lora: Option<&Lora>| -> Vec<u32> {
-            let x = Var::from_tensor(&random(&[rows, inputs], 5)).unwrap();
-            let y = ops::adapted_linear(&x, weight, Some(&bias), lora).unwrap();
-            let gradients = (&y * random(&[rows, outputs], 6)).unwrap().sum_all();
-            let gradients = gradients.unwrap().backward().unwrap();
-            let factors = lora.map_or(vec![], |lora| vec![&lora.a, &lora.b]);
-            let gradients = [&x]
-                .into_iter()
-                .chain(factors)
-                .map(|v| gradients.get(v).unwrap());
-            let values = [&y].into_iter().chain(gradients);
-            let values = values.flat_map(|t| t.flatten_all().unwrap().to_vec1::<f32>().unwrap());
-            values.map(f32::to_bits).collect()
-        };
-        for lora in [None, Some(&lora)] {
-            assert!(all(&turned, lora) == all(&weight.clone().into(), lora));
-        }
-    }
-    let trained = Var::from_tensor(&random(&[3, 2], 1)).unwrap();
-    let trained = Weight::from(trained.as_tensor().clone()).turned().unwrap();
-    assert!(matches!(trained, Weight::Tensor(_)));
 }
 
 #[test]

@@ -24,6 +24,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::{Device, Document, Dtype};
+use crate::nn::Operations;
 use crate::{Error, Result};
 
 /// Proxy-Tuning: photos of a subject go in, an autoregressive image model that draws it comes out.
@@ -398,13 +399,30 @@ pub enum Ended {
     WithWarnings,
 }
 
+/// The environment variable that has layers in f32 computed by candle's own operations, and what it is then set to.
+const OPERATIONS: (&str, &str) = ("PROXYTUNE_OPERATIONS", "candle");
+
+/// # Errors
+/// When the variable is set to what nothing answers to: times taken with it would be of something else.
+fn operations() -> Result<Operations> {
+    let (name, candles) = OPERATIONS;
+    match std::env::var_os(name) {
+        None => Ok(Operations::Fused),
+        Some(value) if value == candles => Ok(Operations::Candle),
+        Some(value) => Err(Error::invalid(
+            format!("{name} is {}", value.display()),
+            format!("set it to {candles}, or unset it for the fused operations"),
+        )),
+    }
+}
+
 /// Carries out what was typed.
 ///
 /// # Errors
 /// Those of the command.
 pub fn dispatch(cli: Cli) -> Result<Ended> {
     log();
-    crate::nn::check_operations()?;
+    crate::nn::use_operations(operations()?);
     let (mut out, mut notes) = (std::io::stdout(), std::io::stderr());
     match cli.command {
         Command::Run(args) => run::run(&args),

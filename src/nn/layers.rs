@@ -7,10 +7,6 @@ use super::adapter::Lora;
 use super::{Init, Weight, Weights, merged, ops};
 use crate::Result;
 
-/// Frozen weights of up to this many elements are kept turned as well: to turn them again for every batch took 3 % of the
-/// nano job's time, and another copy takes little memory.
-pub(super) const TURNED: usize = 1 << 18;
-
 /// `y = x·Wᵀ + bias`, plus the adapter's `scale · (x·Aᵀ)·Bᵀ` where one is attached.
 #[derive(Clone)]
 pub struct Linear {
@@ -27,21 +23,6 @@ impl Linear {
 
     /// Like [`Linear::new`]; a weight that no checkpoint gives starts as `init`, the bias as zero.
     pub fn with_init(
-        inputs: usize,
-        outputs: usize,
-        bias: bool,
-        init: Init,
-        weights: &Weights,
-    ) -> Result<Self> {
-        let mut layer = Self::as_read(inputs, outputs, bias, init, weights)?;
-        if inputs * outputs <= TURNED {
-            layer.weight = layer.weight.turned()?;
-        }
-        Ok(layer)
-    }
-
-    /// [`Linear::with_init`] with the weight as it lies in memory.
-    pub(super) fn as_read(
         inputs: usize,
         outputs: usize,
         bias: bool,
@@ -65,9 +46,9 @@ impl Linear {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let bias = self.bias.as_ref();
         if let (Some(weight), Some(lora)) = (self.weight.tensor(), &self.lora)
-            && let Some(merged) = merged::weight(weight, &[(0, lora)])?
+            && let Some(merged) = merged::weight(weight, lora)?
         {
-            return ops::adapted_linear(x, &merged, bias, None);
+            return ops::linear(x, &merged, bias);
         }
         ops::adapted_linear(x, &self.weight, bias, self.lora.as_ref())
     }
@@ -82,23 +63,6 @@ impl Linear {
     /// W, shape (outputs, inputs), without the adapter.
     pub fn weight(&self) -> &Weight {
         &self.weight
-    }
-
-    /// Puts equal values in another place.
-    pub(super) fn set_weight(&mut self, weight: Tensor) {
-        self.weight = Weight::Tensor(weight);
-    }
-
-    pub(super) fn bias(&self) -> Option<&Tensor> {
-        self.bias.as_ref()
-    }
-
-    pub(super) fn lora(&self) -> Option<&Lora> {
-        self.lora.as_ref()
-    }
-
-    pub(super) fn outputs(&self) -> Result<usize> {
-        Ok(self.weight.dims2()?.0)
     }
 }
 
@@ -272,7 +236,7 @@ impl Embedding {
     /// `ids` (…) of u32 to (…, width).
     pub fn forward(&self, ids: &Tensor) -> Result<Tensor> {
         match &self.weight {
-            Weight::Tensor(weight) | Weight::Twice { weight, .. } => ops::embedding(weight, ids),
+            Weight::Tensor(weight) => ops::embedding(weight, ids),
             Weight::Half(weight) => ops::half_embedding(weight, ids),
         }
     }

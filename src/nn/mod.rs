@@ -3,7 +3,6 @@
 //!
 //! - [`Weights`] hands named tensors to models: frozen from a checkpoint, or trainable, with an [`Adapter`] attached.
 //! - [`layers`] holds `Linear`, `Conv2d`, norms and `Embedding`; [`ops`] the functions that they are made of.
-//!   [`FusedLinear`] is several linear layers of one input.
 //! - A frozen [`Weight`] may be a [`HalfMatrix`]: bf16 or f16 on the CPU, mapped from its file, with f32 arithmetic.
 //! - [`recompute`] runs a block again in the backward pass instead of keeping what it computed; [`backward`] gives the
 //!   gradients.
@@ -11,11 +10,9 @@
 //! - [`no_grad`] runs a closure without building a graph: sampling, encoding and evaluation use it.
 
 mod adapter;
-pub mod bench;
+mod context;
 mod cpu;
-mod crowd;
 mod cuda;
-mod fused;
 pub mod layers;
 pub mod layout;
 mod merged;
@@ -32,54 +29,21 @@ mod weights;
 
 pub(crate) use adapter::seeded;
 pub use adapter::{Adapter, Factors, Lora, LoraConfig};
-pub use cpu::check_operations;
-pub use crowd::beside_others;
-pub(crate) use crowd::is_crowded;
+use context::{Context, is_crowded, is_no_grad};
+pub use context::{
+    Operations, beside_others, is_recomputing, merged, no_grad, recomputing, use_operations,
+};
 pub(crate) use cuda::optimizer as card_optimizer;
 pub(crate) use cuda::takes as card_takes;
-pub use fused::{FusedLinear, Projected};
 pub use layers::{Conv2d, Embedding, GroupNorm, LayerNorm, Linear, RmsNorm};
-pub use merged::merged;
 pub use ops::Mask;
 pub use parts::mean_over_parts;
 pub use precision::{HalfKind, HalfMatrix, Precision, Weight};
-pub use recompute::{backward, is_recomputing, recompute, recomputing};
+pub use recompute::{backward, recompute};
 pub use slices::sum_over_rows;
 pub use weights::{Init, Weights};
 
-use std::cell::Cell;
-
 use candle_core::Tensor;
-
-thread_local! {
-    static NO_GRAD: Cell<bool> = const { Cell::new(false) };
-}
-
-/// Runs `body` on this thread without recording a graph: every parameter is taken detached.
-pub fn no_grad<T>(body: impl FnOnce() -> T) -> T {
-    recording(false, body)
-}
-
-/// Runs `body` recording a graph, though it may be called inside [`no_grad`] by chance of threads.
-fn with_graph<T>(body: impl FnOnce() -> T) -> T {
-    recording(true, body)
-}
-
-fn recording<T>(yes: bool, body: impl FnOnce() -> T) -> T {
-    struct Restore(bool);
-    impl Drop for Restore {
-        fn drop(&mut self) {
-            NO_GRAD.with(|flag| flag.set(self.0));
-        }
-    }
-    let _restore = Restore(NO_GRAD.with(|flag| flag.replace(!yes)));
-    body()
-}
-
-/// Whether [`no_grad`] is running on this thread.
-fn is_no_grad() -> bool {
-    NO_GRAD.with(Cell::get)
-}
 
 /// A parameter as operations should see it: as it is, or detached inside [`no_grad`]. The storage is shared.
 pub fn parameter(tensor: &Tensor) -> Tensor {

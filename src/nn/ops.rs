@@ -8,11 +8,10 @@ use candle_core::Tensor;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
-use super::cpu::activation::{Gelu, GeluErf, QuickGelu, Silu, activation, gated, gated_halves};
+use super::cpu::activation::{Gelu, GeluErf, QuickGelu, Silu, activation, gated};
 use super::cpu::rope::{Pairing, rope};
 use super::cpu::takes;
 use super::cuda::activation::Activation;
-use super::recompute::in_recomputing;
 use super::{HalfMatrix, Lora, Weight, cpu, cuda, layout, parameter, plain};
 use crate::{Error, Result};
 
@@ -44,7 +43,7 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     let (weight, bias) = (parameter(weight), bias.map(parameter));
     let bias = bias.as_ref();
     if takes([x, &weight].into_iter().chain(bias)) {
-        return Ok(cpu::linear::linear(x, &[weight.into()], bias, &[], false)?);
+        return Ok(cpu::linear::linear(x, &weight.into(), bias, None)?);
     }
     if cuda::takes([x, &weight].into_iter().chain(bias)) {
         return Ok(cuda::linear::linear(x, &weight, bias)?);
@@ -70,86 +69,11 @@ pub fn adapted_linear(
             Some(lora) => linear_lora(x, &weight, bias, &lora.a, &lora.b, lora.scale),
         };
     }
-    let blocks: Vec<LoraBlock> = lora
-        .map(|lora| LoraBlock::of(lora, 0))
-        .into_iter()
-        .collect();
-    Ok(stacked(x, std::slice::from_ref(weight), bias, &blocks)?)
-}
-
-/// The adapter of some of a linear layer's outputs, which follow one another.
-#[derive(Clone, Copy)]
-pub struct LoraBlock<'a> {
-    /// (rank, inputs)
-    pub a: &'a Tensor,
-    /// (its outputs, rank)
-    pub b: &'a Tensor,
-    pub scale: f64,
-    /// The first of its outputs.
-    pub start: usize,
-}
-
-impl<'a> LoraBlock<'a> {
-    pub(super) fn of(lora: &'a Lora, start: usize) -> Self {
-        Self {
-            a: &lora.a,
-            b: &lora.b,
-            scale: lora.scale,
-            start,
-        }
-    }
-
-    /// A and B.
-    pub(super) fn factors(&self) -> [&'a Tensor; 2] {
-        [self.a, self.b]
-    }
-}
-
-/// [`linear`] plus `scale · (x·aᵀ)·bᵀ` of each of `blocks`, added to its own outputs: fused projections, each with its
-/// adapter. The blocks are in the order of their outputs and do not overlap; at most nine tensors of all are tracked.
-pub fn fused_linear(
-    x: &Tensor,
-    weight: &Tensor,
-    bias: Option<&Tensor>,
-    blocks: &[LoraBlock],
-) -> Result<Tensor> {
-    let factors = blocks.iter().flat_map(LoraBlock::factors);
-    if takes([x, weight].into_iter().chain(bias).chain(factors)) {
-        return Ok(stacked(x, &[parameter(weight).into()], bias, blocks)?);
-    }
-    let (weight, bias) = (parameter(weight), bias.map(parameter));
-    with_parameters(blocks, |blocks| {
-        plain::fused_linear(x, &weight, bias.as_ref(), blocks)
-    })
-}
-
-/// Calls `body` with `blocks` whose factors are taken through [`parameter`].
-fn with_parameters<T>(blocks: &[LoraBlock], body: impl FnOnce(&[LoraBlock]) -> T) -> T {
-    let factors = blocks.iter().map(|block| block.factors().map(parameter));
-    let factors: Vec<[Tensor; 2]> = factors.collect();
-    let blocks: Vec<LoraBlock> = blocks
-        .iter()
-        .zip(&factors)
-        .map(|(block, [a, b])| LoraBlock { a, b, ..*block })
-        .collect();
-    body(&blocks)
-}
-
-/// [`fused_linear`] on the CPU with `weights` one below the other; several are all in half precision.
-pub(super) fn stacked(
-    x: &Tensor,
-    weights: &[Weight],
-    bias: Option<&Tensor>,
-    blocks: &[LoraBlock],
-) -> candle_core::Result<Tensor> {
+    let factors = lora.map(|lora| [&*lora.a, &*lora.b].map(parameter));
+    let factors = factors.as_ref().zip(lora);
+    let factors = factors.map(|([a, b], lora)| (a, b, lora.scale));
     let bias = bias.map(parameter);
-    with_parameters(blocks, |blocks| {
-        // An adapter may be merged while it learns. Where it does not, what a row gives must not depend on how many
-        // there are.
-        let learns = blocks.iter().any(|b| b.a.track_op() || b.b.track_op());
-        let merge = learns || in_recomputing();
-        cpu::linear::linear(x, weights, bias.as_ref(), blocks, merge)
-    })
+    Ok(cpu::linear::linear(x, weight, bias.as_ref(), factors)?)
 }
 
 /// [`linear`] plus `scale · (x·aᵀ)·bᵀ` with `a` (rank, inputs) and `b` (outputs, rank).
@@ -161,30 +85,16 @@ pub fn linear_lora(
     b: &Tensor,
     scale: f64,
 ) -> Result<Tensor> {
-    let block = LoraBlock {
-        a,
-        b,
-        scale,
-        start: 0,
-    };
-    if takes([x, weight, a, b].into_iter().chain(bias)) {
-        return Ok(stacked(x, &[parameter(weight).into()], bias, &[block])?);
-    }
-    let (weight, bias, a, b) = (
-        parameter(weight),
-        bias.map(parameter),
-        parameter(a),
-        parameter(b),
-    );
+    let (weight, bias) = (parameter(weight), bias.map(parameter));
+    let (a, b) = (parameter(a), parameter(b));
     let bias = bias.as_ref();
+    if takes([x, &weight, &a, &b].into_iter().chain(bias)) {
+        let factors = Some((&a, &b, scale));
+        return Ok(cpu::linear::linear(x, &weight.into(), bias, factors)?);
+    }
     if cuda::takes([x, &weight].into_iter().chain(bias)) && cuda::takes_factors(x, &a, &b) {
-        return Ok(cuda::linear::linear_lora(
-            x,
-            &weight,
-            bias,
-            (&a, &b),
-            scale,
-        )?);
+        let factors = (&a, &b);
+        return Ok(cuda::linear::linear_lora(x, &weight, bias, factors, scale)?);
     }
     plain::linear_lora(x, &weight, bias, &a, &b, scale)
 }
@@ -355,14 +265,6 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
         return Ok(cuda::activation::gated(gate, up, Activation::Silu)?);
     }
     plain::swiglu(gate, up)
-}
-
-/// `silu(gate) · up` with `x` (…, 2·width) holding gate and up side by side: (…, width).
-pub fn swiglu_halves(x: &Tensor) -> Result<Tensor> {
-    if takes([x]) {
-        return Ok(gated_halves::<Silu>(x)?);
-    }
-    plain::swiglu_halves(x)
 }
 
 /// `value · gelu(gate)` with the tanh approximation, elementwise: the feed-forward of T5 1.1.

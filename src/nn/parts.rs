@@ -8,9 +8,8 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
-use super::crowd::{is_crowded, on_one_thread};
 use super::recompute::{backward, collect};
-use super::{is_no_grad, vjp};
+use super::{Context, is_crowded, is_no_grad, vjp};
 use crate::Result;
 
 /// The mean of `body` over examples: of each of about equal parts of at most `at_once` of them `body` gives the mean, a scalar in f32 on
@@ -52,12 +51,20 @@ pub fn mean_over_parts(
             gradients: variables.iter().map(of).collect(),
         })
     };
+    // Its share of the work is one thread's.
+    let alone = |part| {
+        let context = Context {
+            alone: true,
+            ..Context::default()
+        };
+        context.run(|| one(part))
+    };
     let parts: Vec<Part> = match is_crowded() {
         true => parts.iter().map(one).collect::<Result<_>>()?,
         false => parts
             .par_iter()
             .with_max_len(1)
-            .map(|part| on_one_thread(|| one(part)))
+            .map(alone)
             .collect::<Result<_>>()?,
     };
     attach(parts, variables)

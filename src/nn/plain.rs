@@ -3,8 +3,7 @@
 
 use candle_core::{D, DType, Tensor};
 
-use super::ops::{LoraBlock, Mask, Padding};
-use super::shapes;
+use super::ops::{Mask, Padding};
 use crate::{Error, Result};
 
 /// See [`super::ops::linear`].
@@ -36,30 +35,6 @@ pub fn linear_lora(
     let low = linear(x, &a.to_dtype(x.dtype())?, None)?;
     let addition = (linear(&low, &b.to_dtype(x.dtype())?, None)? * scale)?;
     Ok((y + addition)?)
-}
-
-/// See [`super::ops::fused_linear`].
-pub fn fused_linear(
-    x: &Tensor,
-    weight: &Tensor,
-    bias: Option<&Tensor>,
-    blocks: &[LoraBlock],
-) -> Result<Tensor> {
-    let y = linear(x, weight, bias)?;
-    let width = weight.dim(0)?;
-    let mut parts = Vec::new();
-    let mut end = 0;
-    for block in blocks {
-        let low = linear(x, &block.a.to_dtype(x.dtype())?, None)?;
-        let addition = (linear(&low, &block.b.to_dtype(x.dtype())?, None)? * block.scale)?;
-        let outputs = block.b.dim(0)?;
-        parts.push(y.narrow(D::Minus1, end, block.start - end)?);
-        parts.push((y.narrow(D::Minus1, block.start, outputs)? + addition)?);
-        end = block.start + outputs;
-    }
-    parts.push(y.narrow(D::Minus1, end, width - end)?);
-    parts.retain(|part| part.elem_count() > 0);
-    Ok(Tensor::cat(&parts, D::Minus1)?)
 }
 
 /// See [`super::ops::conv2d`].
@@ -204,15 +179,6 @@ pub fn group_norm(
 /// See [`super::ops::swiglu`].
 pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     Ok((gate.silu()? * up)?)
-}
-
-/// See [`super::ops::swiglu_halves`].
-pub fn swiglu_halves(x: &Tensor) -> Result<Tensor> {
-    let width = shapes::halves(x)?;
-    swiglu(
-        &x.narrow(D::Minus1, 0, width)?,
-        &x.narrow(D::Minus1, width, width)?,
-    )
 }
 
 /// See [`super::ops::quick_gelu`].

@@ -1,46 +1,18 @@
 //! Blocks that run again in the backward pass instead of keeping what they computed: a training step then holds the
 //! inputs of all blocks and the activations of one (Chen et al. 2016, arXiv 1604.06174).
 
-use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::rc::Rc;
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor, TensorId, Var};
 use rand_chacha::ChaCha8Rng;
 
-use super::{is_no_grad, no_grad, vjp};
+use super::context::{Context, Gathered};
+use super::{is_recomputing, no_grad, recomputing, vjp};
 use crate::{Error, Result};
 
-thread_local! {
-    static RECOMPUTING: Cell<bool> = const { Cell::new(false) };
-    /// Gradients of variables inside blocks, while [`backward`] runs.
-    static COLLECTED: RefCell<Option<HashMap<TensorId, Tensor>>> = const { RefCell::new(None) };
-}
-
-/// Runs `body` on this thread; where `yes`, the blocks in it that go through [`recompute`] keep their inputs alone.
-/// The result's gradients are then [`backward`]'s to compute.
-pub fn recomputing<T>(yes: bool, body: impl FnOnce() -> T) -> T {
-    struct Restore(bool);
-    impl Drop for Restore {
-        fn drop(&mut self) {
-            RECOMPUTING.with(|flag| flag.set(self.0));
-        }
-    }
-    let _restore = Restore(RECOMPUTING.with(|flag| flag.replace(yes)));
-    body()
-}
-
-/// Whether blocks on this thread are to keep their inputs alone.
-pub fn is_recomputing() -> bool {
-    in_recomputing() && !is_no_grad()
-}
-
-/// Whether this thread is inside [`recomputing`], a block's first run included.
-pub(super) fn in_recomputing() -> bool {
-    RECOMPUTING.with(Cell::get)
-}
-
-/// `body(inputs, generator)`, one block of a network with one result. Inside [`recomputing`] the block runs without a
+/// `body(inputs, generator)`, one block of a network with one result. Inside [`super::recomputing`] the block runs without a
 /// graph now and again in the backward pass, there with the same state of `generator`: values and gradients are equal.
 ///
 /// Whatever tracked tensor `body` depends on must be among `inputs`, at most six of them tracked, or be a variable.
@@ -137,33 +109,28 @@ pub(super) fn collect_variable(
     id: TensorId,
     gradient: Tensor,
 ) -> candle_core::Result<Option<Tensor>> {
-    COLLECTED.with_borrow_mut(|collected| {
-        let Some(collected) = collected else {
-            return Ok(Some(gradient));
-        };
-        let sum = match collected.remove(&id) {
-            Some(sum) => (sum + gradient)?,
-            None => gradient.detach(),
-        };
-        collected.insert(id, sum);
-        Ok(None)
-    })
+    let Some(collected) = Context::current().collected else {
+        return Ok(Some(gradient));
+    };
+    let mut collected = collected.borrow_mut();
+    let sum = match collected.remove(&id) {
+        Some(sum) => (sum + gradient)?,
+        None => gradient.detach(),
+    };
+    collected.insert(id, sum);
+    Ok(None)
 }
 
 /// The gradients of the scalar `loss`, with those of variables inside blocks that went through [`recompute`]. Like
 /// candle's own, but gradients of variables that our operations find are not added to zeros first.
 pub fn backward(loss: &Tensor) -> Result<GradStore> {
-    /// Puts back what another pass, inside of which this one runs, has collected.
-    struct Restore(Option<HashMap<TensorId, Tensor>>);
-    impl Drop for Restore {
-        fn drop(&mut self) {
-            COLLECTED.set(self.0.take());
-        }
-    }
-    let restore = Restore(COLLECTED.replace(Some(HashMap::new())));
-    let mut store = loss.backward()?;
-    let collected = COLLECTED.take().unwrap_or_default();
-    drop(restore);
+    let collected = Gathered::default();
+    let context = Context {
+        collected: Some(Rc::clone(&collected)),
+        ..Context::current()
+    };
+    let mut store = context.run(|| loss.backward())?;
+    let collected = collected.take();
     for (id, gradient) in collected {
         let sum = match store.get_id(id) {
             Some(outside) => (outside + gradient)?,

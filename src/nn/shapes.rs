@@ -2,7 +2,6 @@
 
 use candle_core::{Result, Tensor};
 
-use super::Weight;
 use super::ops::Mask;
 
 /// The sizes of a linear layer's call.
@@ -27,25 +26,6 @@ impl Linear {
             inputs,
             outputs,
         })
-    }
-
-    /// Of `x` (…, inputs) and weights (outputs, inputs) that lie one below the other.
-    pub fn of_stack(x: &Tensor, weights: &[Weight]) -> Result<Self> {
-        let (mut outputs, mut inputs) = (0, x.dims().last().copied().unwrap_or(0));
-        for (i, weight) in weights.iter().enumerate() {
-            let (own, of_each) = weight.dims2()?;
-            if i > 0 && of_each != inputs {
-                candle_core::bail!("weights of {inputs} and of {of_each} inputs in one layer");
-            }
-            (outputs, inputs) = (outputs + own, of_each);
-        }
-        Self::of(x, (outputs, inputs))
-    }
-
-    /// Whether the two products of an adapter with `rows` rows take over twice the multiplications that forming its
-    /// weight does. The weight is then less than half as large as the layer's input and result together.
-    pub fn is_deep(&self) -> bool {
-        self.rows * (self.inputs + self.outputs) > 2 * self.inputs * self.outputs
     }
 
     /// The rank of the adapter with factors `a` (rank, inputs) and `b` (outputs, rank).
@@ -187,14 +167,6 @@ pub fn check_gate(gate: &Tensor, up: &Tensor) -> Result<()> {
         );
     }
     Ok(())
-}
-
-/// Half the width of `x` (…, width).
-pub fn halves(x: &Tensor) -> Result<usize> {
-    match x.dims().last() {
-        Some(width) if width.is_multiple_of(2) => Ok(width / 2),
-        _ => candle_core::bail!("two halves of a tensor of shape {:?}", x.dims()),
-    }
 }
 
 /// The sizes of a sequence `x` (b, n, c) with one of each of `vectors` (b, c) for an image.

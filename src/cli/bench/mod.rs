@@ -1,5 +1,6 @@
 //! `proxytune bench`: times on this machine, in the terms of the reference implementations.
 
+mod operations;
 mod step;
 mod table;
 mod torch;

@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use image::{Rgb, RgbImage};
 
+use super::operations::{Operation, operations};
 use super::torch::{Torch, median, threads};
 use crate::config;
 use crate::models::{self, Learner, Lesson, Opening, Request, Sampling};
-use crate::nn::bench::{Operation, operations};
 use crate::training::{Trainee, tuning};
 use crate::{Error, Result, pipeline};
 

@@ -14,8 +14,8 @@ use super::cache::{Cache, RowCache};
 pub use super::config::Config;
 use crate::models::encoder::Activation;
 use crate::nn::{
-    Embedding, FusedLinear, Init, LayerNorm, Linear, Mask, RmsNorm, Weights, layout, no_grad, ops,
-    parameter, recompute,
+    Embedding, Init, LayerNorm, Linear, Mask, RmsNorm, Weights, layout, no_grad, ops, parameter,
+    recompute,
 };
 use crate::{Error, Result};
 
@@ -119,7 +119,9 @@ impl Rotary {
 }
 
 struct Attention {
-    qkv: FusedLinear,
+    q_proj: Linear,
+    k_proj: Linear,
+    v_proj: Linear,
     o_proj: Linear,
     q_norm: HeadNorm,
     k_norm: HeadNorm,
@@ -132,14 +134,13 @@ impl Attention {
     fn new(c: &Config, weights: &Weights) -> Result<Self> {
         let (hidden, kv_width) = (c.hidden_size, c.kv_heads() * c.head_dim());
         let (bias, init) = (c.attention_bias, Init::Normal(0.02));
-        let places = [
-            (hidden, weights.pp("q_proj")),
-            (kv_width, weights.pp("k_proj")),
-            (kv_width, weights.pp("v_proj")),
-        ];
+        let linear =
+            |outputs, name| Linear::with_init(hidden, outputs, bias, init, &weights.pp(name));
         Ok(Self {
-            qkv: FusedLinear::new(hidden, &places, bias, init)?,
-            o_proj: Linear::with_init(hidden, hidden, bias, init, &weights.pp("o_proj"))?,
+            q_proj: linear(hidden, "q_proj")?,
+            k_proj: linear(kv_width, "k_proj")?,
+            v_proj: linear(kv_width, "v_proj")?,
+            o_proj: linear(hidden, "o_proj")?,
             q_norm: HeadNorm::new(c.num_attention_heads, c.head_dim(), &weights.pp("q_norm"))?,
             k_norm: HeadNorm::new(c.kv_heads(), c.head_dim(), &weights.pp("k_norm"))?,
             heads: c.num_attention_heads,
@@ -156,11 +157,14 @@ impl Attention {
         rotary: &Rotary,
         attend: impl FnOnce(&Tensor, &Tensor, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        let qkv = self.qkv.forward(x)?;
-        let heads = |i| qkv.heads(i, self.head_dim);
-        let q = rotary.apply(&self.q_norm.forward(&heads(0)?)?)?;
-        let k = rotary.apply(&self.k_norm.forward(&heads(1)?)?)?;
-        let v = heads(2)?;
+        let split = |linear: &Linear, heads| {
+            layout::split_heads(&linear.forward(x)?, 0, heads, self.head_dim)
+        };
+        let q = split(&self.q_proj, self.heads)?;
+        let k = split(&self.k_proj, self.kv_heads)?;
+        let v = split(&self.v_proj, self.kv_heads)?;
+        let q = rotary.apply(&self.q_norm.forward(&q)?)?;
+        let k = rotary.apply(&self.k_norm.forward(&k)?)?;
         self.o_proj
             .forward(&layout::merge_heads(&attend(&q, &k, &v)?)?)
     }
@@ -176,7 +180,8 @@ impl Attention {
 }
 
 struct Mlp {
-    gate_up: FusedLinear,
+    gate_proj: Linear,
+    up_proj: Linear,
     down_proj: Linear,
     activation: Activation,
 }
@@ -185,20 +190,18 @@ impl Mlp {
     fn new(c: &Config, weights: &Weights) -> Result<Self> {
         let (hidden, inner) = (c.hidden_size, c.intermediate_size);
         let (bias, init) = (c.mlp_bias, Init::Normal(0.02));
-        let places = ["gate_proj", "up_proj"].map(|name| (inner, weights.pp(name)));
+        let up = |name| Linear::with_init(hidden, inner, bias, init, &weights.pp(name));
         Ok(Self {
-            gate_up: FusedLinear::new(hidden, &places, bias, init)?,
+            gate_proj: up("gate_proj")?,
+            up_proj: up("up_proj")?,
             down_proj: Linear::with_init(inner, hidden, bias, init, &weights.pp("down_proj"))?,
             activation: c.hidden_act,
         })
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let both = self.gate_up.forward(x)?;
-        let gated = match self.activation {
-            Activation::Silu => both.swiglu()?,
-            other => other.gate(&both.part(0)?, &both.part(1)?)?,
-        };
+        let gate = self.gate_proj.forward(x)?;
+        let gated = self.activation.gate(&gate, &self.up_proj.forward(x)?)?;
         self.down_proj.forward(&gated)
     }
 }

@@ -10,9 +10,7 @@ use candle_core::{DType, Device, Tensor};
 use rand_chacha::ChaCha8Rng;
 
 pub use super::config::Config;
-use crate::nn::{
-    Embedding, FusedLinear, Init, Linear, Mask, RmsNorm, Weights, layout, no_grad, ops, recompute,
-};
+use crate::nn::{Embedding, Init, Linear, Mask, RmsNorm, Weights, layout, no_grad, ops, recompute};
 use crate::{Error, Result};
 
 struct CaptionEmbedder {
@@ -151,8 +149,9 @@ fn ends(x: &Tensor, count: usize) -> Result<Tensor> {
 }
 
 struct FeedForward {
-    /// w1, the gate, and w3.
-    w1_w3: FusedLinear,
+    /// The gate.
+    w1: Linear,
+    w3: Linear,
     w2: Linear,
 }
 
@@ -160,15 +159,17 @@ impl FeedForward {
     fn new(c: &Config, weights: &Weights) -> Result<Self> {
         let hidden = c.hidden_dim();
         let init = Init::Normal(0.02);
-        let places = ["w1", "w3"].map(|name| (hidden, weights.pp(name)));
+        let up = |name| Linear::with_init(c.dim, hidden, false, init, &weights.pp(name));
         Ok(Self {
-            w1_w3: FusedLinear::new(c.dim, &places, false, init)?,
+            w1: up("w1")?,
+            w3: up("w3")?,
             w2: Linear::with_init(hidden, c.dim, false, init, &weights.pp("w2"))?,
         })
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.w2.forward(&self.w1_w3.forward(x)?.swiglu()?)
+        let gated = ops::swiglu(&self.w1.forward(x)?, &self.w3.forward(x)?)?;
+        self.w2.forward(&gated)
     }
 }
 

@@ -8,8 +8,7 @@ use candle_core::{D, Tensor};
 use super::transformer::{Config, QkNorm};
 use crate::Result;
 use crate::nn::{
-    FusedLinear, Init, LayerNorm, Linear, Mask, RmsNorm, Weights, is_recomputing, layout, ops,
-    recompute,
+    Init, LayerNorm, Linear, Mask, RmsNorm, Weights, is_recomputing, layout, ops, recompute,
 };
 
 /// Epsilon of every norm of the transformer.
@@ -37,7 +36,7 @@ impl Modulation {
 
 /// Queries, keys and values of one stream.
 struct Projections {
-    qkv: FusedLinear,
+    qkv: [Linear; 3],
     norms: Option<(HeadNorm, HeadNorm)>,
     heads: usize,
 }
@@ -69,15 +68,15 @@ impl Projections {
     /// `names` are those of q, k, v and of the norms of q and k.
     fn new(config: &Config, names: [&str; 5], weights: &Weights) -> Result<Self> {
         let d = config.inner_dim();
-        let places = [0, 1, 2].map(|i| (d, weights.pp(names[i])));
         let norm =
             |kind, name: &str| HeadNorm::new(kind, config.attention_head_dim, &weights.pp(name));
         let norms = match config.qk_norm {
             Some(kind) => Some((norm(kind, names[3])?, norm(kind, names[4])?)),
             None => None,
         };
+        let linear = |i: usize| Linear::new(d, d, true, &weights.pp(names[i]));
         Ok(Self {
-            qkv: FusedLinear::new(d, &places, true, Init::fan_in(d))?,
+            qkv: [linear(0)?, linear(1)?, linear(2)?],
             norms,
             heads: config.num_attention_heads,
         })
@@ -86,8 +85,9 @@ impl Projections {
     /// (b, n, d) to q, k and v, each (b, heads, n, d / heads).
     fn forward(&self, x: &Tensor) -> Result<[Tensor; 3]> {
         let d = x.dim(2)? / self.heads;
-        let qkv = self.qkv.forward(x)?;
-        let [q, k, v] = [qkv.heads(0, d)?, qkv.heads(1, d)?, qkv.heads(2, d)?];
+        let [q, k, v] = &self.qkv;
+        let split = |linear: &Linear| layout::split_heads(&linear.forward(x)?, 0, self.heads, d);
+        let (q, k, v) = (split(q)?, split(k)?, split(v)?);
         match &self.norms {
             Some((norm_q, norm_k)) => Ok([norm_q.forward(&q)?, norm_k.forward(&k)?, v]),
             None => Ok([q, k, v]),

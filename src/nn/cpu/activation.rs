@@ -4,7 +4,7 @@ use candle_core::{Result, Tensor};
 use multiversion::multiversion;
 
 use super::{PIECE, detached, pairs, pieces, simd, tensor, values};
-use crate::nn::shapes::{check_gate, halves};
+use crate::nn::shapes::check_gate;
 use crate::nn::vjp::record;
 
 /// A function of one number with its derivative.
@@ -152,39 +152,6 @@ pub fn gated<A: Activation>(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
             gradients.push(tensor(up_gradient, gate_kept.shape())?);
         }
         Ok(gradients)
-    })
-}
-
-/// A(gate) · up of `x` (…, 2·width), which holds gate and up side by side: (…, width).
-pub fn gated_halves<A: Activation>(x: &Tensor) -> Result<Tensor> {
-    let width = halves(x)?;
-    let kept = detached(x)?;
-    let mut shape = x.dims().to_vec();
-    if let Some(last) = shape.last_mut() {
-        *last = width;
-    }
-    // Whole rows, so many elements of the wide side as in any piece.
-    let rows = (PIECE / (2 * width).max(1)).max(1);
-    let y = {
-        let x = values(&kept)?;
-        pieces(x.len() / 2, rows * width, |i, y| {
-            let x = x[2 * i * rows * width..].chunks_exact((2 * width).max(1));
-            for (y, x) in y.chunks_exact_mut(width.max(1)).zip(x) {
-                gated_forward::<A>(&x[..width], &x[width..], y);
-            }
-        })
-    };
-    record(&[x], y, shape, move |gradient| {
-        let (x, g) = (values(&kept)?, values(gradient)?);
-        let dx = pieces(x.len(), 2 * rows * width, |i, dx| {
-            let x = x[2 * i * rows * width..].chunks_exact((2 * width).max(1));
-            let g = g[i * rows * width..].chunks_exact(width.max(1));
-            for ((dx, x), g) in dx.chunks_exact_mut((2 * width).max(1)).zip(x).zip(g) {
-                let (dgate, dup) = dx.split_at_mut(width);
-                gated_backward::<A>([&x[..width], &x[width..], g], dgate, dup);
-            }
-        });
-        Ok(vec![tensor(dx, kept.shape())?])
     })
 }
 

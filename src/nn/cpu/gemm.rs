@@ -1,21 +1,10 @@
-//! Matrix products of slices: on processors with AVX-512 or AVX2 by kernels of our own, on others by the `gemm` crate's.
-//! A large result is cut into blocks, never along the sums, so the number of threads does not change a bit.
-
-#[cfg(target_arch = "x86_64")]
-mod block;
-#[cfg(target_arch = "x86_64")]
-mod lanes;
-#[cfg(test)]
-mod tests;
-#[cfg(target_arch = "x86_64")]
-mod tile;
+//! Matrix products of slices, by the `gemm` crate. How many threads share one does not change a bit of it.
 
 use gemm::Parallelism;
-use rayon::prelude::*;
 
 use crate::nn::is_crowded;
 
-/// A matrix in a slice: element (i, j) is at `i · row_stride + j · column_stride`.
+/// A matrix in a slice: element (i, j) is at `i · row_stride + j · column_stride`, which lies within it.
 #[derive(Clone, Copy)]
 pub struct Matrix<'a> {
     data: &'a [f32],
@@ -34,7 +23,7 @@ impl<'a> Matrix<'a> {
     /// A matrix whose rows start `row_stride` elements apart.
     pub fn with_stride(data: &'a [f32], rows: usize, columns: usize, row_stride: usize) -> Self {
         assert!(
-            rows == 0 || columns == 0 || (rows - 1) * row_stride + columns <= data.len(),
+            fits(rows, columns, row_stride, data.len()),
             "a matrix of {rows} x {columns} with stride {row_stride} in {} elements",
             data.len()
         );
@@ -49,8 +38,15 @@ impl<'a> Matrix<'a> {
 
     /// Rows `from..until`.
     pub fn some_rows(self, from: usize, until: usize) -> Self {
+        assert!(
+            from <= until && until <= self.rows,
+            "rows {from}..{until} of {}",
+            self.rows
+        );
+        // Of no columns there may be no element at all.
+        let start = (from * self.row_stride).min(self.data.len());
         Self {
-            data: &self.data[(from * self.row_stride).min(self.data.len())..],
+            data: &self.data[start..],
             rows: until - from,
             ..self
         }
@@ -59,13 +55,6 @@ impl<'a> Matrix<'a> {
     /// Columns `from..until`.
     pub fn some_columns(self, from: usize, until: usize) -> Self {
         self.t().some_rows(from, until).t()
-    }
-
-    /// Where element (i, j) is.
-    #[cfg(target_arch = "x86_64")]
-    fn at(&self, i: usize, j: usize) -> *const f32 {
-        let place = i * self.row_stride + j * self.column_stride;
-        self.data.as_ptr().wrapping_add(place)
     }
 
     /// The transposed view.
@@ -80,6 +69,12 @@ impl<'a> Matrix<'a> {
     }
 }
 
+/// Whether `length` elements hold rows that start `stride` apart.
+fn fits(rows: usize, columns: usize, stride: usize, length: usize) -> bool {
+    let end = |rows: usize| (rows - 1).checked_mul(stride)?.checked_add(columns);
+    rows == 0 || columns == 0 || end(rows).is_some_and(|end| end <= length)
+}
+
 /// How many threads a product may use.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Threads {
@@ -88,140 +83,44 @@ pub enum Threads {
     All,
 }
 
-/// What a product is added to.
-#[derive(Clone, Copy)]
-enum Base<'a> {
-    Nothing,
-    /// What is in the result's place.
-    Out,
-    /// The same row for all of the result's.
-    Row(&'a [f32]),
-    /// A matrix of the result's size, whose rows start this many elements apart.
-    Matrix(&'a [f32], usize),
-}
-
-/// `factor · a·b`.
-#[derive(Clone, Copy)]
-struct Term<'a> {
-    factor: f32,
-    a: Matrix<'a>,
-    b: Matrix<'a>,
-}
-
-/// `a·b`, to be added to another product, whose sums go on where its own end.
+/// `a·b`, to be added to another product.
 #[derive(Clone, Copy)]
 pub struct Pair<'a> {
     pub a: Matrix<'a>,
     pub b: Matrix<'a>,
 }
 
-impl<'a> Pair<'a> {
+impl Pair<'_> {
     /// Adds the product to `out`, whose rows follow one another, on all threads.
     pub fn add_to(self, out: &mut [f32]) {
         let Self { a, b } = self;
+        assert_eq!(out.len(), a.rows * b.columns, "products that are added up");
         multiply(1.0, a, b, out, b.columns, true, Threads::All);
     }
-
-    fn term(self) -> Term<'a> {
-        let Self { a, b } = self;
-        Term { factor: 1.0, a, b }
-    }
-
-    fn some_rows(self, from: usize, until: usize) -> Self {
-        let a = self.a.some_rows(from, until);
-        Self { a, ..self }
-    }
-
-    fn some_columns(self, from: usize, until: usize) -> Self {
-        let b = self.b.some_columns(from, until);
-        Self { b, ..self }
-    }
 }
 
-impl<'a> Term<'a> {
-    fn some_rows(self, from: usize, until: usize) -> Self {
-        let a = self.a.some_rows(from, until);
-        Self { a, ..self }
-    }
-
-    fn some_columns(self, from: usize, until: usize) -> Self {
-        let b = self.b.some_columns(from, until);
-        Self { b, ..self }
-    }
-}
-
-/// `a·b`, with `row` added to each row, on all threads.
-pub fn product(a: Matrix, b: Matrix, row: Option<&[f32]>) -> Vec<f32> {
-    product_and(a, b, row, None)
-}
-
-/// The right side of one of several products with the same left matrix.
-pub struct Right<'a> {
-    pub b: Matrix<'a>,
-    /// Added to each row.
-    pub row: Option<&'a [f32]>,
-    /// Added to the product, as in [`product_and`].
-    pub more: Option<Pair<'a>>,
-}
-
-/// The products of `a` with each of `rights`, side by side in one matrix, on all threads.
-pub fn products(a: Matrix, rights: &[Right]) -> Vec<f32> {
-    let columns: usize = rights.iter().map(|right| right.b.columns).sum();
-    let mut out = Vec::with_capacity(a.rows * columns);
-    let place: *mut f32 = out.as_mut_ptr();
-    let mut first = 0;
-    for Right { b, row, more } in rights {
-        let base = row.map_or(Base::Nothing, |row| Base::Row(&row[..b.columns]));
-        let term = Term {
-            factor: 1.0,
-            a,
-            b: *b,
-        };
-        // SAFETY: there is room for the result, of which each product writes its own columns and reads none before.
-        unsafe {
-            spread(
-                term,
-                base,
-                *more,
-                place.wrapping_add(first),
-                columns,
-                Threads::All,
-            )
-        }
-        first += b.columns;
-    }
-    // SAFETY: all columns are written.
-    unsafe { out.set_len(a.rows * columns) }
-    out
-}
-
-/// [`product`] with another product of the same size added to it.
-pub fn product_and(a: Matrix, b: Matrix, row: Option<&[f32]>, more: Option<Pair>) -> Vec<f32> {
-    let base = row.map_or(Base::Nothing, |row| Base::Row(&row[..b.columns]));
-    fresh(Term { factor: 1.0, a, b }, base, more)
+/// `a·b`, with `row` added to each row and the product `more`, of the same size, to all, on all threads.
+pub fn product(a: Matrix, b: Matrix, row: Option<&[f32]>, more: Option<Pair>) -> Vec<f32> {
+    fresh(1.0, Pair { a, b }, row, more)
 }
 
 /// `factor · a·b`, on all threads.
 pub fn scaled_product(factor: f32, a: Matrix, b: Matrix) -> Vec<f32> {
-    fresh(Term { factor, a, b }, Base::Nothing, None)
+    fresh(factor, Pair { a, b }, None, None)
 }
 
-/// `factor · a·b + sum`, on all threads; the rows of `sum` follow one another.
-pub fn product_on(sum: &[f32], factor: f32, a: Matrix, b: Matrix) -> Vec<f32> {
-    assert_eq!(sum.len(), a.rows * b.columns, "a sum with a product");
-    fresh(Term { factor, a, b }, Base::Matrix(sum, b.columns), None)
-}
-
-/// `term + base + more`, on all threads; the base is not the result's own place. Nothing is written before it is
-/// computed.
-fn fresh(term: Term, base: Base, more: Option<Pair>) -> Vec<f32> {
-    let (rows, columns) = (term.a.rows, term.b.columns);
+/// The product in new memory, which is not written before it is computed.
+fn fresh(factor: f32, pair: Pair, row: Option<&[f32]>, more: Option<Pair>) -> Vec<f32> {
+    let (rows, columns) = (pair.a.rows, pair.b.columns);
     let mut out = Vec::with_capacity(rows * columns);
-    let place = out.as_mut_ptr();
-    // SAFETY: there is room for the result, which is written as a whole and never read before.
+    let base = row.map_or(Base::Nothing, Base::Row);
+    // SAFETY: there is room for the result, which is written as a whole and not read before.
     unsafe {
-        spread(term, base, more, place, columns, Threads::All);
+        compute(factor, pair, base, out.as_mut_ptr(), columns, Threads::All);
         out.set_len(rows * columns);
+    }
+    if let Some(more) = more {
+        more.add_to(&mut out);
     }
     out
 }
@@ -236,8 +135,9 @@ pub fn multiply(
     accumulate: bool,
     threads: Threads,
 ) {
+    // Rows that overlap would be written by several threads at a time.
     assert!(
-        a.rows == 0 || b.columns == 0 || (a.rows - 1) * stride + b.columns <= out.len(),
+        fits(a.rows, b.columns, stride, out.len()) && (a.rows < 2 || b.columns <= stride),
         "a product of {} x {} with stride {stride} into {} elements",
         a.rows,
         b.columns,
@@ -266,142 +166,44 @@ pub unsafe fn multiply_into(
         false => Base::Nothing,
     };
     // SAFETY: this function's contract.
-    unsafe { spread(Term { factor, a, b }, base, None, out, stride, threads) }
+    unsafe { compute(factor, Pair { a, b }, base, out, stride, threads) }
 }
 
-/// `out = term + base + more`.
+/// What a product is added to.
+#[derive(Clone, Copy)]
+enum Base<'a> {
+    Nothing,
+    /// What is in the result's place.
+    Out,
+    /// The same row for all of the result's.
+    Row(&'a [f32]),
+}
+
+/// `out = factor · a·b + base`.
 ///
 /// # Safety
-/// As for [`multiply_into`]; `out` is only read if it is the base, or after it was written.
-unsafe fn spread(
-    term: Term,
+/// As for [`multiply_into`]; `out` is only read if it is the base.
+unsafe fn compute(
+    factor: f32,
+    Pair { a, b }: Pair,
     base: Base,
-    more: Option<Pair>,
     out: *mut f32,
     stride: usize,
     threads: Threads,
 ) {
-    let Term { a, b, .. } = term;
     assert_eq!(a.columns, b.rows, "inner dimensions of a product");
-    if let Some(more) = more {
-        assert_eq!(more.a.columns, more.b.rows, "inner dimensions of a product");
-        let size = (more.a.rows, more.b.columns);
-        assert_eq!(size, (a.rows, b.columns), "products that are added up");
-    }
-    let (height, width) = match threads {
-        Threads::One => (a.rows, b.columns),
-        Threads::All if is_crowded() && is_one_chain() => (a.rows, b.columns),
-        Threads::All => blocks(a.rows, a.columns, b.columns),
-    };
-    if height >= a.rows && width >= b.columns {
-        // SAFETY: this function's contract.
-        return unsafe { multiply_block(term, base, more, out, stride) };
-    }
-    let down = a.rows.div_ceil(height);
-    let out = Shared(out);
-    let out = &out;
-    let body = |block: usize| {
-        let (row, column) = (block % down * height, block / down * width);
-        let (end, until) = ((row + height).min(a.rows), (column + width).min(b.columns));
-        let base = match base {
-            Base::Row(values) => Base::Row(&values[column..until]),
-            Base::Matrix(values, stride) => Base::Matrix(&values[row * stride + column..], stride),
-            other => other,
-        };
-        // SAFETY: this function's contract; each block is written by one task.
-        unsafe {
-            let out = out.0.add(row * stride + column);
-            let term = term.some_rows(row, end).some_columns(column, until);
-            let more = more.map(|more| more.some_rows(row, end).some_columns(column, until));
-            multiply_block(term, base, more, out, stride);
-        }
-    };
-    (0..down * b.columns.div_ceil(width))
-        .into_par_iter()
-        .for_each(body);
-}
-
-/// Multiplications below which a block is not worth a task of its own.
-const BLOCK_WORK: usize = 1 << 20;
-
-/// There need not be more blocks than this, for threads that get no more than one at a time.
-const BLOCKS: usize = 64;
-
-/// Whether each element of a product is one chain of operations, however the product is cut.
-fn is_one_chain() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    return tile::Instructions::of_this_machine().is_some();
-    #[cfg(not(target_arch = "x86_64"))]
-    false
-}
-
-/// The sizes of a block: the most that the caches hold of the right matrix, the least that pays for bringing it there,
-/// and whole tiles of the kernels, with either instructions.
-const MOST_COLUMNS: usize = 336;
-const LEAST_COLUMNS: usize = 144;
-const COLUMN_STEP: usize = 48;
-const LEAST_ROWS: usize = 96;
-const ROW_STEP: usize = 8;
-
-/// Rows and columns of the blocks that a product is cut into.
-fn blocks(rows: usize, depth: usize, columns: usize) -> (usize, usize) {
-    let wanted = (rows * depth * columns / BLOCK_WORK).min(BLOCKS);
-    if wanted < 2 {
-        return (rows, columns);
-    }
-    let across = columns.div_ceil(MOST_COLUMNS).min(wanted);
-    let down = (wanted / across).min(rows / LEAST_ROWS).max(1);
-    let across = (wanted / down).min(columns / LEAST_COLUMNS).max(across);
-    (
-        rows.div_ceil(down).next_multiple_of(ROW_STEP),
-        columns.div_ceil(across).next_multiple_of(COLUMN_STEP),
-    )
-}
-
-/// The start of an output that several threads write in disjoint places.
-pub struct Shared(pub *mut f32);
-
-// SAFETY: only the address is shared; every use says why its places are disjoint.
-unsafe impl Send for Shared {}
-unsafe impl Sync for Shared {}
-
-/// # Safety
-/// As for [`spread`].
-unsafe fn multiply_block(term: Term, base: Base, more: Option<Pair>, out: *mut f32, stride: usize) {
-    #[cfg(target_arch = "x86_64")]
-    if let Some(instructions) = tile::Instructions::of_this_machine() {
-        // SAFETY: this function's contract, and the machine has them.
-        return unsafe { block::multiply(instructions, term, base, more, out, stride) };
-    }
-    // SAFETY: this function's contract.
-    unsafe {
-        multiply_elsewhere(term, base, out, stride);
-        if let Some(more) = more {
-            multiply_elsewhere(more.term(), Base::Out, out, stride);
-        }
-    }
-}
-
-/// # Safety
-/// As for [`spread`].
-unsafe fn multiply_elsewhere(
-    Term { factor, a, b }: Term,
-    base: Base,
-    out: *mut f32,
-    stride: usize,
-) {
-    let copied = match base {
-        Base::Nothing | Base::Out => None,
-        Base::Row(row) => Some((row, 0)),
-        Base::Matrix(values, rows) => Some((values, rows)),
-    };
-    if let Some((values, rows)) = copied {
+    if let Base::Row(row) = base {
+        assert_eq!(row.len(), b.columns, "a row with a product");
         for i in 0..a.rows {
-            let row = &values[i * rows..][..b.columns];
             // SAFETY: this function's contract; the row is as long as the result's.
-            unsafe { out.add(i * stride).copy_from(row.as_ptr(), b.columns) }
+            unsafe { out.add(i * stride).copy_from(row.as_ptr(), row.len()) }
         }
     }
+    // Which thread computes a tile does not change its sums.
+    let parallelism = match threads {
+        Threads::All if !is_crowded() => Parallelism::Rayon(0),
+        _ => Parallelism::None,
+    };
     // SAFETY: both matrices lie within their slices (checked when they were made); `out` by this function's contract.
     unsafe {
         gemm::gemm(
@@ -423,7 +225,203 @@ unsafe fn multiply_elsewhere(
             false,
             false,
             false,
-            Parallelism::None,
+            parallelism,
         );
+    }
+}
+
+/// The start of an output that several threads write in disjoint places.
+pub struct Shared(pub *mut f32);
+
+// SAFETY: only the address is shared; every use says why its places are disjoint.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Matrices to make: their sizes, what is between rows, and whether each is seen transposed.
+    #[derive(Debug, Clone)]
+    struct Shape {
+        rows: usize,
+        depth: usize,
+        columns: usize,
+        gaps: [usize; 3],
+        turned: [bool; 2],
+        factor: f32,
+        accumulate: bool,
+    }
+
+    prop_compose! {
+        fn shapes(most: usize)(
+            rows in 0..most,
+            depth in 0..most * 2,
+            columns in 0..most,
+            gaps in [0..9usize, 0..9, 0..9],
+            turned in any::<[bool; 2]>(),
+            factor in prop_oneof![Just(1.0f32), Just(-0.37)],
+            accumulate in any::<bool>(),
+        ) -> Shape {
+            Shape { rows, depth, columns, gaps, turned, factor, accumulate }
+        }
+    }
+
+    fn numbers(count: usize, seed: u32) -> Vec<f32> {
+        let mut state = seed;
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        };
+        (0..count).map(|_| next()).collect()
+    }
+
+    fn matrix(
+        data: &[f32],
+        (rows, columns): (usize, usize),
+        gap: usize,
+        turned: bool,
+    ) -> Matrix<'_> {
+        match turned {
+            true => Matrix::with_stride(data, columns, rows, rows + gap).t(),
+            false => Matrix::with_stride(data, rows, columns, columns + gap),
+        }
+    }
+
+    /// Whether a product is what the definition says, to rounding, and touches nothing else.
+    fn check(shape: &Shape, threads: Threads) {
+        let Shape {
+            rows,
+            depth,
+            columns,
+            gaps,
+            turned,
+            factor,
+            accumulate,
+        } = *shape;
+        let room = (rows.max(columns) + 9) * (depth + 9);
+        let (left, right) = (numbers(room, 1), numbers(room, 2));
+        let a = matrix(&left, (rows, depth), gaps[0], turned[0]);
+        let b = matrix(&right, (depth, columns), gaps[1], turned[1]);
+        let stride = columns + gaps[2];
+        let before = numbers(rows * stride, 3);
+        let mut out = before.clone();
+        multiply(factor, a, b, &mut out, stride, accumulate, threads);
+        let places = (0..rows).flat_map(|i| (0..stride).map(move |j| (i, j)));
+        for ((i, j), (found, before)) in places.zip(out.iter().zip(&before)) {
+            if j >= columns {
+                assert_eq!(found, before, "between the rows, at {i}, {j}");
+                continue;
+            }
+            let sum: f64 = (0..depth)
+                .map(|k| {
+                    let left = a.data[i * a.row_stride + k * a.column_stride];
+                    let right = b.data[k * b.row_stride + j * b.column_stride];
+                    f64::from(left) * f64::from(right)
+                })
+                .sum();
+            let base = if accumulate { f64::from(*before) } else { 0.0 };
+            let wanted = f64::from(factor) * sum + base;
+            let error = (f64::from(*found) - wanted).abs();
+            let allowed = 2e-5 * (depth as f64).sqrt().max(1.0);
+            assert!(error < allowed, "{error} at {i}, {j}");
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(300))]
+
+        #[test]
+        fn a_product_is_what_the_definition_says(shape in shapes(70)) {
+            check(&shape, Threads::All);
+            check(&shape, Threads::One);
+        }
+
+        #[test]
+        fn parts_of_a_matrix_are_its_rows_and_columns(
+            shape in shapes(20),
+            from in [0..21usize, 0..21],
+            until in [0..21usize, 0..21],
+        ) {
+            let Shape { rows, columns, gaps, turned, .. } = shape;
+            let data = numbers((rows.max(columns) + 9) * 30, 1);
+            let whole = matrix(&data, (rows, columns), gaps[0], turned[0]);
+            let part = std::panic::catch_unwind(|| {
+                whole.some_rows(from[0], until[0]).some_columns(from[1], until[1])
+            });
+            let inside = |from, until, count| from <= until && until <= count;
+            let fits = inside(from[0], until[0], rows) && inside(from[1], until[1], columns);
+            prop_assert_eq!(part.is_ok(), fits);
+            let at = |m: &Matrix, i: usize, j: usize| m.data[i * m.row_stride + j * m.column_stride];
+            if let Ok(part) = part {
+                prop_assert_eq!((part.rows, part.columns), (until[0] - from[0], until[1] - from[1]));
+                for (i, j) in (0..part.rows).flat_map(|i| (0..part.columns).map(move |j| (i, j))) {
+                    prop_assert_eq!(at(&part, i, j), at(&whole, from[0] + i, from[1] + j));
+                }
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(12))]
+
+        #[test]
+        fn so_is_a_large_one_that_threads_share(shape in shapes(500)) {
+            check(&shape, Threads::All);
+        }
+    }
+
+    #[test]
+    fn a_row_and_another_product_are_added() {
+        for (rows, depth, columns, more) in [
+            (3, 5, 7, 2),
+            (8, 0, 48, 4),
+            (17, 40, 83, 16),
+            (300, 400, 500, 8),
+            (20, 30, 350, 500),
+        ] {
+            for turned in [false, true] {
+                let [a, b] = [numbers(rows * depth, 1), numbers(depth * columns, 2)];
+                let [c, d] = [numbers(rows * more, 3), numbers(more * columns, 4)];
+                let row = numbers(columns, 5);
+                let a = Matrix::new(&a, rows, depth);
+                let b = matrix(&b, (depth, columns), 0, turned);
+                let c = Matrix::new(&c, rows, more);
+                let d = matrix(&d, (more, columns), 0, !turned);
+                let mut wanted = row.repeat(rows);
+                multiply(1.0, a, b, &mut wanted, columns, true, Threads::One);
+                multiply(1.0, c, d, &mut wanted, columns, true, Threads::One);
+                let found = product(a, b, Some(&row), Some(Pair { a: c, b: d }));
+                let size = ((depth + more) as f32).sqrt();
+                for (found, wanted) in found.iter().zip(&wanted) {
+                    assert!((found - wanted).abs() < 2e-6 * size, "{found} and {wanted}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_number_of_threads_does_not_change_a_bit() {
+        for (rows, depth, columns, turned) in [
+            (768, 256, 700, [false, true]),
+            (301, 900, 257, [true, false]),
+            (8, 3000, 768, [true, false]),
+            (3000, 768, 8, [false, true]),
+        ] {
+            let (left, right) = (numbers(rows * depth, 1), numbers(depth * columns, 2));
+            let a = matrix(&left, (rows, depth), 0, turned[0]);
+            let b = matrix(&right, (depth, columns), 0, turned[1]);
+            let on = |threads: usize| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+                pool.unwrap().install(|| product(a, b, None, None))
+            };
+            let one = on(1);
+            for threads in [2, 5] {
+                assert!(on(threads) == one, "{threads} threads");
+            }
+        }
     }
 }

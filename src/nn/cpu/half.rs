@@ -80,20 +80,17 @@ fn thin_rows(
     }
 }
 
-/// `out = x·wᵀ` with `x` (rows, inputs), `w` (outputs, inputs) and `out` (rows, outputs), whose rows start `stride`
-/// elements apart; `out += x·wᵀ` if `accumulate`.
-pub fn times_transposed(
+/// `out += x·wᵀ` with `x` (rows, inputs), `w` (outputs, inputs) and `out` (rows, outputs).
+pub fn add_times_transposed(
     x: &[f32],
     w: &[u16],
     kind: HalfKind,
     (rows, inputs, outputs): (usize, usize, usize),
-    (out, stride): (&mut [f32], usize),
-    accumulate: bool,
+    out: &mut [f32],
 ) {
     let width = panel(outputs, inputs);
     let x = Matrix::new(x, rows, inputs);
-    assert!(rows == 0 || out.len() >= (rows - 1) * stride + outputs && stride >= outputs);
-    assert_eq!(w.len(), outputs * inputs);
+    assert!(out.len() == rows * outputs && w.len() == outputs * inputs);
     let shared = Shared(out.as_mut_ptr());
     let shared = &shared;
     (0..outputs.div_ceil(width))
@@ -107,21 +104,21 @@ pub fn times_transposed(
             // SAFETY: columns `from..until` of all rows lie within `out`, and no other task writes them.
             unsafe {
                 let out = shared.0.add(from);
-                multiply_into(1.0, x, panel, out, stride, accumulate, Threads::One);
+                multiply_into(1.0, x, panel, out, outputs, true, Threads::One);
             }
         });
 }
 
-/// `dx = g·w` (rows, inputs) with `g` (rows, outputs) and `w` (outputs, inputs); `dx += g·w` if `accumulate`.
+/// `g·w` (rows, inputs) with `g` (rows, outputs) and `w` (outputs, inputs).
 pub fn times(
-    g: Matrix,
+    g: &[f32],
     w: &[u16],
     kind: HalfKind,
     (rows, inputs, outputs): (usize, usize, usize),
-    dx: &mut [f32],
-    accumulate: bool,
-) {
-    assert!(dx.len() == rows * inputs && w.len() == outputs * inputs);
+) -> Vec<f32> {
+    let g = Matrix::new(g, rows, outputs);
+    assert_eq!(w.len(), outputs * inputs);
+    let mut dx = vec![0.0; rows * inputs];
     // Panels of some columns and, of a long matrix, of some of its rows at a time.
     let width = panel(inputs, outputs.min(PANEL / STEP));
     let height = (PANEL / width).max(1);
@@ -145,11 +142,11 @@ pub fn times(
                 // SAFETY: columns `from..until` of all rows lie within `dx`, and no other task writes them.
                 unsafe {
                     let out = shared.0.add(from);
-                    let accumulate = accumulate || first > 0;
-                    multiply_into(1.0, g, panel, out, inputs, accumulate, Threads::One);
+                    multiply_into(1.0, g, panel, out, inputs, first > 0, Threads::One);
                 }
             }
         });
+    dx
 }
 
 /// How many of `count` lines of `length` elements make up a panel.

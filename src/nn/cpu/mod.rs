@@ -17,45 +17,19 @@ pub mod simd;
 pub mod softmax;
 
 use std::ops::{Deref, Range};
-use std::sync::LazyLock;
 
 use candle_core::{CpuStorage, DType, Device, Result, Shape, Storage, StorageRef, Tensor};
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use crate::nn::is_crowded;
+use crate::nn::context::{is_crowded, only_candles};
 
 /// Whether the fused operations can take these tensors: all in f32 on the CPU, where they are not switched off.
 pub fn takes<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> bool {
-    !plain_alone()
+    !only_candles()
         && tensors
             .into_iter()
             .all(|t| t.dtype() == DType::F32 && t.device().is_cpu())
-}
-
-/// What [`OPERATIONS`] may ask for.
-const CANDLE: &str = "candle";
-/// The environment variable that switches the fused operations off.
-const OPERATIONS: &str = "PROXYTUNE_OPERATIONS";
-
-/// Whether `PROXYTUNE_OPERATIONS=candle` asks for candle's own operations in every f32 layer, to compare results and
-/// times with. Half-precision weights and the optimizer stay as they are.
-pub fn plain_alone() -> bool {
-    static ASKED: LazyLock<bool> =
-        LazyLock::new(|| std::env::var_os(OPERATIONS).is_some_and(|v| v == CANDLE));
-    *ASKED
-}
-
-/// # Errors
-/// When `PROXYTUNE_OPERATIONS` is set to what nothing answers to: times taken with it would be of something else.
-pub fn check_operations() -> crate::Result<()> {
-    match std::env::var_os(OPERATIONS) {
-        Some(value) if value != CANDLE => Err(crate::Error::invalid(
-            format!("{OPERATIONS} is {}", value.display()),
-            format!("set it to {CANDLE}, or unset it for the fused operations"),
-        )),
-        _ => Ok(()),
-    }
 }
 
 /// The values of a contiguous tensor, for reading.

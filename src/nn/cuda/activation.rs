@@ -32,7 +32,8 @@ pub fn activation(x: &Tensor, kind: Activation) -> Result<Tensor> {
     let y = card.buffer(count, dtype)?;
     let grid = Grid::each(count);
     let args = [Arg::from(&y), at(&x_kept)?, int(count)?, kind.into()];
-    card.launch("activate", dtype, grid, &args)?;
+    // SAFETY: `x` and `y` have `count` elements.
+    unsafe { card.launch("activate", dtype, grid, &args) }?;
     record(&[x], y.into_storage(), x.shape(), move |g| {
         let card = Card::of(g)?;
         let dx = card.buffer(count, dtype)?;
@@ -43,7 +44,8 @@ pub fn activation(x: &Tensor, kind: Activation) -> Result<Tensor> {
             int(count)?,
             kind.into(),
         ];
-        card.launch("activate_backward", dtype, grid, &args)?;
+        // SAFETY: `x`, the gradient and `dx` have `count` elements.
+        unsafe { card.launch("activate_backward", dtype, grid, &args) }?;
         Ok(vec![dx.tensor(g.shape())])
     })
 }
@@ -57,7 +59,8 @@ pub fn gated(gate: &Tensor, up: &Tensor, kind: Activation) -> Result<Tensor> {
     let grid = Grid::each(count);
     let mut args = vec![Arg::from(&y), at(&gate_kept)?, at(&up_kept)?];
     args.extend([int(count)?, kind.into()]);
-    card.launch("gated", dtype, grid, &args)?;
+    // SAFETY: the gate, the values (of its shape, as was checked) and `y` have `count` elements.
+    unsafe { card.launch("gated", dtype, grid, &args) }?;
     let wanted = (gate.track_op(), up.track_op());
     record(&[gate, up], y.into_storage(), gate.shape(), move |g| {
         let card = Card::of(g)?;
@@ -66,7 +69,8 @@ pub fn gated(gate: &Tensor, up: &Tensor, kind: Activation) -> Result<Tensor> {
         let mut args = vec![maybe_buffer(dgate.as_ref()), maybe_buffer(dup.as_ref())];
         args.extend([at(&gate_kept)?, at(&up_kept)?, at(g)?]);
         args.extend([int(count)?, kind.into()]);
-        card.launch("gated_backward", dtype, grid, &args)?;
+        // SAFETY: all have `count` elements, or are not there.
+        unsafe { card.launch("gated_backward", dtype, grid, &args) }?;
         let both = [dgate, dup].into_iter().flatten();
         Ok(both.map(|gradient| gradient.tensor(g.shape())).collect())
     })

@@ -3,7 +3,9 @@
 
 use candle_core::{DType, Result, Tensor};
 
-use super::{Arg, Buffer, Card, Grid, Matrix, Product, adjacent, at, int, maybe, strides, takes};
+use super::{
+    Arg, Buffer, Card, Grid, Matrix, Product, adjacent, at, extent, int, maybe, strides, takes,
+};
 use crate::nn::ops::Mask;
 use crate::nn::shapes::Attention;
 use crate::nn::vjp::record;
@@ -128,6 +130,7 @@ impl Call {
     fn heads(&self, buffer: &Buffer, rows: usize, width: usize) -> Heads {
         Heads {
             at: buffer.at(),
+            count: buffer.count(),
             dtype: buffer.dtype(),
             strides: [self.sizes.h * rows * width, rows * width, width],
             turned: false,
@@ -139,6 +142,8 @@ impl Call {
 #[derive(Clone, Copy)]
 struct Heads {
     at: u64,
+    /// Elements that there are from `at` on.
+    count: usize,
     dtype: DType,
     strides: [usize; 3],
     turned: bool,
@@ -149,6 +154,7 @@ impl Heads {
         let steps = x.stride();
         Ok(Self {
             at: super::card::at(x)?,
+            count: extent(x.dims(), steps),
             dtype: x.dtype(),
             strides: [steps[0], steps[1], steps[2]],
             turned: false,
@@ -176,6 +182,7 @@ impl Heads {
     fn matrix(&self, apart: usize) -> Matrix {
         Matrix {
             at: self.at,
+            count: self.count,
             dtype: self.dtype,
             stride: self.strides[2],
             apart,
@@ -285,7 +292,8 @@ fn softmax(call: &Call, card: Card, scores: Buffer, dtype: DType) -> Result<Buff
         int(line(m))?,
     ]);
     args.extend(call.mask_args());
-    card.launch("attend_forward", dtype, Grid::rows(rows, m), &args)?;
+    // SAFETY: scores and probabilities have `rows` lines; the mask's strides are 0 where it is shared.
+    unsafe { card.launch("attend_forward", dtype, Grid::rows(rows, m), &args) }?;
     Ok(own.unwrap_or(scores))
 }
 
@@ -309,7 +317,8 @@ fn slopes(call: &Call, g: Heads, v: &Tensor, probabilities: &Buffer) -> Result<B
         int(m)?,
         int(line(m))?,
     ];
-    card.launch("attend_backward", dtype, Grid::rows(rows, m), &args)?;
+    // SAFETY: all three have `rows` lines of scores.
+    unsafe { card.launch("attend_backward", dtype, Grid::rows(rows, m), &args) }?;
     Ok(own.unwrap_or(products))
 }
 
@@ -341,6 +350,8 @@ fn few(call: &Call, [q, k, v]: [&Tensor; 3], scale: f64) -> Result<Tensor> {
     args.extend([m0, m1, m2]);
     let mut grid = Grid::blocks(rows, (THREADS as u32, 1));
     grid.shared = ((m + d + THREADS) * size_of::<f32>()) as u32;
-    card.launch("attend_rows", q.dtype(), grid, &args)?;
+    // SAFETY: the strides are those of the tensors, whose shapes were checked, and the shared memory has room for a
+    // row.
+    unsafe { card.launch("attend_rows", q.dtype(), grid, &args) }?;
     Ok(y.tensor((b, h, n, d)))
 }

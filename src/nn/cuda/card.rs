@@ -25,6 +25,7 @@ pub struct Card<'a>(&'a CudaDevice);
 pub struct Buffer {
     storage: CudaStorage,
     at: u64,
+    count: usize,
     dtype: DType,
 }
 
@@ -32,6 +33,11 @@ impl Buffer {
     /// Where its first element is.
     pub fn at(&self) -> u64 {
         self.at
+    }
+
+    /// How many elements it has room for.
+    pub fn count(&self) -> usize {
+        self.count
     }
 
     pub fn dtype(&self) -> DType {
@@ -103,13 +109,21 @@ impl<'a> Card<'a> {
         }
     }
 
-    /// Memory for `count` elements.
+    /// Memory for `count` elements of any values: those that were there before.
     pub fn buffer(self, count: usize, dtype: DType) -> Result<Buffer> {
-        // SAFETY: whoever asks has every element written before anything reads it.
+        if !matches!(dtype, DType::F32 | DType::BF16 | DType::F16 | DType::F64) {
+            candle_core::bail!("no kernel writes {dtype:?}");
+        }
+        // SAFETY: whatever bits the memory has, they are a number of one of these types.
         let storage = unsafe { self.0.alloc_uninit(&Shape::from(count), dtype)? };
+        Self::held(storage, count, dtype)
+    }
+
+    fn held(storage: CudaStorage, count: usize, dtype: DType) -> Result<Buffer> {
         Ok(Buffer {
             at: address(&storage)?,
             storage,
+            count,
             dtype,
         })
     }
@@ -117,15 +131,23 @@ impl<'a> Card<'a> {
     /// Memory for `count` elements, all zero.
     pub fn zeros(self, count: usize, dtype: DType) -> Result<Buffer> {
         let storage = self.0.zeros_impl(&Shape::from(count), dtype)?;
-        Ok(Buffer {
-            at: address(&storage)?,
-            storage,
-            dtype,
-        })
+        Self::held(storage, count, dtype)
     }
 
     /// Runs the kernel `name` of kernels.cu for tensors of `dtype`.
-    pub fn launch(self, name: &'static str, dtype: DType, grid: Grid, args: &[Arg]) -> Result<()> {
+    ///
+    /// # Safety
+    /// `args` must be the kernel's arguments in number, order and type, and each address among them must be of memory on
+    /// this card that holds what the kernel reads or writes there by its counts, sizes and strides, until it is
+    /// launched. No address that it writes may be read or written through another of its arguments, unless the kernel
+    /// takes each element from the place where it leaves it.
+    pub unsafe fn launch(
+        self,
+        name: &'static str,
+        dtype: DType,
+        grid: Grid,
+        args: &[Arg],
+    ) -> Result<()> {
         if grid.blocks.0 == 0 || grid.blocks.1 == 0 {
             return Ok(());
         }
@@ -146,7 +168,7 @@ impl<'a> Card<'a> {
             block_dim: (grid.threads.0, grid.threads.1, 1),
             shared_mem_bytes: grid.shared,
         };
-        // SAFETY: the arguments are those of the kernel in kernels.cu, and their tensors as large as it takes them to be.
+        // SAFETY: this function's contract.
         unsafe { builder.launch(config) }.map_err(Error::wrap)?;
         Ok(())
     }
@@ -195,6 +217,9 @@ impl<'a> Card<'a> {
     }
 
     /// `result = scale · left · right`, or `+=`, in f32 arithmetic.
+    ///
+    /// # Errors
+    /// When a matrix is larger than its memory, or of a type that cuBLAS does not multiply.
     pub fn multiply(self, product: &Product) -> Result<()> {
         let Product {
             rows,
@@ -209,6 +234,13 @@ impl<'a> Card<'a> {
         } = *product;
         if rows == 0 || columns == 0 || batch == 0 {
             return Ok(());
+        }
+        for (matrix, size) in [
+            (&left, (rows, depth)),
+            (&right, (depth, columns)),
+            (&out, (rows, columns)),
+        ] {
+            matrix.check(size, batch)?;
         }
         let stream = self.0.cuda_stream();
         stream.context().bind_to_thread().map_err(Error::wrap)?;
@@ -227,7 +259,7 @@ impl<'a> Card<'a> {
             )
         };
         let (alpha, beta) = (scale, if adds { 1f32 } else { 0f32 });
-        // SAFETY: the matrices lie in memory that their tensors and buffers hold, as large as these sizes say.
+        // SAFETY: the matrices lie within memory that their tensors and buffers hold: that was checked.
         unsafe {
             result::gemm_strided_batched_ex(
                 *blas.handle(),

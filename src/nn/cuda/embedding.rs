@@ -16,13 +16,16 @@ pub fn embedding(weight: &Tensor, ids: &Tensor) -> Result<Tensor> {
     let (table, y) = (kept(weight)?, card.buffer(n * width, dtype)?);
     let mut args = vec![Arg::from(&y), at(&table)?, at(&ids)?];
     args.extend([int(n * width)?, int(count)?, int(width)?]);
-    card.launch("gather", dtype, Grid::each(n * width), &args)?;
+    // SAFETY: the table is (count, width), `y` has a row for each of the `n` ids; others are left out.
+    unsafe { card.launch("gather", dtype, Grid::each(n * width), &args) }?;
     record(&[weight], y.into_storage(), shape, move |g| {
         let card = Card::of(g)?;
         let dweight = card.zeros(count * width, dtype)?;
-        let args = [Arg::from(&dweight), at(g)?, at(&ids)?, int(n)?, int(width)?];
+        let mut args = vec![Arg::from(&dweight), at(g)?, at(&ids)?];
+        args.extend([int(n)?, int(count)?, int(width)?]);
         let grid = Grid::blocks(n, (128, 1));
-        card.launch("gather_backward", dtype, grid, &args)?;
+        // SAFETY: the table's gradient is (count, width), `g` has a row for each of the `n` ids; others are left out.
+        unsafe { card.launch("gather_backward", dtype, grid, &args) }?;
         Ok(vec![dweight.tensor((count, width))])
     })
 }

@@ -505,10 +505,14 @@ extern "C" __global__ void gather(
     }
 }
 
-// dtable, zero before, of g (n, width): a block for each id, of which the first of equal ones adds up all, in order.
-extern "C" __global__ void gather_backward(stored* dtable, const stored* g, const unsigned* ids, int n, int width) {
+// dtable (count, width), zero before, of g (n, width): a block for each id, of which the first of equal ones adds up all,
+// in order. Rows that the table does not have are left out.
+extern "C" __global__ void gather_backward(
+    stored* dtable, const stored* g, const unsigned* ids, int n, int count, int width
+) {
     int first = blockIdx.x;
     unsigned id = ids[first];
+    if (id >= count) return;
     bool earlier = false;
     LANES(i, first) earlier |= ids[i] == id;
     if (__syncthreads_or(earlier)) return;

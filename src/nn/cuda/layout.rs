@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Result, Shape, Tensor};
 
-use super::{Arg, Buffer, Card, Grid, at, int, kept, strides};
+use super::{Arg, Buffer, Card, Grid, at, extent, int, kept, strides};
 use crate::nn::slot::Place;
 use crate::nn::vjp::record;
 
@@ -10,6 +10,8 @@ use crate::nn::vjp::record;
 #[derive(Clone, Copy)]
 struct Spread {
     at: Arg,
+    /// Elements that there are from `at` on.
+    count: usize,
     strides: [usize; 4],
 }
 
@@ -28,6 +30,7 @@ impl Spread {
         strides[first..].copy_from_slice(tensor.stride());
         Ok(Self {
             at: at(tensor)?,
+            count: extent(tensor.dims(), tensor.stride()),
             strides,
         })
     }
@@ -37,6 +40,7 @@ impl Spread {
         let bytes = start * buffer.dtype().size_in_bytes();
         Self {
             at: Arg::At(buffer.at() + bytes as u64),
+            count: buffer.count().saturating_sub(start),
             strides,
         }
     }
@@ -55,12 +59,22 @@ fn transfer(
     from: Spread,
     adds: bool,
 ) -> Result<()> {
-    let count = dims.iter().product();
+    let count: usize = dims.iter().product();
+    for place in [&to, &from] {
+        if count > 0 && extent(&dims, &place.strides) > place.count {
+            candle_core::bail!(
+                "{dims:?} elements, {:?} apart, in memory of {}",
+                place.strides,
+                place.count
+            );
+        }
+    }
     let mut args = vec![to.at, from.at, int(count)?];
     args.extend([int(dims[1])?, int(dims[2])?, int(dims[3])?, adds.into()]);
     args.extend(strides(to.strides));
     args.extend(strides(from.strides));
-    card.launch("transfer", dtype, Grid::each(count), &args)
+    // SAFETY: both places hold `dims` elements with their strides.
+    unsafe { card.launch("transfer", dtype, Grid::each(count), &args) }
 }
 
 /// The values of `tensor` one after the other.
@@ -94,7 +108,8 @@ pub fn sum(x: &Tensor, y: &Tensor) -> Result<Buffer> {
     let (card, count) = (Card::of(&x)?, x.elem_count());
     let sum = card.buffer(count, x.dtype())?;
     let args = [Arg::from(&sum), at(&x)?, at(&y)?, int(count)?];
-    card.launch("add", x.dtype(), Grid::each(count), &args)?;
+    // SAFETY: all three have `count` elements.
+    unsafe { card.launch("add", x.dtype(), Grid::each(count), &args) }?;
     Ok(sum)
 }
 
@@ -160,12 +175,14 @@ pub fn to_f32(x: &Tensor) -> Result<Tensor> {
     let (card, count, dtype) = (Card::of(x)?, x.elem_count(), x.dtype());
     let (x_kept, wide) = (kept(x)?, card.buffer(count, DType::F32)?);
     let args = [Arg::from(&wide), at(&x_kept)?, int(count)?];
-    card.launch("to_float", dtype, Grid::each(count), &args)?;
+    // SAFETY: both have `count` elements.
+    unsafe { card.launch("to_float", dtype, Grid::each(count), &args) }?;
     record(&[x], wide.into_storage(), x.shape(), move |gradient| {
         let card = Card::of(gradient)?;
         let narrow = card.buffer(count, dtype)?;
         let args = [Arg::from(&narrow), at(gradient)?, int(count)?];
-        card.launch("from_float", dtype, Grid::each(count), &args)?;
+        // SAFETY: both have `count` elements.
+        unsafe { card.launch("from_float", dtype, Grid::each(count), &args) }?;
         Ok(vec![narrow.tensor(gradient.shape())])
     })
 }

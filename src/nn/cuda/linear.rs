@@ -59,7 +59,8 @@ fn forward(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, sizes: &Sizes) ->
     sizes.check_bias(bias)?;
     let (bias, count) = (kept(bias)?, rows * outputs);
     let args = [Arg::from(&y), at(&bias)?, int(count)?, int(outputs)?];
-    card.launch("add_bias", x.dtype(), Grid::each(count), &args)?;
+    // SAFETY: `y` has `count` elements, the bias one for each output, as was checked.
+    unsafe { card.launch("add_bias", x.dtype(), Grid::each(count), &args) }?;
     Ok(y)
 }
 
@@ -108,7 +109,8 @@ fn bias_gradient(g: &Tensor, sizes: &Sizes) -> Result<Tensor> {
         int(sizes.outputs)?,
     ];
     let grid = Grid::columns(sizes.outputs, 1);
-    card.launch("column_sums", g.dtype(), grid, &args)?;
+    // SAFETY: `g` is (rows, outputs), the sums have `outputs` elements; there is no second sum.
+    unsafe { card.launch("column_sums", g.dtype(), grid, &args) }?;
     Ok(sums.tensor(sizes.outputs))
 }
 
@@ -174,11 +176,12 @@ impl Factors {
         let card = Card::of(&a)?;
         let both = card.buffer(count, dtype)?;
         let args = [Arg::from(&both), at(&a)?, at(&b)?, int(first)?, int(count)?];
-        card.launch("from_floats", dtype, Grid::each(count), &args)?;
+        // SAFETY: the two have `count` elements together, the first `first` of them.
+        unsafe { card.launch("from_floats", dtype, Grid::each(count), &args) }?;
         let second = both.at() + (first * dtype.size_in_bytes()) as u64;
         Ok(Self {
             a: Matrix::of_buffer(&both, inputs),
-            b: Matrix::new(second, dtype, rank),
+            b: Matrix::new(second, b.elem_count(), dtype, rank),
             _held: (a, b, Some(both)),
         })
     }

@@ -28,7 +28,7 @@ use candle_core::{DType, Error, Result, Tensor};
 
 pub use card::{Buffer, Card, tensor_of};
 
-use super::cpu::plain_alone;
+use super::context::only_candles;
 
 /// Elements from which on a tensor is left to candle: kernels count in 32 bits.
 const MOST: usize = 1 << 31;
@@ -45,7 +45,7 @@ pub fn takes<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> bool {
             && tensor.device().same_device(like.device())
             && tensor.elem_count() < MOST
     }) && first.is_some()
-        && !plain_alone()
+        && !only_candles()
 }
 
 /// Whether an adapter's factors go with `x`, which [`takes`]: on its card, in f32 or in its type.
@@ -104,6 +104,13 @@ fn int(count: usize) -> Result<Arg> {
     i32::try_from(count).map(Arg::Int).map_err(Error::wrap)
 }
 
+/// Elements from the first of `dims`, which lie `strides` apart, to behind the last.
+fn extent(dims: &[usize], strides: &[usize]) -> usize {
+    let steps = dims.iter().zip(strides);
+    let last: usize = steps.map(|(dim, step)| dim.saturating_sub(1) * step).sum();
+    last + 1
+}
+
 /// Strides as arguments.
 fn strides<const N: usize>(strides: [usize; N]) -> [Arg; N] {
     strides.map(|stride| Arg::Long(stride as i64))
@@ -158,6 +165,8 @@ impl Grid {
 #[derive(Debug, Clone, Copy)]
 pub struct Matrix {
     at: u64,
+    /// Elements that there are from `at` on.
+    count: usize,
     dtype: DType,
     /// From a row to the next.
     stride: usize,
@@ -169,9 +178,10 @@ pub struct Matrix {
 
 impl Matrix {
     /// One matrix with rows of `width` elements.
-    fn new(at: u64, dtype: DType, width: usize) -> Self {
+    fn new(at: u64, count: usize, dtype: DType, width: usize) -> Self {
         Self {
             at,
+            count,
             dtype,
             stride: width,
             apart: 0,
@@ -181,11 +191,31 @@ impl Matrix {
 
     /// A contiguous tensor as a matrix with rows of `width` elements.
     fn of(tensor: &Tensor, width: usize) -> Result<Self> {
-        Ok(Self::new(card::at(tensor)?, tensor.dtype(), width))
+        let count = tensor.elem_count();
+        Ok(Self::new(card::at(tensor)?, count, tensor.dtype(), width))
     }
 
     fn of_buffer(buffer: &Buffer, width: usize) -> Self {
-        Self::new(buffer.at(), buffer.dtype(), width)
+        Self::new(buffer.at(), buffer.count(), buffer.dtype(), width)
+    }
+
+    /// Fails unless a batch of matrices of this size lies within the memory.
+    fn check(&self, (rows, columns): (usize, usize), batch: usize) -> Result<()> {
+        let (rows, columns) = match self.turned {
+            true => (columns, rows),
+            false => (rows, columns),
+        };
+        if rows == 0 || columns == 0 || batch == 0 {
+            return Ok(());
+        }
+        let end = (batch - 1) * self.apart + (rows - 1) * self.stride + columns;
+        if end > self.count {
+            candle_core::bail!(
+                "{batch} matrices of {rows} x {columns}, in all {end} elements, in memory of {}",
+                self.count
+            );
+        }
+        Ok(())
     }
 
     fn t(self) -> Self {

@@ -20,6 +20,10 @@ impl Buffer {
         0
     }
 
+    pub fn count(&self) -> usize {
+        0
+    }
+
     pub fn dtype(&self) -> DType {
         self.1
     }
@@ -60,7 +64,9 @@ impl<'a> Card<'a> {
         candle_core::bail!("{ABSENT}")
     }
 
-    pub fn launch(self, _: &'static str, _: DType, _: Grid, _: &[Arg]) -> Result<()> {
+    /// # Safety
+    /// None here.
+    pub unsafe fn launch(self, _: &'static str, _: DType, _: Grid, _: &[Arg]) -> Result<()> {
         candle_core::bail!("{ABSENT}")
     }
 

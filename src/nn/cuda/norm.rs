@@ -27,7 +27,9 @@ pub fn norm(
     args.extend([maybe(weight_kept.as_ref())?, maybe(bias_kept.as_ref())?]);
     args.extend([int(rows)?, int(width)?, eps.into(), centred.into()]);
     args.extend(row_places(&x_kept)?);
-    card.launch("norm_forward", dtype, Grid::rows(rows, width), &args)?;
+    // SAFETY: `x` has `rows` rows at these places, `y` too; there are two moments a row, and the parameters are as
+    // wide.
+    unsafe { card.launch("norm_forward", dtype, Grid::rows(rows, width), &args) }?;
     let wanted = (
         x.track_op(),
         weight.is_some_and(Tensor::track_op),
@@ -44,7 +46,8 @@ pub fn norm(
             args.extend([maybe(weight_kept.as_ref())?, Arg::from(&moments)]);
             args.extend([int(rows)?, int(width)?, centred.into()]);
             args.extend(places);
-            card.launch("norm_backward", dtype, Grid::rows(rows, width), &args)?;
+            // SAFETY: as in the forward pass; `g` and `dx` have the shape of `x`.
+            unsafe { card.launch("norm_backward", dtype, Grid::rows(rows, width), &args) }?;
             gradients.push(dx.tensor(g.shape()));
         }
         if wanted.1 || wanted.2 {
@@ -60,7 +63,8 @@ pub fn norm(
                 int(width)?,
             ];
             args.extend(places);
-            card.launch("norm_parameters", dtype, Grid::columns(width, 1), &args)?;
+            // SAFETY: as in the forward pass; the sums are as wide as a row.
+            unsafe { card.launch("norm_parameters", dtype, Grid::columns(width, 1), &args) }?;
             let both = [dweight, dbias].into_iter().flatten();
             gradients.extend(both.map(|sums| sums.tensor(width)));
         }
@@ -90,7 +94,9 @@ pub fn group_norm(
     args.extend([at(&weight_kept)?, at(&bias_kept)?]);
     args.extend(sizes);
     args.extend([Arg::from(eps), silu.into()]);
-    card.launch("group_norm_forward", dtype, grid, &args)?;
+    // SAFETY: `x` and `y` have `b · groups` groups of these sizes, with two moments each; the parameters were
+    // checked.
+    unsafe { card.launch("group_norm_forward", dtype, grid, &args) }?;
     let wanted = [x.track_op(), weight.track_op(), bias.track_op()];
     let storage = y.into_storage();
     record(&[x, weight, bias], storage, x.shape(), move |g| {
@@ -104,7 +110,8 @@ pub fn group_norm(
             args.extend(&shared);
             args.extend(sizes);
             args.push(silu.into());
-            card.launch("group_norm_backward", dtype, grid, &args)?;
+            // SAFETY: as in the forward pass; `g` and `dx` have the shape of `x`.
+            unsafe { card.launch("group_norm_backward", dtype, grid, &args) }?;
             gradients.push(dx.tensor(g.shape()));
         }
         if wanted[1] || wanted[2] {
@@ -116,7 +123,8 @@ pub fn group_norm(
             args.extend(sizes);
             args.push(silu.into());
             let grid = Grid::blocks(c, (THREADS, 1));
-            card.launch("group_norm_parameters", dtype, grid, &args)?;
+            // SAFETY: as in the forward pass; the sums have a value for each channel.
+            unsafe { card.launch("group_norm_parameters", dtype, grid, &args) }?;
             let both = [dweight, dbias].into_iter().flatten();
             gradients.extend(both.map(|sums| sums.tensor(c)));
         }

@@ -51,6 +51,17 @@ fn table(rows: Vec<[i64; 6]>, device: &Device) -> Result<Tensor> {
     Tensor::from_vec(rows.into_flattened(), (count, 6), device)
 }
 
+/// Fails unless all are as the kernels read them.
+fn check(tensors: &[Tensor], like: &Tensor) -> Result<()> {
+    let fits = |t: &Tensor| {
+        t.dtype() == DType::F32 && t.is_contiguous() && t.device().same_device(like.device())
+    };
+    match like.device().is_cuda() && tensors.iter().all(fits) {
+        true => Ok(()),
+        false => candle_core::bail!("a trained tensor is not contiguous f32 on one card"),
+    }
+}
+
 fn number(tensor: &Tensor) -> Result<i64> {
     match at(tensor)? {
         Arg::At(at) => Ok(at.cast_signed()),
@@ -59,10 +70,23 @@ fn number(tensor: &Tensor) -> Result<i64> {
 }
 
 /// One step of AdamW, in place.
+///
+/// # Errors
+/// When a gradient or a moment does not go with its weights, or something is not in f32 on one card.
 pub fn adamw(trained: &[Trained], step: &Step) -> Result<()> {
     let Some(first) = trained.first() else {
         return Ok(());
     };
+    let tensors = |t: &Trained| [t.weights, t.gradient, t.first, t.second].map(Tensor::clone);
+    let all: Vec<Tensor> = trained.iter().flat_map(tensors).collect();
+    check(&all, first.weights)?;
+    for t in trained {
+        for other in [t.gradient, t.first, t.second] {
+            if other.dims() != t.weights.dims() {
+                candle_core::bail!("{:?} for weights of {:?}", other.dims(), t.weights.dims());
+            }
+        }
+    }
     let rows = trained
         .iter()
         .map(|t| {
@@ -84,7 +108,8 @@ pub fn adamw(trained: &[Trained], step: &Step) -> Result<()> {
     // 1 − β is taken before rounding, as torch does.
     args.extend([1.0 - step.beta1, 1.0 - step.beta2].map(Arg::from));
     let grid = grid(trained.iter().map(|t| t.weights.elem_count()));
-    Card::of(&table)?.launch("adamw", DType::F32, grid, &args)
+    // SAFETY: the table has a row for each block line, of tensors that were checked.
+    unsafe { Card::of(&table)?.launch("adamw", DType::F32, grid, &args) }
 }
 
 /// The sum of the squares of all `tensors`, in f32 on one card.
@@ -96,6 +121,7 @@ pub fn squares(tensors: &[&Tensor]) -> Result<f64> {
         .iter()
         .map(|tensor| super::kept(tensor))
         .collect::<Result<Vec<_>>>()?;
+    check(&kept, first)?;
     let rows = kept
         .iter()
         .map(|t| Ok([0, number(t)?, 0, 0, t.elem_count() as i64, 0]))
@@ -106,9 +132,11 @@ pub fn squares(tensors: &[&Tensor]) -> Result<f64> {
     let count = grid.blocks.0 as usize * kept.len();
     let (parts, sum) = (card.buffer(count, DType::F64)?, card.buffer(1, DType::F64)?);
     let args = [Arg::from(&parts), at(&table)?];
-    card.launch("squares", DType::F32, grid, &args)?;
+    // SAFETY: the table has a row for each block line, and there is a part for each block.
+    unsafe { card.launch("squares", DType::F32, grid, &args) }?;
     let args = [Arg::from(&sum), Arg::from(&parts), int(count)?];
     let one = Grid::blocks(1, (THREADS as u32, 1));
-    card.launch("total", DType::F32, one, &args)?;
+    // SAFETY: there are `count` parts and one sum.
+    unsafe { card.launch("total", DType::F32, one, &args) }?;
     sum.tensor(()).to_scalar()
 }

@@ -30,7 +30,8 @@ pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor, pairs_adjacent: bool) -> Res
         args.extend([Arg::from(sign), pairs_adjacent.into()]);
         let steps = x.stride();
         args.extend(strides([steps[0], steps[1], steps[2]]));
-        card.launch("rope", x.dtype(), Grid::each(pairs), &args)?;
+        // SAFETY: `x` (b, h, n, d) has these strides, `y` as many pairs, and the angles (n, d/2) were checked.
+        unsafe { card.launch("rope", x.dtype(), Grid::each(pairs), &args) }?;
         Ok(y)
     };
     let y = turn(x, 1.0)?.into_storage();

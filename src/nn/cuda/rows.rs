@@ -25,7 +25,8 @@ fn column_sums(
     if plain || scaled {
         let [plain, scaled] = sums.each_ref().map(|sum| maybe_buffer(sum.as_ref()));
         let args = [plain, scaled, at(g)?, at(x)?, int(n)?, int(c)?];
-        card.launch("column_sums", g.dtype(), Grid::columns(c, b), &args)?;
+        // SAFETY: `g` and `x` are (b, n, c), each sum is (b, c) or not there.
+        unsafe { card.launch("column_sums", g.dtype(), Grid::columns(c, b), &args) }?;
     }
     Ok(sums.map(|sum| sum.map(|sum| sum.tensor((b, c)))))
 }
@@ -41,7 +42,8 @@ fn scaled(x: &Tensor, shift: Option<&Tensor>, scale: &Tensor) -> Result<Buffer> 
     };
     let mut args = vec![Arg::from(&y), at(x)?, shift_at, at(scale)?];
     args.extend([int(count)?, int(n)?, int(c)?, shift_apart, apart(scale)]);
-    card.launch("modulate", x.dtype(), Grid::each(count), &args)?;
+    // SAFETY: `x` and `y` are (b, n, c), and the vectors have b rows of c that lie so far apart.
+    unsafe { card.launch("modulate", x.dtype(), Grid::each(count), &args) }?;
     Ok(y)
 }
 
@@ -70,7 +72,8 @@ fn gate(x: Option<&Tensor>, gate: &Tensor, y: &Tensor) -> Result<Buffer> {
     let out = card.buffer(count, y.dtype())?;
     let mut args = vec![Arg::from(&out), super::maybe(x)?, at(gate)?, at(y)?];
     args.extend([int(count)?, int(n)?, int(c)?, apart(gate)]);
-    card.launch("gate_residual", y.dtype(), Grid::each(count), &args)?;
+    // SAFETY: `x`, `y` and the sum are (b, n, c), and the gates have b rows of c that lie so far apart.
+    unsafe { card.launch("gate_residual", y.dtype(), Grid::each(count), &args) }?;
     Ok(out)
 }
 
@@ -111,7 +114,8 @@ pub fn dropout(x: &Tensor, onto: Option<&Tensor>, p: f64, seed: u64) -> Result<T
             threshold,
             (1.0 / (1.0 - p)).into(),
         ]);
-        card.launch("dropout", x.dtype(), Grid::each(count), &args)?;
+        // SAFETY: all have `count` elements, or are not there.
+        unsafe { card.launch("dropout", x.dtype(), Grid::each(count), &args) }?;
         Ok(y)
     };
     let onto_kept = onto.map(kept).transpose()?;
@@ -137,13 +141,15 @@ pub fn upsample_nearest2x(x: &Tensor) -> Result<Tensor> {
     let (x_kept, y) = (kept(x)?, card.buffer(4 * count, dtype)?);
     let mut args = vec![Arg::from(&y), at(&x_kept)?, int(4 * count)?];
     args.extend([int(h)?, int(w)?]);
-    card.launch("upsample", dtype, Grid::each(4 * count), &args)?;
+    // SAFETY: `y` has `4 · count` elements in planes of 2h x 2w, `x` a quarter of them.
+    unsafe { card.launch("upsample", dtype, Grid::each(4 * count), &args) }?;
     let storage = y.into_storage();
     record(&[x], storage, (b, c, 2 * h, 2 * w), move |g| {
         let card = Card::of(g)?;
         let dx = card.buffer(count, dtype)?;
         let args = [Arg::from(&dx), at(g)?, int(count)?, int(h)?, int(w)?];
-        card.launch("upsample_backward", dtype, Grid::each(count), &args)?;
+        // SAFETY: `dx` has `count` elements in planes of h x w, `g` four times as many.
+        unsafe { card.launch("upsample_backward", dtype, Grid::each(count), &args) }?;
         Ok(vec![dx.tensor((b, c, h, w))])
     })
 }
@@ -154,6 +160,7 @@ pub fn normal(shape: &Shape, deviation: f64, seed: u64, device: &Device) -> Resu
     let values = card.buffer(count, DType::F32)?;
     let seed = Arg::Long(seed.cast_signed());
     let args = [Arg::from(&values), int(count)?, seed, deviation.into()];
-    card.launch("normal", DType::F32, Grid::each(count), &args)?;
+    // SAFETY: there is room for `count` values.
+    unsafe { card.launch("normal", DType::F32, Grid::each(count), &args) }?;
     Ok(values.tensor(shape))
 }

@@ -12,13 +12,15 @@ pub fn softmax(x: &Tensor) -> Result<Tensor> {
     let (x_kept, y) = (kept(x)?, card.buffer(rows * width, dtype)?);
     let grid = Grid::rows(rows, width);
     let args = [Arg::from(&y), at(&x_kept)?, int(rows)?, int(width)?];
-    card.launch("softmax_forward", dtype, grid, &args)?;
+    // SAFETY: `x` and `y` are (rows, width).
+    unsafe { card.launch("softmax_forward", dtype, grid, &args) }?;
     let storage = y.into_storage();
     record_with_result(&[x], storage, x.shape(), move |y, g| {
         let card = Card::of(g)?;
         let dx = card.buffer(rows * width, dtype)?;
         let args = [Arg::from(&dx), at(y)?, at(g)?, int(rows)?, int(width)?];
-        card.launch("softmax_backward", dtype, grid, &args)?;
+        // SAFETY: all three are (rows, width).
+        unsafe { card.launch("softmax_backward", dtype, grid, &args) }?;
         Ok(vec![dx.tensor(g.shape())])
     })
 }
@@ -44,13 +46,15 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     let grid = Grid::rows(n, width);
     let mut args = vec![Arg::from(&losses), Arg::from(&log_sums), at(&kept_logits)?];
     args.extend([at(&targets)?, int(n)?, int(width)?]);
-    card.launch("cross_entropy_forward", dtype, grid, &args)?;
+    // SAFETY: the logits are (n, width), and there are n targets, losses and sums; targets are checked there.
+    unsafe { card.launch("cross_entropy_forward", dtype, grid, &args) }?;
     record(&[logits], losses.into_storage(), n, move |g| {
         let card = Card::of(g)?;
         let dx = card.buffer(n * width, dtype)?;
         let mut args = vec![Arg::from(&dx), at(&kept_logits)?, Arg::from(&log_sums)];
         args.extend([at(g)?, at(&targets)?, int(n)?, int(width)?]);
-        card.launch("cross_entropy_backward", dtype, grid, &args)?;
+        // SAFETY: as in the forward pass; `dx` has the shape of the logits.
+        unsafe { card.launch("cross_entropy_backward", dtype, grid, &args) }?;
         Ok(vec![dx.tensor((n, width))])
     })
 }

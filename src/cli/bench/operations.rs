@@ -2,11 +2,11 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use super::{Init, LayerNorm, Linear, Mask, Weights, ops};
 use crate::Result;
+use crate::nn::{Init, LayerNorm, Linear, Mask, Weights, ops};
 
 /// Something to time.
-pub struct Operation {
+pub(super) struct Operation {
     /// The row's name, the same on torch's side.
     pub name: String,
     /// Does it once.
@@ -24,7 +24,7 @@ impl Operation {
 
 /// Two training steps of a transformer, a matrix product, GELU, softmax and a convolution, in f32 on the CPU. All
 /// threads of the current rayon pool are used.
-pub fn operations() -> Result<Vec<Operation>> {
+pub(super) fn operations() -> Result<Vec<Operation>> {
     let weights = Weights::trainable(&[], 0, &Device::Cpu)?;
     let input = |shape: &[usize], name: &str| -> Result<Tensor> {
         weights.buffer(shape, name, Init::Normal(1.0))
