@@ -66,7 +66,7 @@ pub enum LossForm {
 /// What one training step draws, one entry for each sample of its batch.
 #[derive(Debug, Clone)]
 pub struct TrainingDraw {
-    /// Index into the descending table of noise levels.
+    /// Index into the schedule's table: descending noise levels of flow matching, timesteps of a discrete schedule.
     pub indices: Vec<usize>,
     /// Shape of the latents, f32.
     pub noise: Tensor,

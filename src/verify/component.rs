@@ -6,6 +6,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::runners::{self, Place, Runner};
+use super::{Precision, text_to_image};
 use crate::Result;
 use crate::models::chameleon::files::{VQ_CONFIG, tokenizer_dir};
 use crate::nn::Weights;
@@ -31,13 +32,17 @@ pub enum Component {
     Dino,
     /// diffusers' `SD3Transformer2DModel`.
     Sd3Transformer,
+    /// diffusers' `UNet2DConditionModel`, as SDXL has it.
+    SdxlUnet,
     /// diffusers' `AutoencoderKL`.
     Vae,
+    /// A whole pipeline of diffusers: SDXL, SD3 or SD3.5.
+    TextToImage,
 }
 
 impl Component {
     /// All of them, in the order of the documentation.
-    pub const ALL: [Component; 10] = [
+    pub const ALL: [Component; 12] = [
         Component::LlamagenGpt,
         Component::LlamagenVq,
         Component::Chameleon,
@@ -47,7 +52,9 @@ impl Component {
         Component::T5,
         Component::Dino,
         Component::Sd3Transformer,
+        Component::SdxlUnet,
         Component::Vae,
+        Component::TextToImage,
     ];
 
     /// The name on the command line.
@@ -62,7 +69,9 @@ impl Component {
             Component::T5 => "t5",
             Component::Dino => "dino",
             Component::Sd3Transformer => "sd3-transformer",
+            Component::SdxlUnet => "sdxl-unet",
             Component::Vae => "vae",
+            Component::TextToImage => "text-to-image",
         }
     }
 
@@ -78,7 +87,9 @@ impl Component {
             Component::T5 => runners::t5(place),
             Component::Dino => runners::dino(place),
             Component::Sd3Transformer => runners::sd3_transformer(place),
+            Component::SdxlUnet => runners::sdxl_unet(place),
             Component::Vae => runners::vae(place),
+            Component::TextToImage => text_to_image::open(place),
         }
     }
 
@@ -100,13 +111,35 @@ impl Component {
             Component::T5 => kind(&["t5", "mt5"]),
             Component::Dino => kind(&["vit"]),
             Component::Sd3Transformer => class("SD3Transformer2DModel"),
+            Component::SdxlUnet => class("UNet2DConditionModel"),
             Component::Vae => class("AutoencoderKL"),
+            Component::TextToImage => None,
         }
     }
 
     /// Whether `dir` holds such a component by files of its own, without a `config.json`.
     pub(super) fn is_in(self, dir: &Path) -> bool {
-        self == Component::ChameleonVq && tokenizer_dir(dir).join(VQ_CONFIG).is_file()
+        match self {
+            Component::ChameleonVq => tokenizer_dir(dir).join(VQ_CONFIG).is_file(),
+            Component::TextToImage => dir.join(text_to_image::INDEX).is_file(),
+            _ => false,
+        }
+    }
+
+    /// The file that says what it is.
+    pub(super) fn config_file(self) -> &'static str {
+        match self {
+            Component::TextToImage => text_to_image::INDEX,
+            _ => "config.json",
+        }
+    }
+
+    /// What an output's relative error may be where nothing else is asked for: a sampler's steps add theirs up.
+    pub fn tolerance(self, precision: Precision) -> f64 {
+        match self {
+            Component::TextToImage => 10.0 * precision.tolerance(),
+            _ => precision.tolerance(),
+        }
     }
 
     /// The one name of the layer that may be called `path` in a file: libraries have renamed layers over time, and
@@ -128,7 +161,9 @@ impl Component {
             | Component::ChameleonVq
             | Component::Clip
             | Component::Sd3Transformer
-            | Component::Vae => &[],
+            | Component::SdxlUnet
+            | Component::Vae
+            | Component::TextToImage => &[],
         };
         beside.iter().any(|start| layer.starts_with(start))
     }
@@ -145,7 +180,9 @@ impl Component {
             | Component::ChameleonVq
             | Component::Clip
             | Component::T5
-            | Component::Sd3Transformer => str::to_string,
+            | Component::Sd3Transformer
+            | Component::SdxlUnet
+            | Component::TextToImage => str::to_string,
         }
     }
 }
