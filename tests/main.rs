@@ -27,6 +27,7 @@ mod optimizer;
 mod parity_ar;
 mod parity_chameleon;
 mod parity_diffusion;
+mod parity_sdxl;
 mod parts;
 mod plan;
 mod query;

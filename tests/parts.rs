@@ -175,7 +175,7 @@ fn a_diffusion_batch_in_parts_has_the_draws_and_the_loss_of_the_whole() {
     let (means, logvars): (Vec<Tensor>, Vec<Tensor>) = batch
         .iter()
         .map(|lesson| match &lesson.example {
-            Example::Latents { mean, logvar } => (mean.clone(), logvar.clone()),
+            Example::Latents { mean, logvar, .. } => (mean.clone(), logvar.clone()),
             Example::Tokens(_) => panic!("a diffusion model learns latents"),
         })
         .unzip();

@@ -10,6 +10,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use proxytune::Result;
 use proxytune::models::llamagen::gpt::{Config, Gpt};
 use proxytune::models::sd3::{self, Sd3Transformer};
+use proxytune::models::sdxl::{self, UNet};
 use proxytune::nn::{
     Adapter, Init, LoraConfig, Weights, backward, no_grad, ops, recompute, recomputing,
 };
@@ -292,6 +293,43 @@ fn published_checkpoints_give_equal_gradients_too() {
             let mut generator = ChaCha8Rng::seed_from_u64(9);
             let logits = gpt.forward(&captions, &mask, &tokens, Some(&mut generator))?;
             Ok(logits.sqr()?.mean_all()?)
+        })
+    };
+    assert_eq!(run(true), run(false));
+}
+
+#[test]
+fn a_unet_with_an_adapter_has_equal_gradients_to_the_bit() {
+    let config = r#"{"block_out_channels": [8, 16], "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "layers_per_block": 1, "norm_num_groups": 4,
+        "transformer_layers_per_block": [1, 2], "attention_head_dim": [1, 2], "cross_attention_dim": 12,
+        "use_linear_projection": true, "addition_embed_type": "text_time", "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 34}"#;
+    let config: sdxl::Config = serde_json::from_str(config).unwrap();
+    let adapter = adapter(&[
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "ff.net.2",
+        "time_emb_proj",
+    ]);
+    let weights = Weights::drawn(5, DType::F32, &CPU);
+    let model = UNet::new(config, &weights.clone().with_adapter(adapter.clone())).unwrap();
+    let variables = adapter.variables();
+    randomise(&variables, &Weights::drawn(2, DType::F32, &CPU));
+    let input =
+        |name: &str, shape: &[usize]| weights.buffer(shape, name, Init::Normal(1.0)).unwrap();
+    let (sample, context) = (
+        input("sample", &[2, 4, 7, 6]),
+        input("context", &[2, 5, 12]),
+    );
+    let (pooled, sizes) = (input("pooled", &[2, 10]), input("sizes", &[2, 6]));
+    let time = Tensor::new(&[3f32, 700.0], &CPU).unwrap();
+    let run = |fit| {
+        step(fit, &variables, || {
+            let y = model.forward(&sample, &time, &context, &pooled, &sizes)?;
+            Ok(y.sqr()?.mean_all()?)
         })
     };
     assert_eq!(run(true), run(false));

@@ -112,3 +112,34 @@ async fn two_subjects_share_one_student_and_each_has_its_proxies() {
     let tokens: BTreeSet<&String> = rows.iter().map(|row| &row.token).collect();
     assert_eq!((supervisors.len(), tokens.len()), (2, 2));
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sdxl_teaches_and_is_taught_and_streaming_equals_sequential() {
+    let model = "tests/golden/text-to-image/sdxl-euler/model";
+    let supervisor = format!("supervisor.model={model}");
+    let student = format!("student.model={model}");
+    let as_supervisor = vec![
+        supervisor.as_str(),
+        "supervisor.resolution=32",
+        "direct.enabled=false",
+    ];
+    let as_student = vec![
+        student.as_str(),
+        "student.resolution=32",
+        "evaluation.clip=nano-clip",
+        "evaluation.dino=nano-dino",
+    ];
+    for (overrides, kept) in [
+        (as_supervisor, "store/"),
+        (as_student, "student/pytorch_lora_weights.safetensors"),
+    ] {
+        let (streaming, sequential) = (Place::new(), Place::new());
+        streaming.run(&overrides, false).await.unwrap();
+        sequential.run(&overrides, true).await.unwrap();
+        assert_eq!(streaming.proxies().await.count(), PROXIES);
+        let remains = streaming.remains().await;
+        remains.assert_equal(&sequential.remains().await, kept);
+        let names: Vec<&String> = remains.adapters.keys().collect();
+        assert!(names.iter().any(|name| name.starts_with(kept)), "{names:?}");
+    }
+}

@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::support;
 use crate::support::{Said, program, say};
 
-const COMPONENTS: [&str; 11] = [
+const COMPONENTS: [&str; 13] = [
     "llamagen-gpt",
     "llamagen-vq",
     "chameleon",
@@ -23,7 +23,9 @@ const COMPONENTS: [&str; 11] = [
     "dino",
     "sd3-transformer",
     "flux-transformer",
+    "sdxl-unet",
     "vae",
+    "text-to-image",
 ];
 
 type Tensors = BTreeMap<String, Tensor>;
@@ -133,7 +135,8 @@ fn every_case_of_every_component_is_computed_as_its_reference_did() {
         let configs: std::collections::BTreeSet<_> = cases.iter().map(|c| &c.model).collect();
         assert!(configs.len() >= 2, "{component}: {configs:?}");
         let adapted = cases.iter().any(|c| c.adapter.is_some());
-        assert!(adapted || component == "chameleon-vq", "{component}");
+        let without = ["chameleon-vq", "text-to-image"];
+        assert!(adapted || without.contains(&component), "{component}");
         for case in cases {
             let name = case.reference.display().to_string();
             let in_bf16 = name.ends_with("-bf16.safetensors");
@@ -165,6 +168,39 @@ fn every_case_of_every_component_is_computed_as_its_reference_did() {
             assert_eq!(compared("gradients"), count("grad"), "{name}");
         }
     }
+}
+
+#[test]
+fn pipelines_of_sd3_go_from_text_to_image_too() {
+    let model = golden().join("sd3-pipeline/tiny");
+    for name in ["empty", "negative"] {
+        let case = Case {
+            component: "text-to-image",
+            reference: model.join(format!("reference-{name}.safetensors")),
+            adapter: None,
+            model: model.clone(),
+        };
+        let said = case.run(&[]);
+        assert_eq!(said.code, Some(0), "{said:?}");
+        for part in ["output.latents [2, 3, 8, 6]", "output.image [2, 3, 16, 12]"] {
+            assert!(said.out.contains(part), "{said:?}");
+        }
+    }
+}
+
+#[test]
+fn what_text_to_image_is_not_told_or_told_wrongly_is_named() {
+    let case = Case::named("text-to-image", "sdxl-euler", "zeros");
+    // Rewritten without its metadata.
+    let place = tempfile::tempdir().unwrap();
+    case.tampered(place.path(), |_| {})
+        .run(&[])
+        .says(2, &["the reference file's metadata has no height"]);
+    let case = Case {
+        model: case.model.join("unet"),
+        ..case
+    };
+    case.run(&[]).says(2, &["model_index.json"]);
 }
 
 #[test]

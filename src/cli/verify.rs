@@ -18,15 +18,17 @@ const STACK_BYTES: usize = 256 << 20;
 #[derive(Debug, Clone, Args)]
 #[command(
     after_help = "The reference file holds input.NAME, output (or output.NAME), and for gradients cotangent and \
-                  grad.KEY for each weight of the adapter.\nExit code: 0 within tolerance, 1 not, 2 unusable input.\n\n\
+                  grad.KEY for each weight of the adapter. Of text-to-image its metadata holds prompt, \
+                  negative_prompt, height, width, num_inference_steps and guidance_scale as JSON.\nExit code: 0 within tolerance, 1 not, 2 unusable input.\n\n\
                   Example:\n  proxytune verify llamagen-gpt --model tests/golden/llamagen-gpt/two-layers/model \
                   --adapter tests/golden/llamagen-gpt/two-layers/adapter \
                   --reference tests/golden/llamagen-gpt/two-layers/reference.safetensors"
 )]
 pub struct VerifyArgs {
-    /// llamagen-gpt, llamagen-vq, chameleon, chameleon-vq, clip, clip-text, t5, dino, sd3-transformer or vae
+    /// llamagen-gpt, llamagen-vq, chameleon, chameleon-vq, clip, clip-text, t5, dino, sd3-transformer, sdxl-unet, vae or
+    /// text-to-image
     pub component: Component,
-    /// The component's folder, or one that has it among its own
+    /// The component's folder, or one that has it among its own; of text-to-image the whole pipeline's
     #[arg(long, value_name = "DIR")]
     pub model: PathBuf,
     /// An adapter: PEFT's or diffusers' folder, or a file
@@ -35,7 +37,7 @@ pub struct VerifyArgs {
     /// What went into the reference implementation and what came out
     #[arg(long, value_name = "FILE")]
     pub reference: PathBuf,
-    /// Largest relative L2 error of an output [default: 1e-4 in f32, 2e-2 in bf16]
+    /// Largest relative L2 error of an output [default: 1e-4 in f32, 2e-2 in bf16; of text-to-image ten times as much]
     #[arg(long, value_name = "T", value_parser = tolerance, allow_negative_numbers = true)]
     pub tolerance: Option<f64>,
     /// Largest relative L2 error of each gradient [default: 1e-3 in f32, 5e-2 in bf16]
@@ -66,7 +68,9 @@ pub(super) fn run(args: &VerifyArgs, out: &mut impl Write) -> Result<Ended> {
         model: args.model.clone(),
         adapter: args.adapter.clone(),
         reference: args.reference.clone(),
-        tolerance: args.tolerance.unwrap_or(args.dtype.tolerance()),
+        tolerance: args
+            .tolerance
+            .unwrap_or(args.component.tolerance(args.dtype)),
         gradient_tolerance: args
             .gradient_tolerance
             .unwrap_or(args.dtype.gradient_tolerance()),

@@ -103,7 +103,7 @@ pub enum LossForm {
 /// What one training step draws, one entry for each sample of its batch.
 #[derive(Debug, Clone)]
 pub struct TrainingDraw {
-    /// Index into the descending table of noise levels.
+    /// Index into the schedule's table: descending noise levels of flow matching, timesteps of a discrete schedule.
     pub indices: Vec<usize>,
     /// Shape of the latents, f32.
     pub noise: Tensor,
@@ -241,6 +241,14 @@ impl FlowMatchEuler {
     /// The timestep that the model is told at noise level `sigma`: `σ · num_train_timesteps`.
     pub fn timestep(&self, sigma: f32) -> f32 {
         sigma * self.config.num_train_timesteps as f32
+    }
+
+    /// The noise levels of `timesteps`: what [`FlowMatchEuler::timestep`] undoes.
+    ///
+    /// # Errors
+    /// None that a caller can cause.
+    pub fn sigma(&self, timesteps: &Tensor) -> Result<Tensor> {
+        Ok((timesteps / self.config.num_train_timesteps as f64)?)
     }
 
     /// One Euler step along the flow, `x + (σ_next − σ) · velocity`. Both tensors f32 of one shape.

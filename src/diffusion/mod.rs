@@ -1,13 +1,25 @@
-//! Noise schedules and samplers: flow matching as Stable Diffusion 3 trains and samples with it.
+//! Noise schedules and samplers: flow matching as Stable Diffusion 3 trains and samples with it, and discrete
+//! denoising diffusion as Stable Diffusion XL does.
 //!
 //! Everything here is a function of its arguments; randomness comes from the generator that is handed in, sample by
 //! sample, so that a batch cut differently draws the same numbers.
 
+mod ddpm;
+mod dpm_solver;
+mod euler;
 mod flow_match;
 mod guidance;
+mod levels;
 
+pub use ddpm::{
+    BetaSchedule, Ddpm, DiscreteConfig, FinalSigma, Interpolation, PredictionType, SamplerKind,
+    TimestepSpacing,
+};
+pub use dpm_solver::dpm_solver_2m;
+pub use euler::euler;
 pub use flow_match::{Density, FlowMatchEuler, LossForm, SchedulerConfig, TimeShift, TrainingDraw};
 pub use guidance::guide;
+pub use levels::Levels;
 
 use candle_core::{Device, Shape, Tensor};
 use rand::Rng;

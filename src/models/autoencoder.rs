@@ -4,9 +4,9 @@
 //! checkpoint, for example `stabilityai/stable-diffusion-3-medium-diffusers`.
 
 use candle_core::Tensor;
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 
-use super::encoder::Activation;
+use super::encoder::{Activation, act_fn};
 use super::vqgan::{ResnetBlock, halving, images_at_once, in_slices};
 use crate::nn::ops::Padding;
 use crate::nn::{Conv2d, GroupNorm, Linear, Mask, Weights, ops};
@@ -61,20 +61,6 @@ pub enum DownBlock {
 pub enum UpBlock {
     /// Residual blocks.
     UpDecoderBlock2D,
-}
-
-/// An activation as diffusers reads it.
-fn act_fn<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Activation, D::Error> {
-    let name = String::deserialize(deserializer)?;
-    match name.to_lowercase().as_str() {
-        "silu" | "swish" => Ok(Activation::Silu),
-        "gelu" => Ok(Activation::Gelu),
-        "mish" => Ok(Activation::Mish),
-        "relu" => Ok(Activation::Relu),
-        _ => Err(serde::de::Error::custom(format!(
-            "act_fn {name}: silu, swish, gelu, mish or relu is expected"
-        ))),
-    }
 }
 
 impl Default for Config {

@@ -1,7 +1,7 @@
 //! The pre-norm transformer layer that CLIP's towers and the ViT share, and the activations that configs name.
 
 use candle_core::Tensor;
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
 use crate::Result;
 use crate::nn::{GroupNorm, Init, LayerNorm, Linear, Mask, Weights, layout, ops};
@@ -66,6 +66,22 @@ impl Activation {
             Self::Silu => norm.forward_silu(x),
             _ => self.forward(&norm.forward(x)?),
         }
+    }
+}
+
+/// An activation as diffusers reads it.
+pub(super) fn act_fn<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> std::result::Result<Activation, D::Error> {
+    let name = String::deserialize(deserializer)?;
+    match name.to_lowercase().as_str() {
+        "silu" | "swish" => Ok(Activation::Silu),
+        "gelu" => Ok(Activation::Gelu),
+        "mish" => Ok(Activation::Mish),
+        "relu" => Ok(Activation::Relu),
+        _ => Err(serde::de::Error::custom(format!(
+            "act_fn {name}: silu, swish, gelu, mish or relu is expected"
+        ))),
     }
 }
 

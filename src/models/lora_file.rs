@@ -9,6 +9,7 @@ use serde_json::{Map, Value};
 use tokenizers::utils::SysRegex;
 
 use super::pickle::Pickle;
+use super::sdxl::kohya;
 use crate::nn::Factors;
 use crate::{Error, Result, files};
 
@@ -187,8 +188,8 @@ fn weights_file(path: &Path) -> Result<PathBuf> {
         })
 }
 
-/// `base_model.model.X.lora_A.default.weight`, `unet.X.lora.down.weight`, `transformer.X.lora_A.weight` … all become
-/// `X.lora_A.weight`.
+/// `base_model.model.X.lora_A.default.weight`, `unet.X.lora.down.weight`, `transformer.X.lora_A.weight`,
+/// `lora_unet_X.lora_down.weight` … all become `X.lora_A.weight`.
 pub fn normalise(name: &str) -> String {
     let mut rest = name;
     for prefix in ["base_model.model.", "unet.", "transformer."] {
@@ -203,7 +204,14 @@ pub fn normalise(name: &str) -> String {
     ] {
         name = name.replace(from, to);
     }
-    name
+    // In kohya-like files the dots of a layer's path are underscores, which its first dot ends.
+    match name.split_once('.') {
+        Some((layer, rest)) => match kohya::layer(layer) {
+            Some(path) => format!("{path}.{rest}"),
+            None => name,
+        },
+        None => name,
+    }
 }
 
 /// peft's configuration, from `adapter_config.json` or from the header of a diffusers file; empty where there is none.

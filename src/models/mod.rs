@@ -8,13 +8,16 @@ pub mod clip;
 mod clip_tokenizer;
 pub mod encoder;
 pub mod flux;
+pub mod latent_diffusion;
 pub mod llamagen;
 pub mod lora_file;
 pub mod merge;
 pub mod pickle;
 pub mod sd3;
+pub mod sdxl;
 pub mod t5;
 pub mod tensor_writer;
+mod timestep;
 pub mod tokenizer;
 pub mod vit;
 pub mod vqgan;
@@ -27,6 +30,7 @@ use candle_core::{Device, Tensor, Var};
 use image::RgbImage;
 use rand_chacha::ChaCha8Rng;
 
+use self::latent_diffusion::Framing;
 use crate::config::{self, Dtype, Family, Memory};
 use crate::nn::{Adapter, LoraConfig, Weights};
 use crate::{Error, Result};
@@ -36,8 +40,23 @@ use crate::{Error, Result};
 pub enum Example {
     /// VQ tokens, row by row.
     Tokens(Vec<u32>),
-    /// The latent distribution of a VAE: mean and log-variance, each (c, h, w).
-    Latents { mean: Tensor, logvar: Tensor },
+    /// The latent distribution of a VAE: mean and log-variance, each (c, h, w), and what part of a picture it is of.
+    Latents {
+        mean: Tensor,
+        logvar: Tensor,
+        framing: Framing,
+    },
+}
+
+impl Example {
+    /// The same, of a picture that was resized from `original`, its height and width: what a diffusion model may be
+    /// told. Tokens are what they are.
+    pub fn of_original(mut self, original: [usize; 2]) -> Self {
+        if let Self::Latents { framing, .. } = &mut self {
+            framing.original = original;
+        }
+        self
+    }
 }
 
 /// An example with its prompt.
@@ -230,12 +249,12 @@ pub fn open(opening: &Opening) -> Result<Box<dyn Learner>> {
         Family::LlamaGen => Ok(Box::new(llamagen::LlamaGen::open(opening)?)),
         Family::Lumina => Ok(Box::new(chameleon::Lumina::open(opening)?)),
         Family::Sd3 => Ok(Box::new(sd3::Sd3Learner::open(opening)?)),
-        family @ (Family::Sdxl | Family::Flux | Family::Clip | Family::Dino) => {
-            Err(Error::invalid(
-                format!("{family} cannot be trained here"),
-                "models that can: SD3 and SD3.5 (diffusion), LlamaGen and Lumina-mGPT (autoregressive)",
-            ))
-        }
+        Family::Sdxl => Ok(Box::new(sdxl::SdxlLearner::open(opening)?)),
+        Family::Flux => Ok(Box::new(flux::FluxLearner::open(opening)?)),
+        family @ (Family::Clip | Family::Dino) => Err(Error::invalid(
+            format!("{family} cannot be trained here"),
+            "models that can: SDXL, SD3, SD3.5 and FLUX.1 (diffusion), LlamaGen and Lumina-mGPT (autoregressive)",
+        )),
     }
 }
 

@@ -195,7 +195,15 @@ async fn train(
         .worker
         .call(&course.meter, move |trainee| {
             let learner = trainee.learner();
-            learner.encode(&at_resolution(&learnt, learner.resolution()))
+            let examples = learner.encode(&at_resolution(&learnt, learner.resolution()))?;
+            let sizes = learnt.images.iter().map(|photo| {
+                let (width, height) = photo.dimensions();
+                [height as usize, width as usize]
+            });
+            let told = examples.into_iter().zip(sizes);
+            Ok(told
+                .map(|(example, size)| example.of_original(size))
+                .collect::<Vec<_>>())
         })
         .await?;
     let learnt = context.subject(subject);

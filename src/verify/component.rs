@@ -6,6 +6,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::runners::{self, Place, Runner};
+use super::{Precision, text_to_image};
 use crate::Result;
 use crate::models::chameleon::files::{VQ_CONFIG, tokenizer_dir};
 use crate::nn::Weights;
@@ -33,13 +34,17 @@ pub enum Component {
     Sd3Transformer,
     /// diffusers' `FluxTransformer2DModel`.
     FluxTransformer,
+    /// diffusers' `UNet2DConditionModel`, as SDXL has it.
+    SdxlUnet,
     /// diffusers' `AutoencoderKL`.
     Vae,
+    /// A whole pipeline of diffusers: SDXL, SD3, SD3.5 or FLUX.1.
+    TextToImage,
 }
 
 impl Component {
     /// All of them, in the order of the documentation.
-    pub const ALL: [Component; 11] = [
+    pub const ALL: [Component; 13] = [
         Component::LlamagenGpt,
         Component::LlamagenVq,
         Component::Chameleon,
@@ -50,7 +55,9 @@ impl Component {
         Component::Dino,
         Component::Sd3Transformer,
         Component::FluxTransformer,
+        Component::SdxlUnet,
         Component::Vae,
+        Component::TextToImage,
     ];
 
     /// The name on the command line.
@@ -66,7 +73,9 @@ impl Component {
             Component::Dino => "dino",
             Component::Sd3Transformer => "sd3-transformer",
             Component::FluxTransformer => "flux-transformer",
+            Component::SdxlUnet => "sdxl-unet",
             Component::Vae => "vae",
+            Component::TextToImage => "text-to-image",
         }
     }
 
@@ -83,7 +92,9 @@ impl Component {
             Component::Dino => runners::dino(place),
             Component::Sd3Transformer => runners::sd3_transformer(place),
             Component::FluxTransformer => runners::flux_transformer(place),
+            Component::SdxlUnet => runners::sdxl_unet(place),
             Component::Vae => runners::vae(place),
+            Component::TextToImage => text_to_image::open(place),
         }
     }
 
@@ -106,13 +117,35 @@ impl Component {
             Component::Dino => kind(&["vit"]),
             Component::Sd3Transformer => class("SD3Transformer2DModel"),
             Component::FluxTransformer => class("FluxTransformer2DModel"),
+            Component::SdxlUnet => class("UNet2DConditionModel"),
             Component::Vae => class("AutoencoderKL"),
+            Component::TextToImage => None,
         }
     }
 
     /// Whether `dir` holds such a component by files of its own, without a `config.json`.
     pub(super) fn is_in(self, dir: &Path) -> bool {
-        self == Component::ChameleonVq && tokenizer_dir(dir).join(VQ_CONFIG).is_file()
+        match self {
+            Component::ChameleonVq => tokenizer_dir(dir).join(VQ_CONFIG).is_file(),
+            Component::TextToImage => dir.join(text_to_image::INDEX).is_file(),
+            _ => false,
+        }
+    }
+
+    /// The file that says what it is.
+    pub(super) fn config_file(self) -> &'static str {
+        match self {
+            Component::TextToImage => text_to_image::INDEX,
+            _ => "config.json",
+        }
+    }
+
+    /// What an output's relative error may be where nothing else is asked for: a sampler's steps add theirs up.
+    pub fn tolerance(self, precision: Precision) -> f64 {
+        match self {
+            Component::TextToImage => 10.0 * precision.tolerance(),
+            _ => precision.tolerance(),
+        }
     }
 
     /// The one name of the layer that may be called `path` in a file: libraries have renamed layers over time, and
@@ -135,7 +168,9 @@ impl Component {
             | Component::Clip
             | Component::Sd3Transformer
             | Component::FluxTransformer
-            | Component::Vae => &[],
+            | Component::SdxlUnet
+            | Component::Vae
+            | Component::TextToImage => &[],
         };
         beside.iter().any(|start| layer.starts_with(start))
     }
@@ -153,7 +188,9 @@ impl Component {
             | Component::Clip
             | Component::T5
             | Component::Sd3Transformer
-            | Component::FluxTransformer => str::to_string,
+            | Component::FluxTransformer
+            | Component::SdxlUnet
+            | Component::TextToImage => str::to_string,
         }
     }
 }

@@ -46,7 +46,7 @@ pub(super) fn find(component: Component, dir: &Path) -> Result<PathBuf> {
         )),
         ([], None) => Err(Error::Checkpoint {
             path: dir.to_path_buf(),
-            faults: vec!["config.json is missing".into()],
+            faults: vec![format!("{} is missing", component.config_file())],
         }),
         (several, _) => {
             let names: Vec<String> = several.iter().map(|f| f.display().to_string()).collect();

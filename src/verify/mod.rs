@@ -7,6 +7,7 @@ mod folder;
 mod reference;
 mod report;
 mod runners;
+mod text_to_image;
 
 pub use compare::{GradientState, TIE};
 pub use component::Component;

@@ -1,13 +1,14 @@
 //! The reference file: what went in, what came out, and the gradients.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 
 use candle_core::safetensors::Load;
 use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
+use serde::de::DeserializeOwned;
 
 use super::{Component, Precision};
 use crate::models::lora_file;
@@ -23,6 +24,8 @@ pub(super) struct Reference {
     pub gradients: BTreeMap<String, Tensor>,
     /// Names that mean nothing here.
     pub ignored: Vec<String>,
+    /// The header's own entries.
+    metadata: HashMap<String, String>,
 }
 
 /// `kind` or `kind.name`.
@@ -41,14 +44,16 @@ impl Reference {
             path: path.to_path_buf(),
             faults: vec![what],
         };
-        let file = SafeTensors::deserialize(&bytes)
-            .map_err(|e| fault(format!("not a safetensors file: {e}")))?;
+        let broken = |e| fault(format!("not a safetensors file: {e}"));
+        let file = SafeTensors::deserialize(&bytes).map_err(broken)?;
+        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(broken)?;
         let mut reference = Self {
             inputs: BTreeMap::new(),
             outputs: BTreeMap::new(),
             cotangents: BTreeMap::new(),
             gradients: BTreeMap::new(),
             ignored: Vec::new(),
+            metadata: header.metadata().clone().unwrap_or_default(),
         };
         for (name, view) in file.tensors() {
             let (kind, rest) = name.split_once('.').unwrap_or((&name, ""));
@@ -85,6 +90,7 @@ impl Reference {
     pub fn inputs(&self, device: &Device, precision: Precision, dtype: DType) -> Inputs<'_> {
         Inputs {
             tensors: &self.inputs,
+            metadata: &self.metadata,
             device: device.clone(),
             precision,
             dtype,
@@ -128,6 +134,7 @@ fn tensor(view: &TensorView<'_>) -> candle_core::Result<Tensor> {
 /// The inputs, in the types that models take. Reading one marks it as used.
 pub(super) struct Inputs<'a> {
     tensors: &'a BTreeMap<String, Tensor>,
+    metadata: &'a HashMap<String, String>,
     device: Device,
     precision: Precision,
     dtype: DType,
@@ -146,6 +153,19 @@ impl Inputs<'_> {
             Error::invalid(
                 format!("the reference file has no input.{name}"),
                 format!("inputs that it has: {}", given.join(", ")),
+            )
+        })
+    }
+
+    /// What the file's metadata has under `name`, as JSON, if anything.
+    pub fn setting<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>> {
+        let Some(text) = self.metadata.get(name) else {
+            return Ok(None);
+        };
+        serde_json::from_str(text).map_err(|e| {
+            Error::invalid(
+                format!("{name} in the reference file's metadata is {text}: {e}"),
+                "write it as JSON",
             )
         })
     }

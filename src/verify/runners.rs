@@ -21,6 +21,7 @@ use crate::models::flux::{self, FluxTransformer};
 use crate::models::llamagen::{Gpt, VqModel};
 use crate::models::pickle::Pickle;
 use crate::models::sd3::Sd3Transformer;
+use crate::models::sdxl::UNet;
 use crate::models::t5::T5Encoder;
 use crate::models::vit::{self, Vit};
 use crate::models::vqgan::Compared;
@@ -50,7 +51,7 @@ pub(super) enum Value {
 }
 
 impl Output {
-    fn numbers(names: &'static [&'static str], tensor: Tensor) -> Self {
+    pub fn numbers(names: &'static [&'static str], tensor: Tensor) -> Self {
         let value = Value::Numbers {
             tensor,
             valid: None,
@@ -84,7 +85,7 @@ impl Place {
     }
 
     /// The weights in `files`, with the adapter attached.
-    fn open(&self, files: WeightFiles) -> Result<Weights> {
+    pub fn open(&self, files: WeightFiles) -> Result<Weights> {
         let weights = match self.precision {
             Precision::F32 => files.open(DType::F32, &self.device)?,
             Precision::Bf16 => {
@@ -141,7 +142,7 @@ fn read_all(files: &WeightFiles) -> Result<HashMap<String, Tensor>> {
     Ok(tensors)
 }
 
-type Opened = Result<(Box<dyn Runner>, Weights)>;
+pub(super) type Opened = Result<(Box<dyn Runner>, Weights)>;
 
 pub(super) fn llamagen_gpt(place: &Place) -> Opened {
     let weights = place.weights("model")?;
@@ -354,14 +355,21 @@ pub(super) fn sd3_transformer(place: &Place) -> Opened {
     Ok((Box::new(transformer), weights))
 }
 
+/// `input.timestep` (b), of which one may stand for all rows of `latents`.
+fn timestep(inputs: &Inputs<'_>, latents: &Tensor) -> Result<Tensor> {
+    one_each(
+        inputs,
+        "timestep",
+        latents.dims().first().copied().unwrap_or(0),
+    )
+}
+
 impl Runner for Sd3Transformer {
     fn run(&self, inputs: &Inputs<'_>) -> Result<Vec<Output>> {
         let latents = inputs.numbers("hidden_states")?;
-        let b = latents.dims().first().copied().unwrap_or(0);
-        let timestep = one_each(inputs, "timestep", b)?;
         let velocity = self.forward(
             &latents,
-            &timestep,
+            &timestep(inputs, &latents)?,
             &inputs.numbers("encoder_hidden_states")?,
             &inputs.numbers("pooled_projections")?,
         )?;
@@ -392,7 +400,7 @@ impl Runner for FluxTransformer {
             })
         };
         let condition = flux::Condition {
-            timestep: &one_each(inputs, "timestep", b)?,
+            timestep: &timestep(inputs, &latents)?,
             guidance: guidance.as_ref(),
             encoder_hidden_states: &inputs.numbers("encoder_hidden_states")?,
             pooled_projections: &inputs.numbers("pooled_projections")?,
@@ -411,6 +419,26 @@ fn one_each(inputs: &Inputs<'_>, name: &str, b: usize) -> Result<Tensor> {
         1 => numbers.broadcast_as(b)?.contiguous()?,
         _ => numbers,
     })
+}
+
+pub(super) fn sdxl_unet(place: &Place) -> Opened {
+    let weights = place.weights("diffusion_pytorch_model")?;
+    let unet = UNet::new(place.config()?, &weights)?;
+    Ok((Box::new(unet), weights))
+}
+
+impl Runner for UNet {
+    fn run(&self, inputs: &Inputs<'_>) -> Result<Vec<Output>> {
+        let sample = inputs.numbers("sample")?;
+        let output = self.forward(
+            &sample,
+            &timestep(inputs, &sample)?,
+            &inputs.numbers("encoder_hidden_states")?,
+            &inputs.numbers("text_embeds")?,
+            &inputs.exact("time_ids")?,
+        )?;
+        Ok(vec![Output::numbers(&["", "sample"], output)])
+    }
 }
 
 pub(super) fn vae(place: &Place) -> Opened {

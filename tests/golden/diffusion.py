@@ -233,6 +233,30 @@ def pipeline_case():
     save(out / "reference.safetensors", tensors)
 
 
+def text_to_image_case():
+    """The whole of what pipeline_case saved, as `proxytune verify text-to-image` takes it."""
+    out = HERE / "sd3-pipeline" / "tiny"
+    pipeline = StableDiffusion3Pipeline.from_pretrained(out)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(7)
+    for name, settings in [
+        ("negative", {"negative_prompt": ["a cat", "the beach"], "max_sequence_length": 40, "guidance_scale": 4.0}),
+        ("empty", {"guidance_scale": 7.0, "max_sequence_length": 256}),
+    ]:
+        settings |= {
+            "prompt": ["a photo of sks dog", "a cat on the beach"], "height": 16, "width": 12,
+            "num_inference_steps": 20,
+        }
+        latents = torch.randn(2, 3, 8, 6, generator=generator)
+        with torch.no_grad():
+            ended = pipeline(latents=latents.clone(), output_type="latent", **settings).images
+            images = pipeline(latents=latents.clone(), output_type="pt", **settings).images
+        tensors = {"input.latents": latents, "output.latents": ended, "output.image": images}
+        path = out / f"reference-{name}.safetensors"
+        save_file({k: v.contiguous() for k, v in tensors.items()}, path, {k: json.dumps(v) for k, v in settings.items()})
+        sort_metadata(path)
+
+
 def scheduler_case():
     generator = torch.Generator().manual_seed(5)
     tensors = {}
@@ -301,3 +325,4 @@ if __name__ == "__main__":
     )
     scheduler_case()
     pipeline_case()
+    text_to_image_case()

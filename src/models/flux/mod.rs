@@ -1,6 +1,240 @@
-//! FLUX.1 (Black Forest Labs 2024) from a directory in diffusers' layout, for example `black-forest-labs/FLUX.1-dev`.
+//! FLUX.1 (Black Forest Labs 2024) from a directory in diffusers' layout, for example `black-forest-labs/FLUX.1-dev`:
+//! `model_index.json`, `transformer/`, `vae/`, `scheduler/`, `text_encoder/` and `tokenizer/` (CLIP),
+//! `text_encoder_2/` and `tokenizer_2/` (T5).
 
 mod block;
+mod text;
 mod transformer;
 
 pub use transformer::{Condition, Config, FluxTransformer, LORA_TARGETS};
+
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use rand_chacha::ChaCha8Rng;
+
+use self::text::TextEncoders;
+use super::latent_diffusion::{Conditioning, Denoiser, DiffusionLearner, Framing, LatentDiffusion};
+use crate::diffusion::{Density, FlowMatchEuler, LossForm, TrainingDraw};
+use crate::files::read_json;
+use crate::nn::{self, Weights};
+use crate::{Error, Result};
+
+/// The whole model.
+pub type Flux = LatentDiffusion<FluxDenoiser>;
+
+/// The model as a learner.
+pub type FluxLearner = DiffusionLearner<FluxDenoiser>;
+
+/// Latents per side of what the pipeline packs into one token.
+const PACKED: usize = 2;
+
+/// Side of the latents that nobody says: 512 pixels, at which diffusers trains adapters.
+const SAMPLE_SIZE: usize = 64;
+
+/// The guidance that a training step tells the model, as diffusers' documentation trains adapters for FLUX.1-dev.
+const TRAINING_GUIDANCE: f64 = 1.0;
+
+/// The transformer with its text encoders and its schedule.
+pub struct FluxDenoiser {
+    text: TextEncoders,
+    transformer: FluxTransformer,
+    schedule: FlowMatchEuler,
+    dtype: DType,
+}
+
+/// `latents` (b, c, h, w) as the transformer reads them: (b, h/2 · w/2, 4c), the four of a 2×2 patch behind each channel.
+///
+/// # Errors
+/// When a side is odd.
+pub fn pack(latents: &Tensor) -> Result<Tensor> {
+    let (b, c, h, w) = latents.dims4()?;
+    if !h.is_multiple_of(PACKED) || !w.is_multiple_of(PACKED) {
+        return Err(Error::invalid(
+            format!("latents of {h}×{w}"),
+            "FLUX packs them two by two: use even sides",
+        ));
+    }
+    let (rows, columns) = (h / PACKED, w / PACKED);
+    Ok(latents
+        .reshape(&[b, c, rows, PACKED, columns, PACKED][..])?
+        .permute([0, 2, 4, 1, 3, 5])?
+        .contiguous()?
+        .reshape((b, rows * columns, c * PACKED * PACKED))?)
+}
+
+/// Undoes [`pack`] for latents of `height`×`width`.
+///
+/// # Errors
+/// When `packed` (b, n, 4c) is not of that size.
+pub fn unpack(packed: &Tensor, height: usize, width: usize) -> Result<Tensor> {
+    let (b, n, channels) = packed.dims3()?;
+    let (rows, columns, c) = (
+        height / PACKED,
+        width / PACKED,
+        channels / (PACKED * PACKED),
+    );
+    if n != rows * columns {
+        return Err(Error::invalid(
+            format!("{n} packed tokens for latents of {height}×{width}"),
+            format!("there are {} of that size", rows * columns),
+        ));
+    }
+    Ok(packed
+        .reshape(&[b, rows, columns, c, PACKED, PACKED][..])?
+        .permute([0, 3, 1, 4, 2, 5])?
+        .contiguous()?
+        .reshape((b, c, height, width))?)
+}
+
+/// Positions of the packed tokens of latents of `height`×`width`, (n, 3): nothing, the row, the column.
+fn image_positions(height: usize, width: usize, device: &Device) -> Result<Tensor> {
+    let (rows, columns) = (height / PACKED, width / PACKED);
+    let ids: Vec<f32> = (0..rows)
+        .flat_map(|row| (0..columns).flat_map(move |column| [0.0, row as f32, column as f32]))
+        .collect();
+    Ok(Tensor::from_vec(ids, (rows * columns, 3), device)?)
+}
+
+impl Flux {
+    /// The denoiser.
+    pub fn transformer(&self) -> &FluxTransformer {
+        &self.denoiser.transformer
+    }
+}
+
+impl FluxDenoiser {
+    /// The velocity at noisy latents (b, c, h, w), f32; `sigma` (b) in [0, 1].
+    fn velocity(
+        &self,
+        noisy: &Tensor,
+        sigma: &Tensor,
+        guidance: f64,
+        conditioning: &Conditioning,
+    ) -> Result<Tensor> {
+        let (b, _, h, w) = noisy.dims4()?;
+        let device = noisy.device();
+        let guidance = match self.transformer.config().guidance_embeds {
+            true => Some(Tensor::full(guidance as f32, b, device)?),
+            false => None,
+        };
+        let condition = Condition {
+            timestep: sigma,
+            guidance: guidance.as_ref(),
+            encoder_hidden_states: &conditioning.context,
+            pooled_projections: &conditioning.pooled,
+            txt_ids: &Tensor::zeros((conditioning.context.dim(1)?, 3), DType::F32, device)?,
+            img_ids: &image_positions(h, w, device)?,
+        };
+        let packed = pack(&noisy.to_dtype(self.dtype)?)?;
+        unpack(&self.transformer.forward(&packed, &condition)?, h, w)
+    }
+}
+
+impl Denoiser for FluxDenoiser {
+    const NAME: &'static str = "FLUX";
+    const COMPONENT: &'static str = "transformer";
+    const BUFFERS: &'static [&'static str] = &[];
+
+    fn open(directory: &Path, weights: &Weights, opened: &mut Vec<Weights>) -> Result<Self> {
+        let config: Config = read_json(&directory.join("transformer/config.json"))?;
+        let scheduler = read_json(&directory.join("scheduler/scheduler_config.json"))?;
+        Ok(Self {
+            text: TextEncoders::open(directory, weights, opened)?,
+            transformer: FluxTransformer::new(config, weights)?,
+            schedule: FlowMatchEuler::new(scheduler)?,
+            dtype: weights.dtype(),
+        })
+    }
+
+    fn channels(&self) -> usize {
+        self.transformer.config().in_channels / (PACKED * PACKED)
+    }
+
+    fn granularity(&self) -> usize {
+        PACKED
+    }
+
+    fn sample_size(&self) -> usize {
+        self.transformer.config().sample_size.unwrap_or(SAMPLE_SIZE)
+    }
+
+    fn unknown_words(&self, prompt: &str) -> Result<Vec<String>> {
+        self.text.unknown_words(prompt)
+    }
+
+    fn encode(
+        &self,
+        prompts: &[String],
+        max_sequence_length: Option<usize>,
+    ) -> Result<Conditioning> {
+        self.text.encode(prompts, max_sequence_length)
+    }
+
+    fn unconditional(&self, max_sequence_length: Option<usize>) -> Result<Conditioning> {
+        self.text.encode(&[String::new()], max_sequence_length)
+    }
+
+    fn draw(
+        &self,
+        latents_shape: (usize, usize, usize, usize),
+        generator: &mut ChaCha8Rng,
+        device: &Device,
+    ) -> Result<TrainingDraw> {
+        self.schedule
+            .draw(latents_shape, Density::Uniform, generator, device)
+    }
+
+    fn loss(
+        &self,
+        latents: &Tensor,
+        conditioning: &Conditioning,
+        _framings: &[Framing],
+        draw: &TrainingDraw,
+    ) -> Result<Tensor> {
+        self.schedule
+            .loss(latents, draw, LossForm::Velocity, |noisy, timesteps| {
+                let sigma = self.schedule.sigma(timesteps)?;
+                self.velocity(noisy, &sigma, TRAINING_GUIDANCE, conditioning)
+            })
+    }
+
+    fn handed_over(&self, latents: &Tensor) -> Result<Tensor> {
+        pack(latents)
+    }
+
+    fn taken_over(&self, latents: &Tensor, height: usize, width: usize) -> Result<Tensor> {
+        unpack(latents, height, width)
+    }
+
+    /// The guidance scale is told to the model, which was distilled for it; there is no second prediction to lead away
+    /// from, so a negative prompt has no effect.
+    fn denoise(
+        &self,
+        noise: &Tensor,
+        conditioning: &Conditioning,
+        negative: Option<(&Conditioning, f64)>,
+        _framing: Framing,
+        num_inference_steps: usize,
+    ) -> Result<Tensor> {
+        nn::no_grad(|| {
+            let (b, _, h, w) = noise.dims4()?;
+            let guidance = negative.map_or(1.0, |(_, scale)| scale);
+            let tokens = (h / PACKED) * (w / PACKED);
+            let mut latents = noise.clone();
+            for pair in self
+                .schedule
+                .sigmas(num_inference_steps, tokens)?
+                .windows(2)
+            {
+                let (sigma, next) = (pair[0], pair[1]);
+                let timestep = Tensor::full(sigma, b, noise.device())?;
+                let velocity = self
+                    .velocity(&latents, &timestep, guidance, conditioning)?
+                    .to_dtype(noise.dtype())?;
+                latents = self.schedule.step(&velocity, &latents, sigma, next)?;
+            }
+            Ok(latents)
+        })
+    }
+}

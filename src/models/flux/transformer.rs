@@ -7,7 +7,9 @@ use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::block::{DoubleBlock, SingleBlock};
-use crate::models::sd3::{Embedder, Modulation, NORM_EPS, TIMESTEP_CHANNELS, timestep_embedding};
+use crate::models::encoder::Activation;
+use crate::models::sd3::{Modulation, NORM_EPS, TIMESTEP};
+use crate::models::timestep::TimestepEmbedding;
 use crate::nn::{Init, LayerNorm, Linear, Weights, layout, ops};
 use crate::{Error, Result};
 
@@ -58,6 +60,9 @@ pub struct Config {
     pub pooled_projection_dim: usize,
     /// Whether the model is told the guidance it was distilled for (FLUX.1-dev), in place of guiding it.
     pub guidance_embeds: bool,
+    /// Side of the latents that the checkpoint is for, where it says so; the published ones do not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sample_size: Option<usize>,
     /// Channels of a head that each coordinate of a position turns; together a head's width.
     pub axes_dims_rope: Vec<usize>,
 }
@@ -75,6 +80,7 @@ impl Default for Config {
             joint_attention_dim: 4096,
             pooled_projection_dim: 768,
             guidance_embeds: false,
+            sample_size: None,
             axes_dims_rope: vec![16, 56, 56],
         }
     }
@@ -181,9 +187,9 @@ pub struct Condition<'a> {
 /// The denoiser.
 pub struct FluxTransformer {
     config: Config,
-    timestep_embedder: Embedder,
-    guidance_embedder: Option<Embedder>,
-    text_embedder: Embedder,
+    timestep_embedder: TimestepEmbedding,
+    guidance_embedder: Option<TimestepEmbedding>,
+    text_embedder: TimestepEmbedding,
     context_embedder: Linear,
     x_embedder: Linear,
     transformer_blocks: Vec<Arc<DoubleBlock>>,
@@ -204,12 +210,14 @@ impl FluxTransformer {
             weights.pp("transformer_blocks"),
             weights.pp("single_transformer_blocks"),
         );
-        let embedder = |inputs, name: &str| Embedder::new(inputs, d, &embed.pp(name));
+        let embedder = |inputs, name: &str| {
+            TimestepEmbedding::new(inputs, d, Activation::Silu, &embed.pp(name))
+        };
         let linear = |inputs, name: &str| Linear::new(inputs, d, true, &weights.pp(name));
         Ok(Self {
-            timestep_embedder: embedder(TIMESTEP_CHANNELS, "timestep_embedder")?,
+            timestep_embedder: embedder(TIMESTEP.channels, "timestep_embedder")?,
             guidance_embedder: match config.guidance_embeds {
-                true => Some(embedder(TIMESTEP_CHANNELS, "guidance_embedder")?),
+                true => Some(embedder(TIMESTEP.channels, "guidance_embedder")?),
                 false => None,
             },
             text_embedder: embedder(config.pooled_projection_dim, "text_embedder")?,
@@ -270,9 +278,9 @@ impl FluxTransformer {
     /// The vector (b, d) that modulates every block.
     fn embed_condition(&self, condition: &Condition) -> Result<Tensor> {
         let pooled = condition.pooled_projections;
-        let embed = |embedder: &Embedder, value: &Tensor| {
+        let embed = |embedder: &TimestepEmbedding, value: &Tensor| {
             let thousandths = (value.to_dtype(DType::F32)? * TIMESTEPS)?;
-            embedder.forward(&timestep_embedding(&thousandths)?.to_dtype(pooled.dtype())?)
+            embedder.forward(&TIMESTEP.embed(&thousandths)?.to_dtype(pooled.dtype())?)
         };
         let mut temb = embed(&self.timestep_embedder, condition.timestep)?;
         if let Some(embedder) = &self.guidance_embedder {

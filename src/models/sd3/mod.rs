@@ -3,221 +3,129 @@
 //! `scheduler/`, and for each text encoder `text_encoder*/` and `tokenizer*/`.
 
 mod block;
-mod files;
-mod learner;
 mod sampling;
 mod text;
 mod transformer;
 
+pub use super::latent_diffusion::{Conditioning, SampleSettings};
 pub use block::JointTransformerBlock;
 pub(super) use block::{EPS as NORM_EPS, FeedForward, Modulation, attend};
-pub use learner::Sd3Learner;
 pub use sampling::denoise;
+pub(super) use transformer::TIMESTEP;
 pub use transformer::{Config, LORA_TARGETS, QkNorm, Sd3Transformer};
-pub(super) use transformer::{Embedder, TIMESTEP_CHANNELS, timestep_embedding};
 
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use rand_chacha::ChaCha8Rng;
 
 use self::text::TextEncoders;
-use super::autoencoder::{self, AutoencoderKl};
-use super::checkpoint_files::{self, WeightFiles};
-use super::finish_all;
-use crate::diffusion::{self, Density, FlowMatchEuler, LossForm, TrainingDraw};
+use super::latent_diffusion::{
+    Denoiser, DiffusionLearner, Framing, LatentDiffusion, network_files,
+};
+use crate::Result;
+use crate::diffusion::{Density, FlowMatchEuler, LossForm, TrainingDraw};
 use crate::files::read_json;
-use crate::nn::{self, Weights};
-use crate::{Error, Result};
+use crate::nn::Weights;
 
-/// What the denoiser knows of the prompts, one row for each.
-#[derive(Debug, Clone)]
-pub struct Conditioning {
-    /// Token states (b, n, joint_attention_dim).
-    pub context: Tensor,
-    /// Pooled states (b, pooled_projection_dim).
-    pub pooled: Tensor,
-}
+/// The whole model.
+pub type Sd3 = LatentDiffusion<Mmdit>;
 
-impl Conditioning {
-    /// The rows of all parts, one after another; n must be equal and `parts` not empty.
-    pub fn cat(parts: &[&Conditioning]) -> Result<Self> {
-        let contexts: Vec<&Tensor> = parts.iter().map(|part| &part.context).collect();
-        let pooled: Vec<&Tensor> = parts.iter().map(|part| &part.pooled).collect();
-        Ok(Self {
-            context: Tensor::cat(&contexts, 0)?,
-            pooled: Tensor::cat(&pooled, 0)?,
-        })
-    }
+/// The model as a learner.
+pub type Sd3Learner = DiffusionLearner<Mmdit>;
 
-    /// Some of the rows.
-    pub fn rows(&self, range: Range<usize>) -> Result<Self> {
-        let some = |x: &Tensor| x.narrow(0, range.start, range.len());
-        Ok(Self {
-            context: some(&self.context)?,
-            pooled: some(&self.pooled)?,
-        })
-    }
-
-    /// All rows `count` times over, at least once.
-    pub fn repeat(&self, count: usize) -> Result<Self> {
-        Self::cat(&vec![self; count.max(1)])
-    }
-}
-
-/// How images are drawn.
-#[derive(Debug, Clone, PartialEq)]
-pub struct SampleSettings {
-    /// Euler steps, at least 1.
-    pub num_inference_steps: usize,
-    /// Classifier-free guidance; up to 1 there is none, as in the reference.
-    pub guidance_scale: f64,
-    /// Pixels, a multiple of [`Sd3::granularity`].
-    pub height: usize,
-    /// Pixels, a multiple of [`Sd3::granularity`].
-    pub width: usize,
-    /// What the images are guided away from; empty for nothing in particular.
-    pub negative_prompt: String,
-}
-
-/// The whole model. The adapter, if any, is on the transformer alone.
-pub struct Sd3 {
+/// The transformer with its text encoders and its schedule.
+pub struct Mmdit {
     text: TextEncoders,
     transformer: Sd3Transformer,
-    vae: AutoencoderKl,
     schedule: FlowMatchEuler,
     loss_form: LossForm,
     dtype: DType,
-    device: Device,
 }
 
 /// The weight files of the transformer of `directory`, for [`Sd3::open`]. Fails where there are none.
 pub fn transformer_files(directory: &Path) -> Result<Vec<PathBuf>> {
-    WeightFiles::find(&directory.join("transformer"), "diffusion_pytorch_model")?.into_safetensors()
+    network_files::<Mmdit>(directory)
 }
 
 impl Sd3 {
-    /// Opens `directory`. `transformer` holds the weights of [`transformer_files`], frozen, with an adapter, or
-    /// trainable; its precision and device are those of the text encoders too, while the autoencoder computes in f32,
-    /// in which half precision would overflow. Everything that is missing or misshapen in any component is reported at
-    /// once.
-    pub fn open(directory: &Path, transformer: &Weights) -> Result<Self> {
-        let (dtype, device) = (transformer.dtype(), transformer.device().clone());
-        let config: Config = read_json(&directory.join("transformer/config.json"))?;
-        let vae_config: autoencoder::Config = read_json(&directory.join("vae/config.json"))?;
-        let scheduler = read_json(&directory.join("scheduler/scheduler_config.json"))?;
-
-        let vae = directory.join("vae");
-        let vae_weights =
-            checkpoint_files::open(&vae, "diffusion_pytorch_model", DType::F32, &device)?;
-        let mut opened = vec![transformer.clone(), vae_weights.clone()];
-        let text = TextEncoders::open(directory, &config, transformer, &mut opened)?;
-        let model = Self {
-            text,
-            transformer: Sd3Transformer::new(config, transformer)?,
-            vae: AutoencoderKl::new(vae_config, &vae_weights)?,
-            schedule: FlowMatchEuler::new(scheduler)?,
-            loss_form: LossForm::default(),
-            dtype,
-            device,
-        };
-        transformer.expect_no_others();
-        finish_all(directory, &opened)?;
-        Ok(model)
-    }
-
     /// The same model with another form of the training loss.
     pub fn with_loss_form(mut self, loss_form: LossForm) -> Self {
-        self.loss_form = loss_form;
+        self.denoiser.loss_form = loss_form;
         self
     }
 
     /// The denoiser.
     pub fn transformer(&self) -> &Sd3Transformer {
-        &self.transformer
-    }
-
-    /// The autoencoder.
-    pub fn vae(&self) -> &AutoencoderKl {
-        &self.vae
+        &self.denoiser.transformer
     }
 
     /// The schedule.
     pub fn schedule(&self) -> &FlowMatchEuler {
-        &self.schedule
+        &self.denoiser.schedule
+    }
+}
+
+impl Denoiser for Mmdit {
+    const NAME: &'static str = "SD3";
+    const COMPONENT: &'static str = "transformer";
+    const BUFFERS: &'static [&'static str] = &["pos_embed.pos_embed"];
+
+    fn open(directory: &Path, weights: &Weights, opened: &mut Vec<Weights>) -> Result<Self> {
+        let config: Config = read_json(&directory.join("transformer/config.json"))?;
+        let scheduler = read_json(&directory.join("scheduler/scheduler_config.json"))?;
+        Ok(Self {
+            text: TextEncoders::open(directory, &config, weights, opened)?,
+            transformer: Sd3Transformer::new(config, weights)?,
+            schedule: FlowMatchEuler::new(scheduler)?,
+            loss_form: LossForm::default(),
+            dtype: weights.dtype(),
+        })
     }
 
-    /// Where the model computes.
-    pub fn device(&self) -> &Device {
-        &self.device
+    fn channels(&self) -> usize {
+        self.transformer.config().in_channels
     }
 
-    /// Sides of images are multiples of this many pixels.
-    pub fn granularity(&self) -> usize {
-        self.vae.config().downscale() * self.transformer.config().patch_size
+    fn granularity(&self) -> usize {
+        self.transformer.config().patch_size
     }
 
-    /// Side in pixels of the square images that the checkpoint is for.
-    pub fn resolution(&self) -> usize {
-        self.vae.config().downscale() * self.transformer.config().sample_size
+    fn sample_size(&self) -> usize {
+        self.transformer.config().sample_size
     }
 
-    /// The words of `prompt` that the first tokenizer does not know.
-    pub fn unknown_words(&self, prompt: &str) -> Result<Vec<String>> {
+    fn unknown_words(&self, prompt: &str) -> Result<Vec<String>> {
         self.text.unknown_words(prompt)
     }
 
-    /// What the text encoders say of `prompts`, without a graph; at least one prompt. A prompt's row depends on
-    /// nothing else, so rows may be kept. Texts are cut at the encoders' lengths.
-    pub fn encode_prompts(&self, prompts: &[String]) -> Result<Conditioning> {
-        nn::no_grad(|| self.text.encode(prompts))
-    }
-
-    /// Mean and log-variance of the latents of `images` (b, 3, h, w) in [−1, 1], not rescaled, f32, without a graph.
-    pub fn encode_images(&self, images: &Tensor) -> Result<(Tensor, Tensor)> {
-        nn::no_grad(|| self.vae.encode(&images.to_dtype(DType::F32)?))
-    }
-
-    /// Latents drawn from the distribution that [`Sd3::encode_images`] gives, scaled as [`Sd3::loss`] takes them.
-    pub fn sample_latents(
+    fn encode(
         &self,
-        mean: &Tensor,
-        logvar: &Tensor,
-        generator: &mut ChaCha8Rng,
-    ) -> Result<Tensor> {
-        let noise = diffusion::noise(mean.shape(), generator, mean.device())?;
-        let sample = (mean + ((logvar * 0.5)?.exp()? * noise)?)?;
-        self.vae.scale(&sample)
+        prompts: &[String],
+        max_sequence_length: Option<usize>,
+    ) -> Result<Conditioning> {
+        self.text.encode(prompts, max_sequence_length)
     }
 
-    /// The training loss of a batch (a scalar, f32): `latents` (b, c, h, w) scaled, f32, with one row of
-    /// `conditioning` each. Noise levels and noise come from `generator`, sample by sample.
-    pub fn loss(
+    fn unconditional(&self, max_sequence_length: Option<usize>) -> Result<Conditioning> {
+        self.text.encode(&[String::new()], max_sequence_length)
+    }
+
+    fn draw(
+        &self,
+        latents_shape: (usize, usize, usize, usize),
+        generator: &mut ChaCha8Rng,
+        device: &Device,
+    ) -> Result<TrainingDraw> {
+        self.schedule
+            .draw(latents_shape, Density::LogitNormal, generator, device)
+    }
+
+    fn loss(
         &self,
         latents: &Tensor,
         conditioning: &Conditioning,
-        generator: &mut ChaCha8Rng,
-    ) -> Result<Tensor> {
-        let draw = self.draw(latents, generator)?;
-        self.loss_at(latents, conditioning, &draw)
-    }
-
-    /// What [`Sd3::loss`] draws for `latents` (b, c, h, w).
-    pub fn draw(&self, latents: &Tensor, generator: &mut ChaCha8Rng) -> Result<TrainingDraw> {
-        self.schedule.draw(
-            latents.dims4()?,
-            Density::LogitNormal,
-            generator,
-            latents.device(),
-        )
-    }
-
-    /// [`Sd3::loss`] with what was drawn for it.
-    pub fn loss_at(
-        &self,
-        latents: &Tensor,
-        conditioning: &Conditioning,
+        _framings: &[Framing],
         draw: &TrainingDraw,
     ) -> Result<Tensor> {
         self.schedule
@@ -228,81 +136,29 @@ impl Sd3 {
             })
     }
 
-    /// One image for each prompt and seed: (b, 3, height, width) in [−1, 1], f32, without a graph. The noise of an
-    /// image depends on its own seed alone.
-    pub fn generate(
-        &self,
-        prompts: &[String],
-        seeds: &[u64],
-        settings: &SampleSettings,
-    ) -> Result<Tensor> {
-        let noise = self.noise(seeds, settings.height, settings.width)?;
-        let conditioning = self.encode_prompts(prompts)?;
-        let negative = self.encode_prompts(std::slice::from_ref(&settings.negative_prompt))?;
-        let steps = settings.num_inference_steps;
-        self.generate_from(
-            &noise,
-            &conditioning,
-            &negative,
-            steps,
-            settings.guidance_scale,
-        )
+    fn handed_over(&self, latents: &Tensor) -> Result<Tensor> {
+        Ok(latents.clone())
     }
 
-    /// The noise that images of `height`×`width` pixels start from, f32: a row for each seed, which depends on that
-    /// seed alone.
-    pub fn noise(&self, seeds: &[u64], height: usize, width: usize) -> Result<Tensor> {
-        let unit = self.granularity();
-        if height == 0 || width == 0 || !height.is_multiple_of(unit) || !width.is_multiple_of(unit)
-        {
-            return Err(Error::invalid(
-                format!("images of {width}×{height} pixels"),
-                format!("use a width and a height that are multiples of {unit}"),
-            ));
-        }
-        let f = self.vae.config().downscale();
-        let channels = self.transformer.config().in_channels;
-        let shape = (1, channels, height / f, width / f);
-        let rows = seeds
-            .iter()
-            .map(|&seed| diffusion::noise(shape, &mut nn::seeded(seed, "latents"), &self.device))
-            .collect::<Result<Vec<_>>>()?;
-        Ok(Tensor::cat(&rows, 0)?)
+    fn taken_over(&self, latents: &Tensor, _height: usize, _width: usize) -> Result<Tensor> {
+        Ok(latents.clone())
     }
 
-    /// [`Sd3::generate`] from `noise` (b, c, h, w) and prompts that are encoded already: b rows of `conditioning`,
-    /// and of `negative` one row for all or b.
-    pub fn generate_from(
+    fn denoise(
         &self,
         noise: &Tensor,
         conditioning: &Conditioning,
-        negative: &Conditioning,
+        negative: Option<(&Conditioning, f64)>,
+        _framing: Framing,
         num_inference_steps: usize,
-        guidance_scale: f64,
     ) -> Result<Tensor> {
-        let (b, rows) = (noise.dim(0)?, conditioning.context.dim(0)?);
-        if b != rows {
-            return Err(Error::invalid(
-                format!("noise of {b} images for {rows} prompts"),
-                "give one seed for each prompt",
-            ));
-        }
-        let negative = match negative.context.dim(0)? {
-            1 => negative.repeat(b)?,
-            _ => negative.clone(),
-        };
-        let guided = (guidance_scale > 1.0).then_some((&negative, guidance_scale));
-        let latents = denoise(
+        denoise(
             &self.transformer,
             &self.schedule,
             noise,
             conditioning,
-            guided,
+            negative,
             num_inference_steps,
-        )?;
-        nn::no_grad(|| {
-            let image = self.vae.decode(&self.vae.unscale(&latents)?)?;
-            Ok(image.clamp(-1f32, 1f32)?)
-        })
+        )
     }
 }

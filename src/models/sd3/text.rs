@@ -3,70 +3,20 @@
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use serde_json::Value;
 
 use super::Conditioning;
-use super::files::has_component;
 use crate::files::read_json;
-use crate::models::{checkpoint_files, clip, t5, tokenizer::TextTokenizer};
+use crate::models::latent_diffusion::text::{ClipText, PaddedTokenizer, has_component};
+use crate::models::{checkpoint_files, t5};
 use crate::nn::Weights;
 use crate::{Error, Result};
 
 /// Tokens of a prompt for T5: the pipeline's default, and what stands in zeros where T5 is left out.
 const T5_TOKENS: usize = 256;
 
-/// A tokenizer with the id that fills the rest of a text.
-struct Padded {
-    tokenizer: TextTokenizer,
-    padding: u32,
-    length: usize,
-}
-
-impl Padded {
-    /// Reads the tokenizer in `folder`. The padding token is the one that `tokenizer_config.json` or
-    /// `special_tokens_map.json` names, else `fallback` (SD3's second CLIP pads with `!`, its first with the end token).
-    fn open(folder: &Path, length: usize, fallback: &str) -> Result<Self> {
-        let tokenizer = TextTokenizer::from_folder(folder)?;
-        let mut token = None;
-        for name in ["tokenizer_config.json", "special_tokens_map.json"] {
-            let path = folder.join(name);
-            if token.is_none() && path.is_file() {
-                let settings: Value = read_json(&path)?;
-                let entry = settings.get("pad_token");
-                let text = entry
-                    .and_then(|entry| entry.as_str().or_else(|| entry.get("content")?.as_str()));
-                token = text.map(String::from);
-            }
-        }
-        let token = token.unwrap_or_else(|| fallback.to_string());
-        let padding = tokenizer.id(&token).ok_or_else(|| Error::Checkpoint {
-            path: folder.to_path_buf(),
-            faults: vec![format!(
-                "the padding token {token:?} is not in the vocabulary"
-            )],
-        })?;
-        Ok(Self {
-            tokenizer,
-            padding,
-            length,
-        })
-    }
-
-    /// The ids (1, length) of one text.
-    fn ids(&self, text: &str, device: &Device) -> Result<Tensor> {
-        let encoded = self.tokenizer.encode(text, self.length, self.padding)?;
-        Ok(Tensor::from_vec(encoded.ids, (1, self.length), device)?)
-    }
-}
-
-struct ClipText {
-    model: clip::TextModel,
-    tokenizer: Padded,
-}
-
 struct T5Text {
     model: t5::T5Encoder,
-    tokenizer: Padded,
+    tokenizer: PaddedTokenizer,
 }
 
 /// Every text encoder that a checkpoint has.
@@ -83,7 +33,7 @@ impl TextEncoders {
     /// The words of `prompt` that the first CLIP's tokenizer has no token for.
     pub(super) fn unknown_words(&self, prompt: &str) -> Result<Vec<String>> {
         match self.clips.first() {
-            Some(clip) => clip.tokenizer.tokenizer.unknown_words(prompt),
+            Some(clip) => clip.tokenizer.unknown_words(prompt),
             None => Ok(Vec::new()),
         }
     }
@@ -97,38 +47,19 @@ impl TextEncoders {
         opened: &mut Vec<Weights>,
     ) -> Result<Self> {
         let (precision, device) = (transformer.precision(), transformer.device());
-        let mut clips = Vec::new();
-        for suffix in ["", "_2"] {
-            let name = format!("text_encoder{suffix}");
-            if has_component(directory, &name)? {
-                let folder = directory.join(name);
-                let text: clip::TextConfig = read_json(&folder.join("config.json"))?;
-                let weights = checkpoint_files::open(&folder, "model", precision, device)?;
-                let model = clip::TextModel::new(&text, &weights)?;
-                opened.push(weights);
-                let folder = directory.join(format!("tokenizer{suffix}"));
-                let tokenizer =
-                    Padded::open(&folder, text.max_position_embeddings, "<|endoftext|>")?;
-                clips.push(ClipText { model, tokenizer });
-            }
-        }
+        let clips = ClipText::all(directory, transformer, opened)?;
         let t5 = if has_component(directory, "text_encoder_3")? {
             let folder = directory.join("text_encoder_3");
             let text: t5::Config = read_json(&folder.join("config.json"))?;
             let weights = checkpoint_files::open(&folder, "model", precision, device)?;
             let model = t5::T5Encoder::new(&text, &weights)?;
             opened.push(weights);
-            let tokenizer = Padded::open(&directory.join("tokenizer_3"), T5_TOKENS, "<pad>")?;
+            let tokenizer =
+                PaddedTokenizer::open(&directory.join("tokenizer_3"), T5_TOKENS, "<pad>")?;
             Some(T5Text { model, tokenizer })
         } else {
             None
         };
-        if clips.is_empty() {
-            return Err(Error::Checkpoint {
-                path: directory.join("model_index.json"),
-                faults: vec!["names no text_encoder".to_string()],
-            });
-        }
         Ok(Self {
             clips,
             t5,
@@ -140,21 +71,25 @@ impl TextEncoders {
     }
 
     /// One row for each prompt; a prompt's row depends on nothing else.
-    pub(super) fn encode(&self, prompts: &[String]) -> Result<Conditioning> {
+    /// `t5_tokens` of it are T5's, 256 where nothing is said.
+    pub(super) fn encode(
+        &self,
+        prompts: &[String],
+        t5_tokens: Option<usize>,
+    ) -> Result<Conditioning> {
+        let t5_tokens = t5_tokens.unwrap_or(T5_TOKENS);
         let rows = prompts
             .iter()
-            .map(|prompt| self.encode_one(prompt))
+            .map(|prompt| self.encode_one(prompt, t5_tokens))
             .collect::<Result<Vec<_>>>()?;
         Conditioning::cat(&rows.iter().collect::<Vec<_>>())
     }
 
-    fn encode_one(&self, prompt: &str) -> Result<Conditioning> {
+    fn encode_one(&self, prompt: &str, t5_tokens: usize) -> Result<Conditioning> {
         let mut states = Vec::with_capacity(self.clips.len());
         let mut pooled = Vec::with_capacity(self.clips.len());
         for clip in &self.clips {
-            let output = clip
-                .model
-                .forward(&clip.tokenizer.ids(prompt, &self.device)?)?;
+            let output = clip.encode(prompt)?;
             states.push(output.penultimate);
             pooled.push(output.pooled);
         }
@@ -174,13 +109,13 @@ impl TextEncoders {
         let context = context.pad_with_zeros(2, 0, joint - width)?;
         let long = match &self.t5 {
             Some(t5) => {
-                let ids = t5.tokenizer.ids(prompt, &self.device)?;
+                let ids = t5.tokenizer.ids_of(prompt, t5_tokens, &self.device)?;
                 // the reference hands T5 no mask: padding is attended to
                 Some(t5.model.forward(&ids, &ids.ones_like()?)?)
             }
             // a transformer wider than its CLIPs was trained with T5 and takes zeros in its place
             None if width < joint => Some(Tensor::zeros(
-                (1, T5_TOKENS, joint),
+                (1, t5_tokens, joint),
                 self.dtype,
                 &self.device,
             )?),

@@ -3,10 +3,12 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::block::{JointTransformerBlock, Modulation};
+use crate::models::encoder::Activation;
+use crate::models::timestep::{Sinusoid, TimestepEmbedding};
 use crate::nn::ops::Padding;
 use crate::nn::{Conv2d, Init, LayerNorm, Linear, Weights, ops};
 use crate::{Error, Result};
@@ -23,8 +25,12 @@ pub const LORA_TARGETS: [&str; 8] = [
     "attn.to_add_out",
 ];
 
-/// Width of the sinusoidal embedding of the timestep.
-pub(in crate::models) const TIMESTEP_CHANNELS: usize = 256;
+/// How the timestep is given.
+pub(in crate::models) const TIMESTEP: Sinusoid = Sinusoid {
+    channels: 256,
+    cosines_first: true,
+    shift: 0.0,
+};
 
 /// How the queries and keys of each head are normalised; weights are each stream's own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -227,47 +233,12 @@ fn sin_cos_positions(max: usize, base: usize, d: usize, device: &Device) -> Resu
     Ok(Tensor::from_vec(values, (1, max * max, d), device)?)
 }
 
-/// Two linear layers with SiLU between them.
-pub(in crate::models) struct Embedder {
-    linear_1: Linear,
-    linear_2: Linear,
-}
-
-impl Embedder {
-    pub(in crate::models) fn new(inputs: usize, d: usize, weights: &Weights) -> Result<Self> {
-        Ok(Self {
-            linear_1: Linear::new(inputs, d, true, &weights.pp("linear_1"))?,
-            linear_2: Linear::new(d, d, true, &weights.pp("linear_2"))?,
-        })
-    }
-
-    pub(in crate::models) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.linear_2
-            .forward(&ops::silu(&self.linear_1.forward(x)?)?)
-    }
-}
-
-/// Cosines, then sines, of each timestep at 128 frequencies from 1 down to almost 1/10000 (Ho et al. 2020, in
-/// diffusers' order). `timestep` (b) of f32, not necessarily whole; result (b, 256), f32.
-pub(in crate::models) fn timestep_embedding(timestep: &Tensor) -> Result<Tensor> {
-    let half = TIMESTEP_CHANNELS / 2;
-    let frequencies: Vec<f32> = (0..half)
-        .map(|i| (-(10000f32.ln()) * i as f32 / half as f32).exp())
-        .collect();
-    let frequencies = Tensor::from_vec(frequencies, (1, half), timestep.device())?;
-    let angles = timestep
-        .to_dtype(DType::F32)?
-        .unsqueeze(1)?
-        .broadcast_mul(&frequencies)?;
-    Ok(Tensor::cat(&[angles.cos()?, angles.sin()?], 1)?)
-}
-
 /// The denoiser.
 pub struct Sd3Transformer {
     config: Config,
     pos_embed: PatchEmbed,
-    timestep_embedder: Embedder,
-    text_embedder: Embedder,
+    timestep_embedder: TimestepEmbedding,
+    text_embedder: TimestepEmbedding,
     context_embedder: Linear,
     transformer_blocks: Vec<Arc<JointTransformerBlock>>,
     norm_out: Modulation,
@@ -289,16 +260,15 @@ impl Sd3Transformer {
                 Ok(Arc::new(block))
             })
             .collect::<Result<_>>()?;
-        let embed = weights.pp("time_text_embed");
+        let embedder = |inputs, name: &str| {
+            let place = weights.pp("time_text_embed").pp(name);
+            TimestepEmbedding::new(inputs, d, Activation::Silu, &place)
+        };
         let outputs = config.patch_size * config.patch_size * config.outputs();
         Ok(Self {
             pos_embed: PatchEmbed::new(&config, &weights.pp("pos_embed"))?,
-            timestep_embedder: Embedder::new(TIMESTEP_CHANNELS, d, &embed.pp("timestep_embedder"))?,
-            text_embedder: Embedder::new(
-                config.pooled_projection_dim,
-                d,
-                &embed.pp("text_embedder"),
-            )?,
+            timestep_embedder: embedder(TIMESTEP.channels, "timestep_embedder")?,
+            text_embedder: embedder(config.pooled_projection_dim, "text_embedder")?,
             context_embedder: Linear::new(
                 config.joint_attention_dim,
                 d,
@@ -351,7 +321,7 @@ impl Sd3Transformer {
 
     /// The vector (b, d) that modulates every block, from the timestep and the pooled text.
     fn embed_condition(&self, timestep: &Tensor, pooled: &Tensor) -> Result<Tensor> {
-        let sinusoid = timestep_embedding(timestep)?.to_dtype(pooled.dtype())?;
+        let sinusoid = TIMESTEP.embed(timestep)?.to_dtype(pooled.dtype())?;
         let time = self.timestep_embedder.forward(&sinusoid)?;
         Ok((time + self.text_embedder.forward(pooled)?)?)
     }

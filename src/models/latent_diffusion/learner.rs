@@ -1,4 +1,4 @@
-//! Stable Diffusion 3 and 3.5 as a [`Learner`].
+//! A latent diffusion model as a [`Learner`].
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -9,7 +9,7 @@ use image::RgbImage;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
-use super::{Conditioning, Sd3, transformer_files};
+use super::{Conditioning, Denoiser, Framing, LatentDiffusion, network_files};
 use crate::models::{Example, Learner, Lesson, Opening, Request, Sampling, Tuning, adapters};
 use crate::nn::{Adapter, Weights, mean_over_parts, merged, recomputing};
 use crate::{Error, Result, images};
@@ -18,8 +18,8 @@ use crate::{Error, Result, images};
 const AT_ONCE: usize = 2;
 
 /// The denoiser with what it needs to learn and to draw.
-pub struct Sd3Learner {
-    model: Sd3,
+pub struct DiffusionLearner<D> {
+    model: LatentDiffusion<D>,
     known: HashMap<String, Conditioning>,
     weights: Weights,
     adapter: Option<Arc<Adapter>>,
@@ -30,10 +30,10 @@ pub struct Sd3Learner {
     side: usize,
 }
 
-impl Sd3Learner {
+impl<D: Denoiser> DiffusionLearner<D> {
     /// Opens the checkpoint in `opening.dir`, in diffusers' layout.
     pub fn open(opening: &Opening) -> Result<Self> {
-        let files = transformer_files(&opening.dir)?;
+        let files = network_files::<D>(&opening.dir)?;
         let weights = match opening.tuning {
             Tuning::Full => Weights::trainable(&files, opening.seed, &opening.device)?,
             Tuning::Lora(_) | Tuning::Frozen => {
@@ -41,11 +41,11 @@ impl Sd3Learner {
             }
         };
         let (weights, adapter) = opening.attach(weights);
-        let model = Sd3::open(&opening.dir, &weights)?;
+        let model = LatentDiffusion::<D>::open(&opening.dir, &weights)?;
         let side = opening
             .resolution
             .map_or(model.resolution(), |side| side as usize);
-        let config = opening.dir.join("transformer/config.json");
+        let config = opening.dir.join(D::COMPONENT).join("config.json");
         let config_text = std::fs::read_to_string(&config).map_err(Error::io(&config))?;
         Ok(Self {
             model,
@@ -63,7 +63,7 @@ impl Sd3Learner {
     fn condition(&mut self, prompts: &[&str]) -> Result<Conditioning> {
         for &prompt in prompts {
             if !self.known.contains_key(prompt) {
-                let conditioning = self.model.encode_prompts(&[prompt.to_string()])?;
+                let conditioning = self.model.condition(prompt)?;
                 self.known.insert(prompt.to_string(), conditioning);
             }
         }
@@ -72,13 +72,13 @@ impl Sd3Learner {
     }
 }
 
-impl Learner for Sd3Learner {
+impl<D: Denoiser> Learner for DiffusionLearner<D> {
     fn resolution(&self) -> u32 {
         self.side as u32
     }
 
     fn encode(&mut self, images: &[RgbImage]) -> Result<Vec<Example>> {
-        images::check_side(images, self.side as u32, "SD3")?;
+        images::check_side(images, self.side as u32, D::NAME)?;
         let pixels = images::to_tensor(images, self.model.device())?;
         let (mean, logvar) = self.model.encode_images(&pixels)?;
         (0..images.len())
@@ -86,18 +86,24 @@ impl Learner for Sd3Learner {
                 Ok(Example::Latents {
                     mean: mean.get(i)?.copy()?,
                     logvar: logvar.get(i)?.copy()?,
+                    framing: Framing::whole(self.side, self.side),
                 })
             })
             .collect()
     }
 
     fn loss(&mut self, batch: &[Lesson], generator: &mut ChaCha8Rng) -> Result<Tensor> {
-        let (mut means, mut logvars) = (Vec::new(), Vec::new());
+        let (mut means, mut logvars, mut framings) = (Vec::new(), Vec::new(), Vec::new());
         for lesson in batch {
             match &lesson.example {
-                Example::Latents { mean, logvar } => {
+                Example::Latents {
+                    mean,
+                    logvar,
+                    framing,
+                } => {
                     means.push(mean);
                     logvars.push(logvar);
+                    framings.push(*framing);
                 }
                 Example::Tokens(_) => {
                     return Err(Error::Invalid {
@@ -127,8 +133,12 @@ impl Learner for Sd3Learner {
             generator,
             |part, _| {
                 let latents = latents.narrow(0, part.start, part.len())?;
-                let (conditioning, draw) = (conditioning.rows(part.clone())?, draw.rows(part)?);
-                recomputing(recomputes, || model.loss_at(&latents, &conditioning, &draw))
+                let conditioning = conditioning.rows(part.clone())?;
+                let framings = &framings[part.clone()];
+                let draw = draw.rows(part)?;
+                recomputing(recomputes, || {
+                    model.loss_at(&latents, &conditioning, framings, &draw)
+                })
             },
         )
     }
@@ -156,9 +166,8 @@ impl Learner for Sd3Learner {
     fn variables(&self) -> Vec<(String, Var)> {
         match &self.adapter {
             Some(adapter) => adapter.variables(),
-            // The table of positions is a buffer: nothing is learnt there.
             None => {
-                let trained = |(name, _): &(String, Var)| name != "pos_embed.pos_embed";
+                let trained = |(name, _): &(String, Var)| !D::BUFFERS.contains(&name.as_str());
                 self.weights
                     .variables()
                     .into_iter()
@@ -171,7 +180,7 @@ impl Learner for Sd3Learner {
     fn save(&self, dir: &Path, values: &BTreeMap<String, Tensor>) -> Result<()> {
         match &self.adapter {
             Some(adapter) => {
-                adapters::write_diffusers(dir, values, adapter.config(), "transformer").map(|_| ())
+                adapters::write_diffusers(dir, values, adapter.config(), D::COMPONENT).map(|_| ())
             }
             None => adapters::write_whole(dir, &self.weights, values, &self.config_text),
         }

@@ -1,0 +1,79 @@
+//! The text encoders of FLUX.1 as `FluxPipeline.encode_prompt` combines them: T5's states of every token, and CLIP-L's
+//! pooled state of the whole text.
+
+use std::path::Path;
+
+use candle_core::Device;
+
+use crate::Result;
+use crate::files::read_json;
+use crate::models::latent_diffusion::Conditioning;
+use crate::models::latent_diffusion::text::{ClipText, PaddedTokenizer};
+use crate::models::{checkpoint_files, t5};
+use crate::nn::Weights;
+
+/// Tokens of a prompt for T5: the pipeline's default.
+const T5_TOKENS: usize = 512;
+
+/// CLIP and T5.
+pub(super) struct TextEncoders {
+    clip: ClipText,
+    t5: t5::T5Encoder,
+    tokenizer: PaddedTokenizer,
+    device: Device,
+}
+
+impl TextEncoders {
+    /// Opens `text_encoder` (CLIP) and `text_encoder_2` (T5) of `directory` in the precision of the transformer. The
+    /// weights that were opened are added to `opened`, for their faults to be reported together.
+    pub(super) fn open(
+        directory: &Path,
+        transformer: &Weights,
+        opened: &mut Vec<Weights>,
+    ) -> Result<Self> {
+        let clip = ClipText::open(directory, "", transformer, opened)?;
+        let folder = directory.join("text_encoder_2");
+        let config: t5::Config = read_json(&folder.join("config.json"))?;
+        let weights = checkpoint_files::open(
+            &folder,
+            "model",
+            transformer.precision(),
+            transformer.device(),
+        )?;
+        let t5 = t5::T5Encoder::new(&config, &weights)?;
+        opened.push(weights);
+        Ok(Self {
+            clip,
+            t5,
+            tokenizer: PaddedTokenizer::open(&directory.join("tokenizer_2"), T5_TOKENS, "<pad>")?,
+            device: transformer.device().clone(),
+        })
+    }
+
+    /// The words of `prompt` that CLIP's tokenizer has no token for.
+    pub(super) fn unknown_words(&self, prompt: &str) -> Result<Vec<String>> {
+        self.clip.tokenizer.unknown_words(prompt)
+    }
+
+    /// One row for each prompt, of `max_sequence_length` tokens or the pipeline's default; a prompt's row depends on
+    /// nothing else.
+    pub(super) fn encode(
+        &self,
+        prompts: &[String],
+        max_sequence_length: Option<usize>,
+    ) -> Result<Conditioning> {
+        let length = max_sequence_length.unwrap_or(T5_TOKENS);
+        let rows = prompts
+            .iter()
+            .map(|prompt| {
+                let ids = self.tokenizer.ids_of(prompt, length, &self.device)?;
+                Ok(Conditioning {
+                    // the reference hands T5 no mask: padding is attended to
+                    context: self.t5.forward(&ids, &ids.ones_like()?)?,
+                    pooled: self.clip.encode(prompt)?.pooled,
+                })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        Conditioning::cat(&rows.iter().collect::<Vec<_>>())
+    }
+}
