@@ -307,12 +307,12 @@ fn two_subjects_never_share_a_token() {
 fn what_cannot_work_is_a_fault() {
     for (overrides, what) in [
         (
-            vec!["student.optimizer=prodigy"],
-            "student.optimizer = \"prodigy\" is not built yet",
+            vec!["student.prodigy_d_coef=2"],
+            "student.prodigy_d_coef has no effect without optimizer = \"prodigy\"",
         ),
         (
-            vec!["supervisor.model=flux.1-dev"],
-            "Prodigy, which is not built yet",
+            vec!["student.optimizer=prodigy", "student.prodigy_d0=0"],
+            "student.prodigy_d0 = 0 is out of range",
         ),
         (
             vec!["supervisor.model=llamagen-xl"],
@@ -650,7 +650,7 @@ fn the_graph_names_every_channel_with_its_capacity() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("p.toml");
     std::fs::write(&file, MINIMAL).unwrap();
-    let drawn = |dot, overrides: &[&str]| {
+    let drawn = |form: &str, overrides: &[&str]| {
         let overrides = overrides.iter().map(|text| text.to_string()).collect();
         let mut out = Vec::new();
         graph(
@@ -659,14 +659,15 @@ fn the_graph_names_every_channel_with_its_capacity() {
                     file: file.clone(),
                     overrides,
                 },
-                dot,
+                dot: form == "dot",
+                mermaid: form == "mermaid",
             },
             &mut out,
         )
         .unwrap();
         String::from_utf8(out).unwrap()
     };
-    let text = drawn(false, &["channels.proxies=9"]);
+    let text = drawn("text", &["channels.proxies=9"]);
     assert!(text.contains("──proxies[9]──▶ keep"), "{text}");
     for stage in [
         "references",
@@ -680,12 +681,18 @@ fn the_graph_names_every_channel_with_its_capacity() {
     ] {
         assert!(text.lines().any(|line| line.starts_with(stage)), "{text}");
     }
-    let direct = drawn(false, &["student.source=references"]);
+    let direct = drawn("text", &["student.source=references"]);
     assert!(
         !direct.contains("synthesize") && direct.contains("references[4]──▶ train"),
         "{direct}"
     );
-    let dot = drawn(true, &[]);
+    let mermaid = drawn("mermaid", &[]);
+    assert!(
+        mermaid.starts_with("flowchart LR\n")
+            && mermaid.contains("synthesize -->|\"proxies [2]\"| keep"),
+        "{mermaid}"
+    );
+    let dot = drawn("dot", &[]);
     assert!(
         dot.contains("synthesize -> keep [label=\"proxies [2]\"]") && dot.ends_with("}\n"),
         "{dot}"

@@ -8,6 +8,7 @@ mod command_line;
 mod config;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod documents;
 mod evaluators;
 mod export;
 mod fused;
@@ -15,6 +16,7 @@ mod generate;
 mod half_precision;
 mod hub;
 mod images;
+mod keys;
 mod layouts;
 mod llamagen_published;
 mod lumina;

@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::support;
 use crate::support::{Said, program, say};
 
-const COMPONENTS: [&str; 10] = [
+const COMPONENTS: [&str; 11] = [
     "llamagen-gpt",
     "llamagen-vq",
     "chameleon",
@@ -22,6 +22,7 @@ const COMPONENTS: [&str; 10] = [
     "t5",
     "dino",
     "sd3-transformer",
+    "flux-transformer",
     "vae",
 ];
 

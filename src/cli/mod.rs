@@ -144,6 +144,9 @@ pub struct GraphArgs {
     /// Print Graphviz's language
     #[arg(long)]
     pub dot: bool,
+    /// Print Mermaid's language, which Markdown viewers draw
+    #[arg(long, conflicts_with = "dot")]
+    pub mermaid: bool,
 }
 
 /// `proxytune sample`

@@ -24,7 +24,7 @@ const STACK_BYTES: usize = 256 << 20;
                   --reference tests/golden/llamagen-gpt/two-layers/reference.safetensors"
 )]
 pub struct VerifyArgs {
-    /// llamagen-gpt, llamagen-vq, chameleon, chameleon-vq, clip, clip-text, t5, dino, sd3-transformer or vae
+    /// llamagen-gpt, llamagen-vq, chameleon, chameleon-vq, clip, clip-text, t5, dino, sd3-transformer, vae, adamw or prodigy
     pub component: Component,
     /// The component's folder, or one that has it among its own
     #[arg(long, value_name = "DIR")]

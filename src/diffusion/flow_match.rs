@@ -19,8 +19,18 @@ pub struct SchedulerConfig {
     pub num_train_timesteps: usize,
     /// How far the levels are moved towards noise: `σ' = shift · σ / (1 + (shift − 1) · σ)` (section 5.3.2).
     pub shift: f64,
-    /// Shift by image size; not supported, since no model here uses it.
+    /// The sampler's levels are moved by the image's size in place of `shift`, and the training levels not at all (FLUX).
     pub use_dynamic_shifting: bool,
+    /// The logarithm of the shift for `base_image_seq_len` tokens.
+    pub base_shift: f64,
+    /// The logarithm of the shift for `max_image_seq_len` tokens.
+    pub max_shift: f64,
+    /// Tokens of the smallest image that the shift was chosen for.
+    pub base_image_seq_len: usize,
+    /// Tokens of the largest.
+    pub max_image_seq_len: usize,
+    /// How levels are moved by the image's size.
+    pub time_shift_type: TimeShift,
     /// Not supported.
     pub use_karras_sigmas: bool,
     /// Not supported.
@@ -41,6 +51,11 @@ impl Default for SchedulerConfig {
             num_train_timesteps: 1000,
             shift: 1.0,
             use_dynamic_shifting: false,
+            base_shift: 0.5,
+            max_shift: 1.15,
+            base_image_seq_len: 256,
+            max_image_seq_len: 4096,
+            time_shift_type: TimeShift::Exponential,
             use_karras_sigmas: false,
             use_exponential_sigmas: false,
             use_beta_sigmas: false,
@@ -49,6 +64,28 @@ impl Default for SchedulerConfig {
             shift_terminal: None,
         }
     }
+}
+
+/// How levels are moved by the image's size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TimeShift {
+    /// `σ' = e^μ / (e^μ + 1/σ − 1)`.
+    #[default]
+    Exponential,
+    /// Not supported.
+    Linear,
+}
+
+/// How training draws its noise levels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Density {
+    /// u = sigmoid(N(0, 1)): equation 19 with m = 0 and s = 1 (SD3).
+    #[default]
+    LogitNormal,
+    /// u uniform in [0, 1) (diffusers' weighting scheme "none", FLUX).
+    Uniform,
 }
 
 /// What the training loss compares.
@@ -97,7 +134,10 @@ impl FlowMatchEuler {
     /// Fails for settings that change the schedule in ways that are not implemented.
     pub fn new(config: SchedulerConfig) -> Result<Self> {
         let unsupported = [
-            ("use_dynamic_shifting", config.use_dynamic_shifting),
+            (
+                "time_shift_type to linear",
+                config.use_dynamic_shifting && config.time_shift_type == TimeShift::Linear,
+            ),
             ("use_karras_sigmas", config.use_karras_sigmas),
             ("use_exponential_sigmas", config.use_exponential_sigmas),
             ("use_beta_sigmas", config.use_beta_sigmas),
@@ -111,7 +151,7 @@ impl FlowMatchEuler {
         if let Some((name, _)) = unsupported.iter().find(|(_, is_set)| *is_set) {
             return Err(Error::invalid(
                 format!("scheduler_config.json sets {name}, which is not supported"),
-                "Stable Diffusion 3 and 3.5 are published without it",
+                "Stable Diffusion 3, 3.5 and FLUX.1 are published without it",
             ));
         }
         let steps = config.num_train_timesteps;
@@ -125,11 +165,14 @@ impl FlowMatchEuler {
             ));
         }
         // in f32 like the reference, so that the tables are equal to the bit
-        let shift = config.shift as f32;
+        let shift = match config.use_dynamic_shifting {
+            true => 1.0,
+            false => config.shift,
+        };
         let table = (1..=steps)
             .rev()
             .map(|t| t as f32 / steps as f32)
-            .map(|sigma| shift * sigma / (1.0 + (config.shift - 1.0) as f32 * sigma))
+            .map(|sigma| shift as f32 * sigma / (1.0 + (shift - 1.0) as f32 * sigma))
             .collect();
         Ok(Self { config, table })
     }
@@ -139,10 +182,11 @@ impl FlowMatchEuler {
         &self.table
     }
 
-    /// The levels of a sampler of `num_inference_steps` steps: as many, then 0. They are spaced evenly between the
-    /// ends of the training table, which is shifted already, and shifted once more: what diffusers does, and what
-    /// published samples of SD3 were made with. Fails for 0 steps.
-    pub fn sigmas(&self, num_inference_steps: usize) -> Result<Vec<f32>> {
+    /// The levels of a sampler of `num_inference_steps` steps on an image of `tokens` patches: as many, then 0. They are
+    /// spaced evenly between the ends of the training table, which is shifted already, and shifted once more: what
+    /// diffusers does, and what published samples of SD3 were made with. With dynamic shifting they are spaced evenly
+    /// from 1 to 1/steps and moved by the image's size, as `FluxPipeline` has it. Fails for 0 steps.
+    pub fn sigmas(&self, num_inference_steps: usize, tokens: usize) -> Result<Vec<f32>> {
         let (Some(&first), Some(&last), true) = (
             self.table.first(),
             self.table.last(),
@@ -153,6 +197,9 @@ impl FlowMatchEuler {
                 "take at least one step",
             ));
         };
+        if self.config.use_dynamic_shifting {
+            return Ok(self.moved_by_size(num_inference_steps, tokens));
+        }
         let steps = self.config.num_train_timesteps as f64;
         let (start, stop) = (f64::from(first) * steps, f64::from(last) * steps);
         let gaps = num_inference_steps - 1;
@@ -167,6 +214,28 @@ impl FlowMatchEuler {
             (shift * sigma / (1.0 + (shift - 1.0) * sigma)) as f32
         };
         Ok((0..num_inference_steps).map(level).chain([0.0]).collect())
+    }
+
+    fn moved_by_size(&self, num_inference_steps: usize, tokens: usize) -> Vec<f32> {
+        let config = &self.config;
+        let (least, most) = (
+            config.base_image_seq_len as f64,
+            config.max_image_seq_len as f64,
+        );
+        let slope = (config.max_shift - config.base_shift) / (most - least);
+        let mu = tokens as f64 * slope + config.base_shift - slope * least;
+        let moved = mu.exp() as f32;
+        let n = num_inference_steps;
+        let level = |i: usize| {
+            let end = 1.0 / n as f64;
+            let even = match i {
+                _ if n == 1 => 1.0,
+                _ if i + 1 == n => end,
+                _ => 1.0 + (end - 1.0) / (n - 1) as f64 * i as f64,
+            };
+            moved / (moved + (1.0 / even as f32 - 1.0))
+        };
+        (0..n).map(level).chain([0.0]).collect()
     }
 
     /// The timestep that the model is told at noise level `sigma`: `σ · num_train_timesteps`.
@@ -186,12 +255,12 @@ impl FlowMatchEuler {
         Ok((sample + (velocity * difference)?)?)
     }
 
-    /// Draws the level and the noise of each sample of `latents_shape` (b, c, h, w): for one sample after another,
-    /// u = sigmoid(N(0, 1)) (logit-normal density, equation 19 with m = 0 and s = 1), index ⌊u · n⌋ into the
-    /// descending table, then its noise.
+    /// Draws the level and the noise of each sample of `latents_shape` (b, c, h, w): for one sample after another, u by
+    /// `density`, index ⌊u · n⌋ into the descending table, then its noise.
     pub fn draw(
         &self,
         latents_shape: (usize, usize, usize, usize),
+        density: Density,
         generator: &mut impl Rng,
         device: &Device,
     ) -> Result<TrainingDraw> {
@@ -200,8 +269,13 @@ impl FlowMatchEuler {
         let mut indices = Vec::with_capacity(b);
         let mut rows = Vec::with_capacity(b);
         for _ in 0..b {
-            let normal: f64 = StandardNormal.sample(generator);
-            let u = 1.0 / (1.0 + (-normal).exp());
+            let u = match density {
+                Density::LogitNormal => {
+                    let normal: f64 = StandardNormal.sample(generator);
+                    1.0 / (1.0 + (-normal).exp())
+                }
+                Density::Uniform => generator.random::<f64>(),
+            };
             indices.push(((u * count as f64) as usize).min(count - 1));
             rows.push(noise((1, c, h, w), generator, device)?);
         }
@@ -257,7 +331,12 @@ mod tests {
         let schedule = FlowMatchEuler::new(SchedulerConfig::default())?;
         let draw = |b: usize| {
             let mut generator = ChaCha8Rng::seed_from_u64(3);
-            schedule.draw((b, 2, 3, 3), &mut generator, &Device::Cpu)
+            schedule.draw(
+                (b, 2, 3, 3),
+                Density::LogitNormal,
+                &mut generator,
+                &Device::Cpu,
+            )
         };
         let (one, three) = (draw(1)?, draw(3)?);
         assert_eq!(one.indices[0], three.indices[0]);
@@ -274,23 +353,47 @@ mod tests {
     fn drawn_levels_follow_the_logit_normal_density() -> Result<()> {
         let schedule = FlowMatchEuler::new(SchedulerConfig::default())?;
         let mut generator = ChaCha8Rng::seed_from_u64(4);
-        let draw = schedule.draw((20_000, 1, 1, 1), &mut generator, &Device::Cpu)?;
+        let draw = schedule.draw(
+            (20_000, 1, 1, 1),
+            Density::LogitNormal,
+            &mut generator,
+            &Device::Cpu,
+        )?;
         // P(u < 0.25) of a logit-normal with mean 0 and deviation 1 is Φ(ln(1/3)) = 0.1360
         let below = draw.indices.iter().filter(|&&index| index < 250).count();
         assert!((below as f64 / 20_000.0 - 0.1360).abs() < 0.01, "{below}");
         Ok(())
     }
 
+    /// diffusers' values: `calculate_shift(1024)` is 0.63, and four steps at that size.
+    #[test]
+    fn levels_are_moved_by_the_images_size_as_flux_has_them() -> Result<()> {
+        let schedule = FlowMatchEuler::new(SchedulerConfig {
+            shift: 3.0,
+            use_dynamic_shifting: true,
+            ..SchedulerConfig::default()
+        })?;
+        let expected = [1.0000000, 0.8492348, 0.6524894, 0.3849447, 0.0000000];
+        let levels = schedule.sigmas(4, 1024)?;
+        assert_eq!(levels.len(), 5);
+        for (level, expected) in levels.iter().zip(expected) {
+            assert!((level - expected).abs() < 1e-6, "{levels:?}");
+        }
+        // Training does not move them.
+        assert_eq!(schedule.training_sigmas()[499], 0.501);
+        Ok(())
+    }
+
     #[test]
     fn an_unsupported_schedule_is_refused_by_name() {
         let config = SchedulerConfig {
-            use_dynamic_shifting: true,
+            use_karras_sigmas: true,
             ..SchedulerConfig::default()
         };
         let error = FlowMatchEuler::new(config)
             .map(|_| ())
             .unwrap_err()
             .to_string();
-        assert!(error.contains("use_dynamic_shifting"), "{error}");
+        assert!(error.contains("use_karras_sigmas"), "{error}");
     }
 }

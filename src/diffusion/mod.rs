@@ -6,7 +6,7 @@
 mod flow_match;
 mod guidance;
 
-pub use flow_match::{FlowMatchEuler, LossForm, SchedulerConfig, TrainingDraw};
+pub use flow_match::{Density, FlowMatchEuler, LossForm, SchedulerConfig, TimeShift, TrainingDraw};
 pub use guidance::guide;
 
 use candle_core::{Device, Shape, Tensor};

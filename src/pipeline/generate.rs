@@ -4,20 +4,18 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
-use futures::{StreamExt, stream};
 
-use super::prepare::{self, Prepared, Purpose};
+use super::graph::{Graph, Manner, Shared};
+use super::prepare::{self, Purpose};
+use super::topology::Topology;
 use super::{Options, RunDir, failed};
-use crate::plan::{Digest, proxy_keys};
+use crate::plan::Digest;
 use crate::stages::Context;
 use crate::stages::disk::{Disk, FreeSpace, bytes};
-use crate::stages::generate::{Shard, Work, generate as make};
-use crate::stages::keep::{Keeping, keep};
-use crate::stages::references::references;
-use crate::stages::supervise::supervise;
-use crate::stages::tokenize::tokenize;
+use crate::stages::generate::{Shard, Work};
+use crate::stages::keep::Keeping;
 use crate::store::{Claim, Limits};
-use crate::stream::{Meter, Progress, StageReport, Stages, Stop, channel};
+use crate::stream::{Meter, Progress, StageReport, Stop};
 use crate::{Error, Result};
 
 /// Nobody waits for single batches, so that these may wait for each other; what a kill loses is as little.
@@ -110,7 +108,7 @@ pub fn generate<'a>(generation: &'a Generation, stop: Stop) -> BoxFuture<'a, Res
                 "leave --tokens out, or name an autoregressive model as student",
             ));
         }
-        let shards = shard_claims(&context, shard)?;
+        let shards = shard_claims(&context, shard);
         let _at_work = come_to_work(&context, shard, &shards[shard.index]).await?;
         let fleet = context.board.meter(
             if shard.of > 1 {
@@ -136,7 +134,20 @@ pub fn generate<'a>(generation: &'a Generation, stop: Stop) -> BoxFuture<'a, Res
         let progress = options
             .progress
             .then(|| Progress::show(context.board.clone()));
-        let result = join(build(prepared, work, shard, disk), &context).await;
+        let topology = Topology::of_proxies(&options.resolved, context.tokenizer.is_some());
+        let manner = Manner {
+            sequential: false,
+            keeping: Keeping {
+                limits: LIMITS,
+                disk: Some(disk),
+            },
+            shared: Some(Shared {
+                subjects: taken_up(&context, shard, &work),
+                work,
+            }),
+        };
+        let graph = Graph::build(&topology, prepared, manner);
+        let result = graph.join(&context, true).await;
         if let Some(progress) = progress {
             progress.finish();
         }
@@ -173,21 +184,19 @@ pub fn generate<'a>(generation: &'a Generation, stop: Stop) -> BoxFuture<'a, Res
 }
 
 /// The claims of all processes at this work, which is named after everything that it comes to.
-fn shard_claims(context: &Context, shard: Shard) -> Result<Vec<String>> {
+fn shard_claims(context: &Context, shard: Shard) -> Vec<String> {
     let mut digest = Digest::new("shards 1");
     for batch in 0..context.plan.batches().min(context.subjects.len()) {
-        if let Some((_, proxies)) = context.resolved.teacher() {
-            let supervisor = &context.supervisors[context.plan.batch(batch).subject];
-            for key in proxy_keys(&context.plan, batch, supervisor, &proxies.sampling)? {
-                digest = digest.field("proxy", key);
-            }
+        let keys = context.known_proxy_keys(batch);
+        for key in keys.iter().flat_map(|keys| keys.newest()) {
+            digest = digest.field("proxy", key);
         }
     }
     let digest = digest
         .number("count", context.plan.proxies().len() as u64)
         .finish();
     let name = |index| format!("shards/{}/{}-of-{}", &digest[..12], index + 1, shard.of);
-    Ok((0..shard.of).map(name).collect())
+    (0..shard.of).map(name).collect()
 }
 
 /// Claims the shard's own name, so that others see it at work.
@@ -253,117 +262,24 @@ fn look_for_room(
     Ok(disk)
 }
 
-/// The front of the picture in the crate's documentation, as code.
-fn build(prepared: Prepared, work: Work, shard: Shard, disk: Disk) -> Stages {
-    let Prepared {
-        context,
-        supervisor,
-        supervisor_keys,
-        tokenizer,
-        ..
-    } = prepared;
-    let mut stages = Stages::default();
-    let (Some(opening), Some((settings, _))) = (supervisor, context.resolved.teacher()) else {
-        return stages;
-    };
-    let (board, sizes) = (&context.board, &context.resolved.channels);
-    let meter = |name: &str, unit: &str, total: usize| {
-        let meter = board.meter(name, unit);
-        meter.expect(total);
-        meter
-    };
+/// The subjects of which anything is left. Every process begins with another one, so that several train several
+/// supervisors at once.
+fn taken_up(context: &Context, shard: Shard, work: &Work) -> Vec<usize> {
     let subjects = context.subjects.len();
-    // Every process begins with another subject, so that several train several supervisors at once.
     let first = shard.index % subjects.max(1);
-    let wanted: Vec<usize> = (first..subjects)
+    (first..subjects)
         .chain(0..first)
         .filter(|&subject| work.wants(subject))
-        .collect();
-    let referring = meter("references", "subjects", subjects);
-    let supervising = meter("supervise", "steps", settings.training.steps * wanted.len());
-    let synthesizing = meter("synthesize", "proxies", 0);
-    let keeping = meter("keep", "proxies", 0);
-
-    let (photos, to_supervise) = channel(
-        board,
-        "references",
-        sizes.references,
-        &referring,
-        &supervising,
-    );
-    stages.spawn(
-        &referring,
-        references(context.clone(), referring.clone()),
-        photos,
-    );
-    let keys = supervisor_keys.clone();
-    let keyed = stream::once(to_supervise.collect::<Vec<usize>>())
-        .flat_map(move |_| stream::iter(wanted.clone()))
-        .map(move |subject| (subject, keys[subject].clone()));
-    let (supervisors, to_make) = channel(
-        board,
-        "supervisors",
-        sizes.supervisors,
-        &supervising,
-        &synthesizing,
-    );
-    stages.spawn(
-        &supervising,
-        supervise(context.clone(), opening, keyed, supervising.clone()),
-        supervisors,
-    );
-
-    let (made, to_keep) = channel(board, "proxies", sizes.proxies, &synthesizing, &keeping);
-    let making = make(context.clone(), work, to_make, synthesizing.clone());
-    stages.spawn(&synthesizing, making, made);
-
-    let how = Keeping {
-        limits: LIMITS,
-        disk: Some(disk),
-    };
-    let kept = keep(
-        context.clone(),
-        supervisor_keys,
-        to_keep,
-        keeping.clone(),
-        how,
-    );
-    if context.tokenizer.is_none() {
-        stages.spawn(&keeping, kept, ());
-        return stages;
-    }
-    let tokenizing: Meter = meter("tokenize", "proxies", 0);
-    let (for_tokens, to_tokenize) = channel(board, "kept", sizes.kept, &keeping, &tokenizing);
-    stages.spawn(&keeping, kept, for_tokens);
-    let tokens = tokenize(context.clone(), tokenizer, to_tokenize, tokenizing.clone());
-    stages.spawn(&tokenizing, tokens, ());
-    stages
-}
-
-/// Waits for all stages. After the first failure the others are asked to stop, so that what was made is committed.
-async fn join(mut stages: Stages, context: &Context) -> Result<()> {
-    let mut failure = None;
-    while let Some(result) = stages.next().await {
-        if let Err(error) = result {
-            context.stop.request();
-            failure.get_or_insert(error);
-        }
-    }
-    failure.map_or(Ok(()), Err)
+        .collect()
 }
 
 /// Looks whether every proxy of the plan is in the store.
 async fn all_there(context: &Context) -> Result<()> {
-    let Some((_, proxies)) = context.resolved.teacher() else {
-        return Ok(());
-    };
     let table = context.store.proxies().await?;
     table.refresh().await?;
     let mut missing = 0;
     for batch in 0..context.plan.batches() {
-        let supervisor = &context.supervisors[context.plan.batch(batch).subject];
-        let keys = proxy_keys(&context.plan, batch, supervisor, &proxies.sampling)?;
-        missing += table.missing(&keys).len();
+        missing += table.missing(&context.proxy_keys(batch, &table)).len();
     }
     match missing {
         0 => Ok(()),

@@ -11,8 +11,7 @@ use image::RgbImage;
 use super::{Checkpoint, Context, Lazy, Method, ProxyBatch, Supervisor, ended_early};
 use crate::Result;
 use crate::models::{Request, Sampling};
-use crate::plan::proxy_keys;
-use crate::stream::{Meter, Outlet};
+use crate::stream::{Downstream, Meter, Outlet};
 use crate::training::restore;
 
 /// What whoever makes the batch with these keys claims in the store. Batches that share a claim, by chance, are made
@@ -59,11 +58,11 @@ pub(super) async fn draw(
 pub fn synthesize(
     context: Arc<Context>,
     input: impl Stream<Item = Supervisor> + Send,
-    evaluated: Outlet<Checkpoint>,
+    evaluated: Vec<Outlet<Checkpoint>>,
     meter: Meter,
 ) -> impl Stream<Item = Result<ProxyBatch>> + Send {
     try_stream! {
-        let (Some((settings, proxies)), Some(painter)) = (context.resolved.teacher(), context.painter.clone()) else {
+        let (Some((settings, _)), Some(painter)) = (context.resolved.teacher(), context.painter.clone()) else {
             return;
         };
         let table = context.store.proxies().await?;
@@ -84,7 +83,7 @@ pub fn synthesize(
                 return;
             }
             let supervisor = supervisors[&batch.subject].clone();
-            let keys = proxy_keys(&context.plan, number, &supervisor.key, &proxies.sampling)?;
+            let keys = context.proxy_keys(number, &table);
             let claim = match table.missing(&keys).is_empty() {
                 true => None,
                 false => {
@@ -121,7 +120,7 @@ pub fn synthesize(
                     subjects: vec![batch.subject],
                     values: Arc::new(values),
                 };
-                if evaluated.send(checkpoint).await.is_err() {
+                if !evaluated.pass(checkpoint).await {
                     // The evaluation was stopped or has failed, and says so itself.
                     return;
                 }

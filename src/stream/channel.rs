@@ -54,6 +54,14 @@ impl<T> Clone for Outlet<T> {
 }
 
 impl<T> Outlet<T> {
+    /// Another writer's end of the same channel, whose waiting counts as that of `writer`.
+    pub fn written_by(&self, writer: &Meter) -> Self {
+        Self {
+            meter: writer.clone(),
+            ..self.clone()
+        }
+    }
+
     /// Sends `item`, waiting while the channel is full. Gives the item back if nobody reads any more.
     pub async fn send(&self, item: T) -> Result<(), T> {
         let permit = match self.sender.try_reserve() {

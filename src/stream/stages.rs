@@ -23,10 +23,10 @@ impl<T: Send + 'static> Downstream<T> for Outlet<T> {
 }
 
 /// Several channels, each of which gets every item; the slowest reader holds the stage back. One whose reader has ended
-/// is passed over: that reader says itself why.
+/// is passed over: that reader says itself why. Where there is none, nobody has to read.
 impl<T: Clone + Send + Sync + 'static> Downstream<T> for Vec<Outlet<T>> {
     async fn pass(&self, item: T) -> bool {
-        let mut read = false;
+        let mut read = self.is_empty();
         for outlet in self {
             read |= outlet.send(item.clone()).await.is_ok();
         }

@@ -5,12 +5,13 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use super::optimizers;
 use super::runners::{self, Place, Runner};
 use crate::Result;
 use crate::models::chameleon::files::{VQ_CONFIG, tokenizer_dir};
 use crate::nn::Weights;
 
-/// A model, or a part of one, that a reference implementation can be compared with.
+/// A model, a part of one, or an optimizer, that a reference implementation can be compared with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Component {
     /// LlamaGen's GPT.
@@ -31,13 +32,19 @@ pub enum Component {
     Dino,
     /// diffusers' `SD3Transformer2DModel`.
     Sd3Transformer,
+    /// diffusers' `FluxTransformer2DModel`.
+    FluxTransformer,
     /// diffusers' `AutoencoderKL`.
     Vae,
+    /// torch's `AdamW`.
+    Adamw,
+    /// prodigyopt's `Prodigy`.
+    Prodigy,
 }
 
 impl Component {
     /// All of them, in the order of the documentation.
-    pub const ALL: [Component; 10] = [
+    pub const ALL: [Component; 13] = [
         Component::LlamagenGpt,
         Component::LlamagenVq,
         Component::Chameleon,
@@ -47,7 +54,10 @@ impl Component {
         Component::T5,
         Component::Dino,
         Component::Sd3Transformer,
+        Component::FluxTransformer,
         Component::Vae,
+        Component::Adamw,
+        Component::Prodigy,
     ];
 
     /// The name on the command line.
@@ -62,7 +72,10 @@ impl Component {
             Component::T5 => "t5",
             Component::Dino => "dino",
             Component::Sd3Transformer => "sd3-transformer",
+            Component::FluxTransformer => "flux-transformer",
             Component::Vae => "vae",
+            Component::Adamw => "adamw",
+            Component::Prodigy => "prodigy",
         }
     }
 
@@ -78,7 +91,10 @@ impl Component {
             Component::T5 => runners::t5(place),
             Component::Dino => runners::dino(place),
             Component::Sd3Transformer => runners::sd3_transformer(place),
+            Component::FluxTransformer => runners::flux_transformer(place),
             Component::Vae => runners::vae(place),
+            Component::Adamw => optimizers::adamw(place),
+            Component::Prodigy => optimizers::prodigy(place),
         }
     }
 
@@ -100,7 +116,10 @@ impl Component {
             Component::T5 => kind(&["t5", "mt5"]),
             Component::Dino => kind(&["vit"]),
             Component::Sd3Transformer => class("SD3Transformer2DModel"),
+            Component::FluxTransformer => class("FluxTransformer2DModel"),
             Component::Vae => class("AutoencoderKL"),
+            Component::Adamw => class("AdamW"),
+            Component::Prodigy => class("Prodigy"),
         }
     }
 
@@ -128,7 +147,10 @@ impl Component {
             | Component::ChameleonVq
             | Component::Clip
             | Component::Sd3Transformer
-            | Component::Vae => &[],
+            | Component::FluxTransformer
+            | Component::Vae
+            | Component::Adamw
+            | Component::Prodigy => &[],
         };
         beside.iter().any(|start| layer.starts_with(start))
     }
@@ -145,7 +167,10 @@ impl Component {
             | Component::ChameleonVq
             | Component::Clip
             | Component::T5
-            | Component::Sd3Transformer => str::to_string,
+            | Component::Sd3Transformer
+            | Component::FluxTransformer
+            | Component::Adamw
+            | Component::Prodigy => str::to_string,
         }
     }
 }

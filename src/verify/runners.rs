@@ -17,6 +17,7 @@ use crate::models::chameleon::files::build_image_tokenizer;
 use crate::models::chameleon::{Backbone, VqGan};
 use crate::models::checkpoint_files::WeightFiles;
 use crate::models::clip::{self, Clip, TextModel};
+use crate::models::flux::{self, FluxTransformer};
 use crate::models::llamagen::{Gpt, VqModel};
 use crate::models::pickle::Pickle;
 use crate::models::sd3::Sd3Transformer;
@@ -29,7 +30,7 @@ use crate::{Error, Result};
 /// What a component gives.
 pub(super) struct Output {
     /// What the reference file may call it; the empty name is that of `output` itself.
-    pub names: &'static [&'static str],
+    pub names: Vec<String>,
     pub value: Value,
 }
 
@@ -49,11 +50,12 @@ pub(super) enum Value {
 }
 
 impl Output {
-    fn numbers(names: &'static [&'static str], tensor: Tensor) -> Self {
+    pub fn numbers(names: &[&str], tensor: Tensor) -> Self {
         let value = Value::Numbers {
             tensor,
             valid: None,
         };
+        let names = names.iter().map(|name| name.to_string()).collect();
         Self { names, value }
     }
 }
@@ -73,7 +75,7 @@ pub(super) struct Place {
 }
 
 impl Place {
-    fn config<T: DeserializeOwned>(&self) -> Result<T> {
+    pub fn config<T: DeserializeOwned>(&self) -> Result<T> {
         read_json(&self.folder.join("config.json"))
     }
 
@@ -140,7 +142,7 @@ fn read_all(files: &WeightFiles) -> Result<HashMap<String, Tensor>> {
     Ok(tensors)
 }
 
-type Opened = Result<(Box<dyn Runner>, Weights)>;
+pub(super) type Opened = Result<(Box<dyn Runner>, Weights)>;
 
 pub(super) fn llamagen_gpt(place: &Place) -> Opened {
     let weights = place.weights("model")?;
@@ -195,7 +197,7 @@ fn image_tokens(
     if inputs.has("image") {
         let (tokens, compared) = encode(&inputs.numbers("image")?)?;
         outputs.push(Output {
-            names: &["tokens"],
+            names: vec!["tokens".into()],
             value: Value::Tokens { tokens, compared },
         });
     }
@@ -325,7 +327,7 @@ impl Runner for T5Encoder {
         let mask = inputs.mask("attention_mask", ids.dims2()?)?;
         let tensor = self.forward(&ids, &mask)?;
         Ok(vec![Output {
-            names: &["", "last_hidden_state"],
+            names: vec![String::new(), "last_hidden_state".into()],
             value: Value::Numbers {
                 tensor,
                 valid: Some(mask),
@@ -357,12 +359,7 @@ impl Runner for Sd3Transformer {
     fn run(&self, inputs: &Inputs<'_>) -> Result<Vec<Output>> {
         let latents = inputs.numbers("hidden_states")?;
         let b = latents.dims().first().copied().unwrap_or(0);
-        // One timestep may stand for all.
-        let timestep = inputs.exact("timestep")?.flatten_all()?;
-        let timestep = match timestep.elem_count() {
-            1 => timestep.broadcast_as(b)?.contiguous()?,
-            _ => timestep,
-        };
+        let timestep = one_each(inputs, "timestep", b)?;
         let velocity = self.forward(
             &latents,
             &timestep,
@@ -371,6 +368,50 @@ impl Runner for Sd3Transformer {
         )?;
         Ok(vec![Output::numbers(&["", "sample"], velocity)])
     }
+}
+
+pub(super) fn flux_transformer(place: &Place) -> Opened {
+    let weights = place.weights("diffusion_pytorch_model")?;
+    let transformer = FluxTransformer::new(place.config()?, &weights)?;
+    Ok((Box::new(transformer), weights))
+}
+
+impl Runner for FluxTransformer {
+    fn run(&self, inputs: &Inputs<'_>) -> Result<Vec<Output>> {
+        let latents = inputs.numbers("hidden_states")?;
+        let b = latents.dims().first().copied().unwrap_or(0);
+        let guidance = match inputs.has("guidance") {
+            true => Some(one_each(inputs, "guidance", b)?),
+            false => None,
+        };
+        // Older pipelines give every image of a batch the same positions.
+        let positions = |name: &str| {
+            let ids = inputs.exact(name)?;
+            Ok::<_, Error>(match ids.rank() {
+                3 => ids.get(0)?,
+                _ => ids,
+            })
+        };
+        let condition = flux::Condition {
+            timestep: &one_each(inputs, "timestep", b)?,
+            guidance: guidance.as_ref(),
+            encoder_hidden_states: &inputs.numbers("encoder_hidden_states")?,
+            pooled_projections: &inputs.numbers("pooled_projections")?,
+            txt_ids: &positions("txt_ids")?,
+            img_ids: &positions("img_ids")?,
+        };
+        let velocity = self.forward(&latents, &condition)?;
+        Ok(vec![Output::numbers(&["", "sample"], velocity)])
+    }
+}
+
+/// The input `name` (b); one number may stand for all.
+fn one_each(inputs: &Inputs<'_>, name: &str, b: usize) -> Result<Tensor> {
+    let numbers = inputs.exact(name)?.flatten_all()?;
+    Ok(match numbers.elem_count() {
+        1 => numbers.broadcast_as(b)?.contiguous()?,
+        _ => numbers,
+    })
 }
 
 pub(super) fn vae(place: &Place) -> Opened {

@@ -13,23 +13,23 @@ use crate::nn::{
 };
 
 /// Epsilon of every norm of the transformer.
-pub(super) const EPS: f64 = 1e-6;
+pub(in crate::models) const EPS: f64 = 1e-6;
 
 /// A linear layer of SiLU(temb) whose output is cut into shifts, scales and gates.
-pub(super) struct Modulation {
+pub(in crate::models) struct Modulation {
     linear: Linear,
     chunks: usize,
 }
 
 impl Modulation {
-    pub(super) fn new(d: usize, chunks: usize, weights: &Weights) -> Result<Self> {
+    pub(in crate::models) fn new(d: usize, chunks: usize, weights: &Weights) -> Result<Self> {
         let place = weights.pp("linear");
         let linear = Linear::with_init(d, chunks * d, true, Init::Zeros, &place)?;
         Ok(Self { linear, chunks })
     }
 
     /// `temb` (b, d) to as many tensors (b, d) as there are chunks.
-    pub(super) fn forward(&self, temb: &Tensor) -> Result<Vec<Tensor>> {
+    pub(in crate::models) fn forward(&self, temb: &Tensor) -> Result<Vec<Tensor>> {
         let all = self.linear.forward(&ops::silu(temb)?)?;
         Ok(all.chunk(self.chunks, D::Minus1)?)
     }
@@ -96,26 +96,26 @@ impl Projections {
 }
 
 /// softmax(q·kᵀ / √d) · v with the heads joined: (b, n, d).
-fn attend(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+pub(in crate::models) fn attend(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
     let scale = 1.0 / (q.dim(3)? as f64).sqrt();
     layout::merge_heads(&ops::attention(q, k, v, scale, &Mask::None)?)
 }
 
 /// Linear, GELU (tanh), linear, four times as wide within.
-struct FeedForward {
+pub(in crate::models) struct FeedForward {
     proj: Linear,
     out: Linear,
 }
 
 impl FeedForward {
-    fn new(d: usize, weights: &Weights) -> Result<Self> {
+    pub(in crate::models) fn new(d: usize, weights: &Weights) -> Result<Self> {
         Ok(Self {
             proj: Linear::new(d, 4 * d, true, &weights.pp("net.0.proj"))?,
             out: Linear::new(4 * d, d, true, &weights.pp("net.2"))?,
         })
     }
 
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    pub(in crate::models) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.out.forward(&ops::gelu(&self.proj.forward(x)?)?)
     }
 }

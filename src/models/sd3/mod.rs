@@ -10,9 +10,11 @@ mod text;
 mod transformer;
 
 pub use block::JointTransformerBlock;
+pub(super) use block::{EPS as NORM_EPS, FeedForward, Modulation, attend};
 pub use learner::Sd3Learner;
 pub use sampling::denoise;
 pub use transformer::{Config, LORA_TARGETS, QkNorm, Sd3Transformer};
+pub(super) use transformer::{Embedder, TIMESTEP_CHANNELS, timestep_embedding};
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -24,7 +26,7 @@ use self::text::TextEncoders;
 use super::autoencoder::{self, AutoencoderKl};
 use super::checkpoint_files::{self, WeightFiles};
 use super::finish_all;
-use crate::diffusion::{self, FlowMatchEuler, LossForm, TrainingDraw};
+use crate::diffusion::{self, Density, FlowMatchEuler, LossForm, TrainingDraw};
 use crate::files::read_json;
 use crate::nn::{self, Weights};
 use crate::{Error, Result};
@@ -203,8 +205,12 @@ impl Sd3 {
 
     /// What [`Sd3::loss`] draws for `latents` (b, c, h, w).
     pub fn draw(&self, latents: &Tensor, generator: &mut ChaCha8Rng) -> Result<TrainingDraw> {
-        self.schedule
-            .draw(latents.dims4()?, generator, latents.device())
+        self.schedule.draw(
+            latents.dims4()?,
+            Density::LogitNormal,
+            generator,
+            latents.device(),
+        )
     }
 
     /// [`Sd3::loss`] with what was drawn for it.

@@ -28,7 +28,9 @@ pub fn denoise(
         let rows = both.context.dim(0)?;
         let dtype = both.context.dtype();
         let mut latents = noise.clone();
-        for pair in schedule.sigmas(num_inference_steps)?.windows(2) {
+        let patch = transformer.config().patch_size.max(1);
+        let tokens = (noise.dim(2)? / patch) * (noise.dim(3)? / patch);
+        for pair in schedule.sigmas(num_inference_steps, tokens)?.windows(2) {
             let (sigma, next) = (pair[0], pair[1]);
             let timestep = Tensor::full(schedule.timestep(sigma), rows, noise.device())?;
             let copies = vec![&latents; rows / b.max(1)];

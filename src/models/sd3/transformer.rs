@@ -24,7 +24,7 @@ pub const LORA_TARGETS: [&str; 8] = [
 ];
 
 /// Width of the sinusoidal embedding of the timestep.
-const TIMESTEP_CHANNELS: usize = 256;
+pub(in crate::models) const TIMESTEP_CHANNELS: usize = 256;
 
 /// How the queries and keys of each head are normalised; weights are each stream's own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -228,20 +228,20 @@ fn sin_cos_positions(max: usize, base: usize, d: usize, device: &Device) -> Resu
 }
 
 /// Two linear layers with SiLU between them.
-struct Embedder {
+pub(in crate::models) struct Embedder {
     linear_1: Linear,
     linear_2: Linear,
 }
 
 impl Embedder {
-    fn new(inputs: usize, d: usize, weights: &Weights) -> Result<Self> {
+    pub(in crate::models) fn new(inputs: usize, d: usize, weights: &Weights) -> Result<Self> {
         Ok(Self {
             linear_1: Linear::new(inputs, d, true, &weights.pp("linear_1"))?,
             linear_2: Linear::new(d, d, true, &weights.pp("linear_2"))?,
         })
     }
 
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    pub(in crate::models) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.linear_2
             .forward(&ops::silu(&self.linear_1.forward(x)?)?)
     }
@@ -249,7 +249,7 @@ impl Embedder {
 
 /// Cosines, then sines, of each timestep at 128 frequencies from 1 down to almost 1/10000 (Ho et al. 2020, in
 /// diffusers' order). `timestep` (b) of f32, not necessarily whole; result (b, 256), f32.
-fn timestep_embedding(timestep: &Tensor) -> Result<Tensor> {
+pub(in crate::models) fn timestep_embedding(timestep: &Tensor) -> Result<Tensor> {
     let half = TIMESTEP_CHANNELS / 2;
     let frequencies: Vec<f32> = (0..half)
         .map(|i| (-(10000f32.ln()) * i as f32 / half as f32).exp())
