@@ -10,7 +10,7 @@ use futures::{Stream, StreamExt};
 use proxytune::models::{Lesson, open};
 use proxytune::nano::{subjects::SUBJECTS, world};
 use proxytune::stream::{Board, Stages, Worker, channel};
-use proxytune::training::{Trainee, tuning};
+use proxytune::training::{Trainer, tuning};
 use proxytune::{Result, config, pipeline::opening_for};
 use rand::{SeedableRng, rngs::StdRng};
 
@@ -33,7 +33,7 @@ async fn main() -> Result<()> {
     settings.learning_rate = 1e-3;
     opening.tuning = tuning(&settings);
     // A model lives on a thread of its own and is spoken to with closures.
-    let build = move || Trainee::new(open(&opening)?, &settings);
+    let build = move || Trainer::new(open(&opening)?, &settings);
     let student = Worker::spawn("student", build).await?;
 
     let (board, mut stages) = (Board::default(), Stages::default());
@@ -43,11 +43,11 @@ async fn main() -> Result<()> {
     let mut batches = inlet.chunks(4).take(50).enumerate();
     while let Some((step, batch)) = batches.next().await {
         let (images, prompts): (Vec<_>, Vec<_>) = batch.into_iter().unzip();
-        let learn = move |trainee: &mut Trainee| {
-            let examples = trainee.learner().encode(&images)?;
+        let learn = move |trainer: &mut Trainer| {
+            let examples = trainer.learner().encode(&images)?;
             let pairs = examples.into_iter().zip(prompts);
             let lessons = pairs.map(|(example, prompt)| Lesson { example, prompt });
-            trainee.step(step, &[(1.0, lessons.collect())], step as u64)
+            trainer.step(step, &[(1.0, lessons.collect())], step as u64)
         };
         println!("step {step}: {:?}", student.call(&train, learn).await?);
     }

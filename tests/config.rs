@@ -307,12 +307,12 @@ fn two_subjects_never_share_a_token() {
 fn what_cannot_work_is_a_fault() {
     for (overrides, what) in [
         (
-            vec!["student.optimizer=prodigy"],
-            "student.optimizer = \"prodigy\" is not built yet",
+            vec!["student.prodigy_d_coef=2"],
+            "student.prodigy_d_coef has no effect without optimizer = \"prodigy\"",
         ),
         (
-            vec!["supervisor.model=flux.1-dev"],
-            "Prodigy, which is not built yet",
+            vec!["student.optimizer=prodigy", "student.prodigy_d0=0"],
+            "student.prodigy_d0 = 0 is out of range",
         ),
         (
             vec!["supervisor.model=llamagen-xl"],

@@ -195,6 +195,7 @@ fn fields() -> String {
     let mut tables = String::new();
     let mut doc = String::new();
     let mut skipped = false;
+    let mut renamed = None;
     let mut open = false;
     for line in text.lines() {
         let line = line.trim();
@@ -208,6 +209,8 @@ fn fields() -> String {
             open = true;
         } else if line == "#[serde(skip)]" {
             skipped = true;
+        } else if let Some((_, name)) = line.split_once("(rename = \"") {
+            renamed = name.split('"').next();
         } else if line == "}" {
             open = false;
         } else if let Some((field, of)) = line.strip_prefix("pub ").and_then(|f| f.split_once(": "))
@@ -215,6 +218,7 @@ fn fields() -> String {
             let words = std::mem::take(&mut doc).trim().replace('|', "\\|");
             // Tables in tables, and fields of other tables that are laid into this one, have their own heading.
             let table = words.is_empty();
+            let field = renamed.take().unwrap_or(field);
             if open && !std::mem::take(&mut skipped) && !table {
                 let of = type_in_words(of.trim_end_matches(','), &choices);
                 writeln!(tables, "| `{field}` | {of} | {words} |").unwrap();

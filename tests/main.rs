@@ -15,6 +15,7 @@ mod generate;
 mod half_precision;
 mod hub;
 mod images;
+mod keys;
 mod layouts;
 mod llamagen_published;
 mod lumina;

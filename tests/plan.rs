@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use proptest::prelude::*;
 use proxytune::config::{Document, Resolved};
 use proxytune::plan::{
-    Digest, Plan, checkpoint_digest, derive_seed, photos_digest, proxy_keys, step_seed,
-    supervisor_key,
+    Digest, Plan, Versions, checkpoint_digest, derive_seed, photos_digest, proxy_keys, step_seed,
+    supervisor_keys,
 };
 
 const PIPELINE: &str = r#"
@@ -148,7 +148,10 @@ fn more_proxies_or_subjects_leave_existing_seeds_as_they_are() {
 fn keys_of_whole_batches_survive_more_proxies_and_more_subjects() {
     let keys = |resolved: &Resolved, plan: &Plan, batch: usize| {
         let sampling = &resolved.proxies.as_ref().unwrap().sampling;
-        proxy_keys(plan, batch, "supervisor", sampling).unwrap()
+        let supervisor = Versions::new("supervisor".to_string(), Vec::new());
+        proxy_keys(plan, batch, &supervisor, sampling)
+            .newest()
+            .clone()
     };
     let before = with(&[]);
     let after = with(&[
@@ -178,18 +181,16 @@ fn proxies_are_new_when_how_they_are_made_changes_and_only_then() {
     let key = |overrides: &[&str]| {
         let resolved = with(overrides);
         let (supervisor, proxies) = resolved.teacher().unwrap();
-        let made = supervisor_key(
+        let made = supervisor_keys(
             "photos",
             "base",
             &resolved.subjects[0],
             supervisor,
+            &proxies.sampling,
             resolved.seed,
-        )
-        .unwrap();
-        let proxy = proxy_keys(&plan(&resolved), 0, &made, &proxies.sampling)
-            .unwrap()
-            .remove(0);
-        (made, proxy)
+        );
+        let drawn = proxy_keys(&plan(&resolved), 0, &made, &proxies.sampling);
+        (made.newest().clone(), drawn.newest()[0].clone())
     };
     let (supervisor, proxy) = key(&[]);
     for same in [
@@ -235,8 +236,11 @@ fn proxies_are_new_when_how_they_are_made_changes_and_only_then() {
     );
     let resolved = with(&[]);
     let teacher = resolved.supervisor.as_ref().unwrap();
-    let of =
-        |photos, base| supervisor_key(photos, base, &resolved.subjects[0], teacher, 7).unwrap();
+    let sampling = &resolved.proxies.as_ref().unwrap().sampling;
+    let of = |photos, base| {
+        let keys = supervisor_keys(photos, base, &resolved.subjects[0], teacher, sampling, 7);
+        keys.newest().clone()
+    };
     assert_ne!(of("photos", "base"), of("photos", "other"));
     assert_ne!(of("photos", "base"), of("other", "base"));
 }
@@ -285,8 +289,13 @@ fn a_replayed_subject_teaches_some_of_its_proxies_as_they_were_made() {
     // Its batches are those that were made before, whole, so that they are found in the store.
     let keys = |plan: &Plan| -> BTreeSet<String> {
         let sampling = &with(&[]).proxies.unwrap().sampling;
+        let supervisor = Versions::new("sup".to_string(), Vec::new());
         (0..plan.batches())
-            .flat_map(|batch| proxy_keys(plan, batch, "5up", sampling).unwrap())
+            .flat_map(|batch| {
+                proxy_keys(plan, batch, &supervisor, sampling)
+                    .newest()
+                    .clone()
+            })
             .collect()
     };
     assert!(keys(&plan).is_subset(&keys(&whole)));
@@ -361,6 +370,23 @@ fn without_overlap_everything_is_there_before_the_first_step() {
         let (least, most) = (uses.iter().min().unwrap(), uses.iter().max().unwrap());
         assert!(most - least <= 1, "step {step}");
     }
+}
+
+#[test]
+fn a_step_learns_from_as_many_batches_as_gradients_are_accumulated_over() {
+    let plan = plan_with(&[
+        "student.gradient_accumulation_steps=3",
+        "supervisor.batch_size=2",
+        "supervisor.gradient_accumulation_steps=2",
+        "supervisor.prior_preservation={class_images=7}",
+        "direct.gradient_accumulation_steps=1",
+    ]);
+    let supervisor = plan.supervisor(0).unwrap();
+    let class_images = supervisor.class_images.as_ref().unwrap();
+    assert_eq!(plan.lessons(39).len(), 12);
+    assert_eq!(supervisor.references.lessons(0).len(), 4);
+    assert_eq!(class_images.lessons(0).len(), 4);
+    assert_eq!(plan.direct().unwrap().lessons(0).len(), 4);
 }
 
 #[test]

@@ -25,8 +25,8 @@ const STACK_BYTES: usize = 256 << 20;
                   --reference tests/golden/llamagen-gpt/two-layers/reference.safetensors"
 )]
 pub struct VerifyArgs {
-    /// llamagen-gpt, llamagen-vq, chameleon, chameleon-vq, clip, clip-text, t5, dino, sd3-transformer, sdxl-unet, vae or
-    /// text-to-image
+    /// llamagen-gpt, llamagen-vq, chameleon, chameleon-vq, clip, clip-text, t5, dino, sd3-transformer, flux-transformer,
+    /// sdxl-unet, vae, text-to-image, adamw or prodigy
     pub component: Component,
     /// The component's folder, or one that has it among its own; of text-to-image the whole pipeline's
     #[arg(long, value_name = "DIR")]

@@ -2,14 +2,15 @@
 //! where the paper is silent.
 
 use super::models::Family;
-use super::resolved::{AutoregressiveSampling, DiffusionSampling};
+use super::resolved::{AutoregressiveSampling, DiffusionSampling, Optimizer};
 
 /// Table 8, with AdamW's numbers from diffusers' DreamBooth scripts, LlamaGen's and Lumina-mGPT's training code.
 pub(super) struct TrainingDefaults {
     pub steps: usize,
     pub batch_size: usize,
-    /// `None` where Table 8 names an optimizer that is not built.
-    pub learning_rate: Option<f64>,
+    pub optimizer: Optimizer,
+    /// AdamW's.
+    pub learning_rate: f64,
     pub adam_beta2: f64,
     pub weight_decay: f64,
     pub max_grad_norm: f64,
@@ -19,10 +20,19 @@ pub(super) struct TrainingDefaults {
 pub(super) const CHECKPOINT_EVERY: usize = 100;
 pub(super) const RANK: usize = 16;
 
+/// Table 8's rate for Prodigy, which finds its scale itself. Muon's steps are scaled to share AdamW's.
+pub(super) fn learning_rate(family: Family, optimizer: Optimizer) -> f64 {
+    match optimizer {
+        Optimizer::Prodigy => 1.0,
+        Optimizer::Adamw | Optimizer::Muon => training(family).learning_rate,
+    }
+}
+
 pub(super) fn training(family: Family) -> TrainingDefaults {
-    let diffusion = |learning_rate| TrainingDefaults {
+    let diffusion = |optimizer, learning_rate| TrainingDefaults {
         steps: 500,
         batch_size: 4,
+        optimizer,
         learning_rate,
         adam_beta2: 0.999,
         weight_decay: 1e-4,
@@ -30,14 +40,15 @@ pub(super) fn training(family: Family) -> TrainingDefaults {
         dropout: 0.0,
     };
     match family {
-        Family::Sdxl => diffusion(Some(1e-4)),
-        Family::Sd3 => diffusion(Some(4e-4)),
         // evaluators do not train; a pipeline that makes one learn is refused where its role is read
-        Family::Flux | Family::Clip | Family::Dino => diffusion(None),
+        Family::Sdxl | Family::Clip | Family::Dino => diffusion(Optimizer::Adamw, 1e-4),
+        Family::Sd3 => diffusion(Optimizer::Adamw, 4e-4),
+        Family::Flux => diffusion(Optimizer::Prodigy, 1e-4),
         Family::LlamaGen => TrainingDefaults {
             steps: 1250,
             batch_size: 8,
-            learning_rate: Some(1e-4),
+            optimizer: Optimizer::Adamw,
+            learning_rate: 1e-4,
             adam_beta2: 0.95,
             weight_decay: 0.05,
             max_grad_norm: 1.0,
@@ -46,7 +57,8 @@ pub(super) fn training(family: Family) -> TrainingDefaults {
         Family::Lumina => TrainingDefaults {
             steps: 2500,
             batch_size: 4,
-            learning_rate: Some(2e-5),
+            optimizer: Optimizer::Adamw,
+            learning_rate: 2e-5,
             adam_beta2: 0.95,
             weight_decay: 0.1,
             max_grad_norm: 4.0,

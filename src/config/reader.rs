@@ -65,8 +65,6 @@ pub(super) struct At<T> {
 pub(super) trait Choice: Copy + Sized + 'static {
     /// Every spelling with its meaning.
     const SPELLINGS: &'static [(&'static str, Self)];
-    /// Spellings that will have a meaning one day, and what to write until then.
-    const NOT_BUILT_YET: &'static [(&'static str, &'static str)] = &[];
 }
 
 /// One table of the file. Fields are asked for by name; what nobody asked for is unknown.
@@ -240,14 +238,6 @@ impl<'a> Section<'a> {
             .iter()
             .find(|(spelling, _)| *spelling == text.value);
         let Some((_, value)) = found else {
-            let not_built = T::NOT_BUILT_YET
-                .iter()
-                .find(|(spelling, _)| *spelling == text.value);
-            if let Some((spelling, instead)) = not_built {
-                let what = format!("{} = \"{spelling}\" is not built yet", self.name(field));
-                self.faults.push(&text.place, what, *instead);
-                return None;
-            }
             let spellings = || T::SPELLINGS.iter().map(|(spelling, _)| *spelling);
             self.faults.push(
                 &text.place,

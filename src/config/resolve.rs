@@ -11,7 +11,7 @@ use super::reader::{At, Faults, did_you_mean};
 use super::resolved::*;
 use super::subjects;
 use super::templates::{self, Token};
-use super::training::{check_dtype, family_training, training};
+use super::training::{check_dtype, training, training_defaults};
 use super::tree::Place;
 use super::typed::{self, Typed};
 use crate::files;
@@ -192,7 +192,7 @@ fn resolve_supervisor(typed: &typed::Supervisor, faults: &Faults) -> Option<Supe
     if let Some(prompt) = &typed.prompt {
         templates::check(prompt, Token::Required, faults);
     }
-    let default = family_training(&typed.training, family, &model.place, faults);
+    let default = training_defaults(family);
     check_dtype(&typed.dtype, &typed.training, "supervisor", faults);
     Some(Supervisor {
         model: model.value.clone(),
@@ -201,7 +201,14 @@ fn resolve_supervisor(typed: &typed::Supervisor, faults: &Faults) -> Option<Supe
         dtype: or(&typed.dtype, Dtype::Auto),
         resolution: resolution(&typed.resolution, &model.value, faults),
         prompt: or(&typed.prompt, "a {token} {class}".to_string()),
-        training: training("supervisor", &typed.training, &default, None, false, faults),
+        training: training(
+            ("supervisor", family),
+            &typed.training,
+            &default,
+            None,
+            false,
+            faults,
+        ),
         prior_preservation,
     })
 }
@@ -296,7 +303,7 @@ fn resolve_student(
             guidance_interval: sampling.guidance_interval.as_ref().map(|at| at.value),
         })
     };
-    let default = family_training(&typed.training, family, &model.place, faults);
+    let default = training_defaults(family);
     check_dtype(&typed.dtype, &typed.training, "student", faults);
     let source = or(&typed.source, Source::Proxies);
     Some(Student {
@@ -309,7 +316,7 @@ fn resolve_student(
         init: typed.init.as_ref().map(|at| at.value.clone().into()),
         init_digest: init_digest(typed, faults),
         training: training(
-            "student",
+            ("student", family),
             &typed.training,
             &default,
             None,

@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use serde::ser::SerializeMap;
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Serialize, Serializer};
 
 use super::models::Family;
 use super::prompts::PromptList;
@@ -95,11 +95,14 @@ pub struct Training {
     pub tuning: Tuning,
     /// Optimizer steps, at least 1. Default: diffusion 500, LlamaGen 1250, Lumina 2500.
     pub steps: usize,
-    /// Examples per step, at least 1. Default: LlamaGen 8, others 4.
+    /// Examples whose gradients are computed together, at least 1. Default: LlamaGen 8, others 4.
     pub batch_size: usize,
-    /// Peak learning rate, above 0. Default: SDXL and LlamaGen 1e-4, SD3 4e-4, Lumina 2e-5.
+    /// Batches per optimizer step, which follows the mean of their gradients; at least 1. Default 1.
+    pub gradient_accumulation_steps: usize,
+    /// Peak learning rate, above 0. Default: 1 for Prodigy, which multiplies it with the rate that it finds; else SDXL,
+    /// FLUX and LlamaGen 1e-4, SD3 4e-4, Lumina 2e-5.
     pub learning_rate: f64,
-    /// Default "adamw".
+    /// Default: FLUX "prodigy", others "adamw".
     pub optimizer: Optimizer,
     /// Decay of the first moment, 0 ≤ β < 1. Default 0.9.
     pub adam_beta1: f64,
@@ -113,6 +116,8 @@ pub struct Training {
     /// Lumina-mGPT give AdamW all weights alike, LlamaGen only matrices to decay.
     #[serde(skip)]
     pub decay_vectors: bool,
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub prodigy: Option<Prodigy>,
     /// The gradient's norm is clipped to this; above 0. Default 1, Lumina 4.
     pub max_grad_norm: f64,
     /// Default "constant".
@@ -129,6 +134,56 @@ pub struct Training {
     pub checkpoint_every: usize,
     /// What is kept for the backward pass. Does not affect the result. Default "auto".
     pub memory: Memory,
+}
+
+impl Training {
+    /// Examples that one optimizer step learns from.
+    pub fn examples_per_step(&self) -> usize {
+        self.batch_size * self.gradient_accumulation_steps
+    }
+}
+
+/// What Prodigy is told beyond AdamW's numbers: more fields of `[supervisor]`, `[student]` and `[direct]`, where `optimizer`
+/// is "prodigy". Defaults are the arguments of diffusers' DreamBooth scripts.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Prodigy {
+    /// Decay of the sums that the rate is estimated from, 0 ≤ β < 1. Default: √`adam_beta2`.
+    #[serde(rename = "prodigy_beta3", skip_serializing_if = "Option::is_none")]
+    pub beta3: Option<f64>,
+    /// The estimate of the rate before the first step, above 0. Default 1e-6.
+    #[serde(rename = "prodigy_d0")]
+    pub d0: f64,
+    /// The estimate is multiplied by this, above 0. Default 1.
+    #[serde(rename = "prodigy_d_coef")]
+    pub d_coef: f64,
+    /// The estimate grows at most by this factor per step, at least 1. Default: without limit.
+    #[serde(rename = "prodigy_growth_rate")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub growth_rate: Option<f64>,
+    /// Whether weights decay beside the step, as AdamW's, and not through the gradient. Default true.
+    #[serde(rename = "prodigy_decouple")]
+    pub decouple: bool,
+    /// Whether moments are corrected for having started at 0, as AdamW's are. Default true.
+    #[serde(rename = "prodigy_use_bias_correction")]
+    pub use_bias_correction: bool,
+    /// Whether the learning rate stays out of the estimate's denominator, so that a warm-up does not inflate it.
+    /// Default true.
+    #[serde(rename = "prodigy_safeguard_warmup")]
+    pub safeguard_warmup: bool,
+}
+
+impl Default for Prodigy {
+    fn default() -> Self {
+        Self {
+            beta3: None,
+            d0: 1e-6,
+            d_coef: 1.0,
+            growth_rate: None,
+            decouple: true,
+            use_bias_correction: true,
+            safeguard_warmup: true,
+        }
+    }
 }
 
 /// `[proxies]`: the images the supervisors make.
@@ -318,12 +373,19 @@ pub enum Tuning {
     Full,
 }
 
-/// The optimizers that are built.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+/// What moves the weights.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Optimizer {
     /// Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101), with torch's semantics.
+    #[default]
     Adamw,
+    /// AdamW with a rate that it estimates itself (Mishchenko and Defazio 2023, arXiv 2306.06101), as the package
+    /// `prodigyopt` has it.
+    Prodigy,
+    /// Orthogonal steps (Jordan et al. 2024) for matrices inside the network, AdamW for everything else, both with the
+    /// same learning rate and decay.
+    Muon,
 }
 
 /// How the learning rate goes on after the warm-up. The names are diffusers' own.

@@ -5,43 +5,27 @@ use super::effect::{first_idle, unlike};
 use super::models::Family;
 use super::reader::{At, Faults};
 use super::resolve::or;
-use super::resolved::{Dtype, LrScheduler, Memory, Optimizer, Training, Tuning};
+use super::resolved::{Dtype, LrScheduler, Memory, Optimizer, Prodigy, Training, Tuning};
 use super::tree::Place;
 use super::typed::{self, Typed};
 
-/// The training that a family gets when nothing is typed.
-pub(super) fn family_training(
-    typed: &typed::Training,
-    family: Family,
-    model: &Place,
-    faults: &Faults,
-) -> Training {
-    let is_known = defaults::training(family).learning_rate.is_some();
-    if typed.learning_rate.is_none() && !is_known {
-        faults.push(
-            model,
-            format!("the paper trains {family} with Prodigy, which is not built yet"),
-            "set optimizer = \"adamw\" and a learning_rate, such as 1e-4",
-        );
-    }
-    training_defaults(family)
-}
-
-/// How a model of this family learns where nothing else is said. The learning rate is 0 where the paper names an
-/// optimizer that is not built.
+/// How a model of this family learns where nothing else is said.
 pub fn training_defaults(family: Family) -> Training {
     let defaults = defaults::training(family);
+    let optimizer = defaults.optimizer;
     Training {
         tuning: Tuning::Lora,
         steps: defaults.steps,
         batch_size: defaults.batch_size,
-        learning_rate: defaults.learning_rate.unwrap_or_default(),
-        optimizer: Optimizer::Adamw,
+        gradient_accumulation_steps: 1,
+        learning_rate: defaults::learning_rate(family, optimizer),
+        optimizer,
         adam_beta1: 0.9,
         adam_beta2: defaults.adam_beta2,
         adam_epsilon: 1e-8,
         weight_decay: defaults.weight_decay,
         decay_vectors: family != Family::LlamaGen,
+        prodigy: (optimizer == Optimizer::Prodigy).then(Prodigy::default),
         max_grad_norm: defaults.max_grad_norm,
         lr_scheduler: LrScheduler::Constant,
         warmup_steps: 0,
@@ -72,10 +56,11 @@ pub(super) fn check_dtype(
     }
 }
 
-/// What was typed for `role`, over `default`. `inherited` is what `default` itself was typed as, if it was. Where all
-/// weights are trained, what an adapter would be like has no effect, unless `keeps_adapter`: somebody inherits it.
+/// What was typed for `role`, a model of `family`, over `default`. `inherited` is what `default` itself was typed as, if
+/// it was. Where all weights are trained, what an adapter would be like has no effect, unless `keeps_adapter`: somebody
+/// inherits it.
 pub(super) fn training(
-    role: &str,
+    (role, family): (&str, Family),
     typed: &typed::Training,
     default: &Training,
     inherited: Option<&typed::Training>,
@@ -116,17 +101,28 @@ pub(super) fn training(
     let targets = adapter
         .and_then(|typed| typed.targets.as_ref())
         .map(|list| list.value.iter().map(|at| at.value.clone()).collect());
+    let optimizer = or(&typed.optimizer, default.optimizer);
+    let accumulation = &typed.gradient_accumulation_steps;
     let training = Training {
         tuning,
         steps: or(&typed.steps, default.steps),
         batch_size: or(&typed.batch_size, default.batch_size),
-        learning_rate: or(&typed.learning_rate, default.learning_rate),
-        optimizer: or(&typed.optimizer, default.optimizer),
+        gradient_accumulation_steps: or(accumulation, default.gradient_accumulation_steps),
+        // A rate is of its optimizer: Prodigy's 1 is no rate for AdamW.
+        learning_rate: match optimizer == default.optimizer {
+            true => or(&typed.learning_rate, default.learning_rate),
+            false => or(
+                &typed.learning_rate,
+                defaults::learning_rate(family, optimizer),
+            ),
+        },
+        optimizer,
         adam_beta1: or(&typed.adam_beta1, default.adam_beta1),
         adam_beta2: or(&typed.adam_beta2, default.adam_beta2),
         adam_epsilon: or(&typed.adam_epsilon, default.adam_epsilon),
         weight_decay: or(&typed.weight_decay, default.weight_decay),
         decay_vectors: default.decay_vectors,
+        prodigy: prodigy(role, typed, (optimizer, default), inherited, faults),
         max_grad_norm: or(&typed.max_grad_norm, default.max_grad_norm),
         lr_scheduler: or(&typed.lr_scheduler, default.lr_scheduler),
         warmup_steps: or(&typed.warmup_steps, default.warmup_steps),
@@ -138,6 +134,42 @@ pub(super) fn training(
     };
     check_warmup(typed, default, &training, faults);
     training
+}
+
+/// What Prodigy is told. With another optimizer nothing, and what was typed for it has no effect.
+fn prodigy(
+    role: &str,
+    typed: &typed::Training,
+    (optimizer, default): (Optimizer, &Training),
+    inherited: Option<&typed::Training>,
+    faults: &Faults,
+) -> Option<Prodigy> {
+    let own = &typed.prodigy;
+    if optimizer != Optimizer::Prodigy {
+        let switch = typed.optimizer.as_ref();
+        let switch = switch.or_else(|| inherited.and_then(|typed| typed.optimizer.as_ref()));
+        for (field, place) in own.places() {
+            if let Some(place) = first_idle(switch.map(|at| &at.place), place) {
+                faults.push(
+                    place,
+                    format!("{role}.{field} has no effect without optimizer = \"prodigy\""),
+                    "remove the line, or use optimizer = \"prodigy\"",
+                );
+            }
+        }
+        return None;
+    }
+    let default = default.prodigy.unwrap_or_default();
+    let value = |typed: &Typed<f64>| typed.as_ref().map(|at| at.value);
+    Some(Prodigy {
+        beta3: value(&own.beta3).or(default.beta3),
+        d0: or(&own.d0, default.d0),
+        d_coef: or(&own.d_coef, default.d_coef),
+        growth_rate: value(&own.growth_rate).or(default.growth_rate),
+        decouple: or(&own.decouple, default.decouple),
+        use_bias_correction: or(&own.use_bias_correction, default.use_bias_correction),
+        safeguard_warmup: or(&own.safeguard_warmup, default.safeguard_warmup),
+    })
 }
 
 /// Reports a warm-up that is longer than its training, or that the scheduler does not have. What is wholly inherited

@@ -62,12 +62,14 @@ pub(super) struct Training {
     pub tuning: Typed<Tuning>,
     pub steps: Typed<usize>,
     pub batch_size: Typed<usize>,
+    pub gradient_accumulation_steps: Typed<usize>,
     pub learning_rate: Typed<f64>,
     pub optimizer: Typed<Optimizer>,
     pub adam_beta1: Typed<f64>,
     pub adam_beta2: Typed<f64>,
     pub adam_epsilon: Typed<f64>,
     pub weight_decay: Typed<f64>,
+    pub prodigy: Prodigy,
     pub max_grad_norm: Typed<f64>,
     pub lr_scheduler: Typed<LrScheduler>,
     pub warmup_steps: Typed<usize>,
@@ -76,6 +78,18 @@ pub(super) struct Training {
     pub targets: Typed<Vec<At<String>>>,
     pub checkpoint_every: Typed<usize>,
     pub memory: Typed<Memory>,
+}
+
+/// Prodigy's own fields, which stand among those of a training.
+#[derive(Default)]
+pub(super) struct Prodigy {
+    pub beta3: Typed<f64>,
+    pub d0: Typed<f64>,
+    pub d_coef: Typed<f64>,
+    pub growth_rate: Typed<f64>,
+    pub decouple: Typed<bool>,
+    pub use_bias_correction: Typed<bool>,
+    pub safeguard_warmup: Typed<bool>,
 }
 
 /// The fields of both ways of sampling; the model's family decides which may be typed.
@@ -178,11 +192,11 @@ impl Choice for Memory {
 }
 
 impl Choice for Optimizer {
-    const SPELLINGS: &'static [(&'static str, Self)] = &[("adamw", Optimizer::Adamw)];
-    const NOT_BUILT_YET: &'static [(&'static str, &'static str)] = &[(
-        "prodigy",
-        "use optimizer = \"adamw\" with a learning_rate such as 1e-4 (Prodigy's 1.0 is far too high for it)",
-    )];
+    const SPELLINGS: &'static [(&'static str, Self)] = &[
+        ("adamw", Optimizer::Adamw),
+        ("prodigy", Optimizer::Prodigy),
+        ("muon", Optimizer::Muon),
+    ];
 }
 
 impl Choice for LrScheduler {
@@ -295,6 +309,7 @@ impl Training {
             place(&self.tuning),
             place(&self.steps),
             place(&self.batch_size),
+            place(&self.gradient_accumulation_steps),
             place(&self.learning_rate),
             place(&self.optimizer),
             place(&self.adam_beta1),
@@ -310,7 +325,9 @@ impl Training {
             place(&self.checkpoint_every),
             place(&self.memory),
         ];
-        places.into_iter().flatten().collect()
+        let own = self.prodigy.places().into_iter();
+        let own = own.filter_map(|(_, place)| place);
+        places.into_iter().flatten().chain(own).collect()
     }
 
     fn read(section: &Section<'_>) -> Self {
@@ -318,12 +335,14 @@ impl Training {
             tuning: section.choice("tuning"),
             steps: section.count("steps", 1),
             batch_size: section.count("batch_size", 1),
+            gradient_accumulation_steps: section.count("gradient_accumulation_steps", 1),
             learning_rate: section.number("learning_rate", ABOVE_ZERO),
             optimizer: section.choice("optimizer"),
             adam_beta1: section.number("adam_beta1", BELOW_ONE),
             adam_beta2: section.number("adam_beta2", BELOW_ONE),
             adam_epsilon: section.number("adam_epsilon", ABOVE_ZERO),
             weight_decay: section.number("weight_decay", NOT_NEGATIVE),
+            prodigy: Prodigy::read(section),
             max_grad_norm: section.number("max_grad_norm", ABOVE_ZERO),
             lr_scheduler: section.choice("lr_scheduler"),
             warmup_steps: section.count("warmup_steps", 0),
@@ -332,6 +351,36 @@ impl Training {
             targets: section.texts("targets"),
             checkpoint_every: section.count("checkpoint_every", 1),
             memory: section.choice("memory"),
+        }
+    }
+}
+
+impl Prodigy {
+    /// The fields with the places where they were typed.
+    pub fn places(&self) -> [(&'static str, Option<&Place>); 7] {
+        [
+            ("prodigy_beta3", place(&self.beta3)),
+            ("prodigy_d0", place(&self.d0)),
+            ("prodigy_d_coef", place(&self.d_coef)),
+            ("prodigy_growth_rate", place(&self.growth_rate)),
+            ("prodigy_decouple", place(&self.decouple)),
+            (
+                "prodigy_use_bias_correction",
+                place(&self.use_bias_correction),
+            ),
+            ("prodigy_safeguard_warmup", place(&self.safeguard_warmup)),
+        ]
+    }
+
+    fn read(section: &Section<'_>) -> Self {
+        Prodigy {
+            beta3: section.number("prodigy_beta3", BELOW_ONE),
+            d0: section.number("prodigy_d0", ABOVE_ZERO),
+            d_coef: section.number("prodigy_d_coef", ABOVE_ZERO),
+            growth_rate: section.number("prodigy_growth_rate", AT_LEAST_ONE),
+            decouple: section.boolean("prodigy_decouple"),
+            use_bias_correction: section.boolean("prodigy_use_bias_correction"),
+            safeguard_warmup: section.boolean("prodigy_safeguard_warmup"),
         }
     }
 }

@@ -9,7 +9,7 @@ use super::graph::{Graph, Manner, Shared};
 use super::prepare::{self, Purpose};
 use super::topology::Topology;
 use super::{Options, RunDir, failed};
-use crate::plan::{Digest, proxy_keys};
+use crate::plan::Digest;
 use crate::stages::Context;
 use crate::stages::disk::{Disk, FreeSpace, bytes};
 use crate::stages::generate::{Shard, Work};
@@ -108,7 +108,7 @@ pub fn generate<'a>(generation: &'a Generation, stop: Stop) -> BoxFuture<'a, Res
                 "leave --tokens out, or name an autoregressive model as student",
             ));
         }
-        let shards = shard_claims(&context, shard)?;
+        let shards = shard_claims(&context, shard);
         let _at_work = come_to_work(&context, shard, &shards[shard.index]).await?;
         let fleet = context.board.meter(
             if shard.of > 1 {
@@ -184,21 +184,19 @@ pub fn generate<'a>(generation: &'a Generation, stop: Stop) -> BoxFuture<'a, Res
 }
 
 /// The claims of all processes at this work, which is named after everything that it comes to.
-fn shard_claims(context: &Context, shard: Shard) -> Result<Vec<String>> {
+fn shard_claims(context: &Context, shard: Shard) -> Vec<String> {
     let mut digest = Digest::new("shards 1");
     for batch in 0..context.plan.batches().min(context.subjects.len()) {
-        if let Some((_, proxies)) = context.resolved.teacher() {
-            let supervisor = &context.supervisors[context.plan.batch(batch).subject];
-            for key in proxy_keys(&context.plan, batch, supervisor, &proxies.sampling)? {
-                digest = digest.field("proxy", key);
-            }
+        let keys = context.known_proxy_keys(batch);
+        for key in keys.iter().flat_map(|keys| keys.newest()) {
+            digest = digest.field("proxy", key);
         }
     }
     let digest = digest
         .number("count", context.plan.proxies().len() as u64)
         .finish();
     let name = |index| format!("shards/{}/{}-of-{}", &digest[..12], index + 1, shard.of);
-    Ok((0..shard.of).map(name).collect())
+    (0..shard.of).map(name).collect()
 }
 
 /// Claims the shard's own name, so that others see it at work.
@@ -277,16 +275,11 @@ fn taken_up(context: &Context, shard: Shard, work: &Work) -> Vec<usize> {
 
 /// Looks whether every proxy of the plan is in the store.
 async fn all_there(context: &Context) -> Result<()> {
-    let Some((_, proxies)) = context.resolved.teacher() else {
-        return Ok(());
-    };
     let table = context.store.proxies().await?;
     table.refresh().await?;
     let mut missing = 0;
     for batch in 0..context.plan.batches() {
-        let supervisor = &context.supervisors[context.plan.batch(batch).subject];
-        let keys = proxy_keys(&context.plan, batch, supervisor, &proxies.sampling)?;
-        missing += table.missing(&keys).len();
+        missing += table.missing(&context.proxy_keys(batch, &table)).len();
     }
     match missing {
         0 => Ok(()),

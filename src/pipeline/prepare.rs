@@ -10,8 +10,10 @@ use crate::evaluation::embedders::{ClipEmbedder, DinoEmbedder};
 use crate::files::read_json;
 use crate::models::{Opening, Tuning, clip, image_tokenizer_files, open_image_tokenizer, vit};
 use crate::plan::{
-    Digest, Plan, checkpoint_digest, derive_seed, evaluators_key, photos_digest, supervisor_key,
+    Plan, Versions, checkpoint_digest, derive_seed, evaluators_key, photos_digest, student_key,
+    supervisor_keys,
 };
+use crate::stages::supervise::key_in;
 use crate::stages::tokenize::OpenTokenizer;
 use crate::stages::{
     Context, Lazy, LazyEvaluator, Subject, TokenizerIdentity, Warnings, references,
@@ -141,31 +143,28 @@ pub(super) async fn prepare(
     });
     let (evaluator, student_base, supervisor_base, tokenizer, identity) = reading.await?;
     let supervisor_base = supervisor_base.unwrap_or_default();
-    let mut supervisor_keys = Vec::new();
-    if let Some(settings) = &resolved.supervisor {
+    let mut known = Vec::new();
+    if let Some((settings, proxies)) = resolved.teacher() {
         for (subject, loaded) in resolved.subjects.iter().zip(&subjects) {
-            let photos = photos_digest(&loaded.digests);
-            supervisor_keys.push(supervisor_key(
-                &photos,
+            known.push(supervisor_keys(
+                &photos_digest(&loaded.digests),
                 &supervisor_base,
                 subject,
                 settings,
+                &proxies.sampling,
                 resolved.seed,
-            )?);
+            ));
         }
     }
+    let in_store = |keys: &Versions<String>| key_in(store.path(), keys).clone();
+    let supervisors: Vec<String> = known.iter().map(in_store).collect();
     let identity = identity.filter(|_| purpose != Purpose::Proxies { tokens: false });
     let photos: Vec<String> = subjects
         .iter()
         .flat_map(|subject| subject.digests.clone())
         .collect();
-    let mut digest = Digest::new("student 1")
-        .field("plan", plan.digest())
-        .field("base", &student_base)
-        .field("photos", photos_digest(&photos));
-    for key in &supervisor_keys {
-        digest = digest.field("supervisor", key);
-    }
+    let newest: Vec<&String> = known.iter().map(Versions::newest).collect();
+    let student_identity = student_key(plan.digest(), &student_base, &photos, &newest);
     let metrics = store.metrics().await?;
     let frequent = Limits {
         rows: 1024,
@@ -174,8 +173,9 @@ pub(super) async fn prepare(
     let context = Context {
         run: run.id().to_string(),
         dir: run.path().to_path_buf(),
-        student_identity: digest.finish(),
-        supervisors: supervisor_keys.clone(),
+        student_identity,
+        supervisors: supervisors.clone(),
+        supervisor_keys: known,
         metrics: Writer::<MetricRow>::with_limits(metrics, frequent),
         board: Board::default(),
         stop,
@@ -207,7 +207,7 @@ pub(super) async fn prepare(
         context: Arc::new(context),
         student,
         supervisor,
-        supervisor_keys,
+        supervisor_keys: supervisors,
         tokenizer,
     })
 }

@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
+use crate::config::Document;
 use crate::stages::report::Ending;
 use crate::{Error, Result, files};
 
@@ -30,7 +31,8 @@ pub struct RunDir {
 impl RunDir {
     /// Opens the run of the pipeline file `pipeline`, whose text is `text` and whose resolved file is `resolved`,
     /// under `out`. The run's name is the file's stem and a digest of `resolved`, so that an unchanged resolved file
-    /// resumes; with `new`, a run of that name that is there already is left alone and a number appended.
+    /// resumes, also one that an older version of this program resolved, if it means the same today; with `new`, a run of
+    /// that name that is there already is left alone and a number appended.
     ///
     /// # Errors
     /// When the directory cannot be written, or another process has it open.
@@ -45,10 +47,15 @@ impl RunDir {
             .file_stem()
             .map_or("run".into(), |stem| stem.to_string_lossy().into_owned());
         let digest = blake3::hash(resolved.as_bytes()).to_hex();
-        let base = format!("{stem}-{}", &digest[..DIGITS]);
+        let mut base = format!("{stem}-{}", &digest[..DIGITS]);
+        let taken = |id: &str| out.join(id).join(RESOLVED).exists();
+        if !taken(&base)
+            && let Some(older) = run_that_means(out, &stem, resolved)?
+        {
+            base = older;
+        }
         let mut id = base.clone();
         let mut number = 1;
-        let taken = |id: &str| out.join(id).join(RESOLVED).exists();
         if new {
             while taken(&id) {
                 number += 1;
@@ -236,30 +243,50 @@ fn is_run_of(stem: &str, name: &str) -> bool {
         && (number.is_empty() || number.strip_prefix('-').is_some_and(is_number))
 }
 
-/// The fields in which `resolved` differs from the newest run of the same pipeline file.
-fn changes_since_last(out: &Path, stem: &str, resolved: &str) -> Result<Vec<String>> {
+/// The runs of the pipeline file `stem` under `out`: when their resolved files were written, their names and these
+/// files, the newest first.
+fn runs_of(out: &Path, stem: &str) -> Result<Vec<(SystemTime, String, PathBuf)>> {
     let entries = match std::fs::read_dir(out) {
         Ok(entries) => entries,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(e) => return Err(Error::io(out)(e)),
     };
-    let mut newest: Option<(std::time::SystemTime, PathBuf)> = None;
+    let mut runs = Vec::new();
     for entry in entries {
         let path = entry.map_err(Error::io(out))?.path();
-        let name = path
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
         let file = path.join(RESOLVED);
         if is_run_of(stem, &name)
             && let Ok(time) = file.metadata().and_then(|m| m.modified())
-            && newest.as_ref().is_none_or(|(latest, _)| time > *latest)
         {
-            newest = Some((time, file));
+            runs.push((time, name.into_owned(), file));
         }
     }
-    let Some((_, file)) = newest else {
+    runs.sort();
+    runs.reverse();
+    Ok(runs)
+}
+
+/// The name, without a number, of the newest run whose resolved file comes to `resolved` when it is read today: it lacks
+/// fields that there were not when it was written.
+fn run_that_means(out: &Path, stem: &str, resolved: &str) -> Result<Option<String>> {
+    for (_, name, file) in runs_of(out, stem)? {
+        let text = std::fs::read_to_string(&file).map_err(Error::io(&file))?;
+        let read = Document::parse(&text, RESOLVED, &[]).resolve();
+        if read
+            .and_then(|read| read.to_toml())
+            .is_ok_and(|text| text == resolved)
+        {
+            let length = stem.len() + 1 + DIGITS;
+            return Ok(name.get(..length).map(str::to_string));
+        }
+    }
+    Ok(None)
+}
+
+/// The fields in which `resolved` differs from the newest run of the same pipeline file.
+fn changes_since_last(out: &Path, stem: &str, resolved: &str) -> Result<Vec<String>> {
+    let Some((_, _, file)) = runs_of(out, stem)?.into_iter().next() else {
         return Ok(Vec::new());
     };
     let before = fields(&std::fs::read_to_string(&file).map_err(Error::io(&file))?);
@@ -347,6 +374,33 @@ mod tests {
                 .id(),
             format!("{id}-2")
         );
+    }
+
+    #[test]
+    fn a_run_that_was_resolved_before_there_was_some_field_resumes() {
+        let out = tempfile::tempdir().unwrap();
+        let text = concat!(
+            "[subject.dog]\nimages = \"photos\"\nclass = \"dog\"\n",
+            "[student]\nmodel = \"nano-llamagen\"\nsource = \"references\"\n"
+        );
+        let resolved = |overrides: &[String]| {
+            let document = Document::parse(text, "dog.toml", overrides);
+            document.resolve().unwrap().to_toml().unwrap()
+        };
+        let today = resolved(&[]);
+        let field = "gradient_accumulation_steps = 1\n";
+        let before = today.replace(field, "");
+        assert_ne!(before, today);
+        let open = |resolved: &str| {
+            RunDir::open(out.path(), Path::new("dog.toml"), text, resolved, false).unwrap()
+        };
+        let id = open(&before).id().to_string();
+        let again = open(&today);
+        assert!(again.resumed && again.id() == id, "{}", again.id());
+        let other = open(&resolved(&[
+            "student.gradient_accumulation_steps=2".to_string()
+        ]));
+        assert!(!other.resumed);
     }
 
     #[cfg(unix)]

@@ -285,12 +285,13 @@ fn does(stage: Stage, resolved: &Resolved) -> String {
         Stage::Supervise => resolved
             .teacher()
             .map_or_else(String::new, |(supervisor, _)| {
-                let Training {
-                    steps, batch_size, ..
-                } = &supervisor.training;
+                let training = &supervisor.training;
                 format!(
-                    "{}, {steps} steps of {batch_size} per subject on {}",
-                    supervisor.model, supervisor.device
+                    "{}, {} steps of {} per subject on {}",
+                    supervisor.model,
+                    training.steps,
+                    training.examples_per_step(),
+                    supervisor.device
                 )
             }),
         Stage::Synthesize => resolved.teacher().map_or_else(String::new, |(_, proxies)| {
@@ -330,7 +331,9 @@ fn learns(source: Source, training: &Training, resolved: &Resolved) -> String {
     };
     format!(
         "{from}, {} steps of {} on {}",
-        training.steps, training.batch_size, resolved.student.device
+        training.steps,
+        training.examples_per_step(),
+        resolved.student.device
     )
 }
 

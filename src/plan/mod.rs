@@ -9,8 +9,8 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 
 pub use key::{
-    Digest, checkpoint_digest, evaluators_key, photos_digest, proxy_keys, reference_key,
-    supervisor_key,
+    Digest, Sampled, Versions, checkpoint_digest, drawing_key, evaluators_key, photos_digest,
+    proxy_keys, reference_key, sample_keys, settings_digest, student_key, supervisor_keys,
 };
 pub use schedule::Schedule;
 
@@ -175,12 +175,12 @@ impl Plan {
             Source::Proxies => {
                 let seeds: Vec<u64> = learnt.iter().map(|number| proxies[*number].seed).collect();
                 let available = |step| growth.ends[growth.batches(step) - 1]; // proxies imply a first batch
-                let (steps, batch_size) = (training.steps, training.batch_size);
+                let (steps, batch_size) = (training.steps, training.examples_per_step());
                 Schedule::least_used(steps, batch_size, &seeds, student_seed, available).of(&learnt)
             }
             Source::References | Source::Augmented => Schedule::epochs(
                 training.steps,
-                training.batch_size,
+                training.examples_per_step(),
                 references.len(),
                 student_seed,
                 "student",
@@ -201,14 +201,14 @@ impl Plan {
             let training = &direct.training;
             Schedule::epochs(
                 training.steps,
-                training.batch_size,
+                training.examples_per_step(),
                 references.len(),
                 seed,
                 "direct",
             )
         });
         let evaluation = plan_evaluation(resolved);
-        let digest = key::plan_digest(resolved, subjects, &proxies, &student, &evaluation)?;
+        let digest = key::plan_digest(resolved, subjects, &proxies, &student, &evaluation);
         Ok(Plan {
             proxies,
             batches,
@@ -380,7 +380,7 @@ fn plan_supervisor(
     let schedule = |items, what: &str| {
         Schedule::epochs(
             training.steps,
-            training.batch_size,
+            training.examples_per_step(),
             items,
             seed,
             &format!("{what}/{name}"),

@@ -7,10 +7,11 @@ use futures::{Stream, StreamExt};
 
 use super::score::{score, table};
 use super::{Checkpoint, Context, Lazy, Method};
+use crate::config;
 use crate::files::values_digest;
 use crate::images::encode_png;
 use crate::models::{Request, Sampling};
-use crate::plan::Digest;
+use crate::plan::{Sampled, Versions, sample_keys};
 use crate::store::{EvaluationRow, now_us};
 use crate::stream::{Meter, blocking};
 use crate::training::restore;
@@ -55,7 +56,8 @@ pub fn evaluate(
                 if !checkpoint.subjects.contains(&subject) {
                     continue;
                 }
-                let keys = sample_keys(&context, &checkpoint, &adapter, batch.clone())?;
+                let keys = known_keys(&context, &checkpoint, &adapter, batch.clone())?;
+                let keys = keys.found(|keys| table.missing(keys).is_empty()).clone();
                 samples.extend(batch.clone().zip(keys.iter().cloned()));
                 if table.missing(&keys).is_empty() {
                     meter.reuse(keys.len());
@@ -102,37 +104,27 @@ pub fn evaluate(
     }
 }
 
-/// Keys of the samples of one planned batch: what drew them, and everything that it was asked.
-fn sample_keys(
+/// Keys of the samples of one planned batch, in every known version.
+fn known_keys(
     context: &Context,
     checkpoint: &Checkpoint,
     adapter: &str,
     batch: std::ops::Range<usize>,
-) -> Result<Vec<String>> {
-    let sampling = format!("{:?}", sampling(context, checkpoint.method)?);
-    let mut digest = Digest::new("sample 2")
-        .field("method", checkpoint.method.name())
-        .field("model", &learner(context, checkpoint.method)?.digest)
-        .field("adapter", adapter)
-        .number("step", checkpoint.step as u64)
-        .field("sampling", sampling);
-    let subjects: Vec<&String> = checkpoint
+) -> Result<Versions<Vec<String>>> {
+    let photos: Vec<String> = checkpoint
         .subjects
         .iter()
-        .flat_map(|&subject| &context.subject(subject).digests)
+        .flat_map(|&subject| context.subject(subject).digests.clone())
         .collect();
-    for photo in subjects {
-        digest = digest.field("photo", photo);
-    }
-    let images = &context.plan.evaluation().images[batch];
-    for image in images {
-        digest = digest
-            .field("prompt", &image.prompt)
-            .number("seed", image.seed);
-    }
-    Ok((0..images.len() as u64)
-        .map(|place| digest.clone().number("place", place).finish())
-        .collect())
+    Ok(sample_keys(&Sampled {
+        method: checkpoint.method.name(),
+        model: &learner(context, checkpoint.method)?.digest,
+        adapter,
+        step: checkpoint.step,
+        sampling: &settings(context, checkpoint.method)?,
+        photos: &photos,
+        images: &context.plan.evaluation().images[batch],
+    }))
 }
 
 /// What draws the samples of `method`.
@@ -144,11 +136,14 @@ fn learner(context: &Context, method: Method) -> Result<&Lazy> {
     }
 }
 
-fn sampling(context: &Context, method: Method) -> Result<Sampling> {
+/// How the samples of `method` are drawn.
+fn settings(context: &Context, method: Method) -> Result<config::Sampling> {
     match (method, &context.resolved.proxies) {
-        (Method::Supervisor, Some(proxies)) => Ok(Sampling::diffusion(&proxies.sampling)),
+        (Method::Supervisor, Some(proxies)) => {
+            Ok(config::Sampling::Diffusion(proxies.sampling.clone()))
+        }
         (Method::Supervisor, None) => Err(no_supervisor()),
-        _ => Ok(Sampling::student(&context.resolved.student.sampling)),
+        _ => Ok(context.resolved.student.sampling.clone()),
     }
 }
 
@@ -165,7 +160,7 @@ async fn draw(
     requests: Vec<Request>,
     meter: &Meter,
 ) -> Result<Vec<image::RgbImage>> {
-    let sampling = sampling(context, checkpoint.method)?;
+    let sampling = Sampling::student(&settings(context, checkpoint.method)?);
     let values = checkpoint.values.clone();
     learner(context, checkpoint.method)?
         .get()

@@ -12,7 +12,6 @@ use futures::{FutureExt, Stream, StreamExt};
 use super::synthesize::{batch_claim, draw};
 use super::{Context, ProxyBatch, Supervisor};
 use crate::Result;
-use crate::plan::proxy_keys;
 use crate::store::{Claim, ProxyRow, Table, TokenRow};
 use crate::stream::Meter;
 
@@ -119,7 +118,7 @@ impl Work {
             looked: Instant::now(),
         };
         for (place, number) in own.chain(others.rev()).enumerate() {
-            let keys = work.keys(number)?;
+            let keys = work.keys(number);
             let first = |missing: Vec<String>| missing.into_iter().next();
             let lacks = Lacks {
                 proxy: first(work.proxies.missing(&keys)),
@@ -156,12 +155,8 @@ impl Work {
         self.context.plan.batch(number).numbers.len()
     }
 
-    fn keys(&self, number: usize) -> Result<Vec<String>> {
-        let Some((_, proxies)) = self.context.resolved.teacher() else {
-            return Ok(Vec::new());
-        };
-        let supervisor = &self.context.supervisors[self.context.plan.batch(number).subject];
-        proxy_keys(&self.context.plan, number, supervisor, &proxies.sampling)
+    fn keys(&self, number: usize) -> Vec<String> {
+        self.context.proxy_keys(number, &self.proxies)
     }
 
     fn is_there(&self, lacks: &Lacks) -> bool {
@@ -219,7 +214,7 @@ impl Work {
             if self.is_there(lacks) {
                 continue;
             }
-            let keys = self.keys(number)?;
+            let keys = self.keys(number);
             let Some(claim) = self.context.store.locks().try_claim(&batch_claim(&keys))? else {
                 self.busy.push((place, number));
                 continue;

@@ -21,8 +21,8 @@ use crate::config::Resolved;
 use crate::evaluation::embed::Evaluator;
 use crate::evaluation::embedders::{ClipEmbedder, DinoEmbedder};
 use crate::models::{Learner, Opening, open};
-use crate::plan::{Digest, Plan};
-use crate::store::{Claim, MetricRow, Store, Writer, now_us};
+use crate::plan::{Plan, Versions, drawing_key, proxy_keys};
+use crate::store::{Claim, MetricRow, ProxyRow, Store, Table, Writer, now_us};
 use crate::stream::{Board, Stop, Worker};
 use crate::{Error, Result};
 
@@ -52,6 +52,8 @@ pub struct Context {
     pub student_identity: String,
     /// One supervisor's key for each subject; empty without proxies.
     pub supervisors: Vec<String>,
+    /// The same in every known version.
+    pub supervisor_keys: Vec<Versions<String>>,
     pub store: Store,
     /// Loss curves.
     pub metrics: Writer<MetricRow>,
@@ -71,6 +73,24 @@ impl Context {
     /// The subject at `index` of the plan.
     pub fn subject(&self, index: usize) -> &Arc<Subject> {
         &self.subjects[index]
+    }
+
+    /// The keys of the proxies of batch `batch` of the plan: those under which `table` has all of them, or else those
+    /// under which they are made now. Empty without proxies.
+    pub fn proxy_keys(&self, batch: usize, table: &Table<ProxyRow>) -> Vec<String> {
+        let keys = self.known_proxy_keys(batch);
+        let keys = keys.map(|keys| {
+            let found = keys.found(|keys| table.missing(keys).is_empty());
+            found.clone()
+        });
+        keys.unwrap_or_default()
+    }
+
+    /// The keys of the proxies of batch `batch` of the plan in every known version; `None` without proxies.
+    pub fn known_proxy_keys(&self, batch: usize) -> Option<Versions<Vec<String>>> {
+        let (_, proxies) = self.resolved.teacher()?;
+        let supervisor = &self.supervisor_keys[self.plan.batch(batch).subject];
+        Some(proxy_keys(&self.plan, batch, supervisor, &proxies.sampling))
     }
 
     /// Records the numbers of one training step.
@@ -207,13 +227,8 @@ impl Lazy {
             true => "cpu",
             false => "cuda",
         };
-        let digest = Digest::new("drawing 1")
-            .field("base", base)
-            .number("resolution", opening.resolution.unwrap_or(0).into())
-            .field("dtype", format!("{:?}", opening.dtype))
-            .field("device", kind);
         Self {
-            digest: digest.finish(),
+            digest: drawing_key(base, opening.resolution, opening.dtype, kind),
             name: name.to_string(),
             opening: Arc::new(opening),
             worker: Arc::default(),
@@ -314,9 +329,9 @@ async fn spawn_trainee(
     name: &str,
     opening: Opening,
     settings: crate::config::Training,
-) -> Result<Worker<crate::training::Trainee>> {
+) -> Result<Worker<crate::training::Trainer>> {
     Worker::spawn(name, move || {
-        crate::training::Trainee::new(open(&opening)?, &settings)
+        crate::training::Trainer::new(open(&opening)?, &settings)
     })
     .await
 }

@@ -13,6 +13,7 @@ use super::train::Course;
 use super::{Context, Supervisor, references::at_resolution};
 use crate::config;
 use crate::models::{Lesson, Opening, Request, Sampling};
+use crate::plan::Versions;
 use crate::store::Claim;
 use crate::stream::Meter;
 use crate::{Error, Result, files};
@@ -20,6 +21,15 @@ use crate::{Error, Result, files};
 /// Where the store keeps the adapter of the supervisor `key`.
 pub fn adapter_dir(context: &Context, key: &str) -> std::path::PathBuf {
     context.store.path().join("adapters").join(key)
+}
+
+/// Under which of its keys the store at `store` has a supervisor, published or begun; the newest where it has none.
+pub fn key_in<'a>(store: &Path, keys: &'a Versions<String>) -> &'a String {
+    let is_in = |folder: &str, key: &String| store.join(folder).join(key).is_dir();
+    match keys.all().any(|key| is_in("adapters", key)) {
+        true => keys.found(|key| is_in("adapters", key)),
+        false => keys.found(|key| is_in("training", key)),
+    }
 }
 
 /// Where the run's directory has a copy of the adapter.

@@ -11,7 +11,6 @@ use image::RgbImage;
 use super::{Checkpoint, Context, Lazy, Method, ProxyBatch, Supervisor, ended_early};
 use crate::Result;
 use crate::models::{Request, Sampling};
-use crate::plan::proxy_keys;
 use crate::stream::{Downstream, Meter, Outlet};
 use crate::training::restore;
 
@@ -63,7 +62,7 @@ pub fn synthesize(
     meter: Meter,
 ) -> impl Stream<Item = Result<ProxyBatch>> + Send {
     try_stream! {
-        let (Some((settings, proxies)), Some(painter)) = (context.resolved.teacher(), context.painter.clone()) else {
+        let (Some((settings, _)), Some(painter)) = (context.resolved.teacher(), context.painter.clone()) else {
             return;
         };
         let table = context.store.proxies().await?;
@@ -84,7 +83,7 @@ pub fn synthesize(
                 return;
             }
             let supervisor = supervisors[&batch.subject].clone();
-            let keys = proxy_keys(&context.plan, number, &supervisor.key, &proxies.sampling)?;
+            let keys = context.proxy_keys(number, &table);
             let claim = match table.missing(&keys).is_empty() {
                 true => None,
                 false => {

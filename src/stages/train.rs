@@ -17,7 +17,7 @@ use crate::models::{Example, Lesson, Opening};
 use crate::plan::{Plan, step_seed};
 use crate::store::Columns;
 use crate::stream::{Meter, Worker};
-use crate::training::{Checkpoints, Trainee, restore, tuning};
+use crate::training::{Checkpoints, Trainer, restore, tuning};
 use crate::{Error, Result, files};
 
 /// One training: a trainee on its thread, its checkpoints, and where its curve goes.
@@ -29,7 +29,7 @@ pub(super) struct Course {
     /// Whose curve it is: the run, or the supervisor's key.
     pub owner: String,
     pub settings: Training,
-    pub worker: Worker<Trainee>,
+    pub worker: Worker<Trainer>,
     pub checkpoints: Checkpoints,
     seed: u64,
 }
@@ -91,7 +91,7 @@ impl Course {
             return Ok(self);
         };
         let expected = student.init_digest.clone();
-        let begin = move |trainee: &mut Trainee| {
+        let begin = move |trainee: &mut Trainer| {
             if Some(files::digest_dir(&init)?) != expected {
                 return Err(Error::invalid(
                     format!(

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{Tensor, Var};
 use serde::{Deserialize, Serialize};
 
-use super::optimizer::AdamW;
+use super::optimizer::Optimizer;
 use crate::files;
 use crate::{Error, Result};
 
@@ -69,7 +69,12 @@ impl Checkpoints {
     }
 
     /// Writes a checkpoint after `step` steps, unless there is one, and removes all but the newest two.
-    pub fn save(&self, step: usize, variables: &[(String, Var)], optimizer: &AdamW) -> Result<()> {
+    pub fn save(
+        &self,
+        step: usize,
+        variables: &[(String, Var)],
+        optimizer: &dyn Optimizer,
+    ) -> Result<()> {
         if self.list()?.iter().any(|(saved, _)| *saved == step) {
             return Ok(());
         }
@@ -102,7 +107,7 @@ impl Checkpoints {
     pub fn resume(
         &self,
         variables: &[(String, Var)],
-        optimizer: &mut AdamW,
+        optimizer: &mut dyn Optimizer,
     ) -> Result<Option<usize>> {
         let Some((step, dir)) = self.list()?.pop() else {
             return Ok(None);

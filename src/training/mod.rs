@@ -1,8 +1,10 @@
-//! Training: a learner with its optimizer, and checkpoints.
+//! Training: a learner in its training loop, optimizers, and checkpoints.
 
 mod checkpoints;
 pub mod optimizer;
-mod trainee;
+mod trainer;
+mod training_loop;
 
 pub use checkpoints::{Checkpoints, clear_due, restore};
-pub use trainee::{Progress, Trainee, tuning};
+pub use trainer::{Trainer, tuning};
+pub use training_loop::{Progress, TrainingLoop};

@@ -5,13 +5,14 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use super::optimizers;
 use super::runners::{self, Place, Runner};
 use super::{Precision, text_to_image};
 use crate::Result;
 use crate::models::chameleon::files::{VQ_CONFIG, tokenizer_dir};
 use crate::nn::Weights;
 
-/// A model, or a part of one, that a reference implementation can be compared with.
+/// A model, a part of one, or an optimizer, that a reference implementation can be compared with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Component {
     /// LlamaGen's GPT.
@@ -40,11 +41,15 @@ pub enum Component {
     Vae,
     /// A whole pipeline of diffusers: SDXL, SD3, SD3.5 or FLUX.1.
     TextToImage,
+    /// torch's `AdamW`.
+    Adamw,
+    /// prodigyopt's `Prodigy`.
+    Prodigy,
 }
 
 impl Component {
     /// All of them, in the order of the documentation.
-    pub const ALL: [Component; 13] = [
+    pub const ALL: [Component; 15] = [
         Component::LlamagenGpt,
         Component::LlamagenVq,
         Component::Chameleon,
@@ -58,6 +63,8 @@ impl Component {
         Component::SdxlUnet,
         Component::Vae,
         Component::TextToImage,
+        Component::Adamw,
+        Component::Prodigy,
     ];
 
     /// The name on the command line.
@@ -76,6 +83,8 @@ impl Component {
             Component::SdxlUnet => "sdxl-unet",
             Component::Vae => "vae",
             Component::TextToImage => "text-to-image",
+            Component::Adamw => "adamw",
+            Component::Prodigy => "prodigy",
         }
     }
 
@@ -95,6 +104,8 @@ impl Component {
             Component::SdxlUnet => runners::sdxl_unet(place),
             Component::Vae => runners::vae(place),
             Component::TextToImage => text_to_image::open(place),
+            Component::Adamw => optimizers::adamw(place),
+            Component::Prodigy => optimizers::prodigy(place),
         }
     }
 
@@ -120,6 +131,8 @@ impl Component {
             Component::SdxlUnet => class("UNet2DConditionModel"),
             Component::Vae => class("AutoencoderKL"),
             Component::TextToImage => None,
+            Component::Adamw => class("AdamW"),
+            Component::Prodigy => class("Prodigy"),
         }
     }
 
@@ -170,7 +183,9 @@ impl Component {
             | Component::FluxTransformer
             | Component::SdxlUnet
             | Component::Vae
-            | Component::TextToImage => &[],
+            | Component::TextToImage
+            | Component::Adamw
+            | Component::Prodigy => &[],
         };
         beside.iter().any(|start| layer.starts_with(start))
     }
@@ -190,7 +205,9 @@ impl Component {
             | Component::Sd3Transformer
             | Component::FluxTransformer
             | Component::SdxlUnet
-            | Component::TextToImage => str::to_string,
+            | Component::TextToImage
+            | Component::Adamw
+            | Component::Prodigy => str::to_string,
         }
     }
 }

@@ -4,6 +4,7 @@
 mod compare;
 mod component;
 mod folder;
+mod optimizers;
 mod reference;
 mod report;
 mod runners;
@@ -235,10 +236,12 @@ fn named<'a>(outputs: &'a [Output], name: &str, kind: &str) -> Result<&'a Output
     let names = || -> Vec<&str> {
         outputs
             .iter()
-            .flat_map(|output| output.names.iter().copied())
+            .flat_map(|output| output.names.iter().map(String::as_str))
             .collect()
     };
-    let found = outputs.iter().find(|output| output.names.contains(&name));
+    let found = outputs
+        .iter()
+        .find(|output| output.names.iter().any(|own| own == name));
     let alone = match outputs {
         [only] if name.is_empty() => Some(only),
         _ => None,

@@ -146,6 +146,13 @@ impl Inputs<'_> {
         self.tensors.contains_key(name)
     }
 
+    /// What follows `prefix` in the names that begin with it.
+    pub fn names(&self, prefix: &str) -> Vec<String> {
+        let names = self.tensors.keys();
+        let names = names.filter_map(|name| name.strip_prefix(prefix));
+        names.map(str::to_string).collect()
+    }
+
     fn get(&self, name: &str) -> Result<&Tensor> {
         self.used.borrow_mut().insert(name.to_string());
         self.tensors.get(name).ok_or_else(|| {

@@ -31,7 +31,7 @@ use crate::{Error, Result};
 /// What a component gives.
 pub(super) struct Output {
     /// What the reference file may call it; the empty name is that of `output` itself.
-    pub names: &'static [&'static str],
+    pub names: Vec<String>,
     pub value: Value,
 }
 
@@ -51,11 +51,12 @@ pub(super) enum Value {
 }
 
 impl Output {
-    pub fn numbers(names: &'static [&'static str], tensor: Tensor) -> Self {
+    pub fn numbers(names: &[&str], tensor: Tensor) -> Self {
         let value = Value::Numbers {
             tensor,
             valid: None,
         };
+        let names = names.iter().map(|name| name.to_string()).collect();
         Self { names, value }
     }
 }
@@ -75,7 +76,7 @@ pub(super) struct Place {
 }
 
 impl Place {
-    fn config<T: DeserializeOwned>(&self) -> Result<T> {
+    pub fn config<T: DeserializeOwned>(&self) -> Result<T> {
         read_json(&self.folder.join("config.json"))
     }
 
@@ -197,7 +198,7 @@ fn image_tokens(
     if inputs.has("image") {
         let (tokens, compared) = encode(&inputs.numbers("image")?)?;
         outputs.push(Output {
-            names: &["tokens"],
+            names: vec!["tokens".into()],
             value: Value::Tokens { tokens, compared },
         });
     }
@@ -327,7 +328,7 @@ impl Runner for T5Encoder {
         let mask = inputs.mask("attention_mask", ids.dims2()?)?;
         let tensor = self.forward(&ids, &mask)?;
         Ok(vec![Output {
-            names: &["", "last_hidden_state"],
+            names: vec![String::new(), "last_hidden_state".into()],
             value: Value::Numbers {
                 tensor,
                 valid: Some(mask),

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::scan::Scan;
 use super::state::{Home, Look, Run, State, Subject};
 use crate::config::{Document, Resolved, Source, Subject as Learnt};
-use crate::plan::Digest;
+use crate::plan::{Digest, settings_digest};
 use crate::{Error, Result, files};
 
 /// What all runs of a watch have in common: a pipeline file whose subjects, baseline and untouched student do not
@@ -55,15 +55,12 @@ impl Recipe {
     }
 
     /// Digest of all settings of the chain, with the `margin` of what may be published.
-    ///
-    /// # Errors
-    /// When the pipeline cannot be written as text.
-    pub fn settings(&self, margin: f64) -> Result<String> {
-        Ok(Digest::new("watch settings 1")
-            .field("pipeline", self.resolved.to_toml()?)
+    pub fn settings(&self, margin: f64) -> String {
+        Digest::new("watch settings 1")
+            .field("pipeline", settings_digest(&self.resolved))
             .number("replay", self.replay as u64)
-            .number("margin", margin.to_bits())
-            .finish())
+            .real("margin", margin)
+            .finish()
     }
 
     /// The resolved pipeline of the run that learns `subject`, going on from `init`, an adapter and its digest. The

@@ -88,7 +88,7 @@ pub fn watch<'a>(options: &'a Options, stop: Stop) -> BoxFuture<'a, Result<State
         let _lock = home.lock()?;
         let mut state = home.load()?;
         state.store = std::path::absolute(&options.store).map_err(Error::io(&options.store))?;
-        state.use_settings(&recipe.settings(options.margin)?);
+        state.use_settings(&recipe.settings(options.margin));
         home.save(&state)?;
         let watcher = Watching {
             options,

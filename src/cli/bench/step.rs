@@ -14,9 +14,10 @@ use super::torch::{Torch, median, threads};
 use crate::cli::memory::{gibibytes, peak_memory};
 use crate::config::{Device, Dtype, Family, training_defaults};
 use crate::models::llamagen::gpt::{Config, Gpt};
-use crate::nn::{Adapter, Init, LoraConfig, Weights, backward, ops, recomputing};
+use crate::nn::{Adapter, Init, LoraConfig, Weights, ops, recomputing};
 use crate::pipeline::{device, use_threads};
-use crate::training::optimizer::{AdamW, AdamWConfig};
+use crate::training::TrainingLoop;
+use crate::training::optimizer::OptimizerConfig;
 use crate::{Error, Result};
 
 /// `proxytune bench step`
@@ -156,7 +157,7 @@ pub(super) fn run(args: &StepArgs) -> Result<()> {
 /// A model with its adapter, optimizer and one batch of random examples.
 struct Bench {
     gpt: Gpt,
-    optimizer: AdamW,
+    training: TrainingLoop,
     learning_rate: f64,
     captions: Tensor,
     mask: Tensor,
@@ -180,7 +181,7 @@ impl Bench {
         let lora = LoraConfig {
             rank: settings.rank,
             alpha: settings.alpha,
-            targets: settings.targets,
+            targets: settings.targets.clone(),
         };
         let device = device(args.device)?;
         let adapter = Arc::new(Adapter::new(lora, 0));
@@ -194,20 +195,11 @@ impl Bench {
             .map(|_| generator.random_range(0..config.vocab_size as u32))
             .collect();
         let variables: Vec<(String, Var)> = adapter.variables();
-        let optimizer = AdamW::new(
-            variables,
-            AdamWConfig {
-                beta1: settings.adam_beta1,
-                beta2: settings.adam_beta2,
-                epsilon: settings.adam_epsilon,
-                weight_decay: settings.weight_decay,
-                decay_vectors: false,
-                max_grad_norm: Some(settings.max_grad_norm),
-            },
-        )?;
+        let optimizer = OptimizerConfig::new(&settings);
+        let training = TrainingLoop::new(variables, &optimizer, Some(settings.max_grad_norm))?;
         Ok(Self {
             gpt,
-            optimizer,
+            training,
             learning_rate: settings.learning_rate,
             captions,
             mask: Tensor::ones((b, config.cls_token_num), DType::U8, &device)?,
@@ -220,15 +212,23 @@ impl Bench {
     fn step(&mut self) -> Result<()> {
         let (b, n) = self.tokens.dims2()?;
         let given = self.tokens.narrow(1, 0, n - 1)?.contiguous()?;
-        let (gpt, generator) = (&self.gpt, &mut self.generator);
-        let logits = recomputing(self.recomputes, || {
-            gpt.forward(&self.captions, &self.mask, &given, Some(generator))
+        let Self {
+            gpt,
+            training,
+            captions,
+            mask,
+            tokens,
+            generator,
+            recomputes,
+            ..
+        } = self;
+        training.step(0, self.learning_rate, 1, |_| {
+            let logits = recomputing(*recomputes, || {
+                gpt.forward(captions, mask, &given, Some(generator))
+            })?;
+            let logits = logits.reshape((b * n, logits.dim(2)?))?;
+            Ok(ops::cross_entropy(&logits, &tokens.flatten_all()?)?.mean_all()?)
         })?;
-        let logits = logits.reshape((b * n, logits.dim(2)?))?;
-        let loss = ops::cross_entropy(&logits, &self.tokens.flatten_all()?)?.mean_all()?;
-        drop(logits);
-        let gradients = backward(&loss)?;
-        self.optimizer.step(&gradients, self.learning_rate)?;
         // A card may still be at work on what it was asked for.
         self.tokens.device().synchronize()?;
         Ok(())

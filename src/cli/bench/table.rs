@@ -10,7 +10,7 @@ use super::operations::{Operation, operations};
 use super::torch::{Torch, median, threads};
 use crate::config;
 use crate::models::{self, Learner, Lesson, Opening, Request, Sampling};
-use crate::training::{Trainee, tuning};
+use crate::training::{Trainer, tuning};
 use crate::{Error, Result, pipeline};
 
 /// Both sides rest this long before they are timed, so that neither's idle threads disturb the other.
@@ -207,7 +207,7 @@ fn nano() -> Result<Vec<Operation>> {
 }
 
 fn step(name: &str, opening: &Opening, settings: &config::Training) -> Result<Operation> {
-    let mut trainee = Trainee::new(models::open(opening)?, settings)?;
+    let mut trainee = Trainer::new(models::open(opening)?, settings)?;
     let batch = lessons(trainee.learner(), settings.batch_size)?;
     let batches = vec![(1.0, batch)];
     let mut taken = 0;

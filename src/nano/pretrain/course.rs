@@ -9,8 +9,9 @@ use serde::{Deserialize, Serialize};
 use super::average::Average;
 use super::curves::Curves;
 use super::files;
-use super::optimizers::Optimizers;
-use super::settings::{Optimizer, Training};
+use super::settings::Training;
+use crate::config::Optimizer;
+use crate::training::TrainingLoop;
 use crate::{Error, Result};
 
 /// How long a course lasts.
@@ -115,7 +116,9 @@ impl Course<'_> {
     ) -> Result<()> {
         let earlier = self.notes()?;
         let training = self.training;
-        let mut optimizers = Optimizers::new(self.trained.clone(), training)?;
+        let (optimizer, max_grad_norm) = (training.optimizer(), Some(training.max_grad_norm));
+        let mut training_loop = TrainingLoop::new(self.trained.clone(), &optimizer, max_grad_norm)?;
+        let mut steps = 0;
         let mut average = Average::new(&self.trained)?;
         let weights: usize = self.trained.iter().map(|(_, v)| v.elem_count()).sum();
         println!(
@@ -173,24 +176,21 @@ impl Course<'_> {
             if last {
                 return Ok(());
             }
-            let result = step(earlier.images + session.images, spent)?;
-            let loss = f64::from(result.loss.to_scalar::<f32>()?);
-            if !loss.is_finite() {
-                return Err(Error::NotFinite {
-                    what: format!("the loss of {}", self.name),
-                    step: means.steps,
-                });
-            }
-            let gradients = crate::nn::backward(&result.loss)?;
+            let mut figures = Vec::new();
             let rate = training.rate(session.images, spent);
-            let norm = optimizers.step(&gradients, rate)?;
+            let progress = training_loop.step(steps, rate, 1, |_| {
+                let result = step(earlier.images + session.images, spent)?;
+                figures = result.figures;
+                Ok(result.loss)
+            })?;
             average.follow()?;
+            steps += 1;
             session.images += training.batch_size;
-            means.add("loss", loss);
-            for (name, value) in result.figures {
+            means.add("loss", progress.loss);
+            for (name, value) in figures {
                 means.add(name, value);
             }
-            means.add("gradient", norm);
+            means.add("gradient", progress.grad_norm);
             means.steps += 1;
             means.images += training.batch_size;
         }
@@ -281,7 +281,7 @@ mod tests {
             beta2: 0.99,
             weight_decay: 0.0,
             max_grad_norm: 1.0,
-            optimizer: Optimizer::AdamW,
+            optimizer: Optimizer::Adamw,
         };
         let variable = Var::new(&[2f32], &Device::Cpu).unwrap();
         let course = Course {

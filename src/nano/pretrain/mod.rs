@@ -16,8 +16,6 @@ pub mod dino;
 mod files;
 mod frozen;
 pub mod gpt;
-mod muon;
-mod optimizers;
 mod pool;
 mod scenes;
 pub mod sd3;

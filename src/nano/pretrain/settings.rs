@@ -2,9 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
 use super::checks;
+use crate::config::Optimizer;
+use crate::training::optimizer::{AdamWConfig, OptimizerConfig};
 use crate::{Error, Result};
 
 /// The whole file. Unknown fields are refused.
@@ -54,16 +56,6 @@ pub struct Training {
     pub max_grad_norm: f64,
 }
 
-/// What moves the weights.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Optimizer {
-    #[default]
-    AdamW,
-    /// Muon for the matrices inside, AdamW for everything else, both with the same learning rate.
-    Muon,
-}
-
 fn warmup_images() -> usize {
     2000
 }
@@ -81,6 +73,17 @@ fn max_grad_norm() -> f64 {
 }
 
 impl Training {
+    /// What moves the weights, with its constants. Only matrices decay.
+    pub fn optimizer(&self) -> OptimizerConfig {
+        let adamw = AdamWConfig {
+            beta2: self.beta2,
+            weight_decay: self.weight_decay,
+            decay_vectors: false,
+            ..AdamWConfig::default()
+        };
+        OptimizerConfig::of_kind(self.optimizer, adamw, None)
+    }
+
     /// The learning rate after `images` of this session, when the share `spent` of the budget is spent.
     pub fn rate(&self, images: usize, spent: f64) -> f64 {
         let warmup = (images + self.batch_size) as f64 / self.warmup_images.max(1) as f64;

@@ -4,11 +4,10 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::backprop::GradStore;
-use candle_core::{D, DType, Tensor, Var};
+use candle_core::{D, Device, Shape, Tensor, Var};
 
-use crate::training::optimizer::sums_of_squares;
-use crate::{Error, Result};
+use super::{AdamW, AdamWConfig, Optimizer, remembered};
+use crate::Result;
 
 /// Decay of the momentum.
 const MOMENTUM: f64 = 0.95;
@@ -23,14 +22,29 @@ const LEAST_SIDE: usize = 8;
 /// rows are met with different frequency, which AdamW sees and Muon does not.
 const OUTER: [&str; 3] = ["embed", "conv_in", "conv_out"];
 /// Layers that give logits, and latents.
-const LAST: [&str; 2] = ["output.weight", "proj_out.weight"];
+const LAST: [&str; 3] = ["output", "lm_head", "proj_out"];
+/// torch's name of the momentum.
+const MOMENTUM_BUFFER: &str = "momentum_buffer";
 
 /// Whether Muon is for this tensor: a matrix, or a convolution's kernel, inside the network.
-pub fn is_inner(name: &str, variable: &Var) -> bool {
+fn is_inner(name: &str, variable: &Var) -> bool {
     let (rows, columns) = sides(variable);
+    let layer = [".lora_A", ".lora_B", ".weight"]
+        .iter()
+        .find_map(|end| Some(name.split_once(end)?.0));
     rows.min(columns) >= LEAST_SIDE
-        && !LAST.contains(&name)
+        && !layer.is_some_and(|layer| LAST.contains(&layer))
         && !OUTER.iter().any(|part| name.contains(part))
+}
+
+/// How many matrices lie in this tensor, below one another: three where a layer gives queries, keys and values of equal
+/// width.
+fn parts(name: &str, variable: &Var) -> usize {
+    let gives_all = name.contains("qkv") && !name.contains(".lora_A");
+    match gives_all && sides(variable).0.is_multiple_of(3) {
+        true => 3,
+        false => 1,
+    }
 }
 
 /// Rows and columns: a kernel (outputs, inputs, h, w) has a row for each output.
@@ -46,64 +60,59 @@ struct Slot {
     name: String,
     variable: Var,
     momentum: Tensor,
-    /// How many matrices lie in it, below one another: three for queries, keys and values.
+    /// How many matrices lie in it.
     parts: usize,
+    /// Its place among all variables.
+    place: usize,
 }
 
-/// Muon over named f32 variables.
+/// Muon over the matrices inside a network, and AdamW over its other variables, at one learning rate and decay.
 pub struct Muon {
     slots: Vec<Slot>,
     weight_decay: f64,
+    others: AdamW,
+    /// The places of AdamW's among all variables.
+    places: Vec<usize>,
 }
 
 impl Muon {
-    /// An optimizer at rest. `weight_decay` is decoupled: each step multiplies a weight by
-    /// `1 − learning_rate · weight_decay`.
-    pub fn new(variables: Vec<(String, Var)>, weight_decay: f64) -> Result<Self> {
-        let slots = variables
-            .into_iter()
-            .map(|(name, variable)| {
-                Ok(Slot {
-                    parts: if name.contains("qkv") { 3 } else { 1 },
-                    momentum: variable.zeros_like()?.reshape(sides(&variable))?,
-                    name,
-                    variable,
-                })
-            })
-            .collect::<Result<_>>()?;
+    /// An optimizer at rest, with AdamW's constants.
+    ///
+    /// # Errors
+    /// When a card has no room for what it remembers.
+    pub fn new(variables: Vec<(String, Var)>, config: AdamWConfig) -> Result<Self> {
+        let (mut slots, mut others, mut places) = (Vec::new(), Vec::new(), Vec::new());
+        for (place, (name, variable)) in variables.into_iter().enumerate() {
+            if !is_inner(&name, &variable) {
+                others.push((name, variable));
+                places.push(place);
+                continue;
+            }
+            slots.push(Slot {
+                parts: parts(&name, &variable),
+                momentum: variable.zeros_like()?.reshape(sides(&variable))?,
+                name,
+                variable,
+                place,
+            });
+        }
         Ok(Self {
             slots,
-            weight_decay,
+            weight_decay: config.weight_decay,
+            others: AdamW::new(others, config)?,
+            places,
         })
     }
+}
 
-    fn gradients(&self, gradients: &GradStore) -> Result<Vec<Tensor>> {
-        self.slots
-            .iter()
-            .map(|slot| {
-                let gradient = gradients.get(slot.variable.as_tensor());
-                let gradient = gradient.ok_or_else(|| Error::Invalid {
-                    what: format!("no gradient reached {}", slot.name),
-                    hint: None,
-                })?;
-                let gradient = gradient.detach().to_dtype(DType::F32)?;
-                Ok(gradient.reshape(sides(&slot.variable))?)
-            })
-            .collect()
-    }
-
-    /// The sum of the squares of all gradients. A tensor without a gradient is an error: it means that some operation
-    /// dropped it.
-    pub fn squares(&self, gradients: &GradStore) -> Result<f64> {
-        sums_of_squares(&self.gradients(gradients)?)
-    }
-
-    /// One step on the gradients times `clip`.
-    pub fn step(&mut self, gradients: &GradStore, learning_rate: f64, clip: f64) -> Result<()> {
-        let found = self.gradients(gradients)?;
+impl Optimizer for Muon {
+    fn step(&mut self, gradients: &[Tensor], scale: f64, learning_rate: f64) -> Result<()> {
+        let others: Vec<Tensor> = self.places.iter().map(|&i| gradients[i].clone()).collect();
+        self.others.step(&others, scale, learning_rate)?;
         let mut ahead = Vec::new();
-        for (slot, gradient) in self.slots.iter_mut().zip(found) {
-            let gradient = (gradient * clip)?;
+        for slot in &mut self.slots {
+            let gradient = gradients[slot.place].reshape(sides(&slot.variable))?;
+            let gradient = (gradient * scale)?;
             slot.momentum = ((&slot.momentum * MOMENTUM)? + &gradient)?;
             let one = (gradient + (&slot.momentum * MOMENTUM)?)?;
             ahead.extend(one.chunk(slot.parts, 0)?);
@@ -118,6 +127,30 @@ impl Muon {
             let weight = (slot.variable.as_tensor().detach() * kept)?;
             let weight = (weight - step.reshape(slot.variable.shape())?)?;
             slot.variable.set(&weight)?;
+        }
+        Ok(())
+    }
+
+    fn state(&self) -> Result<BTreeMap<String, Tensor>> {
+        let mut state = self.others.state()?;
+        for slot in &self.slots {
+            let momentum = slot.momentum.to_device(&Device::Cpu)?;
+            state.insert(format!("{}.{MOMENTUM_BUFFER}", slot.name), momentum);
+        }
+        Ok(state)
+    }
+
+    fn load_state(&mut self, state: &BTreeMap<String, Tensor>) -> Result<()> {
+        let momentum = |slot: &Slot| {
+            let shape = Shape::from(sides(&slot.variable));
+            let momentum = remembered(state, &slot.name, MOMENTUM_BUFFER, &shape)?;
+            Ok(momentum.to_device(slot.variable.device())?)
+        };
+        let loaded = self.slots.iter().map(momentum);
+        let loaded = loaded.collect::<Result<Vec<Tensor>>>()?;
+        self.others.load_state(state)?;
+        for (slot, momentum) in self.slots.iter_mut().zip(loaded) {
+            slot.momentum = momentum;
         }
         Ok(())
     }
@@ -167,7 +200,7 @@ fn newton_schulz(x: Tensor) -> Result<Tensor> {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
+    use candle_core::DType;
 
     use super::*;
 
@@ -209,11 +242,26 @@ mod tests {
         assert!(!is_inner("tok_embeddings.weight", &table));
         assert!(!is_inner("layers.0.norm.weight", &vector));
         assert!(is_inner("layers.0.attention.wqkv.weight", &matrix));
-        let mut muon = Muon::new(vec![("m".into(), matrix.clone())], 0.0).unwrap();
+        assert!(!is_inner("output.weight", &matrix));
+        assert!(!is_inner("proj_out.lora_B.weight", &matrix));
+        assert!(is_inner("layers.0.attn.to_out.0.lora_A.weight", &matrix));
+        // Queries, keys and values lie below one another in what a layer gives, not in what an adapter reads.
+        let stacked = Var::ones((24, 16), DType::F32, device).unwrap();
+        assert_eq!(parts("layers.0.attention.wqkv.weight", &stacked), 3);
+        assert_eq!(parts("layers.0.attention.wqkv.lora_B.weight", &stacked), 3);
+        assert_eq!(parts("layers.0.attention.wqkv.lora_A.weight", &stacked), 1);
+        assert_eq!(parts("layers.0.attention.wo.weight", &stacked), 1);
+        let config = AdamWConfig {
+            weight_decay: 0.0,
+            ..AdamWConfig::default()
+        };
+        let mut muon = Muon::new(vec![("m".into(), matrix.clone())], config).unwrap();
         let loss = || matrix.as_tensor().sqr().unwrap().sum_all().unwrap();
         let before = loss().to_scalar::<f32>().unwrap();
         for _ in 0..40 {
-            muon.step(&loss().backward().unwrap(), 0.02, 1.0).unwrap();
+            let gradients = loss().backward().unwrap();
+            let gradient = gradients.get(matrix.as_tensor()).unwrap().detach();
+            muon.step(&[gradient], 1.0, 0.02).unwrap();
         }
         let after = loss().to_scalar::<f32>().unwrap();
         assert!(after < 0.5 * before, "{before} {after}");

@@ -1,0 +1,354 @@
+//! Keys stay what they are: stores that took days are addressed by them.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use proxytune::config::{Document, Dtype, Resolved, Sampling};
+use proxytune::plan::{
+    Digest, Plan, Sampled, Versions, checkpoint_digest, drawing_key, evaluators_key, photos_digest,
+    proxy_keys, reference_key, sample_keys, settings_digest, student_key, supervisor_keys,
+};
+
+use crate::support;
+
+const PIPELINE: &str = r#"
+seed = 7
+threads = 2
+[subject.dog]
+images = "photos/dog"
+class = "dog"
+[supervisor]
+model = "nano-sd3"
+[proxies]
+count = 6
+batch_size = 4
+[student]
+model = "nano-llamagen"
+steps = 10
+[evaluation]
+prompts = "nano-10"
+images_per_prompt = 1
+"#;
+
+fn with(overrides: &[&str]) -> Resolved {
+    let overrides: Vec<String> = overrides.iter().map(|text| text.to_string()).collect();
+    Document::parse(PIPELINE, "keys.toml", &overrides)
+        .resolve()
+        .unwrap()
+}
+
+fn plan(resolved: &Resolved) -> Plan {
+    Plan::new(resolved, &[("dog".to_string(), 3)]).unwrap()
+}
+
+fn supervisor(resolved: &Resolved) -> Versions<String> {
+    let (supervisor, proxies) = resolved.teacher().unwrap();
+    let subject = &resolved.subjects[0];
+    supervisor_keys(
+        "photos",
+        "base",
+        subject,
+        supervisor,
+        &proxies.sampling,
+        resolved.seed,
+    )
+}
+
+/// The newest keys of everything that the pipeline makes, by the kind of thing.
+fn keys(overrides: &[&str]) -> Vec<(&'static str, String)> {
+    let resolved = with(overrides);
+    let plan = plan(&resolved);
+    let supervisor = supervisor(&resolved);
+    let (_, proxies) = resolved.teacher().unwrap();
+    let made = proxy_keys(&plan, 1, &supervisor, &proxies.sampling);
+    let student = resolved.student.sampling.clone();
+    let diffusion = Sampling::Diffusion(proxies.sampling.clone());
+    let sampled = |method, sampling| {
+        let keys = sample_keys(&Sampled {
+            method,
+            model: "model",
+            adapter: "adapter",
+            step: 10,
+            sampling,
+            photos: &["a".to_string(), "b".to_string()],
+            images: &plan.evaluation().images[..2],
+        });
+        keys.newest()[1].clone()
+    };
+    vec![
+        ("supervisor", supervisor.newest().clone()),
+        ("proxy", made.newest()[1].clone()),
+        ("sample of the student", sampled("student", &student)),
+        (
+            "sample of the supervisor",
+            sampled("supervisor", &diffusion),
+        ),
+        ("settings", settings_digest(&resolved)),
+        ("plan", plan.digest().to_string()),
+    ]
+}
+
+/// Keys that do not depend on a pipeline.
+fn others() -> Vec<(&'static str, String)> {
+    let folder = tempfile::tempdir().unwrap();
+    let inside = folder.path().join("inside");
+    std::fs::create_dir(&inside).unwrap();
+    std::fs::write(folder.path().join("config.json"), "{}").unwrap();
+    std::fs::write(inside.join("model.safetensors"), [7u8; 100]).unwrap();
+    let photos = ["a".to_string(), "b".to_string()];
+    let supervisor = "supervisor".to_string();
+    vec![
+        ("photos", photos_digest(&photos)),
+        ("reference", reference_key("dog", "photo")),
+        (
+            "drawing",
+            drawing_key("base", Some(64), Dtype::Bf16, "cuda"),
+        ),
+        (
+            "student",
+            student_key("plan", "base", &photos, &[&supervisor]),
+        ),
+        ("checkpoint", checkpoint_digest(folder.path()).unwrap()),
+        (
+            "evaluators",
+            evaluators_key(folder.path(), &inside).unwrap(),
+        ),
+    ]
+}
+
+/// The keys of version 1.
+const GOLDEN: [(&str, &str); 14] = [
+    ("supervisor", ""),
+    ("proxy", ""),
+    ("sample of the student", ""),
+    ("sample of the supervisor", ""),
+    ("settings", ""),
+    ("plan", ""),
+    ("supervisor with every option", ""),
+    ("plan with every option", ""),
+    ("photos", ""),
+    ("reference", ""),
+    ("drawing", ""),
+    ("student", ""),
+    ("checkpoint", ""),
+    ("evaluators", ""),
+];
+
+/// Every optional field of version 1 and every choice that is not the default.
+const EVERY_OPTION: [&str; 30] = [
+    "subject.dog.replay=3",
+    "supervisor.device=cuda",
+    "supervisor.dtype=bf16",
+    "supervisor.resolution=64",
+    "supervisor.lr_scheduler=cosine",
+    "supervisor.warmup_steps=2",
+    "supervisor.optimizer=prodigy",
+    "supervisor.prodigy_beta3=0.9",
+    "supervisor.prodigy_growth_rate=1.5",
+    "supervisor.prodigy_safeguard_warmup=false",
+    "supervisor.prior_preservation={class_images=5}",
+    "student.tuning=full",
+    "student.device=cuda",
+    "student.dtype=f32",
+    "student.resolution=32",
+    "student.init=a/folder",
+    "student.init_digest=digest",
+    "student.lr_scheduler=linear",
+    "student.optimizer=muon",
+    "student.condition_dropout=0.2",
+    "student.dropout=0.1",
+    "student.overlap=0.25",
+    "student.top_k=9",
+    "student.top_p=0.5",
+    "student.guidance_interval=4",
+    "direct.optimizer=adamw",
+    "direct.source=augmented",
+    "evaluation.prompts=[\"a {token} {class}\"]",
+    "evaluation.every=5",
+    "evaluation.device=cuda",
+];
+
+/// A key that changes orphans everything that stores have under it: supervisors and proxies that took days are made
+/// again. Where that is not meant, undo what changed it. Where things are now made in another way, give the kind a new
+/// version in `plan/key/kinds.rs`, keep what the old one wrote, and add values here.
+#[test]
+fn keys_are_those_under_which_stores_have_what_was_made() {
+    let every = keys(&EVERY_OPTION);
+    let renamed = [
+        (0, "supervisor with every option"),
+        (5, "plan with every option"),
+    ];
+    let renamed = renamed.map(|(place, name)| (name, every[place].1.clone()));
+    let found: Vec<(&str, String)> = keys(&[])
+        .into_iter()
+        .chain(renamed)
+        .chain(others())
+        .collect();
+    let golden: Vec<(&str, String)> = GOLDEN
+        .iter()
+        .map(|(kind, key)| (*kind, key.to_string()))
+        .collect();
+    assert_eq!(
+        found, golden,
+        "a changed key orphans stores: see this test's comment"
+    );
+}
+
+#[test]
+fn an_option_that_came_later_changes_no_key_before_it_is_used() {
+    let later = [(
+        "gradient_accumulation_steps=1",
+        "gradient_accumulation_steps=2",
+    )];
+    for (unused, used) in later {
+        let of = |value: &str| {
+            let sections = ["supervisor", "student", "direct"];
+            let overrides = sections.map(|section| format!("{section}.{value}"));
+            keys(&overrides.each_ref().map(String::as_str))
+        };
+        assert_eq!(of(unused), keys(&[]), "{unused}");
+        for ((kind, key), (_, other)) in of(used).iter().zip(keys(&[])) {
+            assert_eq!(*key == other, kind.starts_with("sample"), "{used}: {kind}");
+        }
+    }
+    let plain = Digest::new("k 1").number("a", 1);
+    let added = |value: u64| {
+        let write = |digest: Digest, value: &u64| digest.number("b", *value);
+        plain.clone().added(&value, &5, write).finish()
+    };
+    assert_eq!(added(5), plain.finish());
+    assert_ne!(added(6), plain.finish());
+    assert_ne!(added(6), added(7));
+}
+
+#[test]
+fn every_setting_of_a_training_is_in_the_keys_of_what_it_makes() {
+    let mut seen = BTreeSet::from([supervisor(&with(&[])).newest().clone()]);
+    let prodigy = [
+        "supervisor.optimizer=prodigy",
+        "supervisor.learning_rate=1e-4",
+    ];
+    seen.insert(supervisor(&with(&prodigy)).newest().clone());
+    let mut count = seen.len();
+    for (changed, optimizer) in [
+        ("steps=3", "adamw"),
+        ("batch_size=3", "adamw"),
+        ("gradient_accumulation_steps=3", "adamw"),
+        ("learning_rate=0.3", "adamw"),
+        ("adam_beta1=0.3", "adamw"),
+        ("adam_beta2=0.3", "adamw"),
+        ("adam_epsilon=0.3", "adamw"),
+        ("weight_decay=0.3", "adamw"),
+        ("max_grad_norm=0.3", "adamw"),
+        ("lr_scheduler=linear", "adamw"),
+        ("lr_scheduler=cosine", "adamw"),
+        ("lr_scheduler=constant_with_warmup", "adamw"),
+        ("rank=3", "adamw"),
+        ("alpha=0.3", "adamw"),
+        ("targets=[\"attn.to_k\"]", "adamw"),
+        ("tuning=full", "adamw"),
+        ("rank=16", "muon"),
+        ("prodigy_beta3=0.3", "prodigy"),
+        ("prodigy_d0=0.3", "prodigy"),
+        ("prodigy_d_coef=0.3", "prodigy"),
+        ("prodigy_growth_rate=3", "prodigy"),
+        ("prodigy_decouple=false", "prodigy"),
+        ("prodigy_use_bias_correction=false", "prodigy"),
+        ("prodigy_safeguard_warmup=false", "prodigy"),
+    ] {
+        let optimizer = format!("supervisor.optimizer={optimizer}");
+        let changed = format!("supervisor.{changed}");
+        let rate = match changed.contains("learning_rate") {
+            true => "seed=7",
+            false => "supervisor.learning_rate=1e-4",
+        };
+        seen.insert(
+            supervisor(&with(&[&optimizer, rate, &changed]))
+                .newest()
+                .clone(),
+        );
+        count += 1;
+        assert_eq!(seen.len(), count, "{optimizer} {changed}");
+    }
+    // A warm-up of its own length.
+    let warm = |steps: usize| {
+        let steps = format!("supervisor.warmup_steps={steps}");
+        supervisor(&with(&["supervisor.lr_scheduler=linear", &steps]))
+            .newest()
+            .clone()
+    };
+    assert_ne!(warm(1), warm(2));
+}
+
+#[test]
+fn class_images_of_prior_preservation_are_drawn_as_the_key_says() {
+    let of = |overrides: &[&str]| supervisor(&with(overrides)).newest().clone();
+    let prior = "supervisor.prior_preservation={class_images=5}";
+    let guided = "proxies.guidance_scale=2.5";
+    assert_eq!(of(&[]), of(&[guided]));
+    assert_ne!(of(&[prior]), of(&[prior, guided]));
+    assert_ne!(
+        of(&[prior]),
+        of(&["supervisor.prior_preservation={class_images=6}"])
+    );
+}
+
+#[test]
+fn what_was_made_under_an_older_version_is_found_and_new_things_go_under_the_newest() {
+    let keys = Versions::new(3, vec![2, 1]);
+    let found = |there: &[i32]| *keys.found(|key| there.contains(key));
+    assert_eq!(found(&[]), 3);
+    assert_eq!(found(&[1]), 1);
+    assert_eq!(found(&[2, 1]), 2);
+    assert_eq!(found(&[1, 2, 3]), 3);
+    // Proxies are known by every known key of their supervisor, in whichever version that is.
+    let resolved = with(&[]);
+    let (plan, sampling) = (
+        plan(&resolved),
+        &resolved.proxies.as_ref().unwrap().sampling,
+    );
+    let of = |supervisors: &Versions<String>| proxy_keys(&plan, 0, supervisors, sampling);
+    let only = |key: &str| Versions::new(key.to_string(), Vec::new());
+    let both = of(&Versions::new("new".into(), vec!["old".into()]));
+    let (new, old) = (of(&only("new")), of(&only("old")));
+    assert_eq!(both.newest(), new.newest());
+    assert!(old.all().all(|keys| both.all().any(|known| known == keys)));
+}
+
+/// The store was made when version 1 of all keys was the newest.
+#[test]
+fn a_store_of_version_1_has_all_that_its_pipeline_comes_to_today() {
+    let place = tempfile::tempdir().unwrap();
+    let (folder, store) = (
+        Path::new("tests/stores/version-1"),
+        place.path().join("store"),
+    );
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    proxytune::files::copy_dir(&root.join(folder).join("store"), &store).unwrap();
+    let adapters = || {
+        let entries = std::fs::read_dir(store.join("adapters")).unwrap();
+        entries
+            .map(|entry| entry.unwrap().file_name())
+            .collect::<Vec<_>>()
+    };
+    let before = adapters();
+    assert_eq!(before.len(), 1);
+    let generate = |count: &str| {
+        let mut command = support::program();
+        command.arg("generate").arg(folder.join("pipeline.toml"));
+        command.args(["--count", count, "--keep-free", "0", "--store"]);
+        command
+            .arg(&store)
+            .arg("--out")
+            .arg(place.path().join("runs"));
+        let said = support::say(command);
+        assert_eq!(said.code, Some(0), "{said:?}");
+        said.out
+    };
+    let said = generate("4");
+    assert!(said.contains("4 were there, 0 made here"), "{said}");
+    // More of them are made by the supervisor that is there.
+    let said = generate("6");
+    assert!(said.contains("4 were there, 2 made here"), "{said}");
+    assert_eq!(adapters(), before);
+}
