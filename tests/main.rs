@@ -13,6 +13,8 @@ mod export;
 mod fused;
 mod generate;
 mod half_precision;
+mod hostile_checkpoints;
+mod hostile_hub;
 mod hub;
 mod images;
 mod layouts;

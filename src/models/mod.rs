@@ -7,6 +7,7 @@ pub mod checkpoint_files;
 pub mod clip;
 mod clip_tokenizer;
 pub mod encoder;
+pub mod limits;
 pub mod llamagen;
 pub mod lora_file;
 pub mod merge;

@@ -16,8 +16,10 @@ mod cpu;
 mod crowd;
 mod cuda;
 mod fused;
+mod init;
 pub mod layers;
 pub mod layout;
+mod mapped;
 mod merged;
 pub mod ops;
 mod parts;
@@ -38,14 +40,16 @@ pub(crate) use crowd::is_crowded;
 pub(crate) use cuda::optimizer as card_optimizer;
 pub(crate) use cuda::takes as card_takes;
 pub use fused::{FusedLinear, Projected};
+pub use init::Init;
 pub use layers::{Conv2d, Embedding, GroupNorm, LayerNorm, Linear, RmsNorm};
+pub(crate) use mapped::map as map_safetensors;
 pub use merged::merged;
 pub use ops::Mask;
 pub use parts::mean_over_parts;
 pub use precision::{HalfKind, HalfMatrix, Precision, Weight};
 pub use recompute::{backward, is_recomputing, recompute, recomputing};
 pub use slices::sum_over_rows;
-pub use weights::{Init, Weights};
+pub use weights::Weights;
 
 use std::cell::Cell;
 

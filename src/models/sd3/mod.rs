@@ -24,6 +24,7 @@ use self::text::TextEncoders;
 use super::autoencoder::{self, AutoencoderKl};
 use super::checkpoint_files::{self, WeightFiles};
 use super::finish_all;
+use super::limits::read_config;
 use crate::diffusion::{self, FlowMatchEuler, LossForm, TrainingDraw};
 use crate::files::read_json;
 use crate::nn::{self, Weights};
@@ -102,8 +103,8 @@ impl Sd3 {
     /// once.
     pub fn open(directory: &Path, transformer: &Weights) -> Result<Self> {
         let (dtype, device) = (transformer.dtype(), transformer.device().clone());
-        let config: Config = read_json(&directory.join("transformer/config.json"))?;
-        let vae_config: autoencoder::Config = read_json(&directory.join("vae/config.json"))?;
+        let config: Config = read_config(&directory.join("transformer/config.json"))?;
+        let vae_config: autoencoder::Config = read_config(&directory.join("vae/config.json"))?;
         let scheduler = read_json(&directory.join("scheduler/scheduler_config.json"))?;
 
         let vae = directory.join("vae");

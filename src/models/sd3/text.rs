@@ -8,6 +8,7 @@ use serde_json::Value;
 use super::Conditioning;
 use super::files::has_component;
 use crate::files::read_json;
+use crate::models::limits::read_config;
 use crate::models::{checkpoint_files, clip, t5, tokenizer::TextTokenizer};
 use crate::nn::Weights;
 use crate::{Error, Result};
@@ -102,7 +103,7 @@ impl TextEncoders {
             let name = format!("text_encoder{suffix}");
             if has_component(directory, &name)? {
                 let folder = directory.join(name);
-                let text: clip::TextConfig = read_json(&folder.join("config.json"))?;
+                let text: clip::TextConfig = read_config(&folder.join("config.json"))?;
                 let weights = checkpoint_files::open(&folder, "model", precision, device)?;
                 let model = clip::TextModel::new(&text, &weights)?;
                 opened.push(weights);
@@ -114,7 +115,7 @@ impl TextEncoders {
         }
         let t5 = if has_component(directory, "text_encoder_3")? {
             let folder = directory.join("text_encoder_3");
-            let text: t5::Config = read_json(&folder.join("config.json"))?;
+            let text: t5::Config = read_config(&folder.join("config.json"))?;
             let weights = checkpoint_files::open(&folder, "model", precision, device)?;
             let model = t5::T5Encoder::new(&text, &weights)?;
             opened.push(weights);
