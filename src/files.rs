@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
@@ -364,10 +365,51 @@ pub fn digest_dir(dir: &Path) -> Result<String> {
     Ok(hasher.finalize().to_hex().to_string())
 }
 
-/// Reads a JSON file.
+/// The largest JSON file that is read: indexes of 100,000 tensors have 10 MB, and in memory a document takes up to
+/// fifty times its size.
+pub const LARGEST_JSON: u64 = 16 << 20;
+
+/// The content of a file that has at most `largest` bytes.
+///
+/// # Errors
+/// When it has more, cannot be read, or is no regular file: a pipe or a device may never end.
+pub fn read_small(path: &Path, largest: u64) -> Result<Vec<u8>> {
+    let fault = |what: String| Error::Checkpoint {
+        path: path.to_path_buf(),
+        faults: vec![what],
+    };
+    if !std::fs::metadata(path).map_err(Error::io(path))?.is_file() {
+        return Err(fault("no regular file".to_string()));
+    }
+    let mut bytes = Vec::new();
+    File::open(path)
+        .and_then(|file| file.take(largest + 1).read_to_end(&mut bytes))
+        .map_err(Error::io(path))?;
+    if bytes.len() as u64 > largest {
+        let most = largest >> 20;
+        return Err(fault(format!("larger than {most} MiB, as no such file is")));
+    }
+    Ok(bytes)
+}
+
+/// The text of a file that has at most `largest` bytes.
+///
+/// # Errors
+/// As [`read_small`], and when it is no text in UTF-8.
+pub fn read_text(path: &Path, largest: u64) -> Result<String> {
+    String::from_utf8(read_small(path, largest)?).map_err(|_| Error::Checkpoint {
+        path: path.to_path_buf(),
+        faults: vec!["no text in UTF-8".to_string()],
+    })
+}
+
+/// Reads a JSON file of at most [`LARGEST_JSON`] bytes.
+///
+/// # Errors
+/// As [`read_small`], and when it is no JSON of a `T`.
 pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
-    let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
-    serde_json::from_str(&text).map_err(|e| Error::Checkpoint {
+    let text = read_small(path, LARGEST_JSON)?;
+    serde_json::from_slice(&text).map_err(|e| Error::Checkpoint {
         path: path.to_path_buf(),
         faults: vec![e.to_string()],
     })

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::support::hub::{COMMIT, Hub, Manner};
+use crate::support::hub::{COMMIT, Hub, Manner, sha256};
 use crate::support::{Said, program, say};
 
 fn root() -> &'static Path {
@@ -137,13 +137,10 @@ fn a_transfer_that_breaks_off_goes_on_where_it_was() {
     let arrived = snapshot(home.path(), "somebody/large").join("model.safetensors");
     assert!(std::fs::read(arrived).unwrap() == weights);
 
-    // A hub that never delivers is given up, and what came from it before is not asked for again.
+    // What came from it before is not asked for again.
     let home = tempfile::tempdir().unwrap();
-    hub.requests();
-    models(&hub, home.path(), &["--download", "somebody/large"]).says(0, &[]);
-    let all = hub.sent();
-    let home = tempfile::tempdir().unwrap();
-    let part = blob_of(&hub, home.path(), &weights);
+    let part = left_behind(home.path(), &weights, &weights[..16 << 20]);
+    let before = hub.sent();
     hub.requests();
     models(&hub, home.path(), &["--download", "somebody/large"]).says(0, &[]);
     assert!(!part.exists());
@@ -151,39 +148,113 @@ fn a_transfer_that_breaks_off_goes_on_where_it_was() {
     assert!(
         asked
             .iter()
-            .any(|request| request.contains("bytes=16777216-"))
-            && !asked
-                .iter()
-                .any(|request| request.contains("bytes=0-16777215")),
+            .any(|request| request.ends_with(" bytes=16777216-")),
         "{asked:#?}"
     );
-    assert!(hub.sent() - all < 24_000_000);
+    assert!(hub.sent() - before < 24_000_000);
     let arrived = snapshot(home.path(), "somebody/large").join("model.safetensors");
     assert!(std::fs::read(arrived).unwrap() == weights);
 }
 
-/// What a program leaves that was killed when the first part of `weights` had arrived.
-fn blob_of(hub: &Hub, home: &Path, weights: &[u8]) -> PathBuf {
-    hub.change(|manner| manner.breaks = usize::MAX);
-    let said = models(hub, home, &["--download", "somebody/large"]);
-    said.says(
+/// What a program leaves that was killed when `part` of `weights` had arrived.
+fn left_behind(home: &Path, weights: &[u8], part: &[u8]) -> PathBuf {
+    let blobs = home.join("hub/models--somebody--large/blobs");
+    std::fs::create_dir_all(&blobs).unwrap();
+    let path = blobs.join(format!("{}.incomplete", sha256(weights)));
+    std::fs::write(&path, part).unwrap();
+    path
+}
+
+#[test]
+fn a_part_of_other_bytes_is_not_built_upon() {
+    let hub = Hub::start(Manner {
+        redirects_from: Some(1000),
+        ..Manner::default()
+    });
+    let weights = b"weights ".repeat(1000);
+    hub.add("somebody/large", "model.safetensors", weights.clone());
+    for part in [vec![7; 4000], vec![7; 8000], vec![7; 20_000]] {
+        let home = tempfile::tempdir().unwrap();
+        left_behind(home.path(), &weights, &part);
+        models(&hub, home.path(), &["--download", "somebody/large"]).says(0, &[]);
+        let arrived = snapshot(home.path(), "somebody/large").join("model.safetensors");
+        assert!(std::fs::read(arrived).unwrap() == weights, "{}", part.len());
+    }
+}
+
+#[test]
+fn a_hub_that_never_delivers_is_given_up() {
+    let hub = with_dino(Manner {
+        silent: true,
+        ..Manner::default()
+    });
+    let home = tempfile::tempdir().unwrap();
+    models(&hub, home.path(), &["--download", "somebody/small-dino"]).says(
         1,
         &[
             "broke off",
             "hint: the same command goes on where it stopped",
         ],
     );
-    hub.change(|manner| manner.breaks = 0);
-    let etag = blake3::hash(weights).to_hex();
-    let blobs = home.join("hub/models--somebody--large/blobs");
-    let part = blobs.join(format!("{etag}.sync.part"));
-    std::fs::create_dir_all(&blobs).unwrap();
-    // The file as it will be, with the number of bytes that are there behind it.
-    let mut content = weights.to_vec();
-    content[16 << 20..].fill(0);
-    content.extend((16u64 << 20).to_le_bytes());
-    std::fs::write(&part, content).unwrap();
-    part
+}
+
+#[test]
+fn a_file_that_was_damaged_in_the_cache_comes_again() {
+    let hub = with_dino(Manner {
+        redirects_from: Some(100_000),
+        ..Manner::default()
+    });
+    for repository in ["somebody/small-dino", "dino-vits16"] {
+        let home = tempfile::tempdir().unwrap();
+        let download = || models(&hub, home.path(), &["--download", repository]);
+        download().says(0, &[]);
+        let id = repository.replace("dino-vits16", "facebook/dino-vits16");
+        for name in ["model.safetensors", "config.json"] {
+            let file = snapshot(home.path(), &id).join(name);
+            let whole = std::fs::read(&file).unwrap();
+            let blob = std::fs::canonicalize(&file).unwrap();
+            let mut flipped = whole.clone();
+            flipped[whole.len() / 2] ^= 1;
+            for damaged in [&whole[..whole.len() - 1], &flipped[..], &[][..]] {
+                std::fs::write(&blob, damaged).unwrap();
+                download().says(0, &["damaged, and therefore removed"]);
+                assert!(std::fs::read(&file).unwrap() == whole);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_model_that_cannot_be_used_is_not_downloaded() {
+    let (hub, home) = (with_dino(Manner::default()), tempfile::tempdir().unwrap());
+    for name in ["sdxl", "flux.1-dev"] {
+        models(&hub, home.path(), &["--download", name]).says(1, &["of no use here yet", "hint: "]);
+        let said = models(&hub, home.path(), &[name]);
+        assert!(said.out.contains("not built yet"), "{said:?}");
+        assert!(!said.out.contains("--download"), "{said:?}");
+    }
+    let said = models(&hub, home.path(), &[]);
+    assert!(
+        !said.out.lines().any(|line| line.starts_with("sdxl ")),
+        "{said:?}"
+    );
+    assert!(said.out.contains("not built yet") && said.out.contains("sdxl, flux.1-dev"));
+    assert_eq!(hub.requests(), Vec::<String>::new());
+    // Of somebody's own the settings tell, before the weights come.
+    let index = r#"{"_class_name": "StableDiffusionXLPipeline", "unet": ["diffusers", "U"]}"#;
+    hub.add("somebody/xl", "model_index.json", index);
+    hub.add("somebody/xl", "unet/config.json", "{}");
+    hub.add(
+        "somebody/xl",
+        "unet/diffusion_pytorch_model.safetensors",
+        "weights",
+    );
+    models(&hub, home.path(), &["--download", "somebody/xl"]).says(1, &["of no use here yet"]);
+    let asked = hub.requests();
+    assert!(
+        !asked.iter().any(|request| request.contains("safetensors")),
+        "{asked:#?}"
+    );
 }
 
 #[test]

@@ -13,6 +13,8 @@ mod evaluators;
 mod export;
 mod generate;
 mod half_precision;
+mod hostile_checkpoints;
+mod hostile_hub;
 mod hub;
 mod images;
 mod keys;

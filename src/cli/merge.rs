@@ -2,7 +2,6 @@
 
 use std::io::Write;
 
-use super::models::make_ready;
 use super::{MergeArgs, output_failed};
 use crate::config::models::known;
 use crate::config::{family, locate};
@@ -13,7 +12,7 @@ use crate::models::merge;
 use crate::{Error, Result};
 
 pub(super) fn merge(args: &MergeArgs, out: &mut impl Write) -> Result<()> {
-    make_ready([args.model.as_str()])?;
+    locate::make_files_present(&args.model)?;
     if args.adapter.join(CHECKPOINT_WEIGHTS).is_file() {
         return Err(Error::invalid(
             format!("{} holds whole weights, no adapter", args.adapter.display()),

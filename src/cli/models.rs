@@ -6,12 +6,13 @@ use super::{ModelsArgs, output_failed};
 use crate::config::locate::{self, Whereabouts};
 use crate::config::models::{KNOWN, KnownModel, known};
 use crate::config::{Resolved, family};
-use crate::hub::{Published, RepoId, Settings, human_bytes};
+use crate::hub::{self, Published, RepoId, Settings, human_bytes};
 use crate::{Error, Result};
 
 pub(super) fn models(args: &ModelsArgs, out: &mut impl Write) -> Result<()> {
     let text = match (&args.download, &args.name) {
         (Some(name), _) => {
+            drop_damaged(name)?;
             let folder = locate::make_present(name)?;
             format!("{name}: {}\n", folder.display())
         }
@@ -19,6 +20,26 @@ pub(super) fn models(args: &ModelsArgs, out: &mut impl Write) -> Result<()> {
         (None, None) => table()?,
     };
     out.write_all(text.as_bytes()).map_err(output_failed)
+}
+
+/// Removes what of `name` is in the hub's cache and is not what the hub published, so that it comes again.
+fn drop_damaged(name: &str) -> Result<()> {
+    let settings = Settings::from_env()?;
+    if settings.offline {
+        return Ok(());
+    }
+    let published = known(name).and_then(|model| model.hub);
+    let repositories = match published {
+        Some(published) => {
+            let ids = published.repositories.iter();
+            ids.map(|repository| RepoId::main(repository.id)).collect()
+        }
+        None => Vec::from_iter(RepoId::parse(name)),
+    };
+    for repository in repositories {
+        hub::drop_damaged(&settings, &repository)?;
+    }
+    Ok(())
 }
 
 /// Downloads whatever `names` lack.
@@ -68,7 +89,7 @@ fn table() -> Result<String> {
         ]
         .map(String::from),
     ];
-    for model in KNOWN {
+    for model in KNOWN.iter().filter(|model| model.family.is_built()) {
         let found = locate::look_for(model.name)?;
         let side = model
             .resolution
@@ -100,6 +121,12 @@ fn table() -> Result<String> {
         cells.collect::<Vec<_>>().join("  ").trim_end().to_string() + "\n"
     };
     let mut text: String = rows.iter().map(line).collect();
+    let others = KNOWN.iter().filter(|model| !model.family.is_built());
+    let others: Vec<&str> = others.map(|model| model.name).collect();
+    text += &format!(
+        "\nknown, but not built yet, so that only `proxytune merge` has a use for their files: {}\n",
+        others.join(", ")
+    );
     text += "\nf32, bf16: memory to load it. `proxytune models NAME` tells more, `proxytune models --download NAME` \
              gets it.\n";
     Ok(text)
@@ -145,6 +172,9 @@ fn details(name: &str) -> Result<String> {
                 text += &format!(", images of {side} pixels");
             }
             text.push('\n');
+            if !model.family.is_built() {
+                text += "not built yet: it can neither be trained nor draw; `proxytune merge` takes its files\n";
+            }
             if let Some(published) = model.hub {
                 text += &of_published(model, published, &found)?;
             }

@@ -33,6 +33,11 @@ pub enum Kind {
 }
 
 impl Family {
+    /// Whether its models run here; of the others `merge` and `verify` know the files.
+    pub fn is_built(self) -> bool {
+        !matches!(self, Family::Sdxl | Family::Flux)
+    }
+
     /// What the family can do in a pipeline.
     pub fn kind(self) -> Kind {
         match self {
@@ -218,30 +223,45 @@ pub fn family(name: &str) -> Result<Family> {
         Some(folder) => folder,
         None => return Err(super::locate::absent_repository(name)),
     };
-    let read = |file: &str| -> Option<serde_json::Value> {
-        let text = std::fs::read_to_string(directory.join(file)).ok()?;
-        serde_json::from_str(&text).ok()
-    };
-    let pipeline = read("model_index.json");
-    let config = read("config.json").or_else(|| read("gpt/config.json"));
-    let class = text_at(&pipeline, "_class_name");
-    let model_type = text_at(&config, "model_type");
-    let has = |key: &str| config.as_ref().is_some_and(|json| json.get(key).is_some());
-    match (class, model_type) {
-        (Some("StableDiffusionXLPipeline"), _) => Ok(Family::Sdxl),
-        (Some("StableDiffusion3Pipeline"), _) => Ok(Family::Sd3),
-        (Some("FluxPipeline"), _) => Ok(Family::Flux),
-        (_, Some("chameleon")) => Ok(Family::Lumina),
-        (_, Some("clip")) => Ok(Family::Clip),
-        (_, Some("vit")) => Ok(Family::Dino),
-        _ if has("cls_token_num") => Ok(Family::LlamaGen),
-        (None, None) if has_published_llamagen(directory) => Ok(Family::LlamaGen),
-        _ => Err(Error::invalid(
+    family_of(directory)?.ok_or_else(|| {
+        Error::invalid(
             format!("{name}: the layout tells no known model family"),
             "a checkpoint directory has a model_index.json (diffusers), or a config.json with model_type \
              (transformers) or cls_token_num (LlamaGen), or LlamaGen's t2i_*.pt",
-        )),
-    }
+        )
+    })
+}
+
+/// The family that the layout of the checkpoint in `directory` tells.
+///
+/// # Errors
+/// When a file that would tell it cannot be read.
+pub(super) fn family_of(directory: &Path) -> Result<Option<Family>> {
+    let read = |file: &str| -> Result<Option<serde_json::Value>> {
+        let path = directory.join(file);
+        path.exists()
+            .then(|| crate::files::read_json(&path))
+            .transpose()
+    };
+    let pipeline = read("model_index.json")?;
+    let config = match read("config.json")? {
+        None => read("gpt/config.json")?,
+        config => config,
+    };
+    let class = text_at(&pipeline, "_class_name");
+    let model_type = text_at(&config, "model_type");
+    let has = |key: &str| config.as_ref().is_some_and(|json| json.get(key).is_some());
+    Ok(match (class, model_type) {
+        (Some("StableDiffusionXLPipeline"), _) => Some(Family::Sdxl),
+        (Some("StableDiffusion3Pipeline"), _) => Some(Family::Sd3),
+        (Some("FluxPipeline"), _) => Some(Family::Flux),
+        (_, Some("chameleon")) => Some(Family::Lumina),
+        (_, Some("clip")) => Some(Family::Clip),
+        (_, Some("vit")) => Some(Family::Dino),
+        _ if has("cls_token_num") => Some(Family::LlamaGen),
+        (None, None) if has_published_llamagen(directory) => Some(Family::LlamaGen),
+        _ => None,
+    })
 }
 
 /// LlamaGen publishes its files without a config: `t2i_XL_stage1_256.pt` and such.

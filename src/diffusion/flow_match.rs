@@ -11,6 +11,9 @@ use serde::{Deserialize, Serialize};
 use super::noise;
 use crate::{Error, Result};
 
+/// A table is made of them; all published schedules have 1000.
+const MOST_TIMESTEPS: usize = 1 << 20;
+
 /// `scheduler/scheduler_config.json`; the defaults are diffusers'.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -155,13 +158,16 @@ impl FlowMatchEuler {
             ));
         }
         let steps = config.num_train_timesteps;
-        if steps == 0 || !config.shift.is_finite() || config.shift <= 0.0 {
+        if !(1..=MOST_TIMESTEPS).contains(&steps)
+            || !config.shift.is_finite()
+            || config.shift <= 0.0
+        {
             return Err(Error::invalid(
                 format!(
                     "a schedule of {steps} timesteps with shift {}",
                     config.shift
                 ),
-                "num_train_timesteps must be at least 1 and shift above 0",
+                format!("num_train_timesteps must be from 1 to {MOST_TIMESTEPS} and shift above 0"),
             ));
         }
         // in f32 like the reference, so that the tables are equal to the bit

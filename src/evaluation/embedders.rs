@@ -7,9 +7,9 @@ use image::RgbImage;
 
 use super::embed::{ImageEmbedder, TextEmbedder};
 use super::preprocess::Preprocessing;
-use crate::files::read_json;
 use crate::models::checkpoint_files;
 use crate::models::clip::{self, Clip};
+use crate::models::limits::read_config;
 use crate::models::tokenizer::TextTokenizer;
 use crate::models::vit::{self, Vit};
 use crate::nn::Weights;
@@ -33,7 +33,7 @@ impl ClipEmbedder {
     /// Reads `config.json`, the weights, the tokenizer and, where there is one, `preprocessor_config.json`
     /// from the folder of a `CLIPModel`. Computes in f32. Fails when a file is missing or does not fit the others.
     pub fn load(directory: &Path, device: &Device) -> Result<Self> {
-        let config: clip::Config = read_json(&directory.join("config.json"))?;
+        let config: clip::Config = read_config(&directory.join("config.json"))?;
         let weights = read_weights(directory, device)?;
         let model = Clip::new(&config, &weights)?;
         weights.finish()?;

@@ -7,7 +7,9 @@ use candle_core::{Device, Tensor};
 use image::RgbImage;
 use serde_json::Value;
 
+use crate::files::{LARGEST_JSON, read_text};
 use crate::images::{Filter, center_crop, normalized, resize_exact, resize_short_side};
+use crate::models::limits::SIDE;
 use crate::{Error, Result};
 
 const CLIP_MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_7];
@@ -70,11 +72,10 @@ impl Preprocessing {
     /// Fails when the file is not JSON or asks for something unknown.
     pub fn from_checkpoint(directory: &Path, official: Preprocessing) -> Result<Self> {
         let path = directory.join("preprocessor_config.json");
-        let text = match std::fs::read_to_string(&path) {
-            Ok(text) => text,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(official),
-            Err(e) => return Err(Error::io(&path)(e)),
-        };
+        if !path.exists() {
+            return Ok(official);
+        }
+        let text = read_text(&path, LARGEST_JSON)?;
         parse(&text, &official).map_err(|fault| Error::Checkpoint {
             path,
             faults: vec![fault],
@@ -187,18 +188,21 @@ fn parse(text: &str, official: &Preprocessing) -> Result<Preprocessing, String> 
 
 /// Width and height of `n` or `{"height": h, "width": w}`.
 fn sides(size: &Value) -> Option<(u32, u32)> {
-    let side = |value: &Value| value.as_u64().and_then(|v| u32::try_from(v).ok());
+    let side = |value: &Value| pixels(value);
     match size {
         Value::Number(_) => side(size).map(|s| (s, s)),
         _ => Some((side(size.get("width")?)?, side(size.get("height")?)?)),
     }
 }
 
+/// A side that images may be brought to.
+fn pixels(value: &Value) -> Option<u32> {
+    let side = value.as_u64()?.try_into().ok()?;
+    SIDE.contains(&(side as usize)).then_some(side)
+}
+
 fn number(value: &Value, key: &str) -> Result<u32, String> {
-    value
-        .as_u64()
-        .and_then(|v| u32::try_from(v).ok())
-        .ok_or(format!("{key} {value} is not a size in pixels"))
+    pixels(value).ok_or(format!("{key} {value} is not a size in pixels"))
 }
 
 fn triple(config: &Value, key: &str, default: [f32; 3]) -> Result<[f32; 3], String> {
@@ -246,6 +250,9 @@ mod tests {
             r#"{"size":"large"}"#,
             r#"{"resample":0}"#,
             r#"{"image_mean":[1,2]}"#,
+            r#"{"size":0}"#,
+            r#"{"size":{"shortest_edge":4294967295},"crop_size":32}"#,
+            r#"{"size":{"height":32,"width":100000}}"#,
             r#"{"rescale_factor":1.0}"#,
             r#"{"size":{"shortest_edge":16},"crop_size":32}"#,
         ] {

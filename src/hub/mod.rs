@@ -1,14 +1,18 @@
 //! Checkpoints by name: what is published where, what of it is already on this machine, and how the rest arrives.
 
 pub mod catalogue;
+mod client;
+mod digest;
 mod download;
+mod names;
 mod progress;
 mod published;
 mod settings;
 mod snapshot;
 
-pub use download::{download, download_repository};
-pub use published::{ByHand, Found, Presence, Published, Repository, Wanted, gather};
+pub use download::{download, download_repository, drop_damaged};
+pub use names::is_file_name;
+pub use published::{ByHand, Found, Presence, Published, Repository, Wanted, gather, shard_names};
 pub use settings::Settings;
 pub use snapshot::{RepoId, Snapshot};
 

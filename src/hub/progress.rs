@@ -2,7 +2,6 @@
 
 use std::io::IsTerminal;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -12,7 +11,6 @@ struct State {
     name: String,
     size: u64,
     position: u64,
-    moved: Instant,
     /// Tenths of the size that a plain line has been written for.
     told: u64,
     bar: Option<ProgressBar>,
@@ -29,7 +27,6 @@ impl Meter {
             name: name.to_string(),
             size: 0,
             position: 0,
-            moved: Instant::now(),
             told: 0,
             bar: None,
         })))
@@ -44,16 +41,6 @@ impl Meter {
         self.state().position
     }
 
-    /// How long nothing has arrived.
-    pub fn idle(&self) -> Duration {
-        self.state().moved.elapsed()
-    }
-
-    /// An attempt begins.
-    pub fn touch(&self) {
-        self.state().moved = Instant::now();
-    }
-
     /// A line between the others.
     pub fn say(&self, line: &str) {
         match &self.state().bar {
@@ -62,12 +49,13 @@ impl Meter {
         }
     }
 
-    fn begin(&self, size: u64) {
+    /// Of `size` bytes `position` are there.
+    pub fn begin(&self, size: u64, position: u64) {
         let mut state = self.state();
         let first = state.size == 0;
-        (state.size, state.position, state.moved) = (size, 0, Instant::now());
+        (state.size, state.position) = (size, position);
         if let Some(bar) = &state.bar {
-            bar.set_position(0);
+            bar.set_position(position);
         } else if std::io::stderr().is_terminal() {
             let bar = ProgressBar::new(size).with_message(state.name.clone());
             let form = "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
@@ -80,14 +68,14 @@ impl Meter {
         }
     }
 
-    fn advance(&self, bytes: u64) {
+    /// So many more have arrived.
+    pub fn advance(&self, bytes: u64) {
         let mut state = self.state();
         state.position += bytes;
-        state.moved = Instant::now();
         match &state.bar {
             Some(bar) => bar.set_position(state.position),
             None => {
-                let tenth = state.position * 10 / state.size.max(1);
+                let tenth = state.position.saturating_mul(10) / state.size.max(1);
                 // A file that arrives at once needs no lines.
                 if tenth > state.told && tenth < 10 && state.size > 64 << 20 {
                     state.told = tenth;
@@ -97,23 +85,10 @@ impl Meter {
         }
     }
 
-    fn end(&self) {
+    /// All of them are there.
+    pub fn end(&self) {
         if let Some(bar) = &self.state().bar {
             bar.finish();
         }
-    }
-}
-
-impl hf_hub::api::tokio::Progress for Meter {
-    async fn init(&mut self, size: usize, _: &str) {
-        self.begin(size as u64);
-    }
-
-    async fn update(&mut self, size: usize) {
-        self.advance(size as u64);
-    }
-
-    async fn finish(&mut self) {
-        self.end();
     }
 }

@@ -1,10 +1,11 @@
 //! What a published checkpoint consists of, and how much of it a place holds.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde::Deserialize;
 
+use super::names::is_file_name;
 use super::snapshot::Snapshot;
 use super::{RepoId, Settings};
 use crate::files::read_json;
@@ -157,14 +158,20 @@ impl Published {
                     }
                     continue;
                 };
-                for shard in shards_named(path, &at) {
-                    match look(repository, &shard) {
-                        Some(at) => presence.found.push(Found {
-                            path: inside(&shard),
-                            at,
-                        }),
-                        None => presence.missing.push(inside(&shard)),
+                match shards_named(path, &at) {
+                    Ok(shards) => {
+                        for shard in shards {
+                            match look(repository, &shard) {
+                                Some(at) => presence.found.push(Found {
+                                    path: inside(&shard),
+                                    at,
+                                }),
+                                None => presence.missing.push(inside(&shard)),
+                            }
+                        }
                     }
+                    // Getting it or loading it says why it cannot be used.
+                    Err(_) => presence.missing.push(inside(path)),
                 }
                 presence.found.push(Found {
                     path: inside(path),
@@ -195,24 +202,50 @@ fn existing(path: PathBuf) -> Option<PathBuf> {
 }
 
 /// The paths, in the repository, of the shards that the index `path`, which lies at `at`, names; none where `path`
-/// is no index or cannot be read, which loading will say better.
-pub(super) fn shards_named(path: &str, at: &Path) -> Vec<String> {
+/// is no index.
+///
+/// # Errors
+/// As [`shard_names`].
+pub(super) fn shards_named(path: &str, at: &Path) -> Result<Vec<String>> {
     if !is_index(path) {
-        return Vec::new();
+        return Ok(Vec::new());
     }
-    let json = read_json::<Value>(at).unwrap_or_default();
-    let map = json.get("weight_map").and_then(Value::as_object);
-    let names: BTreeSet<&str> = map
-        .into_iter()
-        .flat_map(|map| map.values())
-        .filter_map(Value::as_str)
-        .collect();
     let folder = path.rsplit_once('/').map(|(folder, _)| folder);
-    let inside = |name: &str| match folder {
+    let inside = |name: String| match folder {
         Some(folder) => format!("{folder}/{name}"),
-        None => name.to_string(),
+        None => name,
     };
-    names.into_iter().map(inside).collect()
+    Ok(shard_names(at)?.into_iter().map(inside).collect())
+}
+
+/// An index of shards.
+#[derive(Deserialize)]
+struct Index {
+    /// The shard of each tensor.
+    weight_map: BTreeMap<String, String>,
+}
+
+/// The names of the shards beside the index that lies at `index`, in order.
+///
+/// # Errors
+/// When it cannot be read, names none, or something that is no file beside it.
+pub fn shard_names(index: &Path) -> Result<BTreeSet<String>> {
+    let fault = |what: String| Error::Checkpoint {
+        path: index.to_path_buf(),
+        faults: vec![what],
+    };
+    let Index { weight_map } = read_json(index)?;
+    let name = |(tensor, shard): (String, String)| match is_file_name(&shard) {
+        true => Ok(shard),
+        false => Err(fault(format!(
+            "{tensor:?} is in {shard:?}, which is no name of a file beside it"
+        ))),
+    };
+    let names: BTreeSet<String> = weight_map.into_iter().map(name).collect::<Result<_>>()?;
+    if names.is_empty() {
+        return Err(fault("names no shards".to_string()));
+    }
+    Ok(names)
 }
 
 /// Whether `path` is an index of shards.

@@ -5,8 +5,10 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::Settings;
+use super::names::{is_file_name, is_id, is_repository_path, is_revision};
 use super::published::{is_index, shards_named};
-use crate::files::read_json;
+use crate::files::{list, read_json};
+use crate::{Error, Result};
 
 /// A repository of models at one of its revisions.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,7 +36,7 @@ impl RepoId {
             !part.is_empty() && part.chars().all(allowed) && !part.starts_with('.')
         };
         let (owner, name) = id.split_once('/')?;
-        (is_part(owner) && is_part(name) && !revision.is_empty()).then(|| Self {
+        (is_part(owner) && is_part(name) && is_revision(revision)).then(|| Self {
             id: id.to_string(),
             revision: revision.to_string(),
         })
@@ -66,12 +68,46 @@ impl Snapshot {
     /// The snapshot that the cache has for this revision, whole or not.
     pub fn find(settings: &Settings, repo: &RepoId) -> Option<Self> {
         let root = repo.folder(settings);
-        let commit = std::fs::read_to_string(root.join("refs").join(&repo.revision)).map_or_else(
-            |_| repo.revision.clone(),
-            |commit| commit.trim().to_string(),
-        );
+        if !is_revision(&repo.revision) {
+            return None;
+        }
+        let commit = match std::fs::read_to_string(root.join("refs").join(&repo.revision)) {
+            Ok(commit) => Some(commit.trim().to_string()).filter(|commit| is_id(commit))?,
+            Err(_) => repo.revision.clone(),
+        };
         let folder = root.join("snapshots").join(commit);
         folder.is_dir().then_some(Self { folder })
+    }
+
+    /// Where the file `path` of the repository lies, if it is there.
+    pub(super) fn file(&self, path: &str) -> Option<PathBuf> {
+        let at = is_repository_path(path).then(|| self.folder.join(path))?;
+        at.is_file().then_some(at)
+    }
+
+    /// The links to blobs, and where these lie.
+    ///
+    /// # Errors
+    /// When a folder cannot be read.
+    pub(super) fn blobs(&self) -> Result<Vec<(PathBuf, PathBuf)>> {
+        let mut folders = vec![self.folder.clone()];
+        let mut found = Vec::new();
+        while let Some(folder) = folders.pop() {
+            for (_, path) in list(&folder)? {
+                let kind = path.symlink_metadata().map_err(Error::io(&path))?;
+                if kind.is_dir() {
+                    folders.push(path);
+                } else if kind.is_symlink()
+                    && let Ok(blob) = path.canonicalize()
+                    && blob
+                        .parent()
+                        .is_some_and(|folder| folder.ends_with("blobs"))
+                {
+                    found.push((path, blob));
+                }
+            }
+        }
+        Ok(found)
     }
 
     /// Whether it has what its own files say belongs to it: weights, all shards of every index, and the folder of
@@ -91,7 +127,7 @@ impl Snapshot {
             .all(|(name, _)| {
                 let folder = self.folder.join(name);
                 let light = name.starts_with("tokenizer") || name == "scheduler";
-                folder.is_dir() && (light || has_whole_weights(&folder))
+                is_file_name(name) && folder.is_dir() && (light || has_whole_weights(&folder))
             })
     }
 }
@@ -112,11 +148,10 @@ fn has_whole_weights(folder: &Path) -> bool {
             .any(|end| name.ends_with(end))
     };
     names.iter().any(is_weights)
-        && names
-            .iter()
-            .filter(|name| is_index(name))
-            .flat_map(|name| shards_named(name, &folder.join(name)))
-            .all(|shard| folder.join(shard).is_file())
+        && names.iter().filter(|name| is_index(name)).all(|name| {
+            let shards = shards_named(name, &folder.join(name));
+            shards.is_ok_and(|shards| shards.iter().all(|shard| folder.join(shard).is_file()))
+        })
 }
 
 /// Which files of a repository with these `paths` loading may want: settings, tokenizers, and of each component's
@@ -208,7 +243,16 @@ mod tests {
         assert_eq!(repo.revision, "refs/pr/3");
         assert_eq!(repo.to_string(), "owner/model@refs/pr/3");
         for other in [
-            "name", "/a/b", "./b", "../b", "a/b/c", "a/", "a/b@", "a b/c",
+            "name",
+            "/a/b",
+            "./b",
+            "../b",
+            "a/b/c",
+            "a/",
+            "a/b@",
+            "a b/c",
+            "a/b@../../../etc",
+            "a/b@/etc",
         ] {
             assert_eq!(RepoId::parse(other), None, "{other}");
         }

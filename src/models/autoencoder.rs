@@ -7,6 +7,7 @@ use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use super::encoder::{Activation, act_fn};
+use super::limits::{CHANNELS, LAYERS, LEVELS, Limited, Limits};
 use super::vqgan::{ResnetBlock, halving, images_at_once, in_slices};
 use crate::nn::ops::Padding;
 use crate::nn::{Conv2d, GroupNorm, Linear, Mask, Weights, ops};
@@ -80,6 +81,27 @@ impl Default for Config {
             down_block_types: vec![DownBlock::DownEncoderBlock2D],
             up_block_types: vec![UpBlock::UpDecoderBlock2D],
             act_fn: Activation::Silu,
+        }
+    }
+}
+
+impl Limited for Config {
+    fn limit(&self, limits: &mut Limits) {
+        limits.within("in_channels", self.in_channels, &CHANNELS);
+        limits.within("out_channels", self.out_channels, &CHANNELS);
+        let widths = &self.block_out_channels;
+        limits.within("number of block_out_channels", widths.len(), &LEVELS);
+        limits.all_within("block_out_channels", widths, &CHANNELS);
+        let groups = ("norm_num_groups", self.norm_num_groups);
+        limits.within(groups.0, groups.1, &CHANNELS);
+        for width in widths.iter().take(*LEVELS.end()) {
+            limits.multiple("block_out_channels", *width, groups);
+        }
+        limits.within("layers_per_block", self.layers_per_block, &LAYERS);
+        limits.within("latent_channels", self.latent_channels, &CHANNELS);
+        limits.above_zero("scaling_factor", self.scaling_factor);
+        if let Some(shift) = self.shift_factor.filter(|shift| !shift.is_finite()) {
+            limits.above_zero("shift_factor", shift);
         }
     }
 }

@@ -1,7 +1,6 @@
 //! The weight files of a checkpoint's folder, whatever their kind: safetensors, whole or in shards, or torch's own
 //! files, which are converted once and then memory-mapped like the others.
 
-use std::collections::BTreeSet;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
@@ -11,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::pickle::Pickle;
 use crate::files::{self, read_json};
-use crate::hub::Settings;
+use crate::hub::{Settings, shard_names};
 use crate::nn::{Precision, Weights};
 use crate::{Error, Result};
 
@@ -114,14 +113,7 @@ pub fn open(
 
 /// The files that an index of shards names, all of them there.
 pub fn shards(index: &Path) -> Result<Vec<PathBuf>> {
-    let json: Value = read_json(index)?;
-    let map = json.get("weight_map").and_then(Value::as_object);
-    let names: BTreeSet<&str> = map
-        .ok_or_else(|| fault(index, "has no weight_map"))?
-        .values()
-        .filter_map(Value::as_str)
-        .collect();
-    let files: Vec<PathBuf> = names
+    let files: Vec<PathBuf> = shard_names(index)?
         .iter()
         .map(|name| index.with_file_name(name))
         .collect();

@@ -15,7 +15,7 @@ use super::lora_file::LoraFile;
 use super::tensor_writer::{Entry, TensorWriter, in_order};
 use crate::config::Family;
 use crate::files;
-use crate::nn::Factors;
+use crate::nn::{Factors, map_safetensors};
 use crate::{Error, Result};
 
 /// What a merge has written.
@@ -146,12 +146,7 @@ fn open(paths: &[PathBuf]) -> Result<Vec<Source>> {
     paths
         .iter()
         .map(|path| {
-            std::fs::metadata(path).map_err(Error::io(path))?;
-            // SAFETY: opened read-only; checkpoints are replaced by renaming, not rewritten in place.
-            let file = unsafe { MmapedSafetensors::new(path) }.map_err(|e| Error::Checkpoint {
-                path: path.clone(),
-                faults: vec![format!("not a safetensors file: {e}")],
-            })?;
+            let file = map_safetensors(std::slice::from_ref(path))?;
             let views = file.tensors();
             let shapes = views
                 .into_iter()

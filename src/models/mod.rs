@@ -9,6 +9,7 @@ mod clip_tokenizer;
 pub mod encoder;
 pub mod flux;
 pub mod latent_diffusion;
+pub mod limits;
 pub mod llamagen;
 pub mod lora_file;
 pub mod merge;

@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 
 use super::encoder::Activation;
+use super::limits::{HEADS, LAYERS, Limited, Limits, VOCABULARY, WIDTH};
 use crate::nn::{Embedding, Init, Linear, Mask, RmsNorm, Weights, layout, ops};
 use crate::{Error, Result};
 
@@ -53,6 +54,24 @@ impl Default for Config {
             layer_norm_epsilon: 1e-6,
             feed_forward_proj: FeedForwardKind::Plain(Activation::Relu),
         }
+    }
+}
+
+impl Limited for Config {
+    fn limit(&self, limits: &mut Limits) {
+        limits.within("vocab_size", self.vocab_size, &VOCABULARY);
+        limits.within("d_model", self.d_model, &WIDTH);
+        limits.within("d_kv", self.d_kv, &WIDTH);
+        limits.within("d_ff", self.d_ff, &WIDTH);
+        limits.within("num_layers", self.num_layers, &LAYERS);
+        limits.within("num_heads", self.num_heads, &HEADS);
+        // Each direction has a half of them, of which one half are single distances.
+        let buckets = self.relative_attention_num_buckets;
+        let distance = self.relative_attention_max_distance;
+        limits.within("relative_attention_num_buckets", buckets, &(4..=1024));
+        let single = (buckets / 4 + 1)..=1 << 20;
+        limits.within("relative_attention_max_distance", distance, &single);
+        limits.from_zero("layer_norm_epsilon", self.layer_norm_epsilon);
     }
 }
 

@@ -3,9 +3,12 @@
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
+use serde::Deserialize;
+use serde_json::Value;
 use tokenizers::{PostProcessor, Tokenizer, TruncationDirection};
 
 use super::clip_tokenizer;
+use crate::files::{LARGEST_JSON, read_small};
 use crate::{Error, Result};
 
 /// The ids of one text, and which of them are not padding.
@@ -22,6 +25,19 @@ pub struct Encoded {
 pub struct TextTokenizer {
     tokenizer: Tokenizer,
     unknown: Option<u32>,
+}
+
+/// What a `tokenizer.json` says of words that it does not know.
+#[derive(Deserialize)]
+struct Described {
+    model: DescribedModel,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct DescribedModel {
+    unk_token: Value,
+    unk_id: Value,
 }
 
 impl TextTokenizer {
@@ -56,7 +72,7 @@ impl TextTokenizer {
     /// Reads a `tokenizer.json`. Truncation and padding written in it are dropped: both are arguments of
     /// [`TextTokenizer::encode`].
     pub fn from_file(path: &Path) -> Result<Self> {
-        Self::from_json(&std::fs::read(path).map_err(Error::io(path))?, path)
+        Self::from_json(&read_small(path, LARGEST_JSON)?, path)
     }
 
     fn from_json(text: &[u8], path: &Path) -> Result<Self> {
@@ -69,12 +85,10 @@ impl TextTokenizer {
             .with_truncation(None)
             .map_err(|e| fault(e.to_string()))?;
         tokenizer.with_padding(None);
-        let json: serde_json::Value =
-            serde_json::from_slice(text).map_err(|e| fault(e.to_string()))?;
-        let model = &json["model"];
-        let unknown = match model["unk_token"].as_str() {
+        let Described { model } = serde_json::from_slice(text).map_err(|e| fault(e.to_string()))?;
+        let unknown = match model.unk_token.as_str() {
             Some(token) => tokenizer.token_to_id(token),
-            None => model["unk_id"].as_u64().and_then(|id| id.try_into().ok()),
+            None => model.unk_id.as_u64().and_then(|id| id.try_into().ok()),
         };
         Ok(Self { tokenizer, unknown })
     }

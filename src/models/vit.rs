@@ -13,6 +13,7 @@ use serde_json::Value;
 
 use super::checkpoint_files;
 use super::encoder::{Activation, Layer, Names, Projections, Sizes, with_class_token};
+use super::limits::{CHANNELS, HEADS, LAYERS, Limited, Limits, SIDE, WIDTH};
 use crate::files::read_json;
 use crate::nn::ops::{self, Padding};
 use crate::nn::{Conv2d, Init, LayerNorm, Mask, Weights, parameter};
@@ -61,25 +62,43 @@ impl Default for Config {
     }
 }
 
+impl Limited for Config {
+    fn limit(&self, limits: &mut Limits) {
+        limits.within("hidden_size", self.hidden_size, &WIDTH);
+        limits.within("intermediate_size", self.intermediate_size, &WIDTH);
+        limits.within("num_hidden_layers", self.num_hidden_layers, &LAYERS);
+        let heads = ("num_attention_heads", self.num_attention_heads);
+        limits.within(heads.0, heads.1, &HEADS);
+        limits.multiple("hidden_size", self.hidden_size, heads);
+        limits.within("num_channels", self.num_channels, &CHANNELS);
+        let (image, patch) = (self.image_size, self.patch_size);
+        limits.all_within("image_size", &[image.height, image.width], &SIDE);
+        limits.within("patch_size", patch.height, &(1..=image.height));
+        limits.within("patch_size", patch.width, &(1..=image.width));
+        limits.from_zero("layer_norm_eps", self.layer_norm_eps);
+    }
+}
+
 impl Config {
     /// What the `config.json` in `folder` says or, where it is timm's, what the shapes of the weights tell: heads are 64
     /// wide, norms add 1e-6, images are square.
     ///
     /// # Errors
-    /// When a file is missing or cannot be read.
+    /// When a file is missing or cannot be read, or a number in it is out of its bounds.
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join("config.json");
         let json: Value = read_json(&path)?;
         if json.get("hidden_size").is_none() {
             let weights = checkpoint_files::open(folder, "model", DType::F32, &Device::Cpu)?;
             if let Some(config) = Self::of_timm(&weights) {
-                return Ok(config);
+                return config.limited(&path);
             }
         }
-        serde_json::from_value(json).map_err(|e| Error::Checkpoint {
-            path,
+        let config: Self = serde_json::from_value(json).map_err(|e| Error::Checkpoint {
+            path: path.clone(),
             faults: vec![e.to_string()],
-        })
+        })?;
+        config.limited(&path)
     }
 
     /// The sizes of the checkpoint with timm's names whose root is `weights`; `None` where it has others.

@@ -13,8 +13,10 @@ mod adapter;
 mod context;
 mod cpu;
 mod cuda;
+mod init;
 pub mod layers;
 pub mod layout;
+mod mapped;
 mod merged;
 pub mod ops;
 mod parts;
@@ -35,13 +37,15 @@ pub use context::{
 };
 pub(crate) use cuda::optimizer as card_optimizer;
 pub(crate) use cuda::takes as card_takes;
+pub use init::Init;
 pub use layers::{Conv2d, Embedding, GroupNorm, LayerNorm, Linear, RmsNorm};
+pub(crate) use mapped::map as map_safetensors;
 pub use ops::Mask;
 pub use parts::mean_over_parts;
 pub use precision::{HalfKind, HalfMatrix, Precision, Weight};
 pub use recompute::{backward, recompute};
 pub use slices::sum_over_rows;
-pub use weights::{Init, Weights};
+pub use weights::Weights;
 
 use candle_core::Tensor;
 

@@ -7,33 +7,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{DType, Device, Shape, Tensor, Var};
-use rand::Rng;
-use rand_distr::{Distribution, Normal, Uniform};
 
-use super::adapter::{Adapter, Lora, seeded};
-use super::cuda;
+use super::adapter::{Adapter, Lora};
+use super::init::{Init, draw};
+use super::mapped::map;
 use super::precision::{HalfKind, HalfMatrix, Precision, Weight};
 use crate::{Error, Result};
-
-/// How a trainable weight starts when no checkpoint gives it.
-#[derive(Debug, Clone, Copy)]
-pub enum Init {
-    Zeros,
-    Ones,
-    /// This value everywhere.
-    Constant(f64),
-    /// Normal with mean 0 and this standard deviation.
-    Normal(f64),
-    /// Uniform in ±bound.
-    Uniform(f64),
-}
-
-impl Init {
-    /// Normal with variance 1 / `inputs`.
-    pub fn fan_in(inputs: usize) -> Self {
-        Init::Normal((1.0 / inputs as f64).sqrt())
-    }
-}
 
 enum Source {
     Files(Arc<MmapedSafetensors>),
@@ -74,7 +53,14 @@ struct Inner {
     used: Mutex<BTreeSet<String>>,
     elements: AtomicUsize,
     faults: Mutex<Vec<String>>,
+    /// Elements of tensors that were made because the checkpoint does not have them so.
+    made: AtomicUsize,
+    /// The most of these that there may be.
+    most_made: usize,
 }
+
+/// So many elements may be made for a checkpoint beyond as many as it has: 64 MB in f32.
+const MADE_AT_LEAST: usize = 1 << 24;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -101,6 +87,8 @@ impl Weights {
     ) -> Self {
         let inner = Inner {
             dtype: precision.computes_in(stored_dtype(&source), device),
+            most_made: elements_in(&source).saturating_add(MADE_AT_LEAST),
+            made: AtomicUsize::new(0),
             source,
             path: path.to_path_buf(),
             precision,
@@ -274,7 +262,7 @@ impl Weights {
     /// The matrix `name`, if it is there (or drawn) with `shape` and kept in half precision.
     fn half(&self, shape: (usize, usize), name: &str, init: Init) -> Result<Option<HalfMatrix>> {
         let (full, inner) = (self.name(name), &self.inner);
-        let elements = shape.0 * shape.1;
+        let elements = self.elements_of(&full, &shape.into())?;
         let kept = |stored: DType| inner.precision.half(stored, elements, &inner.device);
         if inner.trainable {
             return Ok(None);
@@ -307,7 +295,8 @@ impl Weights {
     fn fetch(&self, shape: Shape, name: &str, init: Init, tracked: bool) -> Result<Tensor> {
         let full = self.name(name);
         let inner = &self.inner;
-        self.note(full.clone(), shape.elem_count());
+        let elements = self.elements_of(&full, &shape)?;
+        self.note(full.clone(), elements);
         if let Some(variable) = lock(&inner.variables).get(&full) {
             let tensor = variable.as_tensor().clone();
             return Ok(if tracked { tensor } else { tensor.detach() });
@@ -315,7 +304,10 @@ impl Weights {
         let found = self.shape(&full);
         let tensor = match (&found, inner.seed) {
             (Some(dims), _) if dims.as_slice() == shape.dims() => match &inner.source {
-                Source::Files(files) => files.load(&full, &inner.device)?.to_dtype(inner.dtype)?,
+                Source::Files(files) => files
+                    .load(&full, &inner.device)
+                    .and_then(|tensor| tensor.to_dtype(inner.dtype))
+                    .map_err(|e| self.fault(format!("{full} cannot be read: {e}")))?,
                 Source::Memory(tensors) => match &lock(tensors)[&full] {
                     Held::Tensor(tensor) => {
                         tensor.to_device(&inner.device)?.to_dtype(inner.dtype)?
@@ -329,13 +321,16 @@ impl Weights {
                     "{full} has shape {dims:?}, {:?} expected",
                     shape.dims()
                 ));
+                self.make(elements)?;
                 Tensor::zeros(&shape, inner.dtype, &inner.device)?
             }
             (None, Some(seed)) => {
+                self.make(elements)?;
                 draw(&shape, init, seed, &full, &inner.device)?.to_dtype(inner.dtype)?
             }
             (None, None) => {
                 lock(&inner.faults).push(format!("{full} {:?} is missing", shape.dims()));
+                self.make(elements)?;
                 Tensor::zeros(&shape, inner.dtype, &inner.device)?
             }
         };
@@ -346,6 +341,35 @@ impl Weights {
         let tensor = variable.as_tensor().clone();
         lock(&inner.variables).insert(full, variable);
         Ok(if tracked { tensor } else { tensor.detach() })
+    }
+
+    /// The product of `shape`, that of the tensor `full`.
+    fn elements_of(&self, full: &str, shape: &Shape) -> Result<usize> {
+        let dims = shape.dims();
+        let product = dims
+            .iter()
+            .try_fold(1usize, |all, dim| all.checked_mul(*dim));
+        product.ok_or_else(|| self.fault(format!("{full} {dims:?} is larger than any memory")))
+    }
+
+    /// Allows for a tensor of so many `elements` that the checkpoint does not have. What its config asks for beyond it
+    /// must not take all memory before it is told.
+    fn make(&self, elements: usize) -> Result<()> {
+        let inner = &self.inner;
+        let made = inner.made.load(Relaxed).saturating_add(elements);
+        inner.made.store(made, Relaxed);
+        if made <= inner.most_made || matches!(inner.source, Source::Nothing) {
+            return Ok(());
+        }
+        self.finish()?;
+        Err(self.fault("its config is that of a far larger model".to_string()))
+    }
+
+    fn fault(&self, fault: String) -> Error {
+        Error::Checkpoint {
+            path: self.inner.path.clone(),
+            faults: vec![fault],
+        }
     }
 
     /// The adapter's factors for a linear layer at this place, if it is a target.
@@ -457,16 +481,7 @@ fn joined(path: &str, name: &str) -> String {
 
 fn open(files: &[PathBuf]) -> Result<(Source, PathBuf)> {
     let path = files.first().cloned().unwrap_or_default();
-    for file in files {
-        std::fs::metadata(file).map_err(Error::io(file))?;
-    }
-    // SAFETY: the files are opened read-only; a checkpoint that is rewritten in place while it is mapped would be
-    // read half-new, which is why everything here writes aside and renames.
-    let mapped = unsafe { MmapedSafetensors::multi(files) }.map_err(|e| Error::Checkpoint {
-        path: path.clone(),
-        faults: vec![format!("not a safetensors file: {e}")],
-    })?;
-    Ok((Source::Files(Arc::new(mapped)), path))
+    Ok((Source::Files(Arc::new(map(files)?)), path))
 }
 
 /// A matrix of `files` in half precision: in place where it has that type already, else a rounded copy.
@@ -502,6 +517,30 @@ fn half_in(
     Ok(Some(rounded))
 }
 
+/// All numbers that a checkpoint has.
+fn elements_in(source: &Source) -> usize {
+    let product = |dims: &[usize]| {
+        dims.iter()
+            .fold(1usize, |all, dim| all.saturating_mul(*dim))
+    };
+    let add = |all: usize, more: usize| all.saturating_add(more);
+    match source {
+        Source::Files(files) => {
+            let tensors = files.tensors();
+            let sizes = tensors.iter().map(|(_, view)| product(view.shape()));
+            sizes.fold(0, add)
+        }
+        Source::Memory(tensors) => {
+            let tensors = lock(tensors);
+            tensors
+                .values()
+                .map(|held| product(&held.dims()))
+                .fold(0, add)
+        }
+        Source::Nothing => 0,
+    }
+}
+
 /// The type of the first matrix by name: what the checkpoint is stored in.
 fn stored_dtype(source: &Source) -> Option<DType> {
     match source {
@@ -524,42 +563,4 @@ fn stored_dtype(source: &Source) -> Option<DType> {
         }
         Source::Nothing => None,
     }
-}
-
-fn draw(shape: &Shape, init: Init, seed: u64, name: &str, device: &Device) -> Result<Tensor> {
-    /// So many random numbers of a tensor on a card are made there, in another way than the processor's.
-    const MANY: usize = 1 << 20;
-    let count = shape.elem_count();
-    let mut generator = seeded(seed, name);
-    if let Init::Normal(deviation) = init
-        && device.is_cuda()
-        && count >= MANY
-    {
-        let seed = generator.random();
-        return Ok(cuda::rows::normal(shape, deviation, seed, device)?);
-    }
-    let values: Vec<f32> = match init {
-        Init::Zeros => vec![0.0; count],
-        Init::Ones => vec![1.0; count],
-        Init::Constant(value) => vec![value as f32; count],
-        Init::Normal(deviation) => {
-            let normal = Normal::new(0f32, deviation as f32).map_err(|_| {
-                Error::invalid(
-                    format!("standard deviation {deviation} for {name}"),
-                    "must be finite",
-                )
-            })?;
-            (0..count).map(|_| normal.sample(&mut generator)).collect()
-        }
-        Init::Uniform(bound) => {
-            let uniform = Uniform::new_inclusive(-bound as f32, bound as f32).map_err(|_| {
-                Error::invalid(
-                    format!("bound {bound} for {name}"),
-                    "must be finite and not negative",
-                )
-            })?;
-            (0..count).map(|_| uniform.sample(&mut generator)).collect()
-        }
-    };
-    Ok(Tensor::from_vec(values, shape, device)?)
 }

@@ -7,7 +7,7 @@ use super::{Options, RunDir};
 use crate::config::{Device, Dtype, Memory, Resolved, Student, Supervisor, locate};
 use crate::evaluation::embed::{Evaluator, ImageEmbedder};
 use crate::evaluation::embedders::{ClipEmbedder, DinoEmbedder};
-use crate::files::read_json;
+use crate::models::limits::read_config;
 use crate::models::{Opening, Tuning, clip, image_tokenizer_files, open_image_tokenizer, vit};
 use crate::plan::{
     Plan, Versions, checkpoint_digest, derive_seed, evaluators_key, photos_digest, student_key,
@@ -287,7 +287,7 @@ fn image_tokenizer(
 fn evaluator(resolved: &Resolved) -> Result<LazyEvaluator> {
     let evaluation = &resolved.evaluation;
     let (clip_dir, dino_dir) = (locate(&evaluation.clip)?, locate(&evaluation.dino)?);
-    let clip_config: clip::Config = read_json(&clip_dir.join("config.json"))?;
+    let clip_config: clip::Config = read_config(&clip_dir.join("config.json"))?;
     let dino_config = vit::Config::read(&dino_dir)?;
     let digest = evaluators_key(&clip_dir, &dino_dir)?;
     let on = device(evaluation.device)?;

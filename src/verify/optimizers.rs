@@ -49,14 +49,14 @@ impl Arguments {
 
 /// torch's `AdamW`.
 pub(super) fn adamw(place: &Place) -> Opened {
-    let arguments: Arguments = place.config()?;
+    let arguments: Arguments = place.settings()?;
     let config = OptimizerConfig::AdamW(arguments.adamw(1e-2));
     open(place, config, arguments.max_grad_norm)
 }
 
 /// prodigyopt's `Prodigy`, whose defaults are not those of diffusers' scripts.
 pub(super) fn prodigy(place: &Place) -> Opened {
-    let arguments: Arguments = place.config()?;
+    let arguments: Arguments = place.settings()?;
     let own = config::Prodigy {
         beta3: arguments.beta3,
         d0: arguments.d0.unwrap_or(1e-6),

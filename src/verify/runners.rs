@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{DType, Device, Tensor};
 use serde::de::DeserializeOwned;
 use serde_json::Value as Json;
@@ -18,6 +17,7 @@ use crate::models::chameleon::{Backbone, VqGan};
 use crate::models::checkpoint_files::WeightFiles;
 use crate::models::clip::{self, Clip, TextModel};
 use crate::models::flux::{self, FluxTransformer};
+use crate::models::limits::{Limited, read_config};
 use crate::models::llamagen::{Gpt, VqModel};
 use crate::models::pickle::Pickle;
 use crate::models::sd3::Sd3Transformer;
@@ -25,7 +25,7 @@ use crate::models::sdxl::UNet;
 use crate::models::t5::T5Encoder;
 use crate::models::vit::{self, Vit};
 use crate::models::vqgan::Compared;
-use crate::nn::{Adapter, Weights};
+use crate::nn::{Adapter, Weights, map_safetensors};
 use crate::{Error, Result};
 
 /// What a component gives.
@@ -76,7 +76,12 @@ pub(super) struct Place {
 }
 
 impl Place {
-    pub fn config<T: DeserializeOwned>(&self) -> Result<T> {
+    pub fn config<T: DeserializeOwned + Limited>(&self) -> Result<T> {
+        read_config(&self.folder.join("config.json"))
+    }
+
+    /// What `config.json` says, of something whose numbers size no tensor.
+    pub fn settings<T: DeserializeOwned>(&self) -> Result<T> {
         read_json(&self.folder.join("config.json"))
     }
 
@@ -127,12 +132,7 @@ fn read_all(files: &WeightFiles) -> Result<HashMap<String, Tensor>> {
         }
         WeightFiles::Safetensors(paths) => {
             for path in paths {
-                // SAFETY: the file is read once, here; see `Weights::from_files`.
-                let mapped =
-                    unsafe { MmapedSafetensors::new(path) }.map_err(|e| Error::Checkpoint {
-                        path: path.clone(),
-                        faults: vec![format!("not a safetensors file: {e}")],
-                    })?;
+                let mapped = map_safetensors(std::slice::from_ref(path))?;
                 for (name, _) in mapped.tensors() {
                     tensors.insert(name.clone(), mapped.load(&name, &Device::Cpu)?);
                 }
@@ -290,14 +290,16 @@ struct ClipText {
 
 pub(super) fn clip_text(place: &Place) -> Opened {
     let weights = place.weights("model")?;
-    let config: Json = place.config()?;
+    let path = place.folder.join("config.json");
+    let config: Json = read_json(&path)?;
     // A whole CLIPModel has the text tower's part of the config inside its own.
     let config = config.get("text_config").unwrap_or(&config).clone();
     let config: clip::TextConfig =
         serde_json::from_value(config).map_err(|e| Error::Checkpoint {
-            path: place.folder.join("config.json"),
+            path: path.clone(),
             faults: vec![e.to_string()],
         })?;
+    let config = config.limited(&path)?;
     let runner = ClipText {
         model: TextModel::new(&config, &weights)?,
         vocabulary: config.vocab_size,

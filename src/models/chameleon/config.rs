@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use serde::Deserialize;
 
 use crate::models::encoder::Activation;
+use crate::models::limits::{HEADS, LAYERS, Limited, Limits, POSITIONS, SIDE, VOCABULARY, WIDTH};
 use crate::{Error, Result};
 
 /// `config.json` of a Hugging Face `ChameleonForConditionalGeneration`, transformers 4 or 5, with Chameleon-7B's
@@ -97,6 +98,23 @@ impl Default for Config {
             patch_size: 32,
             image_size: 768,
         }
+    }
+}
+
+impl Limited for Config {
+    fn limit(&self, limits: &mut Limits) {
+        limits.within("vocab_size", self.vocab_size, &VOCABULARY);
+        limits.within("hidden_size", self.hidden_size, &WIDTH);
+        limits.within("intermediate_size", self.intermediate_size, &WIDTH);
+        limits.within("num_hidden_layers", self.num_hidden_layers, &LAYERS);
+        limits.within("num_attention_heads", self.num_attention_heads, &HEADS);
+        limits.within("num_key_value_heads", self.kv_heads(), &HEADS);
+        let positions = self.max_position_embeddings;
+        limits.within("max_position_embeddings", positions, &POSITIONS);
+        limits.from_zero("rms_norm_eps", self.rms_norm_eps);
+        limits.above_zero("rope_theta", self.rope_base());
+        limits.within("patch_size", self.patch_size, &SIDE);
+        limits.within("image_size", self.image_size, &SIDE);
     }
 }
 

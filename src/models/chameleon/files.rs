@@ -7,8 +7,9 @@ use candle_core::{DType, Device};
 
 use super::config::Config;
 use super::vq::{self, VqGan};
-use crate::files::read_json;
+use crate::files::{LARGEST_JSON, read_text};
 use crate::models::checkpoint_files::WeightFiles;
+use crate::models::limits::read_config;
 use crate::models::tokenizer::TextTokenizer;
 use crate::nn::Weights;
 use crate::{Error, Result};
@@ -43,10 +44,10 @@ pub fn tokenizer_dir(dir: &Path) -> PathBuf {
 pub fn tokenizer_config(dir: &Path) -> Result<vq::Config> {
     let yaml = tokenizer_dir(dir).join(VQ_CONFIG);
     if yaml.is_file() {
-        let text = std::fs::read_to_string(&yaml).map_err(Error::io(&yaml))?;
+        let text = read_text(&yaml, LARGEST_JSON)?;
         return vq::Config::from_yaml(&text);
     }
-    let config: Config = read_json(&dir.join("config.json"))?;
+    let config: Config = read_config(&dir.join("config.json"))?;
     vq::Config::from_vq_config(&config.vq_config)
 }
 

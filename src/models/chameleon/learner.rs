@@ -16,8 +16,9 @@ use super::files;
 use super::grammar::{Format, Vocabulary};
 use super::loss::Sequence;
 use super::vq::VqGan;
-use crate::files::read_json;
+use crate::files::{LARGEST_JSON, read_text};
 use crate::models::checkpoint_files::WeightFiles;
+use crate::models::limits::read_config;
 use crate::models::llamagen::Sampling as TokenSampling;
 use crate::models::tokenizer::TextTokenizer;
 use crate::models::{
@@ -51,7 +52,7 @@ impl VqTokenizer {
     /// Opens the tokenizer of the checkpoint in `dir`, see [`files::open_image_tokenizer`], for images of the side that
     /// is `asked` for, or the checkpoint's own.
     pub fn open(dir: &Path, asked: Option<u32>, device: &Device) -> Result<Self> {
-        let config: Config = read_json(&dir.join("config.json"))?;
+        let config: Config = read_config(&dir.join("config.json"))?;
         Ok(Self {
             model: files::open_image_tokenizer(dir, device)?,
             resolution: resolution(&config, asked)? as u32,
@@ -78,7 +79,7 @@ impl ImageTokenizer for VqTokenizer {
 /// Where the image tokenizer of the checkpoint in `dir` lies, and how many codes an image of the side that is `asked`
 /// for has.
 pub fn tokenizer_files(dir: &Path, asked: Option<u32>) -> Result<(PathBuf, usize)> {
-    let config: Config = read_json(&dir.join("config.json"))?;
+    let config: Config = read_config(&dir.join("config.json"))?;
     let side = resolution(&config, asked)? / files::tokenizer_config(dir)?.downsampling();
     Ok((files::tokenizer_dir(dir), side * side))
 }
@@ -107,8 +108,8 @@ impl Lumina {
     pub fn open(opening: &Opening) -> Result<Self> {
         let (dir, device) = (&opening.dir, &opening.device);
         let config_path = dir.join("config.json");
-        let config: Config = read_json(&config_path)?;
-        let config_text = std::fs::read_to_string(&config_path).map_err(Error::io(&config_path))?;
+        let config: Config = read_config(&config_path)?;
+        let config_text = read_text(&config_path, LARGEST_JSON)?;
         let found = WeightFiles::find(dir, "model")?;
         let weights = match opening.tuning {
             Tuning::Full => Weights::trainable(&found.into_safetensors()?, opening.seed, device)?,

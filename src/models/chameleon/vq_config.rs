@@ -3,6 +3,7 @@
 use serde::Deserialize;
 
 use super::yaml;
+use crate::models::limits::{CHANNELS, LAYERS, LEVELS, Limited, Limits, SIDE, VOCABULARY};
 use crate::{Error, Result};
 
 /// Sizes in taming-transformers' terms, with Chameleon's as defaults.
@@ -125,6 +126,20 @@ impl Default for Config {
     }
 }
 
+impl Limited for Config {
+    fn limit(&self, limits: &mut Limits) {
+        limits.within("ch", self.ch, &CHANNELS);
+        limits.within("number of ch_mult", self.ch_mult.len(), &LEVELS);
+        limits.all_within("ch_mult", &self.ch_mult, &(1..=64));
+        limits.within("num_res_blocks", self.num_res_blocks, &LAYERS);
+        limits.within("resolution", self.resolution, &SIDE);
+        limits.within("z_channels", self.z_channels, &CHANNELS);
+        limits.within("n_embed", self.n_embed, &VOCABULARY);
+        limits.within("embed_dim", self.embed_dim, &CHANNELS);
+        limits.within("norm_num_groups", self.norm_num_groups, &CHANNELS);
+    }
+}
+
 impl Config {
     /// From the `vq_config` of a Hugging Face `config.json`; null stands for the defaults.
     pub fn from_vq_config(json: &serde_json::Value) -> Result<Self> {
@@ -231,6 +246,12 @@ impl Config {
     }
 
     pub(super) fn validated(self) -> Result<Self> {
+        let mut limits = Limits::default();
+        self.limit(&mut limits);
+        let faults = limits.faults();
+        if !faults.is_empty() {
+            return Err(unlike(&faults.join("; ")));
+        }
         let groups = self.norm_num_groups;
         let whole = |channels: usize| channels > 0 && groups > 0 && channels.is_multiple_of(groups);
         if self.ch_mult.is_empty() || !self.ch_mult.iter().all(|m| whole(self.ch * m)) {

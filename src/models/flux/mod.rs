@@ -15,6 +15,7 @@ use rand_chacha::ChaCha8Rng;
 
 use self::text::TextEncoders;
 use super::latent_diffusion::{Conditioning, Denoiser, DiffusionLearner, Framing, LatentDiffusion};
+use super::limits::read_config;
 use crate::diffusion::{Density, FlowMatchEuler, LossForm, TrainingDraw};
 use crate::files::read_json;
 use crate::nn::{self, Weights};
@@ -137,7 +138,7 @@ impl Denoiser for FluxDenoiser {
     const BUFFERS: &'static [&'static str] = &[];
 
     fn open(directory: &Path, weights: &Weights, opened: &mut Vec<Weights>) -> Result<Self> {
-        let config: Config = read_json(&directory.join("transformer/config.json"))?;
+        let config: Config = read_config(&directory.join("transformer/config.json"))?;
         let scheduler = read_json(&directory.join("scheduler/scheduler_config.json"))?;
         Ok(Self {
             text: TextEncoders::open(directory, weights, opened)?,

@@ -6,9 +6,9 @@ use std::path::Path;
 use candle_core::Device;
 
 use crate::Result;
-use crate::files::read_json;
 use crate::models::latent_diffusion::Conditioning;
 use crate::models::latent_diffusion::text::{ClipText, PaddedTokenizer};
+use crate::models::limits::read_config;
 use crate::models::{checkpoint_files, t5};
 use crate::nn::Weights;
 
@@ -33,7 +33,7 @@ impl TextEncoders {
     ) -> Result<Self> {
         let clip = ClipText::open(directory, "", transformer, opened)?;
         let folder = directory.join("text_encoder_2");
-        let config: t5::Config = read_json(&folder.join("config.json"))?;
+        let config: t5::Config = read_config(&folder.join("config.json"))?;
         let weights = checkpoint_files::open(
             &folder,
             "model",

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::block::{DoubleBlock, SingleBlock};
 use crate::models::encoder::Activation;
+use crate::models::limits::{CHANNELS, HEADS, LAYERS, Limited, Limits, SIDE, WIDTH};
 use crate::models::sd3::{Modulation, NORM_EPS, TIMESTEP};
 use crate::models::timestep::TimestepEmbedding;
 use crate::nn::{Init, LayerNorm, Linear, Weights, layout, ops};
@@ -83,6 +84,29 @@ impl Default for Config {
             sample_size: None,
             axes_dims_rope: vec![16, 56, 56],
         }
+    }
+}
+
+impl Limited for Config {
+    fn limit(&self, limits: &mut Limits) {
+        limits.within("patch_size", self.patch_size, &(1..=1));
+        limits.within("in_channels", self.in_channels, &CHANNELS);
+        limits.within("out_channels", self.outputs(), &CHANNELS);
+        limits.within("num_layers", self.num_layers, &(0..=*LAYERS.end()));
+        let singles = self.num_single_layers;
+        limits.within("num_single_layers", singles, &(0..=*LAYERS.end()));
+        limits.within("attention_head_dim", self.attention_head_dim, &WIDTH);
+        limits.within("num_attention_heads", self.num_attention_heads, &HEADS);
+        limits.within("joint_attention_dim", self.joint_attention_dim, &WIDTH);
+        let pooled = self.pooled_projection_dim;
+        limits.within("pooled_projection_dim", pooled, &WIDTH);
+        limits.within("sample_size", self.sample_size.unwrap_or(1), &SIDE);
+        limits.within(
+            "number of axes_dims_rope",
+            self.axes_dims_rope.len(),
+            &(1..=8),
+        );
+        limits.all_within("axes_dims_rope", &self.axes_dims_rope, &WIDTH);
     }
 }
 

@@ -15,8 +15,8 @@ use rand_chacha::ChaCha8Rng;
 use super::autoencoder::{self, AutoencoderKl};
 use super::checkpoint_files::{self, WeightFiles};
 use super::finish_all;
+use super::limits::read_config;
 use crate::diffusion::{self, TrainingDraw};
-use crate::files::read_json;
 use crate::nn::{self, Weights};
 use crate::{Error, Result};
 
@@ -187,7 +187,7 @@ impl<D: Denoiser> LatentDiffusion<D> {
     pub fn open(directory: &Path, weights: &Weights) -> Result<Self> {
         let device = weights.device().clone();
         let vae = directory.join("vae");
-        let vae_config: autoencoder::Config = read_json(&vae.join("config.json"))?;
+        let vae_config: autoencoder::Config = read_config(&vae.join("config.json"))?;
         let vae_weights =
             checkpoint_files::open(&vae, "diffusion_pytorch_model", DType::F32, &device)?;
         let mut opened = vec![weights.clone(), vae_weights.clone()];

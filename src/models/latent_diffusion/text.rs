@@ -8,6 +8,7 @@ use serde_json::Value;
 use crate::files::read_json;
 use crate::models::checkpoint_files;
 use crate::models::clip::{TextConfig, TextModel, TextOutput};
+use crate::models::limits::read_config;
 use crate::models::tokenizer::TextTokenizer;
 use crate::nn::Weights;
 use crate::{Error, Result};
@@ -119,7 +120,7 @@ impl ClipText {
         opened: &mut Vec<Weights>,
     ) -> Result<Self> {
         let folder = directory.join(format!("text_encoder{suffix}"));
-        let config: TextConfig = read_json(&folder.join("config.json"))?;
+        let config: TextConfig = read_config(&folder.join("config.json"))?;
         let weights = checkpoint_files::open(&folder, "model", like.precision(), like.device())?;
         let model = TextModel::new(&config, &weights)?;
         opened.push(weights);

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::models::limits::{HEADS, LAYERS, Limited, Limits, POSITIONS, VOCABULARY, WIDTH};
 use crate::{Error, Result};
 
 /// `config.json`: the fields of the reference's `ModelArgs` that matter here, with its text-to-image defaults.
@@ -67,6 +68,34 @@ impl Default for Config {
             vocab_size: 16384,
             cls_token_num: 120,
             block_size: 256,
+        }
+    }
+}
+
+impl Limited for Config {
+    fn limit(&self, limits: &mut Limits) {
+        limits.within("dim", self.dim, &WIDTH);
+        limits.within("n_layer", self.n_layer, &LAYERS);
+        limits.within("n_head", self.n_head, &HEADS);
+        limits.within("n_kv_head", self.kv_heads(), &HEADS);
+        limits.within("multiple_of", self.multiple_of, &WIDTH);
+        if let Some(factor) = self.ffn_dim_multiplier {
+            limits.above_zero("ffn_dim_multiplier", factor);
+            limits.within("ffn_dim_multiplier", factor as usize, &(0..=16));
+        }
+        limits.above_zero("rope_base", self.rope_base);
+        limits.from_zero("norm_eps", self.norm_eps);
+        limits.within("caption_dim", self.caption_dim, &WIDTH);
+        limits.within("vocab_size", self.vocab_size, &VOCABULARY);
+        limits.within("cls_token_num", self.cls_token_num, &POSITIONS);
+        limits.within("block_size", self.block_size, &POSITIONS);
+        for (name, share) in [
+            ("token_dropout_p", self.token_dropout_p),
+            ("attn_dropout_p", self.attn_dropout_p),
+            ("resid_dropout_p", self.resid_dropout_p),
+            ("ffn_dropout_p", self.ffn_dropout_p),
+        ] {
+            limits.share(name, share);
         }
     }
 }

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device};
 
 use super::{gpt, vq};
-use crate::files::read_json;
 use crate::models::checkpoint_files::WeightFiles;
+use crate::models::limits::{Limited, read_config};
 use crate::nn::{Precision, Weights};
 use crate::{Error, Result};
 
@@ -105,7 +105,7 @@ impl Files {
     /// Tokens per image.
     pub fn block_size(&self) -> Result<usize> {
         match (&self.gpt.config, self.block_size) {
-            (Some(config), _) => Ok(read_json::<gpt::Config>(config)?.block_size),
+            (Some(config), _) => Ok(read_config::<gpt::Config>(config)?.block_size),
             (None, block_size) => Ok(block_size.unwrap_or(0)),
         }
     }
@@ -133,8 +133,8 @@ impl Files {
             None => files.open(precision, device)?,
         };
         let config = match &self.gpt.config {
-            Some(config) => read_json(config)?,
-            None => gpt_config(&weights, self.block_size()?)?,
+            Some(config) => read_config(config)?,
+            None => gpt_config(&weights, self.block_size()?)?.limited(&self.gpt.weights)?,
         };
         Ok((config, weights))
     }
@@ -143,10 +143,10 @@ impl Files {
     pub fn gpt_files(&self) -> Result<(gpt::Config, Vec<PathBuf>)> {
         let files = self.gpt.files()?.into_safetensors()?;
         let config = match &self.gpt.config {
-            Some(config) => read_json(config)?,
+            Some(config) => read_config(config)?,
             None => {
                 let weights = Weights::from_files(&files, DType::F32, &Device::Cpu)?;
-                gpt_config(&weights, self.block_size()?)?
+                gpt_config(&weights, self.block_size()?)?.limited(&self.gpt.weights)?
             }
         };
         Ok((config, files))
@@ -156,8 +156,8 @@ impl Files {
     pub fn open_vq(&self, device: &Device) -> Result<(vq::Config, Weights)> {
         let weights = self.vq.files()?.open(DType::F32, device)?;
         let config = match &self.vq.config {
-            Some(config) => read_json(config)?,
-            None => vq_config(&weights)?,
+            Some(config) => read_config(config)?,
+            None => vq_config(&weights)?.limited(&self.vq.weights)?,
         };
         Ok((config, weights))
     }

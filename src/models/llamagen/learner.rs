@@ -12,8 +12,8 @@ use rand_chacha::ChaCha8Rng;
 use super::generate::Sampling as TokenSampling;
 use super::gpt::{Config, Gpt};
 use super::{Files, vq};
-use crate::files::read_json;
 use crate::models::checkpoint_files;
+use crate::models::limits::read_config;
 use crate::models::t5::T5Encoder;
 use crate::models::tokenizer::TextTokenizer;
 use crate::models::{
@@ -160,7 +160,7 @@ impl LlamaGen {
         weights.expect_no_others();
         let t5 = files.t5();
         let t5_weights = checkpoint_files::open(t5, "model", weights.precision(), device)?;
-        let encoder = T5Encoder::new(&read_json(&t5.join("config.json"))?, &t5_weights)?;
+        let encoder = T5Encoder::new(&read_config(&t5.join("config.json"))?, &t5_weights)?;
         let (tokenizer, vq_weights) = VqTokenizer::build(&files, device)?;
         if opening
             .resolution

@@ -7,6 +7,7 @@
 use candle_core::{Device, Tensor};
 use serde::Deserialize;
 
+use crate::models::limits::{CHANNELS, LEVELS, Limited, Limits, VOCABULARY};
 use crate::models::vqgan::{
     Codebook, Compared, Decoder, Encoder, Level, Middle, TrainOutput, check_image, conv, halving,
     images_at_once, in_slices, norm, square,
@@ -54,6 +55,23 @@ impl Default for Config {
             ch: 128,
             norm_num_groups: 32,
         }
+    }
+}
+
+impl Limited for Config {
+    fn limit(&self, limits: &mut Limits) {
+        limits.within("codebook_size", self.codebook_size, &VOCABULARY);
+        limits.within("codebook_embed_dim", self.codebook_embed_dim, &CHANNELS);
+        for (name, factors) in [
+            ("encoder_ch_mult", &self.encoder_ch_mult),
+            ("decoder_ch_mult", &self.decoder_ch_mult),
+        ] {
+            limits.within(&format!("number of {name}"), factors.len(), &LEVELS);
+            limits.all_within(name, factors, &(1..=64));
+        }
+        limits.within("z_channels", self.z_channels, &CHANNELS);
+        limits.within("ch", self.ch, &CHANNELS);
+        limits.within("norm_num_groups", self.norm_num_groups, &CHANNELS);
     }
 }
 

@@ -23,6 +23,7 @@ use self::text::TextEncoders;
 use super::latent_diffusion::{
     Denoiser, DiffusionLearner, Framing, LatentDiffusion, network_files,
 };
+use super::limits::read_config;
 use crate::Result;
 use crate::diffusion::{Density, FlowMatchEuler, LossForm, TrainingDraw};
 use crate::files::read_json;
@@ -72,7 +73,7 @@ impl Denoiser for Mmdit {
     const BUFFERS: &'static [&'static str] = &["pos_embed.pos_embed"];
 
     fn open(directory: &Path, weights: &Weights, opened: &mut Vec<Weights>) -> Result<Self> {
-        let config: Config = read_json(&directory.join("transformer/config.json"))?;
+        let config: Config = read_config(&directory.join("transformer/config.json"))?;
         let scheduler = read_json(&directory.join("scheduler/scheduler_config.json"))?;
         Ok(Self {
             text: TextEncoders::open(directory, &config, weights, opened)?,

@@ -5,8 +5,8 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 
 use super::Conditioning;
-use crate::files::read_json;
 use crate::models::latent_diffusion::text::{ClipText, PaddedTokenizer, has_component};
+use crate::models::limits::read_config;
 use crate::models::{checkpoint_files, t5};
 use crate::nn::Weights;
 use crate::{Error, Result};
@@ -50,7 +50,7 @@ impl TextEncoders {
         let clips = ClipText::all(directory, transformer, opened)?;
         let t5 = if has_component(directory, "text_encoder_3")? {
             let folder = directory.join("text_encoder_3");
-            let text: t5::Config = read_json(&folder.join("config.json"))?;
+            let text: t5::Config = read_config(&folder.join("config.json"))?;
             let weights = checkpoint_files::open(&folder, "model", precision, device)?;
             let model = t5::T5Encoder::new(&text, &weights)?;
             opened.push(weights);

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::block::{JointTransformerBlock, Modulation};
 use crate::models::encoder::Activation;
+use crate::models::limits::{CHANNELS, HEADS, LAYERS, Limited, Limits, SIDE, WIDTH};
 use crate::models::timestep::{Sinusoid, TimestepEmbedding};
 use crate::nn::ops::Padding;
 use crate::nn::{Conv2d, Init, LayerNorm, Linear, Weights, ops};
@@ -94,6 +95,25 @@ impl Default for Config {
             dual_attention_layers: Vec::new(),
             qk_norm: None,
         }
+    }
+}
+
+impl Limited for Config {
+    fn limit(&self, limits: &mut Limits) {
+        limits.within("sample_size", self.sample_size, &SIDE);
+        limits.within("patch_size", self.patch_size, &(1..=self.sample_size));
+        limits.within("in_channels", self.in_channels, &CHANNELS);
+        limits.within("out_channels", self.outputs(), &CHANNELS);
+        limits.within("num_layers", self.num_layers, &LAYERS);
+        limits.within("attention_head_dim", self.attention_head_dim, &WIDTH);
+        limits.within("num_attention_heads", self.num_attention_heads, &HEADS);
+        limits.within("joint_attention_dim", self.joint_attention_dim, &WIDTH);
+        let caption = self.caption_projection_dim;
+        limits.within("caption_projection_dim", caption, &WIDTH);
+        let pooled = self.pooled_projection_dim;
+        limits.within("pooled_projection_dim", pooled, &WIDTH);
+        // Its square is a number of rows.
+        limits.within("pos_embed_max_size", self.pos_embed_max_size, &(1..=4096));
     }
 }
 

@@ -6,6 +6,7 @@ use serde::{Deserialize, Deserializer};
 use serde_json::{Value, json};
 
 use crate::models::encoder::{Activation, act_fn};
+use crate::models::limits::{CHANNELS, HEADS, LAYERS, LEVELS, Limited, Limits, SIDE, WIDTH};
 use crate::{Error, Result};
 
 /// One number for all levels, or one for each, finest first.
@@ -128,6 +129,65 @@ fn side<'de, D: Deserializer<'de>>(
     let value = Value::deserialize(deserializer)?;
     let number = value.get(0).unwrap_or(&value).as_u64();
     Ok(number.and_then(|side| side.try_into().ok()))
+}
+
+impl<T> PerLevel<T> {
+    fn values(&self) -> &[T] {
+        match self {
+            Self::All(value) => std::slice::from_ref(value),
+            Self::Each(values) => values,
+        }
+    }
+}
+
+impl Limited for Config {
+    fn limit(&self, limits: &mut Limits) {
+        limits.within("sample_size", self.sample_size.unwrap_or(1), &SIDE);
+        limits.within("in_channels", self.in_channels, &CHANNELS);
+        limits.within("out_channels", self.out_channels, &CHANNELS);
+        let widths = &self.block_out_channels;
+        limits.within("number of block_out_channels", widths.len(), &LEVELS);
+        limits.all_within("block_out_channels", widths, &CHANNELS);
+        let groups = ("norm_num_groups", self.norm_num_groups);
+        limits.within(groups.0, groups.1, &CHANNELS);
+        for width in widths.iter().take(*LEVELS.end()) {
+            limits.multiple("block_out_channels", *width, groups);
+        }
+        let layers = self.layers_per_block.values();
+        limits.all_within("layers_per_block", layers, &LAYERS);
+        let across = self.cross_attention_dim.values();
+        limits.all_within("cross_attention_dim", across, &WIDTH);
+        let name = "transformer_layers_per_block";
+        let reverse = self.reverse_transformer_layers_per_block.iter().flatten();
+        for depths in self
+            .transformer_layers_per_block
+            .values()
+            .iter()
+            .chain(reverse)
+        {
+            limits.all_within(name, depths.values(), &(0..=*LAYERS.end()));
+        }
+        let heads = self.attention_head_dim.values();
+        limits.all_within("attention_head_dim", heads, &HEADS);
+        limits.above_zero("norm_eps", self.norm_eps);
+        for (name, width) in [
+            ("addition_time_embed_dim", self.addition_time_embed_dim),
+            (
+                "projection_class_embeddings_input_dim",
+                self.projection_class_embeddings_input_dim,
+            ),
+            ("time_embedding_dim", self.time_embedding_dim),
+        ] {
+            limits.within(name, width.unwrap_or(1), &WIDTH);
+        }
+        for (name, side) in [
+            ("conv_in_kernel", self.conv_in_kernel),
+            ("conv_out_kernel", self.conv_out_kernel),
+        ] {
+            limits.within(name, side, &(1..=31));
+        }
+        limits.within("downsample_padding", self.downsample_padding, &(0..=1));
+    }
 }
 
 impl Default for Config {

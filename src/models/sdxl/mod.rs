@@ -20,6 +20,7 @@ use rand_chacha::ChaCha8Rng;
 
 use self::text::TextEncoders;
 use super::latent_diffusion::{Conditioning, Denoiser, DiffusionLearner, Framing, LatentDiffusion};
+use super::limits::read_config;
 use crate::diffusion::{Ddpm, DiscreteConfig, TrainingDraw};
 use crate::files::read_json;
 use crate::nn::Weights;
@@ -81,7 +82,7 @@ impl Denoiser for SdxlDenoiser {
     const BUFFERS: &'static [&'static str] = &[];
 
     fn open(directory: &Path, weights: &Weights, opened: &mut Vec<Weights>) -> Result<Self> {
-        let config: Config = read_json(&directory.join("unet/config.json"))?;
+        let config: Config = read_config(&directory.join("unet/config.json"))?;
         let sampling: DiscreteConfig =
             read_json(&directory.join("scheduler/scheduler_config.json"))?;
         Ok(Self {
