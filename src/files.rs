@@ -1,11 +1,14 @@
 //! Files that are either wholly there or not at all: written aside, synced, renamed.
 
+mod open;
+
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 
+pub use self::open::{LISTS, SETTINGS, TENSORS, copy, open, read};
 use crate::{Error, Result};
 
 /// Where the file or folder `path` is written before it takes its place.
@@ -279,8 +282,7 @@ pub fn copy_dir(from: &Path, to: &Path) -> Result<()> {
     write_dir(to, |aside| {
         for entry in std::fs::read_dir(from).map_err(Error::io(from))? {
             let entry = entry.map_err(Error::io(from))?;
-            std::fs::copy(entry.path(), aside.join(entry.file_name()))
-                .map_err(Error::io(entry.path()))?;
+            copy(&entry.path(), &aside.join(entry.file_name())).map_err(Error::io(entry.path()))?;
         }
         Ok(())
     })
@@ -354,7 +356,7 @@ pub fn digest_dir(dir: &Path) -> Result<String> {
     let mut hasher = blake3::Hasher::new();
     for (name, path) in found {
         let mut content = blake3::Hasher::new();
-        File::open(&path)
+        open(&path)
             .and_then(|file| content.update_reader(file).map(drop))
             .map_err(Error::io(&path))?;
         hasher.update(&(name.len() as u64).to_le_bytes());
@@ -364,9 +366,35 @@ pub fn digest_dir(dir: &Path) -> Result<String> {
     Ok(hasher.finalize().to_hex().to_string())
 }
 
-/// Reads a JSON file.
+/// The text of the regular file at `path`, of at most `most` bytes.
+///
+/// # Errors
+/// Those of [`read`]; a file that is not UTF-8.
+pub fn read_text(path: &Path, most: u64) -> Result<String> {
+    let bytes = read(path, most).map_err(Error::io(path))?;
+    String::from_utf8(bytes).map_err(|_| {
+        let source = std::io::Error::new(
+            std::io::ErrorKind::InvalidData,
+            "the file is no text: it is not UTF-8",
+        );
+        Error::io(path)(source)
+    })
+}
+
+/// The same, or `None` where there is no such file.
+///
+/// # Errors
+/// Those of [`read_text`].
+pub fn read_text_if_there(path: &Path, most: u64) -> Result<Option<String>> {
+    match read_text(path, most) {
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        read => read.map(Some),
+    }
+}
+
+/// Reads a JSON file of at most [`SETTINGS`] bytes.
 pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
-    let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
+    let text = read_text(path, SETTINGS)?;
     serde_json::from_str(&text).map_err(|e| Error::Checkpoint {
         path: path.to_path_buf(),
         faults: vec![e.to_string()],
@@ -375,7 +403,7 @@ pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
 
 /// All tensors of a safetensors file, and its header's metadata.
 pub fn read_tensors(path: &Path) -> Result<(BTreeMap<String, Tensor>, BTreeMap<String, String>)> {
-    let bytes = std::fs::read(path).map_err(Error::io(path))?;
+    let bytes = read(path, TENSORS).map_err(Error::io(path))?;
     let fault = |e: String| Error::Checkpoint {
         path: path.to_path_buf(),
         faults: vec![e],

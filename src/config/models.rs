@@ -219,7 +219,7 @@ pub fn family(name: &str) -> Result<Family> {
         None => return Err(super::locate::absent_repository(name)),
     };
     let read = |file: &str| -> Option<serde_json::Value> {
-        let text = std::fs::read_to_string(directory.join(file)).ok()?;
+        let text = crate::files::read_text(&directory.join(file), crate::files::SETTINGS).ok()?;
         serde_json::from_str(&text).ok()
     };
     let pipeline = read("model_index.json");

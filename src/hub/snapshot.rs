@@ -66,7 +66,11 @@ impl Snapshot {
     /// The snapshot that the cache has for this revision, whole or not.
     pub fn find(settings: &Settings, repo: &RepoId) -> Option<Self> {
         let root = repo.folder(settings);
-        let commit = std::fs::read_to_string(root.join("refs").join(&repo.revision)).map_or_else(
+        let commit = crate::files::read_text(
+            &root.join("refs").join(&repo.revision),
+            crate::files::SETTINGS,
+        )
+        .map_or_else(
             |_| repo.revision.clone(),
             |commit| commit.trim().to_string(),
         );

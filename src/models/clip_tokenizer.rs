@@ -22,7 +22,7 @@ const WORDS: &str =
 pub(super) fn describe(folder: &Path) -> Result<Value> {
     let vocabulary: Map<String, Value> = read_json(&folder.join("vocab.json"))?;
     let path = folder.join("merges.txt");
-    let merges = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+    let merges = crate::files::read_text(&path, crate::files::SETTINGS)?;
     // The first line says which version of the format it is.
     let merges: Vec<&str> = merges
         .lines()

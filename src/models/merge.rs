@@ -146,7 +146,7 @@ fn open(paths: &[PathBuf]) -> Result<Vec<Source>> {
     paths
         .iter()
         .map(|path| {
-            std::fs::metadata(path).map_err(Error::io(path))?;
+            files::open(path).map_err(Error::io(path))?;
             // SAFETY: opened read-only; checkpoints are replaced by renaming, not rewritten in place.
             let file = unsafe { MmapedSafetensors::new(path) }.map_err(|e| Error::Checkpoint {
                 path: path.clone(),
@@ -299,7 +299,7 @@ fn link_or_copy(from: &Path, to: &Path) -> Result<()> {
     }
     let from = std::fs::canonicalize(from).map_err(Error::io(from))?;
     if std::fs::hard_link(&from, to).is_err() {
-        std::fs::copy(&from, to).map_err(Error::io(to))?;
+        files::copy(&from, to).map_err(Error::io(to))?;
     }
     Ok(())
 }

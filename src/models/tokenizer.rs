@@ -56,7 +56,10 @@ impl TextTokenizer {
     /// Reads a `tokenizer.json`. Truncation and padding written in it are dropped: both are arguments of
     /// [`TextTokenizer::encode`].
     pub fn from_file(path: &Path) -> Result<Self> {
-        Self::from_json(&std::fs::read(path).map_err(Error::io(path))?, path)
+        Self::from_json(
+            &crate::files::read(path, crate::files::LISTS).map_err(Error::io(path))?,
+            path,
+        )
     }
 
     fn from_json(text: &[u8], path: &Path) -> Result<Self> {

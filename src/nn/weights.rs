@@ -458,7 +458,7 @@ fn joined(path: &str, name: &str) -> String {
 fn open(files: &[PathBuf]) -> Result<(Source, PathBuf)> {
     let path = files.first().cloned().unwrap_or_default();
     for file in files {
-        std::fs::metadata(file).map_err(Error::io(file))?;
+        crate::files::open(file).map_err(Error::io(file))?;
     }
     // SAFETY: the files are opened read-only; a checkpoint that is rewritten in place while it is mapped would be
     // read half-new, which is why everything here writes aside and renames.

@@ -124,6 +124,7 @@ fn read_all(files: &WeightFiles) -> Result<HashMap<String, Tensor>> {
         }
         WeightFiles::Safetensors(paths) => {
             for path in paths {
+                crate::files::open(path).map_err(Error::io(path))?;
                 // SAFETY: the file is read once, here; see `Weights::from_files`.
                 let mapped =
                     unsafe { MmapedSafetensors::new(path) }.map_err(|e| Error::Checkpoint {

@@ -43,7 +43,7 @@ pub fn tokenizer_dir(dir: &Path) -> PathBuf {
 pub fn tokenizer_config(dir: &Path) -> Result<vq::Config> {
     let yaml = tokenizer_dir(dir).join(VQ_CONFIG);
     if yaml.is_file() {
-        let text = std::fs::read_to_string(&yaml).map_err(Error::io(&yaml))?;
+        let text = crate::files::read_text(&yaml, crate::files::SETTINGS)?;
         return vq::Config::from_yaml(&text);
     }
     let config: Config = read_json(&dir.join("config.json"))?;

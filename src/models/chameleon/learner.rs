@@ -108,7 +108,7 @@ impl Lumina {
         let (dir, device) = (&opening.dir, &opening.device);
         let config_path = dir.join("config.json");
         let config: Config = read_json(&config_path)?;
-        let config_text = std::fs::read_to_string(&config_path).map_err(Error::io(&config_path))?;
+        let config_text = crate::files::read_text(&config_path, crate::files::SETTINGS)?;
         let found = WeightFiles::find(dir, "model")?;
         let weights = match opening.tuning {
             Tuning::Full => Weights::trainable(&found.into_safetensors()?, opening.seed, device)?,

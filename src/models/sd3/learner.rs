@@ -46,7 +46,7 @@ impl Sd3Learner {
             .resolution
             .map_or(model.resolution(), |side| side as usize);
         let config = opening.dir.join("transformer/config.json");
-        let config_text = std::fs::read_to_string(&config).map_err(Error::io(&config))?;
+        let config_text = crate::files::read_text(&config, crate::files::SETTINGS)?;
         Ok(Self {
             model,
             known: HashMap::new(),
