@@ -89,6 +89,9 @@ impl Error {
                     "{} is in the way of a directory: move it, or choose another place with --out or --store",
                     path.display()
                 )),
+                std::io::ErrorKind::InvalidInput | std::io::ErrorKind::IsADirectory => {
+                    Some("give a file: what a pipe or a device says can be saved as one".into())
+                }
                 std::io::ErrorKind::NotFound => Some("check the path; relative paths start at the working directory".into()),
                 _ => None,
             },

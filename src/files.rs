@@ -1,5 +1,7 @@
 //! Files that are either wholly there or not at all: written aside, synced, renamed.
 
+mod open;
+
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::Read;
@@ -7,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 
+pub use self::open::{LISTS, SETTINGS, TENSORS, copy, open, read};
 use crate::{Error, Result};
 
 /// Where the file or folder `path` is written before it takes its place.
@@ -280,8 +283,7 @@ pub fn copy_dir(from: &Path, to: &Path) -> Result<()> {
     write_dir(to, |aside| {
         for entry in std::fs::read_dir(from).map_err(Error::io(from))? {
             let entry = entry.map_err(Error::io(from))?;
-            std::fs::copy(entry.path(), aside.join(entry.file_name()))
-                .map_err(Error::io(entry.path()))?;
+            copy(&entry.path(), &aside.join(entry.file_name())).map_err(Error::io(entry.path()))?;
         }
         Ok(())
     })
@@ -355,7 +357,7 @@ pub fn digest_dir(dir: &Path) -> Result<String> {
     let mut hasher = blake3::Hasher::new();
     for (name, path) in found {
         let mut content = blake3::Hasher::new();
-        File::open(&path)
+        open(&path)
             .and_then(|file| content.update_reader(file).map(drop))
             .map_err(Error::io(&path))?;
         hasher.update(&(name.len() as u64).to_le_bytes());
@@ -365,51 +367,36 @@ pub fn digest_dir(dir: &Path) -> Result<String> {
     Ok(hasher.finalize().to_hex().to_string())
 }
 
-/// The largest JSON file that is read: indexes of 100,000 tensors have 10 MB, and in memory a document takes up to
-/// fifty times its size.
-pub const LARGEST_JSON: u64 = 16 << 20;
-
-/// The content of a file that has at most `largest` bytes.
+/// The text of the regular file at `path`, of at most `most` bytes.
 ///
 /// # Errors
-/// When it has more, cannot be read, or is no regular file: a pipe or a device may never end.
-pub fn read_small(path: &Path, largest: u64) -> Result<Vec<u8>> {
-    let fault = |what: String| Error::Checkpoint {
-        path: path.to_path_buf(),
-        faults: vec![what],
-    };
-    if !std::fs::metadata(path).map_err(Error::io(path))?.is_file() {
-        return Err(fault("no regular file".to_string()));
-    }
-    let mut bytes = Vec::new();
-    File::open(path)
-        .and_then(|file| file.take(largest + 1).read_to_end(&mut bytes))
-        .map_err(Error::io(path))?;
-    if bytes.len() as u64 > largest {
-        let most = largest >> 20;
-        return Err(fault(format!("larger than {most} MiB, as no such file is")));
-    }
-    Ok(bytes)
-}
-
-/// The text of a file that has at most `largest` bytes.
-///
-/// # Errors
-/// As [`read_small`], and when it is no text in UTF-8.
-pub fn read_text(path: &Path, largest: u64) -> Result<String> {
-    String::from_utf8(read_small(path, largest)?).map_err(|_| Error::Checkpoint {
-        path: path.to_path_buf(),
-        faults: vec!["no text in UTF-8".to_string()],
+/// Those of [`read`]; a file that is not UTF-8.
+pub fn read_text(path: &Path, most: u64) -> Result<String> {
+    let bytes = read(path, most).map_err(Error::io(path))?;
+    String::from_utf8(bytes).map_err(|_| {
+        let source = std::io::Error::new(
+            std::io::ErrorKind::InvalidData,
+            "the file is no text: it is not UTF-8",
+        );
+        Error::io(path)(source)
     })
 }
 
-/// Reads a JSON file of at most [`LARGEST_JSON`] bytes.
+/// The same, or `None` where there is no such file.
 ///
 /// # Errors
-/// As [`read_small`], and when it is no JSON of a `T`.
+/// Those of [`read_text`].
+pub fn read_text_if_there(path: &Path, most: u64) -> Result<Option<String>> {
+    match read_text(path, most) {
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        read => read.map(Some),
+    }
+}
+
+/// Reads a JSON file of at most [`SETTINGS`] bytes.
 pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
-    let text = read_small(path, LARGEST_JSON)?;
-    serde_json::from_slice(&text).map_err(|e| Error::Checkpoint {
+    let text = read_text(path, SETTINGS)?;
+    serde_json::from_str(&text).map_err(|e| Error::Checkpoint {
         path: path.to_path_buf(),
         faults: vec![e.to_string()],
     })
@@ -417,7 +404,7 @@ pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
 
 /// All tensors of a safetensors file, and its header's metadata.
 pub fn read_tensors(path: &Path) -> Result<(BTreeMap<String, Tensor>, BTreeMap<String, String>)> {
-    let bytes = std::fs::read(path).map_err(Error::io(path))?;
+    let bytes = read(path, TENSORS).map_err(Error::io(path))?;
     let fault = |e: String| Error::Checkpoint {
         path: path.to_path_buf(),
         faults: vec![e],

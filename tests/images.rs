@@ -184,7 +184,7 @@ fn a_folder_gives_its_photos_by_name_and_sets_bad_ones_aside() {
     put("~b.jpg", b"");
     put("b.jpg.tmp", b"");
     std::fs::create_dir(directory.path().join("folder.png")).unwrap();
-    let found = folder(directory.path()).unwrap();
+    let found = folder(directory.path(), Ok).unwrap();
     let name = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().to_string();
     let photos: Vec<String> = found.photos.iter().map(|p| name(&p.path)).collect();
     assert_eq!(photos, ["a.png", "b.JPG", "c.jpeg"]);
@@ -202,13 +202,13 @@ fn a_folder_gives_its_photos_by_name_and_sets_bad_ones_aside() {
 #[test]
 fn a_folder_with_nothing_usable_names_every_reason() {
     let directory = tempfile::tempdir().unwrap();
-    let error = folder(directory.path()).unwrap_err();
+    let error = folder(directory.path(), Ok).unwrap_err();
     assert!(error.to_string().contains("no usable photo"));
     assert!(error.hint().unwrap().contains("3 to 6"));
     std::fs::write(directory.path().join("x.png"), b"").unwrap();
-    let error = folder(directory.path()).unwrap_err();
+    let error = folder(directory.path(), Ok).unwrap_err();
     assert!(error.to_string().contains("x.png: the file is empty"));
-    let missing = folder(&directory.path().join("nowhere")).unwrap_err();
+    let missing = folder(&directory.path().join("nowhere"), Ok).unwrap_err();
     assert!(missing.to_string().contains("nowhere"));
     assert!(missing.hint().is_some());
     assert!(load(&directory.path().join("nothing.png")).is_err());

@@ -196,7 +196,7 @@ async fn a_picture_finds_itself_and_a_text_what_it_says_with_the_models_of_the_s
     let mut photos = Vec::new();
     for subject in ["dog1", "cat1", "teapot1", "vase1"] {
         let folder =
-            proxytune::images::folder(Path::new("datasets/nano/subjects").join(subject).as_path())
+            proxytune::images::folder(&Path::new("datasets/nano/subjects").join(subject), Ok)
                 .unwrap();
         photos.extend(folder.photos.into_iter().take(3));
     }

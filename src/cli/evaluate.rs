@@ -3,19 +3,17 @@
 use std::io::Write;
 use std::path::Path;
 
-use image::RgbImage;
-
 use super::models::make_ready;
 use super::sample::{Drawn, draw};
 use super::{Ended, EvaluateArgs, block_on, output_failed};
 use crate::config::models::evaluators;
 use crate::config::{locate, prompt_list, prompts};
 use crate::evaluation::captions::{captions, without_token};
-use crate::evaluation::embed::{Evaluator, ImageEmbedder};
-use crate::evaluation::embedders::{ClipEmbedder, DinoEmbedder};
+use crate::evaluation::embed::{Evaluator, ImageEmbedder, Prepared};
+use crate::evaluation::embedders::{ClipEmbedder, DinoEmbedder, Preparation};
 use crate::evaluation::metrics::ScoredImage;
 use crate::evaluation::report::{ModelScores, Report};
-use crate::images::{Photo, folder};
+use crate::images::{Photo, expect_photos, folder};
 use crate::models::Request;
 use crate::pipeline::{device, use_threads};
 use crate::plan::derive_seed;
@@ -27,7 +25,7 @@ use crate::{Error, Result};
 struct Scored {
     name: String,
     prompts: Vec<(String, String)>,
-    images: Vec<RgbImage>,
+    images: Vec<Prepared>,
     note: Option<String>,
 }
 
@@ -41,23 +39,34 @@ pub(super) fn evaluate(args: &EvaluateArgs, out: &mut impl Write) -> Result<Ende
     if args.compute.threads > 0 {
         use_threads(args.compute.threads);
     }
-    let mut ended = Ended::Well;
-    let references: Vec<_> = photos(references, &mut ended)?
+    for dir in [Some(references), args.images.as_ref()]
         .into_iter()
-        .map(|photo| photo.image)
-        .collect();
+        .flatten()
+    {
+        expect_photos(dir)?;
+    }
     let [clip, dino] = evaluators(args.model.as_deref());
     let clip = args.clip.as_deref().unwrap_or(clip);
     let dino = args.dino.as_deref().unwrap_or(dino);
     make_ready([clip, dino])?;
+    let (clip, dino, on) = (locate(clip)?, locate(dino)?, device(args.compute.device)?);
+    let preparation = Preparation::read(&clip, &dino)?;
+    let mut ended = Ended::Well;
+    let references: Vec<_> = photos(references, &preparation, &mut ended)?
+        .into_iter()
+        .map(|photo| photo.image)
+        .collect();
     let Scored {
         name,
         prompts,
         images,
         note,
     } = match (&args.images, &args.model) {
-        (Some(dir), _) => given(dir, photos(dir, &mut ended)?, &args.token, class)?,
-        (None, Some(model)) => drawn(model, args, class)?,
+        (Some(dir), _) => {
+            let photos = photos(dir, &preparation, &mut ended)?;
+            given(dir, photos, &args.token, class)?
+        }
+        (None, Some(model)) => drawn(model, args, class, &preparation)?,
         (None, None) => {
             return Err(Error::invalid(
                 "nothing to score",
@@ -65,7 +74,6 @@ pub(super) fn evaluate(args: &EvaluateArgs, out: &mut impl Write) -> Result<Ende
             ));
         }
     };
-    let (clip, dino, on) = (locate(clip)?, locate(dino)?, device(args.compute.device)?);
     let texts: Vec<String> = prompts.iter().map(|(_, text)| text.clone()).collect();
     let (scores, protocol) = block_on(async move {
         let board = Board::default();
@@ -78,8 +86,10 @@ pub(super) fn evaluate(args: &EvaluateArgs, out: &mut impl Write) -> Result<Ende
         };
         let worker = Worker::spawn("evaluator", build).await?;
         let score = move |evaluator: &mut Evaluator<ClipEmbedder, DinoEmbedder>| {
-            let (references, generated) =
-                (evaluator.embed(&references)?, evaluator.embed(&images)?);
+            let (references, generated) = (
+                evaluator.embed_prepared(references)?,
+                evaluator.embed_prepared(images)?,
+            );
             let scores = evaluator.score(&references, &generated, &texts)?;
             Ok((
                 scores,
@@ -111,9 +121,13 @@ pub(super) fn evaluate(args: &EvaluateArgs, out: &mut impl Write) -> Result<Ende
     Ok(ended)
 }
 
-/// The usable photos in `dir`; the others are named.
-fn photos(dir: &Path, ended: &mut Ended) -> Result<Vec<Photo>> {
-    let folder = folder(dir)?;
+/// The usable photos in `dir` at the size of the evaluators' input; the others are named.
+fn photos(
+    dir: &Path,
+    preparation: &Preparation,
+    ended: &mut Ended,
+) -> Result<Vec<Photo<Prepared>>> {
+    let folder = folder(dir, |image| preparation.prepare(&image))?;
     for fault in &folder.set_aside {
         eprintln!("warning: set aside: {fault}");
         *ended = Ended::WithWarnings;
@@ -122,7 +136,7 @@ fn photos(dir: &Path, ended: &mut Ended) -> Result<Vec<Photo>> {
 }
 
 /// Images that are there already.
-fn given(dir: &Path, photos: Vec<Photo>, token: &str, class: &str) -> Result<Scored> {
+fn given(dir: &Path, photos: Vec<Photo<Prepared>>, token: &str, class: &str) -> Result<Scored> {
     let (paths, images): (Vec<_>, Vec<_>) = photos
         .into_iter()
         .map(|photo| (photo.path, photo.image))
@@ -152,7 +166,12 @@ fn given(dir: &Path, photos: Vec<Photo>, token: &str, class: &str) -> Result<Sco
 }
 
 /// What `model` draws for the prompts that were asked for.
-fn drawn(model: &str, args: &EvaluateArgs, class: &str) -> Result<Scored> {
+fn drawn(
+    model: &str,
+    args: &EvaluateArgs,
+    class: &str,
+    preparation: &Preparation,
+) -> Result<Scored> {
     let mut requests = Vec::new();
     let mut texts = Vec::new();
     for template in prompt_list(&args.prompts)?.templates(class) {
@@ -176,7 +195,10 @@ fn drawn(model: &str, args: &EvaluateArgs, class: &str) -> Result<Scored> {
     Ok(Scored {
         name: model.to_string(),
         prompts: texts,
-        images,
+        images: images
+            .iter()
+            .map(|image| preparation.prepare(image))
+            .collect::<Result<_>>()?,
         note: None,
     })
 }

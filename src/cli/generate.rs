@@ -11,7 +11,7 @@ use crate::config::Document;
 use crate::pipeline::{Generated, Generation, Options, generate as make};
 use crate::stages::generate::Shard;
 use crate::stream::Stop;
-use crate::{Error, Result, files};
+use crate::{Result, files};
 
 /// `proxytune generate`
 #[derive(Debug, Clone, Args)]
@@ -45,7 +45,7 @@ pub struct GenerateArgs {
 
 pub(super) fn generate(args: &GenerateArgs) -> Result<Ended> {
     let file = &args.pipeline.file;
-    let text = std::fs::read_to_string(file).map_err(Error::io(file))?;
+    let text = crate::files::read_text(file, crate::files::SETTINGS)?;
     let mut overrides = args.pipeline.overrides.clone();
     overrides.extend(args.count.map(|count| format!("proxies.count={count}")));
     let document = Document::parse(&text, &file.display().to_string(), &overrides);

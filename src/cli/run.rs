@@ -4,14 +4,14 @@ use std::path::Path;
 
 use super::models::{make_ready, models_of};
 use super::{Ended, RunArgs, block_on};
+use crate::Result;
 use crate::config::Document;
 use crate::pipeline::{self, Options, Outcome};
 use crate::stream::{StageReport, Stop};
-use crate::{Error, Result};
 
 pub(super) fn run(args: &RunArgs) -> Result<Ended> {
     let file = &args.pipeline.file;
-    let text = std::fs::read_to_string(file).map_err(Error::io(file))?;
+    let text = crate::files::read_text(file, crate::files::SETTINGS)?;
     let document = Document::parse(&text, &file.display().to_string(), &args.pipeline.overrides);
     make_ready(document.repositories())?;
     let options = Options {

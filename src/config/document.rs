@@ -25,7 +25,7 @@ impl Document {
     /// # Errors
     /// Only when the file cannot be read; faults in it are kept for [`Document::resolve`].
     pub fn open(path: &Path, overrides: &[String]) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
+        let text = crate::files::read_text(path, crate::files::SETTINGS)?;
         Ok(Self::parse(&text, &path.display().to_string(), overrides))
     }
 

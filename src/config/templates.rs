@@ -28,9 +28,13 @@ pub(super) fn read(name: &At<String>, faults: &Faults) -> Option<PromptList> {
     if let Some(list) = PromptList::named(&name.value) {
         return Some(list);
     }
-    let text = match std::fs::read_to_string(&name.value) {
+    let text = match crate::files::read_text(name.value.as_ref(), crate::files::SETTINGS) {
         Ok(text) => text,
         Err(error) => {
+            let error = match error {
+                Error::Io { source, .. } => source.to_string(),
+                other => other.to_string(),
+            };
             faults.push(
                 &name.place,
                 format!(

@@ -60,11 +60,7 @@ fn metadata(path: &Path) -> Result<BTreeMap<String, String>> {
 
 /// The text in `path`; `None` where there is no such file.
 fn read(path: &Path) -> Result<Option<String>> {
-    match std::fs::read_to_string(path) {
-        Ok(text) => Ok(Some(text)),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(Error::io(path)(e)),
-    }
+    crate::files::read_text_if_there(path, crate::files::LISTS)
 }
 
 #[cfg(test)]

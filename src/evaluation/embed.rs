@@ -7,8 +7,17 @@ use crate::{Error, Result};
 
 /// A model that gives pictures embeddings.
 pub trait ImageEmbedder {
+    /// A picture of any size at the size of the model's input.
+    fn prepare(&self, image: &RgbImage) -> Result<RgbImage>;
+
+    /// One embedding for each of `prepared` pictures, in their order.
+    fn prepared(&self, prepared: &[RgbImage]) -> Result<Vec<Vec<f32>>>;
+
     /// One embedding for each picture, in their order; the pictures may have any sizes.
-    fn images(&self, images: &[RgbImage]) -> Result<Vec<Vec<f32>>>;
+    fn images(&self, images: &[RgbImage]) -> Result<Vec<Vec<f32>>> {
+        let prepared = images.iter().map(|image| self.prepare(image));
+        self.prepared(&prepared.collect::<Result<Vec<_>>>()?)
+    }
 
     /// What the report says about it: the checkpoint and how pictures are prepared.
     fn description(&self) -> String;
@@ -27,6 +36,13 @@ pub struct Embeddings {
     pub dino: Vec<Vec<f32>>,
 }
 
+/// A picture at the sizes that the two models take it in: photos are kept like this and not at full size.
+#[derive(Debug, Clone)]
+pub struct Prepared {
+    pub clip: RgbImage,
+    pub dino: RgbImage,
+}
+
 /// The two models that score, CLIP for CLIP-I and CLIP-T and DINO for DINO.
 pub struct Evaluator<C, D> {
     pub clip: C,
@@ -34,6 +50,18 @@ pub struct Evaluator<C, D> {
 }
 
 impl<C: ImageEmbedder + TextEmbedder, D: ImageEmbedder> Evaluator<C, D> {
+    /// Embeddings of `prepared` pictures by both models.
+    pub fn embed_prepared(&self, prepared: Vec<Prepared>) -> Result<Embeddings> {
+        let (clip, dino): (Vec<_>, Vec<_>) = prepared
+            .into_iter()
+            .map(|picture| (picture.clip, picture.dino))
+            .unzip();
+        Ok(Embeddings {
+            clip: self.clip.prepared(&clip)?,
+            dino: self.dino.prepared(&dino)?,
+        })
+    }
+
     /// Embeddings of `images` by both models.
     pub fn embed(&self, images: &[RgbImage]) -> Result<Embeddings> {
         Ok(Embeddings {
@@ -84,9 +112,13 @@ mod tests {
     struct Colours;
 
     impl ImageEmbedder for Colours {
-        fn images(&self, images: &[RgbImage]) -> Result<Vec<Vec<f32>>> {
+        fn prepare(&self, image: &RgbImage) -> Result<RgbImage> {
+            Ok(image.clone())
+        }
+
+        fn prepared(&self, prepared: &[RgbImage]) -> Result<Vec<Vec<f32>>> {
             let first = |image: &RgbImage| image.get_pixel(0, 0).0.map(f32::from).to_vec();
-            Ok(images.iter().map(first).collect())
+            Ok(prepared.iter().map(first).collect())
         }
 
         fn description(&self) -> String {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use image::RgbImage;
 
-use super::embed::{ImageEmbedder, TextEmbedder};
+use super::embed::{ImageEmbedder, Prepared, TextEmbedder};
 use super::preprocess::Preprocessing;
 use crate::models::checkpoint_files;
 use crate::models::clip::{self, Clip};
@@ -37,12 +37,11 @@ impl ClipEmbedder {
         let weights = read_weights(directory, device)?;
         let model = Clip::new(&config, &weights)?;
         weights.finish()?;
-        let official = Preprocessing::clip(config.vision_config.image_size as u32);
         Ok(Self {
             model,
             tokenizer: TextTokenizer::from_folder(directory)?,
             max_length: config.text_config.max_position_embeddings,
-            preprocessing: Preprocessing::from_checkpoint(directory, official)?,
+            preprocessing: clip_preprocessing(directory, &config)?,
             directory: directory.to_path_buf(),
             device: device.clone(),
         })
@@ -50,9 +49,13 @@ impl ClipEmbedder {
 }
 
 impl ImageEmbedder for ClipEmbedder {
-    fn images(&self, images: &[RgbImage]) -> Result<Vec<Vec<f32>>> {
-        in_batches(images, |batch| {
-            let pixels = self.preprocessing.apply(batch, &self.device)?;
+    fn prepare(&self, image: &RgbImage) -> Result<RgbImage> {
+        self.preprocessing.prepare(image)
+    }
+
+    fn prepared(&self, prepared: &[RgbImage]) -> Result<Vec<Vec<f32>>> {
+        in_batches(prepared, |batch| {
+            let pixels = self.preprocessing.normalize(batch, &self.device)?;
             self.model.encode_image(&pixels)
         })
     }
@@ -96,22 +99,10 @@ impl DinoEmbedder {
     /// squashes pictures, while DINO's scores in papers are those of its own steps.
     pub fn load(directory: &Path, device: &Device) -> Result<Self> {
         let config = vit::Config::read(directory)?;
-        let vit::Size { height, width } = config.image_size;
-        let side = config.image_size.side().ok_or_else(|| {
-            Error::invalid(
-                format!("a DINO for images of {height} by {width} pixels"),
-                "scores are taken with one for square images",
-            )
-        })?;
+        let preprocessing = dino_preprocessing(directory, &config)?;
         let weights = read_weights(directory, device)?;
         let model = Vit::new(&config, &weights)?;
         weights.finish()?;
-        let official = Preprocessing::dino(side as u32);
-        let preprocessing = if is_official(directory, &config) {
-            official
-        } else {
-            Preprocessing::from_checkpoint(directory, official)?
-        };
         Ok(Self {
             model,
             preprocessing,
@@ -122,15 +113,64 @@ impl DinoEmbedder {
 }
 
 impl ImageEmbedder for DinoEmbedder {
-    fn images(&self, images: &[RgbImage]) -> Result<Vec<Vec<f32>>> {
-        in_batches(images, |batch| {
-            let pixels = self.preprocessing.apply(batch, &self.device)?;
+    fn prepare(&self, image: &RgbImage) -> Result<RgbImage> {
+        self.preprocessing.prepare(image)
+    }
+
+    fn prepared(&self, prepared: &[RgbImage]) -> Result<Vec<Vec<f32>>> {
+        in_batches(prepared, |batch| {
+            let pixels = self.preprocessing.normalize(batch, &self.device)?;
             self.model.forward(&pixels)
         })
     }
 
     fn description(&self) -> String {
         describe("DINO", &self.directory, &self.preprocessing)
+    }
+}
+
+/// How CLIP and DINO want their pictures: known from their folders' small files, before the models are there.
+#[derive(Debug, Clone)]
+pub struct Preparation {
+    clip: Preprocessing,
+    dino: Preprocessing,
+}
+
+impl Preparation {
+    /// Of the checkpoints in the folders `clip` and `dino`. Fails as loading them does.
+    pub fn read(clip: &Path, dino: &Path) -> Result<Self> {
+        Ok(Self {
+            clip: clip_preprocessing(clip, &read_json(&clip.join("config.json"))?)?,
+            dino: dino_preprocessing(dino, &vit::Config::read(dino)?)?,
+        })
+    }
+
+    /// `image`, of any size, for both.
+    pub fn prepare(&self, image: &RgbImage) -> Result<Prepared> {
+        Ok(Prepared {
+            clip: self.clip.prepare(image)?,
+            dino: self.dino.prepare(image)?,
+        })
+    }
+}
+
+fn clip_preprocessing(directory: &Path, config: &clip::Config) -> Result<Preprocessing> {
+    let official = Preprocessing::clip(config.vision_config.image_size as u32);
+    Preprocessing::from_checkpoint(directory, official)
+}
+
+fn dino_preprocessing(directory: &Path, config: &vit::Config) -> Result<Preprocessing> {
+    let vit::Size { height, width } = config.image_size;
+    let side = config.image_size.side().ok_or_else(|| {
+        Error::invalid(
+            format!("a DINO for images of {height} by {width} pixels"),
+            "scores are taken with one for square images",
+        )
+    })?;
+    let official = Preprocessing::dino(side as u32);
+    match is_official(directory, config) {
+        true => Ok(official),
+        false => Preprocessing::from_checkpoint(directory, official),
     }
 }
 

@@ -7,10 +7,12 @@ use candle_core::{Device, Tensor};
 use image::RgbImage;
 use serde_json::Value;
 
-use crate::files::{LARGEST_JSON, read_text};
-use crate::images::{Filter, center_crop, normalized, resize_exact, resize_short_side};
+use crate::images::{
+    Filter, MAX_PIXELS, center_crop, normalized, resize_and_crop, resize_exact, resize_short_side,
+    short_side,
+};
 use crate::models::limits::SIDE;
-use crate::{Error, Result};
+use crate::{Error, Result, files};
 
 const CLIP_MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_7];
 const CLIP_STD: [f32; 3] = [0.268_629_54, 0.261_302_6, 0.275_777_1];
@@ -72,10 +74,9 @@ impl Preprocessing {
     /// Fails when the file is not JSON or asks for something unknown.
     pub fn from_checkpoint(directory: &Path, official: Preprocessing) -> Result<Self> {
         let path = directory.join("preprocessor_config.json");
-        if !path.exists() {
+        let Some(text) = files::read_text_if_there(&path, files::SETTINGS)? else {
             return Ok(official);
-        }
-        let text = read_text(&path, LARGEST_JSON)?;
+        };
         parse(&text, &official).map_err(|fault| Error::Checkpoint {
             path,
             faults: vec![fault],
@@ -98,20 +99,42 @@ impl Preprocessing {
 
     /// `images`, of any sizes, as (b, 3, h, w) f32. Fails when the steps lead to different sizes.
     pub fn apply(&self, images: &[RgbImage], device: &Device) -> Result<Tensor> {
-        let prepared: Vec<RgbImage> = images.iter().map(|image| self.prepare(image)).collect();
-        normalized(&prepared, self.mean, self.std, device)
+        let prepared = images.iter().map(|image| self.prepare(image));
+        self.normalize(&prepared.collect::<Result<Vec<_>>>()?, device)
     }
 
-    fn prepare(&self, image: &RgbImage) -> RgbImage {
-        let resized = match self.resize {
-            Some(Resize::ShortSide(side)) => resize_short_side(image, side, self.filter),
-            Some(Resize::Exact(width, height)) => resize_exact(image, width, height, self.filter),
-            None => image.clone(),
-        };
-        match self.crop {
-            Some((width, height)) => center_crop(&resized, width, height),
-            None => resized,
-        }
+    /// `prepared` pictures ([`Self::prepare`]) as (b, 3, h, w) f32. Fails when the sizes differ.
+    pub fn normalize(&self, prepared: &[RgbImage], device: &Device) -> Result<Tensor> {
+        normalized(prepared, self.mean, self.std, device)
+    }
+
+    /// `image`, of any size, at the size of the model's input. Fails where nothing is cropped and a strip would become
+    /// larger than any photo.
+    pub fn prepare(&self, image: &RgbImage) -> Result<RgbImage> {
+        Ok(match (self.resize, self.crop) {
+            (Some(Resize::ShortSide(side)), Some(crop)) => {
+                resize_and_crop(image, side, self.filter, crop)
+            }
+            (Some(Resize::ShortSide(side)), None) => {
+                let (width, height) = short_side(image, side);
+                if width * height > MAX_PIXELS {
+                    return Err(Error::invalid(
+                        format!("a picture that would be resized to {width}×{height} pixels"),
+                        "take strips out of the folder, or give the evaluator a crop_size",
+                    ));
+                }
+                resize_short_side(image, side, self.filter)
+            }
+            (Some(Resize::Exact(width, height)), crop) => {
+                let resized = resize_exact(image, width, height, self.filter);
+                match crop {
+                    Some((width, height)) => center_crop(&resized, width, height),
+                    None => resized,
+                }
+            }
+            (None, Some((width, height))) => center_crop(image, width, height),
+            (None, None) => image.clone(),
+        })
     }
 }
 

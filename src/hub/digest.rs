@@ -27,7 +27,7 @@ impl Digest {
 
     /// Whether the file `path` has it.
     pub fn fits(&self, path: &Path) -> std::io::Result<bool> {
-        let file = std::fs::File::open(path)?;
+        let file = crate::files::open(path)?;
         let (mut context, expected) = match self {
             Self::Sha256(expected) => (Context::new(&SHA256), expected),
             Self::GitBlob(expected) => {

@@ -63,7 +63,7 @@ impl Settings {
             .or_else(|| Some(hf_home.as_ref()?.join("token")));
         let token = set("HF_TOKEN")
             .or_else(|| set("HUGGING_FACE_HUB_TOKEN"))
-            .or_else(|| std::fs::read_to_string(token_file?).ok())
+            .or_else(|| crate::files::read_text(&token_file?, crate::files::SETTINGS).ok())
             .map(|token| token.trim().to_string())
             .filter(|token| !token.is_empty());
         let endpoint = set("HF_ENDPOINT").unwrap_or_else(|| ENDPOINT.to_string());

@@ -71,7 +71,10 @@ impl Snapshot {
         if !is_revision(&repo.revision) {
             return None;
         }
-        let commit = match std::fs::read_to_string(root.join("refs").join(&repo.revision)) {
+        let commit = match crate::files::read_text(
+            &root.join("refs").join(&repo.revision),
+            crate::files::SETTINGS,
+        ) {
             Ok(commit) => Some(commit.trim().to_string()).filter(|commit| is_id(commit))?,
             Err(_) => repo.revision.clone(),
         };

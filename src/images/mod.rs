@@ -3,6 +3,7 @@
 
 mod augment;
 mod codec;
+mod container;
 mod draw;
 mod font;
 mod load;
@@ -14,8 +15,10 @@ pub use codec::{decode_png, encode_png, pixel_digest};
 pub(crate) use draw::fitted;
 pub use draw::{Canvas, grid};
 pub use load::{
-    Folder, MAX_BYTES, MAX_PIXELS, Photo, decode, folder, is_other_picture, is_photo_name, load,
-    read,
+    Folder, MAX_BYTES, MAX_PIXELS, MAX_SIDE, Photo, decode, expect_photos, folder,
+    is_other_picture, is_photo_name, load, read,
 };
-pub use resize::{Filter, center_crop, resize_exact, resize_short_side, square};
+pub use resize::{
+    Filter, center_crop, resize_and_crop, resize_exact, resize_short_side, short_side, square,
+};
 pub use tensor::{check_side, from_tensor, normalized, to_tensor};

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use crate::files::{LARGEST_JSON, read_json, read_text};
+use crate::files::{LISTS, read_json, read_text};
 use crate::{Error, Result};
 
 /// What splits a text into words once it is lowercase.
@@ -22,7 +22,7 @@ const WORDS: &str =
 pub(super) fn describe(folder: &Path) -> Result<Value> {
     let vocabulary: Map<String, Value> = read_json(&folder.join("vocab.json"))?;
     let path = folder.join("merges.txt");
-    let merges = read_text(&path, LARGEST_JSON)?;
+    let merges = read_text(&path, LISTS)?;
     // The first line says which version of the format it is.
     let merges: Vec<&str> = merges
         .lines()

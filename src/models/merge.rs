@@ -294,7 +294,7 @@ fn link_or_copy(from: &Path, to: &Path) -> Result<()> {
     }
     let from = std::fs::canonicalize(from).map_err(Error::io(from))?;
     if std::fs::hard_link(&from, to).is_err() {
-        std::fs::copy(&from, to).map_err(Error::io(to))?;
+        files::copy(&from, to).map_err(Error::io(to))?;
     }
     Ok(())
 }

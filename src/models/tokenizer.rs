@@ -8,7 +8,6 @@ use serde_json::Value;
 use tokenizers::{PostProcessor, Tokenizer, TruncationDirection};
 
 use super::clip_tokenizer;
-use crate::files::{LARGEST_JSON, read_small};
 use crate::{Error, Result};
 
 /// The ids of one text, and which of them are not padding.
@@ -72,7 +71,10 @@ impl TextTokenizer {
     /// Reads a `tokenizer.json`. Truncation and padding written in it are dropped: both are arguments of
     /// [`TextTokenizer::encode`].
     pub fn from_file(path: &Path) -> Result<Self> {
-        Self::from_json(&read_small(path, LARGEST_JSON)?, path)
+        Self::from_json(
+            &crate::files::read(path, crate::files::LISTS).map_err(Error::io(path))?,
+            path,
+        )
     }
 
     fn from_json(text: &[u8], path: &Path) -> Result<Self> {

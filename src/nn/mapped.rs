@@ -1,7 +1,6 @@
 //! Safetensors files in memory, whose headers are checked before anything believes them: the crate compares offsets,
 //! shapes and types with each other and with the file's length; here it is kept from headers that it should not read.
 
-use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
@@ -35,10 +34,8 @@ pub fn map(files: &[PathBuf]) -> Result<MmapedSafetensors> {
 
 /// Fails where `file` is no regular file, or cannot hold the header that it announces.
 fn check_header(file: &Path) -> Result<()> {
-    let metadata = std::fs::metadata(file).map_err(Error::io(file))?;
-    if !metadata.is_file() {
-        return Err(fault(file, "no regular file".to_string()));
-    }
+    let mut opened = crate::files::open(file).map_err(Error::io(file))?;
+    let metadata = opened.metadata().map_err(Error::io(file))?;
     let mut start = [0; 8];
     let Some(behind) = metadata.len().checked_sub(start.len() as u64) else {
         let what = format!(
@@ -47,9 +44,7 @@ fn check_header(file: &Path) -> Result<()> {
         );
         return Err(fault(file, what));
     };
-    File::open(file)
-        .and_then(|mut file| file.read_exact(&mut start))
-        .map_err(Error::io(file))?;
+    opened.read_exact(&mut start).map_err(Error::io(file))?;
     if &start == b"version " {
         let what = "a pointer to a file of git-lfs: fetch the file itself with `git lfs pull`";
         return Err(fault(file, what.to_string()));

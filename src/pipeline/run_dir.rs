@@ -144,7 +144,7 @@ impl RunDir {
     pub fn texts(&self) -> Result<(String, String)> {
         let read = |name| {
             let path = self.path.join(name);
-            std::fs::read_to_string(&path).map_err(Error::io(&path))
+            crate::files::read_text(&path, crate::files::SETTINGS)
         };
         Ok((read(PIPELINE)?, read(RESOLVED)?))
     }
@@ -152,7 +152,7 @@ impl RunDir {
     /// The summary of a run that has ended well.
     pub fn summary(&self) -> Result<String> {
         let path = self.path.join(COMPLETE);
-        std::fs::read_to_string(&path).map_err(|_| {
+        crate::files::read_text(&path, crate::files::LISTS).map_err(|_| {
             Error::invalid(
                 format!("{} has not run to its end", self.path.display()),
                 "run its pipeline again: it continues where it stopped",
@@ -289,7 +289,7 @@ fn changes_since_last(out: &Path, stem: &str, resolved: &str) -> Result<Vec<Stri
     let Some((_, _, file)) = runs_of(out, stem)?.into_iter().next() else {
         return Ok(Vec::new());
     };
-    let before = fields(&std::fs::read_to_string(&file).map_err(Error::io(&file))?);
+    let before = fields(&crate::files::read_text(&file, crate::files::SETTINGS)?);
     let after = fields(resolved);
     let mut names: Vec<&String> = before.keys().chain(after.keys()).collect();
     names.sort();

@@ -22,7 +22,10 @@ const LARGEST: u32 = 1024;
 /// # Errors
 /// When the folder is missing or holds nothing usable.
 pub fn load(subject: &config::Subject, warnings: &Warnings) -> Result<Subject> {
-    let folder = folder(&subject.images)?;
+    let folder = folder(&subject.images, |image| {
+        let side = image.width().min(image.height()).min(LARGEST);
+        Ok(square(&image, side))
+    })?;
     for fault in folder.set_aside {
         warnings.add(format!("subject {}: set aside: {fault}", subject.name));
     }
@@ -35,7 +38,6 @@ pub fn load(subject: &config::Subject, warnings: &Warnings) -> Result<Subject> {
         images: Vec::new(),
     };
     for photo in folder.photos {
-        let side = photo.image.width().min(photo.image.height()).min(LARGEST);
         loaded.digests.push(photo.digest);
         loaded.files.push(
             photo
@@ -45,7 +47,7 @@ pub fn load(subject: &config::Subject, warnings: &Warnings) -> Result<Subject> {
                 .to_string_lossy()
                 .into_owned(),
         );
-        loaded.images.push(square(&photo.image, side));
+        loaded.images.push(photo.image);
     }
     if loaded.images.is_empty() {
         return Err(Error::invalid(

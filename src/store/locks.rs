@@ -94,7 +94,7 @@ impl Locks {
 
     /// What the last holder of `name` noted; empty if nothing.
     pub fn noted(&self, name: &str) -> String {
-        std::fs::read_to_string(self.dir.join(name)).unwrap_or_default()
+        crate::files::read_text(&self.dir.join(name), crate::files::SETTINGS).unwrap_or_default()
     }
 
     fn open(&self, name: &str) -> Result<(File, PathBuf)> {

@@ -246,7 +246,7 @@ fn hold(path: &Path, access: Access) -> Result<Option<File>> {
     match access {
         Access::Shared => {
             // Who cannot write here cannot erase here either, and reading needs no right to write.
-            let Ok(file) = open.or_else(|_| File::open(path)) else {
+            let Ok(file) = open.or_else(|_| crate::files::open(path)) else {
                 return Ok(None);
             };
             let locked = match file.try_lock_shared() {

@@ -54,7 +54,7 @@ impl Checkpoints {
         let mut found = Vec::new();
         for entry in entries {
             let path = entry.map_err(Error::io(&self.dir))?.path();
-            let Ok(text) = std::fs::read_to_string(path.join("state.json")) else {
+            let Ok(text) = files::read_text(&path.join("state.json"), files::SETTINGS) else {
                 continue;
             };
             let Ok(state) = serde_json::from_str::<State>(&text) else {

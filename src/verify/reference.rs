@@ -39,7 +39,7 @@ pub(super) fn key(kind: &str, name: &str) -> String {
 
 impl Reference {
     pub fn read(path: &Path, component: Component) -> Result<Self> {
-        let bytes = std::fs::read(path).map_err(Error::io(path))?;
+        let bytes = crate::files::read(path, crate::files::TENSORS).map_err(Error::io(path))?;
         let fault = |what: String| Error::Checkpoint {
             path: path.to_path_buf(),
             faults: vec![what],

@@ -6,7 +6,7 @@ use super::scan::Scan;
 use super::state::{Home, Look, Run, State, Subject};
 use crate::config::{Document, Resolved, Source, Subject as Learnt};
 use crate::plan::{Digest, settings_digest};
-use crate::{Error, Result, files};
+use crate::{Error, Result, files, images};
 
 /// What all runs of a watch have in common: a pipeline file whose subjects, baseline and untouched student do not
 /// count, as subjects come from the folder and the student goes on.
@@ -128,29 +128,32 @@ fn copy_photos(home: &Home, subject: &Subject, scan: &Scan) -> Result<bool> {
     let Some(folder) = scan.folders.get(&subject.folder) else {
         return Ok(false);
     };
-    let mut copies = Vec::new();
-    for digest in &subject.photos {
-        let Some(path) = folder.photos.get(digest) else {
-            return Ok(false);
-        };
-        match std::fs::read(path) {
-            Ok(bytes) if blake3::hash(&bytes).to_hex().as_str() == digest => {
-                let extension = path.extension().unwrap_or_default().to_string_lossy();
-                copies.push((
-                    format!("{}.{}", &digest[..16], extension.to_lowercase()),
-                    bytes,
-                ));
-            }
-            _ => return Ok(false),
-        }
-    }
     if let Some(parent) = to.parent() {
         files::create_dir(parent)?;
     }
-    files::write_dir(&to, |dir| {
-        copies
-            .iter()
-            .try_for_each(|(name, bytes)| files::write(&dir.join(name), bytes))
-    })?;
-    Ok(true)
+    let mut same = true;
+    let written = files::write_dir(&to, |dir| {
+        for digest in &subject.photos {
+            let path = folder.photos.get(digest);
+            let read = path.map(|path| (path, images::read(path)));
+            let Some((path, Ok(bytes))) =
+                read.filter(|(_, bytes)| bytes.as_ref().is_ok_and(|bytes| is_of(bytes, digest)))
+            else {
+                same = false;
+                return Err(Error::Interrupted);
+            };
+            let extension = path.extension().unwrap_or_default().to_string_lossy();
+            let name = format!("{}.{}", &digest[..16], extension.to_lowercase());
+            files::write(&dir.join(name), &bytes)?;
+        }
+        Ok(())
+    });
+    match same {
+        true => written.map(|()| true),
+        false => Ok(false),
+    }
+}
+
+fn is_of(bytes: &[u8], digest: &str) -> bool {
+    blake3::hash(bytes).to_hex().as_str() == digest
 }

@@ -147,7 +147,7 @@ pub fn publish(
         files::write_dir(&evaluation, |dir| {
             for name in ["report.html", "report.json", "sheet.png"] {
                 let from = outcome.dir.join(name);
-                std::fs::copy(&from, dir.join(name)).map_err(Error::io(&from))?;
+                files::copy(&from, &dir.join(name)).map_err(Error::io(&from))?;
             }
             files::write(&dir.join("scores.json"), format!("{table:#}\n").as_bytes())
         })?;
@@ -186,7 +186,7 @@ fn copy_adapter(adapter: &Path, evaluation: &Path, dir: &Path) -> Result<()> {
         let from = entry.map_err(Error::io(adapter))?.path();
         if from.is_file() {
             let to = dir.join(from.file_name().unwrap_or_default());
-            std::fs::copy(&from, to).map_err(Error::io(&from))?;
+            files::copy(&from, &to).map_err(Error::io(&from))?;
         }
     }
     Ok(())

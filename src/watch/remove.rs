@@ -224,9 +224,11 @@ fn photos(
             continue;
         }
         let mut digest = blake3::Hasher::new();
-        let read =
-            std::fs::File::open(&picture).and_then(|file| digest.update_reader(file).map(drop));
-        read.map_err(Error::io(&picture))?;
+        match files::open(&picture).and_then(|file| digest.update_reader(file).map(drop)) {
+            // Nothing was learnt from a pipe or a device.
+            Err(error) if error.kind() == std::io::ErrorKind::InvalidInput => continue,
+            read => read.map_err(Error::io(&picture))?,
+        }
         if known.contains(&digest.finalize().to_hex().to_string()) {
             match parent.is_some_and(|parent| others.contains(parent)) {
                 true => shared.push(picture),
@@ -255,7 +257,7 @@ fn pictures(dir: &Path) -> Result<Vec<PathBuf>> {
 
 /// Whether the scores of an adapter are of `id`, too.
 fn scored(path: &Path, id: &str) -> bool {
-    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let text = files::read_text(path, files::SETTINGS).unwrap_or_default();
     let json: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
     json["scores"].get(id).is_some()
 }
@@ -270,11 +272,8 @@ fn names(text: &str, id: &str) -> bool {
 /// Whether the run in `dir` had the subject `id`.
 fn knows(dir: &Path, id: &str) -> Result<bool> {
     let path = dir.join("resolved.toml");
-    match std::fs::read_to_string(&path) {
-        Ok(text) => Ok(names(&text, id)),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
-        Err(e) => Err(Error::io(&path)(e)),
-    }
+    let text = files::read_text_if_there(&path, files::SETTINGS)?;
+    Ok(text.is_some_and(|text| names(&text, id)))
 }
 
 /// Deletes the file, link or folder at `path`, if it is there.

@@ -255,7 +255,7 @@ impl Home {
             });
         }
         let path = self.state();
-        let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+        let text = crate::files::read_text(&path, crate::files::LISTS)?;
         let refused = |what: String| {
             Error::invalid(
                 format!("{}: {what}", path.display()),
@@ -305,7 +305,7 @@ impl Home {
 
     /// Whether a process watches here.
     pub fn is_watched(&self) -> bool {
-        let file = File::open(self.path.join("lock"));
+        let file = crate::files::open(&self.path.join("lock"));
         file.is_ok_and(|file| {
             matches!(
                 file.try_lock_shared(),

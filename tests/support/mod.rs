@@ -3,6 +3,8 @@
 pub mod filled;
 pub mod golden;
 pub mod hub;
+pub mod memory;
+pub mod torch;
 
 use std::collections::BTreeMap;
 use std::io::Read;

@@ -7,7 +7,7 @@ use candle_core::{DType, Device};
 
 use super::config::Config;
 use super::vq::{self, VqGan};
-use crate::files::{LARGEST_JSON, read_text};
+use crate::files::{SETTINGS, read_text};
 use crate::models::checkpoint_files::WeightFiles;
 use crate::models::limits::read_config;
 use crate::models::tokenizer::TextTokenizer;
@@ -44,7 +44,7 @@ pub fn tokenizer_dir(dir: &Path) -> PathBuf {
 pub fn tokenizer_config(dir: &Path) -> Result<vq::Config> {
     let yaml = tokenizer_dir(dir).join(VQ_CONFIG);
     if yaml.is_file() {
-        let text = read_text(&yaml, LARGEST_JSON)?;
+        let text = read_text(&yaml, SETTINGS)?;
         return vq::Config::from_yaml(&text);
     }
     let config: Config = read_config(&dir.join("config.json"))?;

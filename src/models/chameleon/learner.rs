@@ -16,7 +16,7 @@ use super::files;
 use super::grammar::{Format, Vocabulary};
 use super::loss::Sequence;
 use super::vq::VqGan;
-use crate::files::{LARGEST_JSON, read_text};
+use crate::files::{SETTINGS, read_text};
 use crate::models::checkpoint_files::WeightFiles;
 use crate::models::limits::read_config;
 use crate::models::llamagen::Sampling as TokenSampling;
@@ -109,7 +109,7 @@ impl Lumina {
         let (dir, device) = (&opening.dir, &opening.device);
         let config_path = dir.join("config.json");
         let config: Config = read_config(&config_path)?;
-        let config_text = read_text(&config_path, LARGEST_JSON)?;
+        let config_text = read_text(&config_path, SETTINGS)?;
         let found = WeightFiles::find(dir, "model")?;
         let weights = match opening.tuning {
             Tuning::Full => Weights::trainable(&found.into_safetensors()?, opening.seed, device)?,

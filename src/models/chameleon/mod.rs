@@ -12,7 +12,6 @@ mod learner;
 mod loss;
 pub mod vq;
 mod vq_config;
-mod yaml;
 
 pub use backbone::{Backbone, Dropout};
 pub use cache::Cache;

@@ -2,7 +2,6 @@
 
 use serde::Deserialize;
 
-use super::yaml;
 use crate::models::limits::{CHANNELS, LAYERS, LEVELS, Limited, Limits, SIDE, VOCABULARY};
 use crate::{Error, Result};
 
@@ -67,7 +66,17 @@ impl Default for HuggingFace {
     }
 }
 
-/// `model.params` of a `vqgan.yaml`.
+/// A `vqgan.yaml`.
+#[derive(Deserialize)]
+struct Document {
+    model: Model,
+}
+
+#[derive(Deserialize)]
+struct Model {
+    params: Taming,
+}
+
 #[derive(Deserialize)]
 struct Taming {
     ddconfig: Sizes,
@@ -167,9 +176,22 @@ impl Config {
 
     /// From the text of a `vqgan.yaml`.
     pub fn from_yaml(text: &str) -> Result<Self> {
-        let document = yaml::parse(text).map_err(|e| unlike(&e))?;
-        let read = Taming::deserialize(&document["model"]["params"])
-            .map_err(|e| unlike(&format!("model.params: {e}")))?;
+        // What a published one takes is a hundredth of this; aliases may not multiply it.
+        let options = serde_saphyr::options! {
+            with_snippet: false,
+            budget: serde_saphyr::budget! {
+                max_depth: 32,
+                max_nodes: 10_000,
+                max_events: 100_000,
+                max_aliases: 100,
+            },
+            alias_limits: serde_saphyr::alias_limits! {
+                max_total_replayed_events: 10_000,
+            },
+        };
+        let Document { model } = serde_saphyr::from_str_with_options(text, options)
+            .map_err(|e| unlike(&e.to_string()))?;
+        let read = model.params;
         let sizes = read.ddconfig;
         let foreign = [
             ("double_z", sizes.double_z),
@@ -277,6 +299,46 @@ fn unlike(what: &str) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The part of Meta's file that is read, as PyYAML writes it with and without brackets.
+    #[test]
+    fn metas_file_is_read_in_every_style() {
+        let sizes = "attn_resolutions: []\n      ch: 128\n      ch_mult:\n      - 1\n      - 1\n      - 2\n      - 2\n      \
+                     - 4\n      double_z: false\n      dropout: 0.0\n      in_channels: 3\n      num_res_blocks: 2\n      \
+                     out_ch: 3\n      resolution: 512\n      z_channels: 256\n";
+        let blocks = format!(
+            "model:\n  base_learning_rate: 4.5e-06  # per image\n  target: taming.models.vqgan.VQModel\n  params:\n    \
+             embed_dim: 256\n    n_embed: 8192\n    ddconfig:\n      {sizes}    lossconfig:\n      params: {{disc_weight: \
+             0.8, name: 'a: {{b', perceptual_weight: null}}\n      target: 'x # y'\n"
+        );
+        assert_eq!(Config::from_yaml(&blocks).unwrap(), Config::default());
+        let brackets = "---\n{model: {params: {ddconfig: {attn_resolutions: [], ch: 128, ch_mult: [1, 1, 2,\n        2, 4], \
+                        double_z: False, in_channels: 3, num_res_blocks: 2, out_ch: 3, resolution: 512,\n      z_channels: \
+                        256}, embed_dim: 256, n_embed: 8192}, target: taming.VQModel}}\n";
+        assert_eq!(Config::from_yaml(brackets).unwrap(), Config::default());
+    }
+
+    #[test]
+    fn yaml_that_would_take_all_memory_or_stack_is_refused() {
+        let deep = format!("model: {}", "[".repeat(1_000_000));
+        let mut laughs = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n".to_string();
+        for level in 1..12 {
+            let before = vec![format!("*a{}", level - 1); 10].join(", ");
+            laughs += &format!("a{level}: &a{level} [{before}]\n");
+        }
+        laughs += &Config::default().to_yaml();
+        let wide = format!(
+            "{}model: [{}]",
+            Config::default().to_yaml(),
+            "1,".repeat(1_000_000)
+        );
+        let own = "model: &model\n  params: *model\n".to_string();
+        for text in [deep, laughs, wide, own] {
+            let begun = std::time::Instant::now();
+            assert!(Config::from_yaml(&text).is_err());
+            assert!(begun.elapsed().as_secs() < 2);
+        }
+    }
 
     #[test]
     fn a_config_survives_its_own_yaml() {

@@ -10,7 +10,7 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
 use super::{Conditioning, Denoiser, Framing, LatentDiffusion, network_files};
-use crate::files::{LARGEST_JSON, read_text};
+use crate::files::{SETTINGS, read_text};
 use crate::models::{Example, Learner, Lesson, Opening, Request, Sampling, Tuning, adapters};
 use crate::nn::{Adapter, Weights, mean_over_parts, merged, recomputing};
 use crate::{Error, Result, images};
@@ -47,7 +47,7 @@ impl<D: Denoiser> DiffusionLearner<D> {
             .resolution
             .map_or(model.resolution(), |side| side as usize);
         let config = opening.dir.join(D::COMPONENT).join("config.json");
-        let config_text = read_text(&config, LARGEST_JSON)?;
+        let config_text = read_text(&config, SETTINGS)?;
         Ok(Self {
             model,
             known: HashMap::new(),

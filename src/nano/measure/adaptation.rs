@@ -123,7 +123,7 @@ async fn run(
     folder: &Path,
     number: usize,
 ) -> Result<[(Means, Means); 3]> {
-    let text = std::fs::read_to_string(file).map_err(Error::io(file))?;
+    let text = crate::files::read_text(file, crate::files::SETTINGS)?;
     let name = CHOSEN[number % CHOSEN.len()];
     let photos = folder.join("subjects").join(name);
     write_subjects(&folder.join("subjects"))?;
@@ -219,7 +219,7 @@ fn untouched_supervisor(context: &Context, resolved: &Resolved, photos: PathBuf)
         clip: ClipEmbedder::load(&context.out.join("clip"), &context.device)?,
         dino: DinoEmbedder::load(&context.out.join("dino"), &context.device)?,
     };
-    let references: Vec<_> = folder(&photos)?
+    let references: Vec<_> = folder(&photos, Ok)?
         .photos
         .into_iter()
         .map(|photo| photo.image)

@@ -1,0 +1,397 @@
+//! The readers, one test for each, with the files that they are given.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device};
+use proxytune::config::{Document, models, prompt_list};
+use proxytune::evaluation::captions::captions;
+use proxytune::evaluation::preprocess::Preprocessing;
+use proxytune::files::{read_json, read_tensors};
+use proxytune::images::{decode, square};
+use proxytune::models::checkpoint_files::WeightFiles;
+use proxytune::models::lora_file::LoraFile;
+use proxytune::models::pickle::Pickle;
+use proxytune::models::tokenizer::TextTokenizer;
+use proxytune::models::{autoencoder, chameleon, clip, llamagen, sd3, t5, vit};
+use proxytune::nn::Weights;
+use proxytune::watch::state::Home;
+
+use super::{Reader, fuzz};
+use crate::support::torch;
+
+fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn seed(path: &str) -> Vec<u8> {
+    std::fs::read(root().join(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
+}
+
+fn seeds(paths: &[&str]) -> Vec<Vec<u8>> {
+    paths.iter().map(|path| seed(path)).collect()
+}
+
+fn as_it_is(bytes: Vec<u8>) -> Vec<u8> {
+    bytes
+}
+
+/// A reader of whole files called `file`, with nothing beside.
+fn reader(
+    name: &'static str,
+    file: &'static str,
+    seeds: Vec<Vec<u8>>,
+    read: fn(&Path) -> bool,
+) -> Reader {
+    Reader {
+        name,
+        file,
+        seeds,
+        beside: Vec::new(),
+        wrap: as_it_is,
+        read,
+    }
+}
+
+#[test]
+fn pictures_of_any_content_are_read_or_refused() {
+    let golden = root().join("tests/golden/images/golden.safetensors");
+    let golden = candle_core::safetensors::load(golden, &Device::Cpu).unwrap();
+    let mut files: Vec<_> = golden
+        .iter()
+        .filter(|(key, _)| key.starts_with("file."))
+        .collect();
+    files.sort_by_key(|(key, _)| *key);
+    let mut seeds: Vec<Vec<u8>> = files
+        .iter()
+        .map(|(_, file)| file.flatten_all().unwrap().to_vec1().unwrap())
+        .collect();
+    seeds.push(seed("datasets/nano/subjects/dog1/00.png"));
+    fuzz(reader("pictures", "photo.jpg", seeds, |folder| {
+        let path = folder.join("photo.jpg");
+        let picture = decode(&std::fs::read(&path).unwrap(), &path);
+        picture.is_ok_and(|picture| square(&picture, 32).width() == 32)
+    }));
+}
+
+fn read_safetensors(path: &Path) -> bool {
+    let held = read_tensors(path).is_ok();
+    let mapped = Weights::from_files(&[path.to_path_buf()], DType::F32, &Device::Cpu);
+    held && mapped.is_ok_and(|weights| weights.contains("weight") || !weights.contains(""))
+}
+
+#[test]
+fn safetensors_of_any_content_are_read_or_refused() {
+    let seeds = seeds(&[
+        "tests/golden/vae/mish/adapter-encoder/adapter_model.safetensors",
+        "tests/golden/dino/oblong/adapter-renamed/adapter_model.safetensors",
+        "tests/golden/clip-text/half-precision-shards/reference-text.safetensors",
+    ]);
+    fuzz(reader(
+        "safetensors",
+        "model.safetensors",
+        seeds,
+        |folder| read_safetensors(&folder.join("model.safetensors")),
+    ));
+}
+
+/// A safetensors file with this header and some values.
+fn with_header(header: Vec<u8>) -> Vec<u8> {
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header);
+    bytes.extend([0; 64]);
+    bytes
+}
+
+#[test]
+fn headers_of_safetensors_of_any_content_are_read_or_refused() {
+    let headers = [
+        r#"{"__metadata__":{"format":"pt"},"weight":{"dtype":"F32","shape":[4,4],"data_offsets":[0,64]}}"#,
+        r#"{"a":{"dtype":"F16","shape":[2,2,2,2],"data_offsets":[0,32]},"b":{"dtype":"I64","shape":[],"data_offsets":[32,40]},"c":{"dtype":"U8","shape":[24,1],"data_offsets":[40,64]}}"#,
+    ];
+    fuzz(Reader {
+        wrap: with_header,
+        ..reader(
+            "safetensors-header",
+            "model.safetensors",
+            headers.map(|header| header.as_bytes().to_vec()).into(),
+            |folder| read_safetensors(&folder.join("model.safetensors")),
+        )
+    });
+}
+
+fn read_torch(folder: &Path) -> bool {
+    let opened = Pickle::open(&folder.join("model.pt"));
+    opened.is_ok_and(|pickle| !pickle.entries().is_empty() && pickle.read_all().is_ok())
+}
+
+#[test]
+fn torch_files_of_any_content_are_read_or_refused() {
+    let seeds = seeds(&[
+        "tests/golden/llamagen-gpt/two-layers/model/model.pt",
+        "tests/golden/llamagen-vq/one-level/model/model.pt",
+    ]);
+    fuzz(reader("torch", "model.pt", seeds, read_torch));
+}
+
+/// A zip file as torch writes it, with this pickle and one storage of 64 bytes.
+fn with_pickle(pickle: Vec<u8>) -> Vec<u8> {
+    torch::file(&pickle, &[("0", vec![0; 64])])
+}
+
+#[test]
+fn pickles_in_torch_files_of_any_content_are_read_or_refused() {
+    let tensor = |offset, size: &[i64], stride: &[i64]| {
+        torch::tensor("FloatStorage", "0", offset, size, stride)
+    };
+    let own = torch::dict(&[
+        ("weight", tensor(0, &[2, 4], &[4, 1])),
+        ("turned", tensor(1, &[3, 2], &[1, 3])),
+        ("epoch", torch::int(7)),
+    ]);
+    let nested = torch::dict(&[("state_dict", own.clone()), ("step", torch::int(1))]);
+    fuzz(Reader {
+        wrap: with_pickle,
+        ..reader(
+            "torch-pickle",
+            "model.pt",
+            vec![torch::pickle(&own), torch::pickle(&nested)],
+            read_torch,
+        )
+    });
+}
+
+/// Configs are read by everything that reads a `config.json`, whose fields overlap.
+fn read_configs(folder: &Path) -> bool {
+    let path = folder.join("config.json");
+    let accepted = [
+        read_json::<clip::Config>(&path).is_ok(),
+        read_json::<clip::TextConfig>(&path).is_ok(),
+        vit::Config::read(folder).is_ok(),
+        read_json::<t5::Config>(&path).is_ok(),
+        read_json::<llamagen::gpt::Config>(&path).is_ok(),
+        read_json::<llamagen::vq::Config>(&path).is_ok(),
+        read_json::<sd3::Config>(&path).is_ok(),
+        read_json::<autoencoder::Config>(&path).is_ok(),
+        read_json::<proxytune::diffusion::SchedulerConfig>(&path).is_ok(),
+        read_json::<chameleon::Config>(&path).is_ok(),
+        chameleon::files::tokenizer_config(folder).is_ok(),
+        models::family(&folder.display().to_string()).is_ok(),
+    ];
+    accepted.contains(&true)
+}
+
+#[test]
+fn configs_of_any_content_are_read_or_refused() {
+    let seeds = seeds(&[
+        "datasets/nano/checkpoints/clip/config.json",
+        "datasets/nano/checkpoints/dino/config.json",
+        "datasets/nano/checkpoints/llamagen/config.json",
+        "datasets/nano/checkpoints/llamagen/t5/config.json",
+        "datasets/nano/checkpoints/llamagen/vq/config.json",
+        "datasets/nano/checkpoints/lumina/config.json",
+        "datasets/nano/checkpoints/sd3/scheduler/scheduler_config.json",
+        "datasets/nano/checkpoints/sd3/text_encoder/config.json",
+        "datasets/nano/checkpoints/sd3/transformer/config.json",
+        "datasets/nano/checkpoints/sd3/vae/config.json",
+        "tests/golden/chameleon-vq/transformers/model/config.json",
+        "tests/golden/chameleon/own-norm-for-each-head/model/config.json",
+        "tests/golden/dino/timm-names/model/config.json",
+        "tests/golden/sd3-transformer/sd35/model/config.json",
+    ]);
+    fuzz(reader("configs", "config.json", seeds, read_configs));
+}
+
+#[test]
+fn pipelines_of_diffusers_of_any_content_are_read_or_refused() {
+    let seeds = seeds(&[
+        "datasets/nano/checkpoints/sd3/model_index.json",
+        "tests/golden/sd3-pipeline/tiny/model_index.json",
+    ]);
+    fuzz(reader("model-index", "model_index.json", seeds, |folder| {
+        models::family(&folder.display().to_string()).is_ok()
+    }));
+}
+
+#[test]
+fn indexes_of_shards_of_any_content_are_read_or_refused() {
+    let names = [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ];
+    fuzz(Reader {
+        beside: names.map(|name| (name.to_string(), Vec::new())).into(),
+        ..reader(
+            "shards",
+            "model.safetensors.index.json",
+            seeds(&["tests/golden/chameleon/lumina-mgpt/model/model.safetensors.index.json"]),
+            |folder| WeightFiles::find(folder, "model").is_ok(),
+        )
+    });
+}
+
+#[test]
+fn preparations_of_evaluators_of_any_content_are_read_or_refused() {
+    let seeds = seeds(&[
+        "datasets/nano/checkpoints/clip/preprocessor_config.json",
+        "datasets/nano/checkpoints/dino/preprocessor_config.json",
+    ]);
+    fuzz(reader(
+        "preprocessor",
+        "preprocessor_config.json",
+        seeds,
+        |folder| Preprocessing::from_checkpoint(folder, Preprocessing::clip(32)).is_ok(),
+    ));
+}
+
+fn use_tokenizer(folder: &Path) -> bool {
+    let tokenizer = TextTokenizer::from_folder(folder);
+    tokenizer.is_ok_and(|tokenizer| {
+        let texts = ["a photo of a sks dog", "", "<|endoftext|> \u{1F600}"];
+        let fault = |text: &&str| tokenizer.ids(text, 77).is_err();
+        !texts.iter().any(fault)
+    })
+}
+
+#[test]
+fn tokenizers_of_any_content_are_read_or_refused() {
+    let seeds = seeds(&[
+        "tests/golden/sd3-pipeline/tiny/tokenizer/tokenizer.json",
+        "tests/golden/sd3-pipeline/tiny/tokenizer_3/tokenizer.json",
+        "datasets/nano/checkpoints/clip/tokenizer.json",
+    ]);
+    fuzz(reader("tokenizer", "tokenizer.json", seeds, use_tokenizer));
+}
+
+#[test]
+fn vocabularies_of_clip_of_any_content_are_read_or_refused() {
+    let folder = "tests/golden/clip-tokenizer/tokens-in-the-lowercased-text";
+    let beside = |name: &str| (name.to_string(), seed(&format!("{folder}/{name}")));
+    let own = |name: &str| vec![seed(&format!("{folder}/{name}"))];
+    let files = [
+        "vocab.json",
+        "merges.txt",
+        "special_tokens_map.json",
+        "tokenizer_config.json",
+    ];
+    for file in files {
+        let others = files.iter().filter(|other| **other != file);
+        fuzz(Reader {
+            beside: others.map(|name| beside(name)).collect(),
+            ..reader(file, file, own(file), use_tokenizer)
+        });
+    }
+}
+
+#[test]
+fn yaml_of_any_content_is_read_or_refused() {
+    let mut seeds = seeds(&[
+        "tests/golden/chameleon-vq/meta-attention-at-a-level/model/vqgan.yaml",
+        "datasets/nano/checkpoints/lumina/tokenizer/vqgan.yaml",
+    ]);
+    seeds.push(
+        "{model: {params: &p {ddconfig: {attn_resolutions: [], ch: 128, ch_mult: [1, 1,\n 2], double_z: False, \
+         in_channels: 3, num_res_blocks: 2, out_ch: 3, resolution: 512, z_channels: 256}, embed_dim: 256, n_embed: \
+         8192}}, more: [*p, *p, *p]}\n"
+            .into(),
+    );
+    fuzz(reader("yaml", "vqgan.yaml", seeds, |folder| {
+        chameleon::files::tokenizer_config(folder).is_ok()
+    }));
+}
+
+#[test]
+fn pipeline_files_and_overrides_of_any_content_are_read_or_refused() {
+    let seeds = seeds(&[
+        "pipelines/nano-smoke.toml",
+        "pipelines/nano.toml",
+        "pipelines/augmented.toml",
+        "pipelines/nano-lumina.toml",
+        "pipelines/table1-direct.toml",
+    ]);
+    fuzz(reader("pipeline", "pipeline.toml", seeds, |folder| {
+        let document = Document::open(&folder.join("pipeline.toml"), &[]);
+        document.is_ok_and(|document| document.resolve().is_ok())
+    }));
+    let overrides = [
+        "seed=3",
+        "student.learning_rate=1e-4",
+        "subject.dog1.images=\"photos/a b\"",
+        "proxies.count=2",
+    ];
+    let overrides = overrides.map(|text| text.as_bytes().to_vec()).into();
+    fuzz(reader("override", "override.txt", overrides, |folder| {
+        let text = std::fs::read(folder.join("override.txt")).unwrap();
+        let text = String::from_utf8_lossy(&text).into_owned();
+        let pipeline = std::fs::read_to_string(root().join("pipelines/nano-smoke.toml")).unwrap();
+        Document::parse(&pipeline, "pipeline.toml", &[text])
+            .resolve()
+            .is_ok()
+    }));
+}
+
+#[test]
+fn adapters_of_any_content_are_read_or_refused() {
+    let folder = "tests/golden/vae/mish/adapter-encoder";
+    let (config, weights) = ("adapter_config.json", "adapter_model.safetensors");
+    let read = |folder: &Path| LoraFile::read(folder).is_ok();
+    let own = |name: &str| seed(&format!("{folder}/{name}"));
+    fuzz(Reader {
+        beside: vec![(weights.to_string(), own(weights))],
+        ..reader("adapter-config", config, vec![own(config)], read)
+    });
+    fuzz(Reader {
+        beside: vec![(config.to_string(), own(config))],
+        ..reader("adapter-weights", weights, vec![own(weights)], read)
+    });
+}
+
+#[test]
+fn prompts_captions_and_metadata_of_any_content_are_read_or_refused() {
+    let prompts = "# ten\na {token} {class} on the beach\r\n\na {class} with a city behind\n";
+    fuzz(reader(
+        "prompts",
+        "prompts.txt",
+        vec![prompts.into()],
+        |folder| {
+            let path = folder.join("prompts.txt");
+            prompt_list(&path.display().to_string()).is_ok()
+        },
+    ));
+    let read = |folder: &Path| captions(folder, &[folder.join("0.png")]).is_ok();
+    fuzz(reader(
+        "caption",
+        "0.txt",
+        vec!["a sks dog\r\n".into()],
+        read,
+    ));
+    let lines = "{\"file_name\": \"0.png\", \"text\": \"a dog\", \"seed\": 1}\n\n{\"file_name\": \"1.png\", \"text\": \"\"}\n";
+    fuzz(reader(
+        "metadata",
+        "metadata.jsonl",
+        vec![lines.into()],
+        read,
+    ));
+}
+
+#[test]
+fn states_of_watched_folders_of_any_content_are_read_or_refused() {
+    let scores = r#"{"dog-rex": {"clip_i": 0.7, "clip_t": 0.2, "dino": 0.5}}"#;
+    let look = r#"{"class": "dog", "photos": ["00ff"]}"#;
+    let state = format!(
+        r#"{{"version": 1, "store": "store", "settings": "00", "subjects": [{{"id": "dog-rex", "folder": "dog/rex",
+        "class": "dog", "token": "sks", "photos": ["00ff"], "retired": false, "pending": 1, "learnt": {look},
+        "held": [{look}, "why"]}}], "tokens": ["sks"], "arrivals": 2, "waiting": {{"cat/max": "no photo"}},
+        "set_aside": [{{"path": "dog/rex/a.gif", "reason": "GIF is not read"}}], "run": {{"number": 2, "subject":
+        "dog-rex", "look": {look}, "pipeline": "seed = 1", "init": null, "started_us": 1}}, "published": {{"number": 1,
+        "run": "runs/1", "adapter": "aa", "scores": {scores}}}, "history": [{{"number": 1, "subject": "dog-rex", "init":
+        null, "adapter": "aa", "scores": {scores}, "refused": null, "seconds": 1.5}}]}}"#
+    );
+    let seeds = vec![state.into_bytes()];
+    fuzz(reader("watch-state", "state.json", seeds, |folder| {
+        // The file lies in a folder of its own.
+        let inside = folder.join(".proxytune");
+        std::fs::create_dir_all(&inside).unwrap();
+        std::fs::rename(folder.join("state.json"), inside.join("state.json")).unwrap();
+        Home::of(folder).unwrap().load().is_ok()
+    }));
+}
