@@ -32,6 +32,30 @@ pub(super) struct Prepared {
     /// One key for each subject; empty without proxies.
     pub supervisor_keys: Vec<String>,
     pub tokenizer: Arc<OpenTokenizer>,
+    pub origin: StudentOrigin,
+}
+
+/// What a student depends on beside the plan.
+pub(super) struct StudentOrigin {
+    /// Digest of the checkpoint that it starts from.
+    base: String,
+    /// Digest of all photos.
+    photos: String,
+    supervisors: Vec<String>,
+}
+
+impl StudentOrigin {
+    /// Digest of everything that affects a student that is trained by `plan`.
+    pub fn identity(&self, plan: &Plan) -> String {
+        let mut digest = Digest::new("student 1")
+            .field("plan", plan.digest())
+            .field("base", &self.base)
+            .field("photos", &self.photos);
+        for key in &self.supervisors {
+            digest = digest.field("supervisor", key);
+        }
+        digest.finish()
+    }
 }
 
 /// The device that a pipeline file names.
@@ -91,6 +115,8 @@ pub fn use_threads(threads: usize) {
 pub(super) enum Purpose {
     /// The whole graph.
     Run,
+    /// The report of a run that has ended, from what the store has.
+    Report,
     /// Proxies are made, and tokens of them if so; nothing is evaluated.
     Proxies { tokens: bool },
 }
@@ -102,6 +128,7 @@ pub(super) async fn prepare(
     stop: Stop,
 ) -> Result<Prepared> {
     let resolved = &options.resolved;
+    let place = run.store(options.store.as_deref())?;
     use_threads(resolved.threads);
     let warnings = Warnings::default();
     let subjects = load_subjects(resolved, &warnings).await?;
@@ -110,7 +137,21 @@ pub(super) async fn prepare(
         .map(|subject| (subject.name.clone(), subject.images.len()))
         .collect();
     let plan = Plan::new(resolved, &counts)?;
-    let store = Store::open(&options.store).await?;
+    let store = match purpose {
+        Purpose::Report => Store::open_existing(&place).await?,
+        Purpose::Run | Purpose::Proxies { .. } => Store::open(&place).await?,
+    };
+    if purpose == Purpose::Report && !store.latest_runs().await?.contains_key(run.id()) {
+        return Err(Error::invalid(
+            format!(
+                "{} has nothing of the run {}",
+                store.path().display(),
+                run.id()
+            ),
+            "name the store that the run was made with by --store",
+        ));
+    }
+    run.note_store(&store)?;
 
     let student_dir = locate(&resolved.student.model)?;
     let student = student_opening(resolved, &resolved.student, student_dir.clone())?;
@@ -125,7 +166,7 @@ pub(super) async fn prepare(
     let own = resolved.clone();
     let reading = blocking("reading checkpoints", move || {
         let evaluator = match purpose {
-            Purpose::Run => evaluator(&own)?,
+            Purpose::Run | Purpose::Report => evaluator(&own)?,
             Purpose::Proxies { .. } => no_evaluator(),
         };
         let student_base = checkpoint_digest(&dirs.0)?;
@@ -159,13 +200,11 @@ pub(super) async fn prepare(
         .iter()
         .flat_map(|subject| subject.digests.clone())
         .collect();
-    let mut digest = Digest::new("student 1")
-        .field("plan", plan.digest())
-        .field("base", &student_base)
-        .field("photos", photos_digest(&photos));
-    for key in &supervisor_keys {
-        digest = digest.field("supervisor", key);
-    }
+    let origin = StudentOrigin {
+        base: student_base.clone(),
+        photos: photos_digest(&photos),
+        supervisors: supervisor_keys.clone(),
+    };
     let metrics = store.metrics().await?;
     let frequent = Limits {
         rows: 1024,
@@ -174,7 +213,7 @@ pub(super) async fn prepare(
     let context = Context {
         run: run.id().to_string(),
         dir: run.path().to_path_buf(),
-        student_identity: digest.finish(),
+        student_identity: origin.identity(&plan),
         supervisors: supervisor_keys.clone(),
         metrics: Writer::<MetricRow>::with_limits(metrics, frequent),
         board: Board::default(),
@@ -209,6 +248,7 @@ pub(super) async fn prepare(
         supervisor,
         supervisor_keys,
         tokenizer,
+        origin,
     })
 }
 

@@ -4,5 +4,5 @@ mod checkpoints;
 pub mod optimizer;
 mod trainee;
 
-pub use checkpoints::{Checkpoints, clear_due, restore};
+pub use checkpoints::{Checkpoints, Resumed, clear_due, restore};
 pub use trainee::{Progress, Trainee, tuning};

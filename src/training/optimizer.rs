@@ -195,7 +195,7 @@ impl AdamW {
         Ok(state)
     }
 
-    /// Continues from a [`AdamW::state`].
+    /// Continues from a [`AdamW::state`]; after an error everything is as it was.
     pub fn load_state(&mut self, state: &BTreeMap<String, Tensor>) -> Result<()> {
         let get = |name: String| {
             state.get(&name).ok_or_else(|| {
@@ -206,7 +206,8 @@ impl AdamW {
             })
         };
         let step = get("step".into())?.to_vec1::<i64>()?;
-        for slot in &mut self.slots {
+        let mut loaded = Vec::with_capacity(self.slots.len());
+        for slot in &self.slots {
             let first = get(format!("{}.exp_avg", slot.name))?;
             let second = get(format!("{}.exp_avg_sq", slot.name))?;
             if first.shape() != slot.variable.shape() || second.shape() != slot.variable.shape() {
@@ -215,7 +216,7 @@ impl AdamW {
                     "start this run afresh with --new",
                 ));
             }
-            slot.moments = if slot.variable.device().is_cpu() {
+            loaded.push(if slot.variable.device().is_cpu() {
                 Moments::Cpu {
                     first: first.flatten_all()?.to_vec1()?,
                     second: second.flatten_all()?.to_vec1()?,
@@ -226,7 +227,10 @@ impl AdamW {
                     first: first.to_device(device)?,
                     second: second.to_device(device)?,
                 }
-            };
+            });
+        }
+        for (slot, moments) in self.slots.iter_mut().zip(loaded) {
+            slot.moments = moments;
         }
         self.steps = step.first().copied().unwrap_or(0) as u64;
         Ok(())

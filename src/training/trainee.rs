@@ -7,7 +7,7 @@ use candle_core::Tensor;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
-use super::checkpoints::Checkpoints;
+use super::checkpoints::{Checkpoints, Resumed};
 use super::optimizer::{AdamW, AdamWConfig, learning_rate_factor};
 use crate::config::{Training, Tuning};
 use crate::models::{Learner, Lesson, snapshot};
@@ -118,8 +118,13 @@ impl Trainee {
     /// Publishes what was learnt as the folder `dir`, wholly or not at all, and returns its values.
     pub fn publish(&self, dir: &Path) -> Result<BTreeMap<String, Tensor>> {
         let values = self.snapshot()?;
-        files::write_dir(dir, |aside| self.learner.save(aside, &values))?;
+        self.write(dir, &values)?;
         Ok(values)
+    }
+
+    /// Writes `values` of what is trained as the folder `dir`, wholly or not at all, in the layout of what is published.
+    pub fn write(&self, dir: &Path, values: &BTreeMap<String, Tensor>) -> Result<()> {
+        files::write_dir(dir, |aside| self.learner.save(aside, values))
     }
 
     /// Writes a checkpoint after `step` steps.
@@ -127,11 +132,9 @@ impl Trainee {
         checkpoints.save(step, &self.learner.variables(), &self.optimizer)
     }
 
-    /// Continues from the newest checkpoint; returns its step, 0 if there is none.
-    pub fn resume(&mut self, checkpoints: &Checkpoints) -> Result<usize> {
-        Ok(checkpoints
-            .resume(&self.learner.variables(), &mut self.optimizer)?
-            .unwrap_or(0))
+    /// Continues from the newest whole checkpoint.
+    pub fn resume(&mut self, checkpoints: &Checkpoints) -> Result<Resumed> {
+        checkpoints.resume(&self.learner.variables(), &mut self.optimizer)
     }
 }
 

@@ -2,11 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
+use super::reconcile::is_id;
 use super::scan::Scan;
 use super::state::{Home, Look, Run, State, Subject};
 use crate::config::{Document, Resolved, Source, Subject as Learnt};
 use crate::plan::Digest;
-use crate::{Error, Result, files};
+use crate::{Error, Result, files, images};
 
 /// What all runs of a watch have in common: a pipeline file whose subjects, baseline and untouched student do not
 /// count, as subjects come from the folder and the student goes on.
@@ -121,6 +122,27 @@ impl Recipe {
     }
 }
 
+/// Whether `pipeline`, the resolved file of a run under way, reads photos and adapters of the watch in `home` alone: one
+/// of a folder that was moved does not, nor one that somebody else wrote.
+pub fn is_of(home: &Home, pipeline: &str) -> bool {
+    let Ok(resolved) = Document::parse(pipeline, "pipeline.toml", &[]).resolve() else {
+        return false;
+    };
+    let photos = home.path().join("photos");
+    let reads_own = |subject: &Learnt| {
+        let own = photos.join(&subject.name);
+        is_id(&subject.name)
+            && subject.images.parent() == Some(&own)
+            && files::within(home.path(), &subject.images).is_ok()
+    };
+    let adapters = home.path().join("adapters");
+    let init = resolved.student.init.as_deref();
+    resolved.subjects.iter().all(reads_own)
+        && init.is_none_or(|init| {
+            init.parent() == Some(&adapters) && files::within(home.path(), init).is_ok()
+        })
+}
+
 /// Copies the photos of `subject` to where its run reads them, named by their digests, so that nothing which happens
 /// to the folder later changes the run. False when they are no longer what they were.
 fn copy_photos(home: &Home, subject: &Subject, scan: &Scan) -> Result<bool> {
@@ -136,7 +158,7 @@ fn copy_photos(home: &Home, subject: &Subject, scan: &Scan) -> Result<bool> {
         let Some(path) = folder.photos.get(digest) else {
             return Ok(false);
         };
-        match std::fs::read(path) {
+        match images::read(path) {
             Ok(bytes) if blake3::hash(&bytes).to_hex().as_str() == digest => {
                 let extension = path.extension().unwrap_or_default().to_string_lossy();
                 copies.push((
@@ -147,6 +169,7 @@ fn copy_photos(home: &Home, subject: &Subject, scan: &Scan) -> Result<bool> {
             _ => return Ok(false),
         }
     }
+    files::within(home.path(), &to)?;
     if let Some(parent) = to.parent() {
         files::create_dir(parent)?;
     }
