@@ -4,8 +4,8 @@ mod open;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::io::{Read, Write};
+use std::path::{Component, Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 
@@ -42,7 +42,14 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
         create_dir(parent)?;
     }
     let temporary = aside(path);
-    std::fs::write(&temporary, bytes).map_err(Error::io(path))?;
+    // What a killed process left there, or a link that somebody laid out, is not written through.
+    match std::fs::remove_file(&temporary) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io(path)(e)),
+        _ => {}
+    }
+    File::create_new(&temporary)
+        .and_then(|mut file| file.write_all(bytes))
+        .map_err(Error::io(path))?;
     into_place(&temporary, path)
 }
 
@@ -107,6 +114,69 @@ pub fn write_dir(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<(
         let _ = remove_dir(&temporary);
     }
     written
+}
+
+/// Refuses a `path` that is not below the folder `root`, or leads there through a link: where others may write, a link
+/// can lead anywhere. The last part of `path` may be one.
+///
+/// # Errors
+/// When `path` is `root` or not below it, or has `..` in it; when a folder between the two is a link.
+pub fn within(root: &Path, path: &Path) -> Result<()> {
+    let outside = || Error::Invalid {
+        what: format!("{} does not lie in {}", path.display(), root.display()),
+        hint: None,
+    };
+    let below = path.strip_prefix(root).map_err(|_| outside())?;
+    let is_plain = |part: Component| matches!(part, Component::Normal(_));
+    if below.as_os_str().is_empty() || !below.components().all(is_plain) {
+        return Err(outside());
+    }
+    let between = path.ancestors().skip(1).take_while(|part| *part != root);
+    match between.filter(|part| part.is_symlink()).last() {
+        None => Ok(()),
+        Some(link) => Err(link_in_the_way(link)),
+    }
+}
+
+/// Refuses a folder that is a link, or in which a link lies at any depth.
+///
+/// # Errors
+/// Naming the link; when a folder cannot be listed.
+pub fn refuse_links(dir: &Path) -> Result<()> {
+    if dir.is_symlink() {
+        return Err(link_in_the_way(dir));
+    }
+    for (_, path) in list(dir)? {
+        match path.is_dir() || path.is_symlink() {
+            true => refuse_links(&path)?,
+            false => {}
+        }
+    }
+    Ok(())
+}
+
+fn link_in_the_way(link: &Path) -> Error {
+    Error::invalid(
+        format!("{} is a link: it is not followed", link.display()),
+        "move it away: proxytune made no link there",
+    )
+}
+
+/// Deletes the file, link or folder `path`, which must lie [`within`] `root`, if it is there.
+///
+/// # Errors
+/// Those of [`within`]; when something cannot be deleted.
+pub fn remove_within(root: &Path, path: &Path) -> Result<()> {
+    within(root, path)?;
+    let removed = match path.symlink_metadata() {
+        Ok(found) if found.is_dir() => std::fs::remove_dir_all(path),
+        Ok(_) => std::fs::remove_file(path),
+        Err(e) => Err(e),
+    };
+    match removed {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path)(e)),
+        _ => Ok(()),
+    }
 }
 
 /// Removes the folder `path`, if it is there.
@@ -340,6 +410,22 @@ pub fn values_digest(tensors: &BTreeMap<String, Tensor>) -> Result<String> {
     Ok(hasher.finalize().to_hex().to_string())
 }
 
+fn content(path: &Path) -> Result<blake3::Hash> {
+    let mut content = blake3::Hasher::new();
+    open(path)
+        .and_then(|file| content.update_reader(file).map(drop))
+        .map_err(Error::io(path))?;
+    Ok(content.finalize())
+}
+
+/// Digest of the bytes of the file `path`.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn digest(path: &Path) -> Result<String> {
+    Ok(content(path)?.to_hex().to_string())
+}
+
 /// Digest of the files that lie in the folder `dir`, hidden ones and folders left out: names and contents.
 pub fn digest_dir(dir: &Path) -> Result<String> {
     let mut found = BTreeMap::new();
@@ -356,13 +442,10 @@ pub fn digest_dir(dir: &Path) -> Result<String> {
     }
     let mut hasher = blake3::Hasher::new();
     for (name, path) in found {
-        let mut content = blake3::Hasher::new();
-        open(&path)
-            .and_then(|file| content.update_reader(file).map(drop))
-            .map_err(Error::io(&path))?;
+        let content = content(&path)?;
         hasher.update(&(name.len() as u64).to_le_bytes());
         hasher.update(name.as_bytes());
-        hasher.update(content.finalize().as_bytes());
+        hasher.update(content.as_bytes());
     }
     Ok(hasher.finalize().to_hex().to_string())
 }

@@ -188,3 +188,122 @@ async fn nothing_is_replaced_and_nothing_is_left_half() {
     });
     assert_eq!(left, Vec::<std::path::PathBuf>::new());
 }
+
+#[tokio::test]
+async fn samples_of_evaluations_and_references_are_exported_too() {
+    let dir = store(4).await;
+    let store = proxytune::store::Store::open(dir.path().join("store"))
+        .await
+        .unwrap();
+    let sample = |step: u64, number: u64| proxytune::store::EvaluationRow {
+        key: blake3::hash(format!("sample {step} {number}").as_bytes())
+            .to_hex()
+            .to_string(),
+        kind: "sample".into(),
+        method: "student".into(),
+        step,
+        prompt: format!("a sks dog at step {step}"),
+        seed: number,
+        image: Some(filled::proxy(number).image),
+        ..filled::evaluation(SMALL, number)
+    };
+    let samples: Vec<_> = [50, 100]
+        .iter()
+        .flat_map(|step| [1, 2].map(|n| sample(*step, n)))
+        .collect();
+    let table = store
+        .evaluations(filled::EVALUATORS, SMALL.clip, SMALL.dino)
+        .await
+        .unwrap();
+    table.append(&samples).await.unwrap();
+    let reference = proxytune::store::SubjectRow {
+        key: "f".repeat(64),
+        subject: "dog1".into(),
+        class: "dog".into(),
+        token: "sks".into(),
+        index: 3,
+        file_name: "03.jpg".into(),
+        width: 32,
+        height: 32,
+        image: filled::proxy(9).image,
+        created_us: 1,
+    };
+    store
+        .subjects()
+        .await
+        .unwrap()
+        .append(&[reference])
+        .await
+        .unwrap();
+    drop((table, store));
+
+    let between = "kind = 'sample' AND method = 'student' AND step = 50 AND dino >= 0";
+    let said = exported(dir.path(), &["--where", between]);
+    assert!(said.starts_with("2 samples in "), "{said}");
+    let text = std::fs::read_to_string(dir.path().join("to/metadata.jsonl")).unwrap();
+    let lines: Vec<serde_json::Value> = text
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    for (line, number) in lines.iter().zip([1, 2]) {
+        assert_eq!(
+            (line["kind"].as_str(), line["step"].as_u64()),
+            (Some("sample"), Some(50))
+        );
+        assert_eq!(line["text"], "a sks dog at step 50");
+        assert!(
+            line["file_name"]
+                .as_str()
+                .unwrap()
+                .starts_with(&format!("dog{number}-student-00050-"))
+        );
+        let picture = dir
+            .path()
+            .join("to")
+            .join(line["file_name"].as_str().unwrap());
+        assert_eq!(std::fs::read(picture).unwrap(), filled::proxy(number).image);
+    }
+    let to = |name: &str| dir.path().join(name).display().to_string();
+    let said = export(
+        dir.path(),
+        &[
+            "--kind",
+            "reference",
+            "--layout",
+            "kohya",
+            "--to",
+            &to("photos"),
+        ],
+    );
+    assert!(said.out.starts_with("1 reference in "), "{said:?}");
+    let found = files(&dir.path().join("photos/1_sks dog"));
+    assert!(
+        found
+            .iter()
+            .any(|name| name.starts_with("dog1-reference-00003-ffff")),
+        "{found:?}"
+    );
+    let all = ["--kind", "proxy", "--kind", "sample", "--kind", "reference"];
+    let said = export(
+        dir.path(),
+        &[&all[..], &["--sheet", &to("all.png"), "--to", &to("all")]].concat(),
+    );
+    assert!(said.out.starts_with("9 pictures in "), "{said:?}");
+    // Who does not speak of kinds means proxies.
+    let said = export(dir.path(), &["--to", &to("proxies")]);
+    assert!(said.out.starts_with("4 proxies in "), "{said:?}");
+    let said = export(
+        dir.path(),
+        &[
+            "--like",
+            &key(1),
+            "--limit",
+            "1",
+            "--kind",
+            "sample",
+            "--to",
+            &to("x"),
+        ],
+    );
+    said.says(1, &["--like finds proxies alone"]);
+}

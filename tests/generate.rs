@@ -31,7 +31,7 @@ fn generation(place: &Place, overrides: &[&str], shard: &str) -> Generation {
             pipeline: SMOKE.into(),
             resolved: document.for_proxies(false).resolve().unwrap(),
             text,
-            store: place.store(),
+            store: Some(place.store()),
             out: place.out(),
             new: false,
             sequential: false,

@@ -4,6 +4,7 @@ mod support;
 
 mod backpressure;
 mod bad_input;
+mod checkpoints;
 mod command_line;
 mod config;
 #[cfg(feature = "cuda")]
@@ -47,4 +48,7 @@ mod text_tokenizers;
 mod torch_files;
 mod verify;
 mod watch;
+#[cfg(unix)]
+mod watch_shared;
 mod watch_trial;
+mod whose_store;

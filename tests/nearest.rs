@@ -338,3 +338,45 @@ async fn twenty_thousand_proxies_are_asked_in_time() {
         median(process)
     );
 }
+
+#[tokio::test]
+async fn a_key_is_taken_as_tables_print_it_and_by_its_first_digits() {
+    let dir = small_store(400).await;
+    let like = |typed: &str| {
+        asked(
+            dir.path(),
+            &["--like", typed, "--limit", "1", "--format", "csv"],
+        )
+    };
+    let is_unique = |digits: &str| (0..400).filter(|n| key(*n).starts_with(digits)).count() == 1;
+    let has_number = |digits: &str| digits.bytes().any(|b| b.is_ascii_digit());
+    let number = (0..400)
+        .find(|n| is_unique(&key(*n)[..4]) && has_number(&key(*n)[..4]))
+        .unwrap();
+    let key_of = key(number);
+    let (few, upper) = (key_of[..4].to_string(), key_of[..9].to_uppercase());
+    for typed in [
+        format!("{}…", &key_of[..12]),
+        format!("{}...", &key_of[..8]),
+        format!("{few}…"),
+        few,
+        upper,
+        format!(" {} ", &key_of[..7]),
+    ] {
+        let said = like(&typed);
+        said.says(0, &[]);
+        assert!(said.out.contains(&key_of), "{typed}: {}", said.out);
+    }
+    let shared = (0..400)
+        .map(|n| key(n)[..4].to_string())
+        .find(|digits| has_number(digits) && !is_unique(digits));
+    if let Some(digits) = shared {
+        like(&digits).says(1, &["more than one key begins with", "give more digits"]);
+    }
+    let unknown = (0..u16::MAX)
+        .map(|n| format!("{n:04x}"))
+        .find(|digits| has_number(digits) && (0..400).all(|n| !key(n).starts_with(digits)))
+        .unwrap();
+    like(&unknown).says(1, &["has a key that begins with", &unknown]);
+    like("ab…").says(1, &["too little of a key"]);
+}

@@ -314,3 +314,43 @@ async fn an_answer_does_not_replace_a_file() {
     });
     assert_eq!(left, Vec::<std::path::PathBuf>::new());
 }
+
+#[tokio::test]
+async fn a_query_without_end_stops_in_time_and_says_which_option_allows_more() {
+    let dir = small_store(2).await;
+    let start = std::time::Instant::now();
+    let endless = "SELECT count(*) FROM metrics a, metrics b, metrics c, metrics d, metrics e WHERE a.value + b.value > c.value + d.value";
+    let said = asked(dir.path(), &[endless, "--timeout", "1"]);
+    said.says(1, &["no whole answer within 1 s", "--timeout SECONDS"]);
+    let endless = "SELECT a.step FROM metrics a, metrics b, metrics c, metrics d, metrics e WHERE a.value + b.value < 0";
+    let said = asked(dir.path(), &[endless, "--timeout", "1", "--format", "csv"]);
+    said.says(1, &["no whole answer within 1 s"]);
+    let like = [
+        "--like",
+        &key(1),
+        "--where",
+        "number IN (SELECT a.step FROM metrics a, metrics b, metrics c, metrics d)",
+    ];
+    let said = asked(dir.path(), &[&like[..], &["--timeout", "1"]].concat());
+    said.says(1, &["no whole answer within 1 s"]);
+    assert!(start.elapsed().as_secs() < 30, "{:?}", start.elapsed());
+    assert_eq!(
+        asked(dir.path(), &["SELECT 1", "--timeout", "0"]).code,
+        Some(2)
+    );
+}
+
+#[tokio::test]
+async fn a_query_that_wants_too_much_memory_ends_and_says_which_option_allows_more() {
+    let dir = small_store(2).await;
+    let greedy = [
+        // Rows that an operator holds, a constant that a function makes, and rows for the terminal.
+        "SELECT array_agg(a.stage || b.stage) FROM metrics a, metrics b, metrics c",
+        "SELECT length(repeat('a', 900000000) || repeat('b', 900000000))",
+        "SELECT a.name, b.name, c.name FROM metrics a, metrics b, metrics c",
+    ];
+    for sql in greedy {
+        let said = asked(dir.path(), &[sql, "--memory", "0.05", "--timeout", "100"]);
+        said.says(1, &["memory", "--memory GIB"]);
+    }
+}

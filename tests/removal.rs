@@ -275,3 +275,50 @@ async fn what_is_removed_is_in_no_file_of_the_store_and_the_rest_is_untouched() 
     fill(&store, "rex").await;
     assert_eq!(store.proxies().await.unwrap().count(), 12);
 }
+
+#[tokio::test]
+async fn a_tag_that_keeps_rows_goes_with_them_and_a_branch_is_told_of() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).await.unwrap();
+    fill(&store, "mia").await;
+    let proxies = store.proxies().await.unwrap().path().to_path_buf();
+    let open = async || {
+        lance::Dataset::open(proxies.to_str().unwrap())
+            .await
+            .unwrap()
+    };
+    let mut dataset = open().await;
+    dataset
+        .tags()
+        .create("before", dataset.version_id())
+        .await
+        .unwrap();
+    fill(&store, "rex").await;
+    dataset.checkout_latest().await.unwrap();
+    let latest = dataset.version_id();
+    dataset.tags().create("keeps", latest).await.unwrap();
+    dataset.create_branch("mine", latest, None).await.unwrap();
+    drop((store, dataset));
+
+    let store = Store::open_alone(dir.path()).await.unwrap();
+    let removed = store.remove_subject("rex").await.unwrap();
+    assert_eq!(removed.tags, ["keeps of proxies"]);
+    assert_eq!(removed.left.len(), 1, "{:?}", removed.left);
+    assert!(
+        removed.left[0].contains("the branch mine of"),
+        "{:?}",
+        removed.left
+    );
+    assert!(!holding(&proxies, "PICTURE-OF-rex").is_empty());
+    let mut dataset = open().await;
+    let tags = dataset.tags().list().await.unwrap();
+    assert_eq!(tags.keys().collect::<Vec<_>>(), ["before"]);
+    dataset.delete_branch("mine").await.unwrap();
+    drop(dataset);
+    let again = store.remove_subject("rex").await.unwrap();
+    assert_eq!((again.tags.len(), again.left.len()), (0, 0));
+    for words in ["PICTURE-OF-rex", "xqzwrexwzqx"] {
+        assert_eq!(holding(dir.path(), words), Vec::<PathBuf>::new(), "{words}");
+    }
+    assert!(!holding(&proxies, "PICTURE-OF-mia").is_empty());
+}

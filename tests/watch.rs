@@ -66,7 +66,7 @@ impl Place {
             dir: self.photos(),
             pipeline: SMOKE.into(),
             overrides: Vec::new(),
-            store: self.store(),
+            store: Some(self.store()),
             poll: None,
             once: true,
             replay: 5,
@@ -124,7 +124,7 @@ fn nano(subject: &str) -> Vec<(String, Vec<u8>)> {
 /// What is remembered but for times and places.
 fn essence(state: &State) -> State {
     let mut state = state.clone();
-    state.store = PathBuf::new();
+    state.store = Default::default();
     for ended in &mut state.history {
         ended.seconds = 0.0;
     }
@@ -370,7 +370,7 @@ async fn a_chain_is_replayed_to_the_same_adapters_by_a_watch_and_by_its_pipeline
             .map(|student| format!("student.init={:?}", student.display().to_string()))
             .collect();
         let options = pipeline::Options {
-            store: elsewhere.path().join("store"),
+            store: Some(elsewhere.path().join("store")),
             out: elsewhere.path().join("runs"),
             ..pipeline::Options::new(format!("{number}.toml"), text, &overrides).unwrap()
         };
@@ -432,7 +432,9 @@ async fn what_loses_more_than_the_margin_is_not_published_and_the_log_says_why()
     let mut status = program();
     status.args(["watch", "--status"]).arg(place.photos());
     let said = say(status);
-    assert!(said.out.contains("held back until"), "{}", said.out);
+    for part in ["held back until", "--margin", "--replay"] {
+        assert!(said.out.contains(part), "{part}: {}", said.out);
+    }
     let last = place.learn().await;
     assert_eq!(last.history.len(), 4);
     assert_eq!(

@@ -290,7 +290,7 @@ async fn a_folder_that_lives_and_is_killed_five_times_ends_like_one_that_was_lef
 
     let essence = |trial: &Trial| {
         let mut state = trial.state();
-        state.store = PathBuf::new();
+        state.store = Default::default();
         for ended in &mut state.history {
             ended.seconds = 0.0;
         }

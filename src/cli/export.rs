@@ -1,18 +1,18 @@
-//! `proxytune export`: chosen proxies as images with captions, or as one picture.
+//! `proxytune export`: chosen pictures as images with captions, or as one picture.
 
 use std::io::Write;
 use std::path::PathBuf;
 
 use clap::Args;
 
-use super::query::{Clock, LikeArgs, neighbours};
+use super::query::{Clock, LikeArgs, LimitArgs, neighbours};
 use super::{StoreArgs, at_least_one, block_on, output_failed};
 use crate::evaluation::contact::{Cell, contact_sheet};
 use crate::images::{decode_png, encode_png};
 use crate::store::export::{
     Choice, Chosen, Layout, choose, export as write_folder, refuse_existing,
 };
-use crate::store::query::{Search, Snapshot};
+use crate::store::query::{PictureKind, Search, Snapshot};
 use crate::{Error, Result, files};
 
 /// Pictures that a sheet has at most.
@@ -23,16 +23,22 @@ const SHEET: usize = 1000;
 #[command(
     after_help = "Examples:\n  proxytune export --subject dog1 --to train --layout kohya --repeats 10\n  \
     proxytune export --where \"dino > 0.6\" --order \"dino DESC\" --limit 50 --to best --layout imagefolder\n  \
-    proxytune export --like \"a dog in the snow\" --limit 24 --sheet snow.png"
+    proxytune export --like \"a dog in the snow\" --limit 24 --sheet snow.png\n  \
+    proxytune export --where \"kind = 'sample' AND method = 'student' AND step = 50\" --sheet step-50.png"
 )]
 pub struct ExportArgs {
     #[command(flatten)]
     pub store: StoreArgs,
-    /// Only proxies of this subject; may be given several times
+    /// Only pictures of this subject; may be given several times
     #[arg(long = "subject", value_name = "NAME")]
     pub subjects: Vec<String>,
     #[command(flatten)]
     pub like: LikeArgs,
+    #[command(flatten)]
+    pub limits: LimitArgs,
+    /// Which pictures; proxies if neither this nor --where speaks of kinds; may be given several times
+    #[arg(long = "kind", value_enum, value_name = "KIND")]
+    pub kinds: Vec<PictureKind>,
     /// In this order, such as \"dino DESC\"; if not said by likeness with --like, else by subject and number
     #[arg(long, value_name = "SQL")]
     pub order: Option<String>,
@@ -65,12 +71,17 @@ pub(super) fn export(args: &ExportArgs, out: &mut impl Write) -> Result<()> {
         refuse_existing(path)?;
     }
     block_on(async {
-        let snapshot = Snapshot::open(&args.store.store, args.like.evaluators.as_deref()).await?;
+        let (evaluators, limits) = (args.like.evaluators.as_deref(), args.limits.limits());
+        let snapshot = Snapshot::open_with(args.store.path(), evaluators, limits).await?;
         let chosen = chosen(&snapshot, args).await?;
         if chosen.is_empty() {
             return Err(Error::invalid(
-                "no proxy is chosen",
-                "proxytune query \"SELECT subject, count(*) FROM proxies GROUP BY subject\" says which there are",
+                match args.kinds.is_empty() {
+                    true => "no proxy is chosen",
+                    false => "no picture is chosen",
+                },
+                "proxytune query \"SELECT kind, subject, count(*) FROM evaluations GROUP BY kind, subject\" says which \
+                 there are; --kind sample and --kind reference choose others than proxies",
             ));
         }
         if let Some(dir) = &args.to {
@@ -82,29 +93,50 @@ pub(super) fn export(args: &ExportArgs, out: &mut impl Write) -> Result<()> {
                 dir,
             )
             .await?;
-            writeln!(out, "{} proxies in {}", chosen.len(), dir.display())
-                .map_err(output_failed)?;
+            writeln!(out, "{} in {}", counted(&chosen), dir.display()).map_err(output_failed)?;
         }
         if let Some(path) = &args.sheet {
             let sheet = sheet(&snapshot, &chosen, args).await?;
             refuse_existing(path)?;
             files::write(path, &sheet)?;
-            writeln!(out, "{} proxies on {}", chosen.len(), path.display())
-                .map_err(output_failed)?;
+            writeln!(out, "{} on {}", counted(&chosen), path.display()).map_err(output_failed)?;
         }
         Ok(())
     })
 }
 
+/// How many pictures these are, and of which kind.
+fn counted(chosen: &[Chosen]) -> String {
+    let is = |kind| chosen.iter().all(|one| one.kind == kind);
+    let (one, several) = match () {
+        () if is(PictureKind::Proxy) => ("proxy", "proxies"),
+        () if is(PictureKind::Sample) => ("sample", "samples"),
+        () if is(PictureKind::Reference) => ("reference", "references"),
+        () => ("picture", "pictures"),
+    };
+    format!(
+        "{} {}",
+        chosen.len(),
+        if chosen.len() == 1 { one } else { several }
+    )
+}
+
 async fn chosen(snapshot: &Snapshot, args: &ExportArgs) -> Result<Vec<Chosen>> {
     let choice = Choice {
         subjects: args.subjects.clone(),
+        kinds: args.kinds.clone(),
         filter: args.like.filter.clone(),
         order: args.order.clone(),
         limit: args.like.limit,
     };
     let near = match &args.like.like {
         None => None,
+        Some(_) if args.kinds.iter().any(|kind| *kind != PictureKind::Proxy) => {
+            return Err(Error::invalid(
+                "--like finds proxies alone",
+                "leave --kind out, or choose samples and references with --where",
+            ));
+        }
         Some(wanted) => {
             let limit = args.like.limit.ok_or_else(|| {
                 Error::invalid(
@@ -132,7 +164,7 @@ async fn chosen(snapshot: &Snapshot, args: &ExportArgs) -> Result<Vec<Chosen>> {
 async fn sheet(snapshot: &Snapshot, chosen: &[Chosen], args: &ExportArgs) -> Result<Vec<u8>> {
     if chosen.len() > SHEET {
         return Err(Error::invalid(
-            format!("{} proxies are too many for one picture", chosen.len()),
+            format!("{} are too many for one picture", counted(chosen)),
             format!("choose at most {SHEET} with --limit or --where"),
         ));
     }
@@ -148,7 +180,7 @@ async fn sheet(snapshot: &Snapshot, chosen: &[Chosen], args: &ExportArgs) -> Res
                 score("CLIP-T", one.clip_t),
             ];
             cells.push(Cell {
-                image: decode_png(picture, &format!("proxy {}", one.key))?,
+                image: decode_png(picture, &format!("{} {}", one.kind.name(), one.key))?,
                 caption: one.prompt.clone(),
                 note: notes
                     .into_iter()
@@ -172,8 +204,8 @@ fn title(chosen: &[Chosen], args: &ExportArgs) -> String {
     subjects.sort_unstable();
     subjects.dedup();
     let mut title = match subjects.as_slice() {
-        few if few.len() <= 4 => format!("{} proxies of {}", chosen.len(), few.join(", ")),
-        many => format!("{} proxies of {} subjects", chosen.len(), many.len()),
+        few if few.len() <= 4 => format!("{} of {}", counted(chosen), few.join(", ")),
+        many => format!("{} of {} subjects", counted(chosen), many.len()),
     };
     for (name, value) in [
         ("like", &args.like.like),

@@ -25,6 +25,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::config::{Device, Document, Dtype};
 use crate::nn::Operations;
+use crate::store::identity::DEFAULT as DEFAULT_STORE;
 use crate::{Error, Result};
 
 /// Proxy-Tuning: photos of a subject go in, an autoregressive image model that draws it comes out.
@@ -67,7 +68,7 @@ pub enum Command {
     Remove(remove::RemoveArgs),
     /// Ask the store: SQL over all tables, nearest neighbours
     Query(query::QueryArgs),
-    /// Write chosen proxies as images with captions, or as one picture
+    /// Write chosen proxies, samples or photos as images with captions, or as one picture
     Export(export::ExportArgs),
     /// Compare a component with what its reference implementation computed
     Verify(verify::VerifyArgs),
@@ -100,9 +101,17 @@ impl PipelineArgs {
 /// Where the Lance tables are.
 #[derive(Debug, Clone, Args)]
 pub struct StoreArgs {
-    /// The store: proxies, tokens, scores and metrics, kept across runs
-    #[arg(long, value_name = "DIR", default_value = "datasets/store")]
-    pub store: PathBuf,
+    /// The store: proxies, tokens, scores and metrics, kept across runs. If not said, the one that the run or the watch
+    /// has used before, or else datasets/store
+    #[arg(long, value_name = "DIR")]
+    pub store: Option<PathBuf>,
+}
+
+impl StoreArgs {
+    /// The store, for commands that go by no record.
+    fn path(&self) -> PathBuf {
+        self.store.clone().unwrap_or_else(|| DEFAULT_STORE.into())
+    }
 }
 
 /// `proxytune run`

@@ -74,9 +74,9 @@ pub fn pretrain(args: &PretrainArgs) -> Result<()> {
         _ => None,
     };
     let models = chosen(&args.only);
-    let curves = Curves::open(&args.store.store)?;
-    let store = args.store.store.display();
-    println!("curves: run {} in {store}", curves.run());
+    let store = args.store.path();
+    let curves = Curves::open(&store)?;
+    println!("curves: run {} in {}", curves.run(), store.display());
     let context = Context {
         out: args.out.clone().unwrap_or_else(|| settings.out.clone()),
         machine: format!("{}, {threads} threads, {}", processor(), args.device),

@@ -2,7 +2,7 @@
 
 use std::io::{BufWriter, IsTerminal, Read, Write};
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 
@@ -11,7 +11,7 @@ use crate::evaluation::likeness::Like;
 use crate::files::Aside;
 use crate::store::export::refuse_existing;
 use crate::store::query::{
-    Answer, Format, IndexReport, Recall, Search, Snapshot, Space, tables_text, write,
+    Answer, Format, IndexReport, QueryLimits, Recall, Search, Snapshot, Space, tables_text, write,
 };
 use crate::store::quoted;
 use crate::{Error, Result};
@@ -36,6 +36,8 @@ pub struct QueryArgs {
     pub tables: bool,
     #[command(flatten)]
     pub like: LikeArgs,
+    #[command(flatten)]
+    pub limits: LimitArgs,
     /// Compare all embeddings, even where there is an index
     #[arg(long, requires = "like")]
     pub exact: bool,
@@ -56,10 +58,38 @@ pub struct QueryArgs {
     pub timing: bool,
 }
 
+/// What a question to the store may take.
+#[derive(Debug, Clone, Args)]
+pub struct LimitArgs {
+    /// Give up when a query has no whole answer after so long
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = above_zero)]
+    pub timeout: f64,
+    /// Memory that a query may take
+    #[arg(long, value_name = "GIB", default_value = "1", value_parser = above_zero)]
+    pub memory: f64,
+}
+
+impl LimitArgs {
+    pub(super) fn limits(&self) -> QueryLimits {
+        QueryLimits {
+            time: Duration::try_from_secs_f64(self.timeout).unwrap_or(Duration::MAX),
+            memory: (self.memory * (1u64 << 30) as f64) as u64,
+        }
+    }
+}
+
+fn above_zero(text: &str) -> std::result::Result<f64, String> {
+    match text.parse() {
+        Ok(number) if number > 0.0 && f64::is_finite(number) => Ok(number),
+        _ => Err("a number above 0 is needed".to_string()),
+    }
+}
+
 /// What proxies are to be like.
 #[derive(Debug, Clone, Args)]
 pub struct LikeArgs {
-    /// The nearest proxies: to a picture's file, to the proxy whose key begins so (8 digits or more), or to a text
+    /// The nearest proxies: to a picture's file, to the proxy whose key begins so (4 digits or more, as
+    /// tables print them), or to a text
     #[arg(long, value_name = "IMAGE|KEY|TEXT")]
     pub like: Option<String>,
     /// Which embedding is compared; pictures by DINO and texts by CLIP if not said
@@ -114,7 +144,9 @@ async fn answer(args: &QueryArgs) -> Result<Ended> {
     if !args.index && !args.recall {
         like.check_by()?;
     }
-    let snapshot = Snapshot::open(&args.store.store, like.evaluators.as_deref()).await?;
+    let limits = args.limits.limits();
+    let snapshot =
+        Snapshot::open_with(args.store.path(), like.evaluators.as_deref(), limits).await?;
     clock.lap("opened");
     if args.tables {
         let tables = snapshot.tables().await?;
@@ -199,6 +231,14 @@ pub(super) async fn neighbours(
     clock: &mut Clock,
 ) -> Result<Vec<crate::store::query::Neighbour>> {
     let wanted = Like::parse(wanted)?;
+    if let Like::Text(text) = &wanted
+        && text.bytes().all(|byte| byte.is_ascii_hexdigit())
+        && snapshot.is_key(&text.to_ascii_lowercase()).await?
+    {
+        eprintln!(
+            "hint: {text} is taken for a text, but a key begins so, too: give more of its digits if it is meant"
+        );
+    }
     let space = args.by.unwrap_or(wanted.usual_space());
     let vector = wanted.embedding(snapshot, space).await?;
     clock.lap("embedded");

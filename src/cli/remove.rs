@@ -7,6 +7,7 @@ use clap::Args;
 
 use super::{Ended, StoreArgs, block_on, output_failed};
 use crate::store::Store;
+use crate::store::identity::{is_store, no_store};
 use crate::watch::remove::Leaving;
 use crate::{Error, Result};
 
@@ -21,7 +22,7 @@ pub struct RemoveArgs {
     #[command(flatten)]
     pub store: StoreArgs,
     /// The watched folder that it is in; the store is then the watch's
-    #[arg(long, value_name = "DIR", conflicts_with = "store")]
+    #[arg(long, value_name = "DIR")]
     pub watch: Option<PathBuf>,
     /// Do not ask
     #[arg(long)]
@@ -36,20 +37,19 @@ pub(super) fn remove(args: &RemoveArgs, out: &mut impl Write) -> Result<Ended> {
     let name = leaving
         .as_ref()
         .map_or(args.subject.clone(), |leaving| leaving.id().to_string());
-    let store = leaving
-        .as_ref()
-        .map_or(args.store.store.clone(), |leaving| {
-            leaving.store().to_path_buf()
-        });
-    if !store.is_dir() {
-        return Err(Error::invalid(
-            format!("there is no store in {}", store.display()),
-            "name it with --store",
-        ));
+    let store = match &leaving {
+        Some(leaving) => leaving.store(args.store.store.as_deref())?,
+        None => args.store.path(),
+    };
+    if !is_store(&store) {
+        return Err(no_store(&store));
     }
     let mut say = |line: String| writeln!(out, "{line}").map_err(output_failed);
     for photo in leaving.iter().flat_map(|leaving| leaving.photos()) {
         say(format!("{}", photo.display()))?;
+    }
+    for link in leaving.iter().filter_map(Leaving::link) {
+        say(format!("{}, a link", link.display()))?;
     }
     for photo in leaving.iter().flat_map(|leaving| leaving.shared()) {
         say(format!(
@@ -80,13 +80,19 @@ pub(super) fn remove(args: &RemoveArgs, out: &mut impl Write) -> Result<Ended> {
         store.remove_subject(&name).await
     })?;
     let watched = leaving.is_some();
+    let mut left = removed.left.clone();
     if let Some(leaving) = leaving {
+        let stays = |(path, why): &(PathBuf, String)| format!("{}: {why}", path.display());
+        left.extend(leaving.left().iter().map(stays));
         leaving.remove()?;
     }
     for (table, rows) in removed.rows.iter().filter(|(_, rows)| *rows > 0) {
         say(format!("{rows:>8} rows of {table}"))?;
     }
     say(format!("{:>8} supervisors", removed.adapters))?;
+    for tag in &removed.tags {
+        say(format!("the tag {tag} kept rows of it, and is gone"))?;
+    }
     if removed.rows.iter().all(|(_, rows)| *rows == 0) && removed.adapters == 0 && !watched {
         return Err(Error::invalid(
             format!("{} holds nothing of a subject {name:?}", store.display()),
@@ -100,5 +106,12 @@ pub(super) fn remove(args: &RemoveArgs, out: &mut impl Write) -> Result<Ended> {
             say(format!("  {run}"))?;
         }
     }
-    Ok(Ended::Well)
+    if left.is_empty() {
+        return Ok(Ended::Well);
+    }
+    say("This is left of it:".into())?;
+    for line in left {
+        say(format!("  {line}"))?;
+    }
+    Ok(Ended::WithWarnings)
 }

@@ -6,7 +6,10 @@ use super::{Ended, ReportArgs, block_on, output_failed};
 use crate::{Result, pipeline};
 
 pub(super) fn report(args: &ReportArgs, out: &mut impl Write) -> Result<Ended> {
-    let report = block_on(pipeline::report_again(&args.run, &args.store.store))?;
+    let report = block_on(pipeline::report_again(
+        &args.run,
+        args.store.store.as_deref(),
+    ))?;
     writeln!(
         out,
         "{}{}",

@@ -13,8 +13,11 @@ use crate::plan::evaluators_key;
 use crate::store::query::{Snapshot, Space};
 use crate::{Error, Result};
 
-/// The fewest digits of a key that are taken for one.
-const KEY_DIGITS: usize = 8;
+/// The fewest hex digits that are taken for a key's, and the fewest of which all may be letters: "cafe" is a word.
+const KEY_DIGITS: usize = 4;
+const KEY_LETTERS: usize = 8;
+/// What tables put behind digits that they have cut, and what people type for it.
+const CUT: [&str; 2] = ["…", "..."];
 /// Evaluators that are tried where no run says which there were.
 const USUAL: [(&str, &str); 2] = [
     ("nano-clip", "nano-dino"),
@@ -31,10 +34,10 @@ pub enum Like {
 }
 
 impl Like {
-    /// What `typed` means: a file that exists, a name of a picture (an error if there is none), at least eight digits of
-    /// a key, or else a text.
+    /// What `typed` means: a file that exists, a name of a picture (an error if there is none), the first digits of a key
+    /// (as tables print them; at least four, and eight if all are letters), or else a text.
     ///
-    /// Errors: there is no such picture; an empty text.
+    /// Errors: there is no such picture; an empty text; fewer digits than four with a sign that more follow.
     pub fn parse(typed: &str) -> Result<Self> {
         let path = Path::new(typed);
         if path.is_file() {
@@ -46,8 +49,21 @@ impl Like {
                 "give a file, the digits of a proxy's key, or a text in quotes",
             ));
         }
-        if typed.len() >= KEY_DIGITS && typed.bytes().all(|byte| byte.is_ascii_hexdigit()) {
-            return Ok(Like::Key(typed.to_ascii_lowercase()));
+        let typed = typed.trim();
+        let cut = CUT.iter().find_map(|mark| typed.strip_suffix(mark));
+        let digits = cut.unwrap_or(typed);
+        if !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+            let has_number = digits.bytes().any(|byte| byte.is_ascii_digit());
+            let is_long = digits.len() >= KEY_DIGITS;
+            if is_long && (has_number || cut.is_some() || digits.len() >= KEY_LETTERS) {
+                return Ok(Like::Key(digits.to_ascii_lowercase()));
+            }
+            if cut.is_some() {
+                return Err(Error::invalid(
+                    format!("{digits} is too little of a key"),
+                    format!("give at least {KEY_DIGITS} of its digits"),
+                ));
+            }
         }
         if typed.trim().is_empty() {
             return Err(Error::invalid(
@@ -73,8 +89,8 @@ impl Like {
         match (self, space) {
             (Like::Key(key), _) => snapshot.embedding(space, key).await?.ok_or_else(|| {
                 Error::invalid(
-                    format!("no embedding of a key that begins with {key}"),
-                    "the column key of the tables proxies and evaluations has them",
+                    format!("no proxy, sample or reference with an embedding has a key that begins with {key}"),
+                    "the column key of the tables proxies and evaluations has all; to look for it as a text, add a word",
                 )
             }),
             (Like::Text(_), Space::Dino) => Err(Error::invalid(

@@ -1,6 +1,7 @@
 //! A run: [`topology`] pictures it, `prepare` finds out what the plan needs, `graph` builds the stages and the channels
 //! between them, and nobody else spawns anything.
 
+mod extend;
 mod generate;
 mod graph;
 mod prepare;
@@ -8,7 +9,7 @@ mod run_dir;
 pub mod topology;
 
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
 
@@ -36,7 +37,8 @@ pub struct Options {
     /// Its text.
     pub text: String,
     pub resolved: Resolved,
-    pub store: PathBuf,
+    /// The store; `None`: the one that the run noted, for a new run `datasets/store`.
+    pub store: Option<PathBuf>,
     /// Where run directories are made.
     pub out: PathBuf,
     /// Start afresh instead of resuming.
@@ -50,7 +52,7 @@ pub struct Options {
 impl Options {
     /// Runs the pipeline that `text` holds, with `overrides` (`a.b=value`) laid over it. `pipeline` is the path of
     /// its file, there or not: the run and its faults are named after it. Everything else is as the command line has
-    /// it: the store is `datasets/store`, run directories are made in `datasets/runs`, and an earlier run is continued.
+    /// it: the store is the run's own, at first `datasets/store`, run directories are made in `datasets/runs`, and an earlier run is continued.
     ///
     /// # Errors
     /// [`Error::Config`] with every fault of the text and the overrides.
@@ -65,7 +67,7 @@ impl Options {
             resolved: document.resolve()?,
             pipeline,
             text,
-            store: "datasets/store".into(),
+            store: None,
             out: "datasets/runs".into(),
             new: false,
             sequential: false,
@@ -101,12 +103,16 @@ pub fn run<'a>(options: &'a Options, stop: Stop) -> BoxFuture<'a, Result<Outcome
             &resolved_text,
             options.new,
         )?;
-        let latest = dir.link();
         if options.progress {
             announce(&dir);
         }
         let prepared = prepare::prepare(options, Purpose::Run, &dir, stop).await?;
         let context = prepared.context.clone();
+        if !options.new
+            && let Some(said) = extend::go_on(&context, &prepared.origin, &dir)?
+        {
+            tracing::info!("{}: {said}", dir.id());
+        }
         let progress = options
             .progress
             .then(|| Progress::show(context.board.clone()));
@@ -118,7 +124,11 @@ pub fn run<'a>(options: &'a Options, stop: Stop) -> BoxFuture<'a, Result<Outcome
             shared: None,
         };
         let graph = Graph::build(&topology, prepared, manner);
-        let result = graph.join(&context, false).await;
+        let result = tokio::select! {
+            ended = graph.join(&context, false) => ended,
+            never = link_once_it_shows(&dir) => match never {},
+        };
+        let latest = dir.has_shown().then(|| dir.link()).flatten();
         if let Some(progress) = progress {
             progress.finish();
         }
@@ -164,6 +174,19 @@ pub fn run<'a>(options: &'a Options, stop: Stop) -> BoxFuture<'a, Result<Outcome
     })
 }
 
+/// Between two looks at whether a run has made anything.
+const LOOK: Duration = Duration::from_millis(250);
+
+/// Lets the link to the newest run lead to this one as soon as it has made something; what fails at once never is the
+/// newest. Does not end.
+async fn link_once_it_shows(dir: &RunDir) -> std::convert::Infallible {
+    while !dir.has_shown() {
+        tokio::time::sleep(LOOK).await;
+    }
+    dir.link();
+    std::future::pending().await
+}
+
 /// Notes that the run has failed, and gives the `error` that it failed with: what else goes wrong then is said, too, but
 /// does not hide it.
 async fn failed(context: &Context, options: &Options, error: Error, flushed: Result<()>) -> Error {
@@ -177,10 +200,10 @@ async fn failed(context: &Context, options: &Options, error: Error, flushed: Res
 /// Writes the report of the run in `dir` again, from the store and what the run noted at its end.
 ///
 /// # Errors
-/// When the run has not ended, or its photos, checkpoints or rows are gone.
+/// When the run has not ended, or its photos, checkpoints or rows are gone; when `store` is another one than the run's.
 pub fn report_again<'a>(
     dir: &'a std::path::Path,
-    store: &'a std::path::Path,
+    store: Option<&'a std::path::Path>,
 ) -> BoxFuture<'a, Result<Report>> {
     Box::pin(async move {
         let run = RunDir::existing(dir)?;
@@ -196,13 +219,13 @@ pub fn report_again<'a>(
             pipeline: dir.to_path_buf(),
             text,
             resolved,
-            store: store.to_path_buf(),
+            store: store.map(PathBuf::from),
             out: dir.to_path_buf(),
             new: false,
             sequential: false,
             progress: false,
         };
-        let prepared = prepare::prepare(&options, Purpose::Run, &run, Stop::default()).await?;
+        let prepared = prepare::prepare(&options, Purpose::Report, &run, Stop::default()).await?;
         report::write(&prepared.context, &ending).await
     })
 }

@@ -34,6 +34,24 @@ pub(super) struct Prepared {
     /// One key for each subject; empty without proxies.
     pub supervisor_keys: Vec<String>,
     pub tokenizer: Arc<OpenTokenizer>,
+    pub origin: StudentOrigin,
+}
+
+/// What a student depends on beside the plan.
+pub(super) struct StudentOrigin {
+    /// Digest of the checkpoint that it starts from.
+    base: String,
+    /// Digests of the photos of all subjects.
+    photos: Vec<String>,
+    supervisors: Vec<String>,
+}
+
+impl StudentOrigin {
+    /// Key of a student that is trained by `plan`.
+    pub fn identity(&self, plan: &Plan) -> String {
+        let supervisors: Vec<&String> = self.supervisors.iter().collect();
+        student_key(plan.digest(), &self.base, &self.photos, &supervisors)
+    }
 }
 
 /// The device that a pipeline file names.
@@ -93,6 +111,8 @@ pub fn use_threads(threads: usize) {
 pub(super) enum Purpose {
     /// The whole graph.
     Run,
+    /// The report of a run that has ended, from what the store has.
+    Report,
     /// Proxies are made, and tokens of them if so; nothing is evaluated.
     Proxies { tokens: bool },
 }
@@ -104,6 +124,7 @@ pub(super) async fn prepare(
     stop: Stop,
 ) -> Result<Prepared> {
     let resolved = &options.resolved;
+    let place = run.store(options.store.as_deref())?;
     use_threads(resolved.threads);
     let warnings = Warnings::default();
     let subjects = load_subjects(resolved, &warnings).await?;
@@ -112,7 +133,21 @@ pub(super) async fn prepare(
         .map(|subject| (subject.name.clone(), subject.images.len()))
         .collect();
     let plan = Plan::new(resolved, &counts)?;
-    let store = Store::open(&options.store).await?;
+    let store = match purpose {
+        Purpose::Report => Store::open_existing(&place).await?,
+        Purpose::Run | Purpose::Proxies { .. } => Store::open(&place).await?,
+    };
+    if purpose == Purpose::Report && !store.latest_runs().await?.contains_key(run.id()) {
+        return Err(Error::invalid(
+            format!(
+                "{} has nothing of the run {}",
+                store.path().display(),
+                run.id()
+            ),
+            "name the store that the run was made with by --store",
+        ));
+    }
+    run.note_store(&store)?;
 
     let student_dir = locate(&resolved.student.model)?;
     let student = student_opening(resolved, &resolved.student, student_dir.clone())?;
@@ -127,7 +162,7 @@ pub(super) async fn prepare(
     let own = resolved.clone();
     let reading = blocking("reading checkpoints", move || {
         let evaluator = match purpose {
-            Purpose::Run => evaluator(&own)?,
+            Purpose::Run | Purpose::Report => evaluator(&own)?,
             Purpose::Proxies { .. } => no_evaluator(),
         };
         let student_base = checkpoint_digest(&dirs.0)?;
@@ -163,8 +198,12 @@ pub(super) async fn prepare(
         .iter()
         .flat_map(|subject| subject.digests.clone())
         .collect();
-    let newest: Vec<&String> = known.iter().map(Versions::newest).collect();
-    let student_identity = student_key(plan.digest(), &student_base, &photos, &newest);
+    let newest = |keys: &Versions<String>| keys.newest().clone();
+    let origin = StudentOrigin {
+        base: student_base.clone(),
+        photos,
+        supervisors: known.iter().map(newest).collect(),
+    };
     let metrics = store.metrics().await?;
     let frequent = Limits {
         rows: 1024,
@@ -173,7 +212,7 @@ pub(super) async fn prepare(
     let context = Context {
         run: run.id().to_string(),
         dir: run.path().to_path_buf(),
-        student_identity,
+        student_identity: origin.identity(&plan),
         supervisors: supervisors.clone(),
         supervisor_keys: known,
         metrics: Writer::<MetricRow>::with_limits(metrics, frequent),
@@ -209,6 +248,7 @@ pub(super) async fn prepare(
         supervisor,
         supervisor_keys: supervisors,
         tokenizer,
+        origin,
     })
 }
 

@@ -7,11 +7,15 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::config::Document;
 use crate::stages::report::Ending;
+use crate::store::{Store, StoreRef};
 use crate::{Error, Result, files};
 
 const RESOLVED: &str = "resolved.toml";
 const PIPELINE: &str = "pipeline.toml";
 const COMPLETE: &str = "complete.json";
+const STORE: &str = crate::store::identity::FILE;
+/// What a run makes; one that has none of it got nowhere.
+const MADE: [&str; 5] = [COMPLETE, "checkpoints", "supervisor", "student", "direct"];
 /// Digits of the digest of the resolved file in a run's name.
 const DIGITS: usize = 8;
 
@@ -140,6 +144,68 @@ impl RunDir {
         None
     }
 
+    /// Where the run's store is: in `given`, or where it was when the run began.
+    ///
+    /// # Errors
+    /// When `given` is another store, or the run's own is not there any more.
+    pub fn store(&self, given: Option<&Path>) -> Result<PathBuf> {
+        let owner = format!("the run {}", self.path.display());
+        self.noted_store()?.find(&owner, &self.keeper()?, given)
+    }
+
+    /// Notes that `store` is the run's.
+    ///
+    /// # Errors
+    /// When the directory cannot be written.
+    pub fn note_store(&self, store: &Store) -> Result<()> {
+        let reference = store.reference(&self.keeper()?);
+        if reference == self.noted_store()? {
+            return Ok(());
+        }
+        let text = serde_json::to_string_pretty(&reference).map_err(|e| Error::Invalid {
+            what: format!("{STORE}: {e}"),
+            hint: None,
+        })?;
+        files::write(&self.path.join(STORE), text.as_bytes())
+    }
+
+    /// What older versions did not note is not known.
+    fn noted_store(&self) -> Result<StoreRef> {
+        let path = self.path.join(STORE);
+        match path.is_file() {
+            true => files::read_json(&path).map_err(|error| {
+                Error::invalid(
+                    error.to_string(),
+                    "remove it, and say with --store where the run's store is",
+                )
+            }),
+            false => Ok(StoreRef::default()),
+        }
+    }
+
+    /// The directory, absolute and without links, as paths from it are noted.
+    fn keeper(&self) -> Result<PathBuf> {
+        std::fs::canonicalize(&self.path).map_err(Error::io(&self.path))
+    }
+
+    /// The other runs of the same pipeline file beside this one, names and directories.
+    ///
+    /// # Errors
+    /// When the directory around them cannot be listed.
+    pub fn siblings(&self) -> Result<Vec<(String, PathBuf)>> {
+        let (Some(around), Some(stem)) = (self.path.parent(), &self.stem) else {
+            return Ok(Vec::new());
+        };
+        let mut runs = files::list(around)?;
+        runs.retain(|(name, _)| is_run_of(stem, name) && *name != self.id);
+        Ok(runs)
+    }
+
+    /// Whether the run has made anything that can be looked at or gone on from.
+    pub fn has_shown(&self) -> bool {
+        has_shown(&self.path)
+    }
+
     /// The pipeline file as it was given, and the resolved one.
     pub fn texts(&self) -> Result<(String, String)> {
         let read = |name| {
@@ -202,6 +268,13 @@ const PATIENCE: Duration = Duration::from_secs(3);
 /// Locks the directory `path` for this process, and removes what killed ones left half-written in it.
 pub(crate) fn lock(path: &Path) -> Result<File> {
     let name = path.join("lock");
+    // Opening a pipe would wait for somebody at its other end, and a link leads elsewhere.
+    if name.symlink_metadata().is_ok_and(|found| !found.is_file()) {
+        return Err(Error::invalid(
+            format!("{} is not a file", name.display()),
+            "move it away",
+        ));
+    }
     let file = File::options()
         .create(true)
         .truncate(false)
@@ -243,6 +316,11 @@ fn is_run_of(stem: &str, name: &str) -> bool {
         && (number.is_empty() || number.strip_prefix('-').is_some_and(is_number))
 }
 
+/// Whether the run in `dir` has made anything.
+fn has_shown(dir: &Path) -> bool {
+    MADE.iter().any(|name| dir.join(name).exists())
+}
+
 /// The runs of the pipeline file `stem` under `out`: when their resolved files were written, their names and these
 /// files, the newest first.
 fn runs_of(out: &Path, stem: &str) -> Result<Vec<(SystemTime, String, PathBuf)>> {
@@ -257,6 +335,7 @@ fn runs_of(out: &Path, stem: &str) -> Result<Vec<(SystemTime, String, PathBuf)>>
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let file = path.join(RESOLVED);
         if is_run_of(stem, &name)
+            && has_shown(&path)
             && let Ok(time) = file.metadata().and_then(|m| m.modified())
         {
             runs.push((time, name.into_owned(), file));
@@ -347,6 +426,10 @@ mod tests {
         let first = open("seed = 1\n[student]\nsteps = 2\n", false).unwrap();
         assert!(!first.resumed && first.changes.is_empty());
         let (path, id) = (first.path().to_path_buf(), first.id().to_string());
+        let failed_at_once = open("seed = 1\n[student]\nsteps = 4\n", false).unwrap();
+        assert!(failed_at_once.changes.is_empty() && !failed_at_once.has_shown());
+        drop(failed_at_once);
+        std::fs::create_dir(path.join("checkpoints")).unwrap();
         assert!(
             open("seed = 1\n[student]\nsteps = 2\n", false).is_err(),
             "it is locked"

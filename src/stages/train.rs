@@ -11,7 +11,7 @@ use candle_core::Tensor;
 use futures::{Stream, StreamExt};
 
 use super::{Checkpoint, Context, Method, ReadyBatch, ended_early, spawn_trainee};
-use crate::config::Training;
+use crate::config::{Training, Tuning};
 use crate::images::decode_png;
 use crate::models::{Example, Lesson, Opening};
 use crate::plan::{Plan, step_seed};
@@ -113,15 +113,42 @@ impl Course {
         self.seed
     }
 
-    /// Continues from the newest checkpoint; returns the steps that are done.
+    /// Continues from the newest checkpoint that is whole, and says so where it is not the newest; returns the steps that
+    /// are done. Whatever it goes on from, the result is the same.
     pub async fn resume(&self) -> Result<usize> {
         let checkpoints = self.checkpoints.clone();
-        let step = self
+        let resumed = self
             .worker
             .call(&self.meter, move |trainee| trainee.resume(&checkpoints))
             .await?;
+        let name = &self.name;
+        for (checkpoint, why) in &resumed.damaged {
+            tracing::warn!("{name}: {checkpoint} is damaged and set aside: {why}");
+        }
+        match (resumed.step, resumed.damaged.len(), resumed.foreign) {
+            (_, 0, 0) => {}
+            (Some(step), ..) => {
+                tracing::warn!("{name}: goes on from the checkpoint of step {step}")
+            }
+            (None, 0, _) => tracing::warn!(
+                "{name}: begins at step 0: its checkpoints are of other photos, models or settings"
+            ),
+            (None, ..) => {
+                tracing::warn!(
+                    "{name}: begins at step 0, as no checkpoint is whole; the result is the same"
+                )
+            }
+        }
+        let step = resumed.step.unwrap_or(0);
         self.meter.reuse(step);
         Ok(step)
+    }
+
+    /// Where the adapter stays that is evaluated after `step` steps; `None` where all weights are trained, of which each
+    /// copy is as large as the model.
+    fn evaluated(&self, step: usize) -> Option<PathBuf> {
+        let place = self.context.dir.join("evaluated");
+        (self.settings.tuning == Tuning::Lora).then(|| place.join(format!("step-{step:06}")))
     }
 
     /// Takes step `step` on weighted batches, records it and, when due, writes a checkpoint.
@@ -168,16 +195,44 @@ impl Course {
             .await
     }
 
-    /// The current values, for an evaluation that is due after `step` steps; a run that resumes later has them too.
+    /// The current values, for an evaluation that is due after `step` steps; a run that resumes later has them too. An
+    /// adapter stays for good, in the layout of what is published.
     pub async fn due(&self, step: usize) -> Result<Arc<BTreeMap<String, Tensor>>> {
         let checkpoints = self.checkpoints.clone();
+        let adapter = self.evaluated(step);
         self.worker
             .call(&self.meter, move |trainee| {
                 let values = Arc::new(trainee.snapshot()?);
                 checkpoints.keep_due(step, &values)?;
+                if let Some(dir) = adapter {
+                    trainee.write(&dir, &values)?;
+                }
                 Ok(values)
             })
             .await
+    }
+
+    /// What [`Course::due`] kept after `step` steps, with its adapter in place; `None` where nothing was, or it is damaged,
+    /// which is said.
+    async fn kept(&self, step: usize) -> Result<Option<Arc<BTreeMap<String, Tensor>>>> {
+        let values = match self.checkpoints.due(step) {
+            Ok(None) => return Ok(None),
+            Ok(Some(values)) => Arc::new(values),
+            Err(error) => {
+                self.context.warnings.add(format!(
+                    "{}: step {step} is not evaluated: what was kept for it is damaged: {error}",
+                    self.name
+                ));
+                return Ok(None);
+            }
+        };
+        if let Some(dir) = self.evaluated(step).filter(|dir| !dir.is_dir()) {
+            let values = values.clone();
+            self.worker
+                .call(&self.meter, move |trainee| trainee.write(&dir, &values))
+                .await?;
+        }
+        Ok(Some(values))
     }
 
     /// What fell due every `every` steps up to `step`, from which this run resumes: the run before it may have ended
@@ -192,8 +247,8 @@ impl Course {
             return Ok(due);
         }
         for earlier in (every..step).step_by(every) {
-            if let Some(values) = self.checkpoints.due(earlier)? {
-                due.push((earlier, Arc::new(values)));
+            if let Some(values) = self.kept(earlier).await? {
+                due.push((earlier, values));
             }
         }
         if step > 0 && step.is_multiple_of(every) && step < self.settings.steps {

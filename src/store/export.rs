@@ -1,20 +1,23 @@
-//! Chosen proxies as files: pictures with captions, in the layouts that other trainers read.
+//! Chosen pictures of a store as files with captions, in the layouts that other trainers read.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use arrow::array::{Array, AsArray};
 use arrow::datatypes::{Float32Type, Int64Type, UInt64Type};
+use arrow::record_batch::RecordBatch;
+use datafusion::sql::sqlparser::dialect::GenericDialect;
+use datafusion::sql::sqlparser::tokenizer::{Token, Tokenizer};
 use futures::TryStreamExt;
 use futures::future::BoxFuture;
 use lance::dataset::ProjectionRequest;
 use serde_json::json;
 
-use super::columns::{broken, column, strings, text};
+use super::columns::{broken, column, maybe_text, strings, text};
 use super::failure::failed;
-use super::query::{Neighbour, Snapshot};
+use super::query::{Neighbour, PictureKind, Snapshot};
 use super::quoted;
 use crate::{Error, Result, files};
 
@@ -32,14 +35,16 @@ pub enum Layout {
     Imagefolder,
 }
 
-/// Which proxies, and in which order.
+/// Which pictures, and in which order.
 #[derive(Clone, Debug, Default)]
 pub struct Choice {
     /// Only these subjects; all when empty.
     pub subjects: Vec<String>,
-    /// SQL over the view `scored`.
+    /// Only these kinds; when empty those that the filter asks for, or else proxies.
+    pub kinds: Vec<PictureKind>,
+    /// SQL over the view `scored`, which knows kind, method, step and run here, too.
     pub filter: Option<String>,
-    /// What follows ORDER BY; without it by likeness if there is one, else by subject and number.
+    /// What follows ORDER BY; without it by likeness if there is one, else by subject, kind and number.
     pub order: Option<String>,
     pub limit: Option<usize>,
 }
@@ -56,20 +61,41 @@ impl Choice {
         parts.extend(self.filter.iter().map(|filter| format!("(\n{filter}\n)")));
         (!parts.is_empty()).then(|| parts.join(" AND "))
     }
+
+    /// The kinds that are meant.
+    fn kinds(&self) -> Vec<PictureKind> {
+        let says_kind = self.filter.as_deref().is_some_and(|filter| {
+            let tokens = Tokenizer::new(&GenericDialect {}, filter).tokenize();
+            // What is no SQL is told of when it is asked.
+            tokens.unwrap_or_default().iter().any(
+                |token| matches!(token, Token::Word(word) if word.value.eq_ignore_ascii_case("kind")),
+            )
+        });
+        match (self.kinds.is_empty(), says_kind) {
+            (false, _) => self.kinds.clone(),
+            (true, true) => PictureKind::ALL.to_vec(),
+            (true, false) => vec![PictureKind::Proxy],
+        }
+    }
 }
 
-/// A proxy on its way out; its picture is still in the store.
+/// A picture on its way out; it is still in the store itself.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Chosen {
     pub key: String,
+    pub kind: PictureKind,
     pub subject: String,
     pub class: String,
     pub token: String,
+    /// Of a proxy or reference, its number among the subject's; of a sample, the steps of what drew it.
     pub number: u64,
     pub prompt: String,
-    pub seed: u64,
-    pub width: u32,
-    pub height: u32,
+    /// None of references.
+    pub seed: Option<u64>,
+    /// What drew it; none of references.
+    pub method: Option<String>,
+    /// The run that drew it, or scored it first; none of references.
+    pub run: Option<String>,
     pub clip_i: Option<f32>,
     pub clip_t: Option<f32>,
     pub dino: Option<f32>,
@@ -78,14 +104,21 @@ pub struct Chosen {
 }
 
 impl Chosen {
-    /// The name of its files, without ending: no two proxies have the same.
+    /// The name of its files, without ending: no two pictures have the same.
     fn stem(&self) -> String {
         let digits = self.key.get(..12).unwrap_or(&self.key);
-        format!("{}-{:05}-{digits}", safe(&self.subject), self.number)
+        let what = match (self.kind, &self.method) {
+            (PictureKind::Proxy, _) => String::new(),
+            (PictureKind::Reference, _) => "reference-".to_string(),
+            (PictureKind::Sample, method) => {
+                format!("{}-", safe(method.as_deref().unwrap_or("sample")))
+            }
+        };
+        format!("{}-{what}{:05}-{digits}", safe(&self.subject), self.number)
     }
 }
 
-/// The proxies of `choice`; among `near` alone, if given.
+/// The pictures of `choice`; among the proxies `near` alone, if given.
 ///
 /// Errors: a condition or an order that cannot be understood; files that cannot be read.
 pub fn choose<'a>(
@@ -103,48 +136,67 @@ pub fn choose<'a>(
         let order = match (&choice.order, near) {
             (Some(order), _) => order.as_str(),
             (None, Some(_)) => "similarity DESC, key",
-            (None, None) => "subject, number, key",
+            (None, None) => "subject, kind, number, step, key",
         };
         let limit = choice
             .limit
             .map(|limit| format!(" LIMIT {limit}"))
             .unwrap_or_default();
+        let pictures = snapshot.pictures_sql(&choice.kinds()).await?;
         let sql = format!(
-            "SELECT key, subject, class, token, number, prompt, seed, width, height, clip_i, clip_t, dino, similarity \
-             FROM (SELECT scored.*, {similarity} AS similarity FROM scored{join}) AS scored \
+            "SELECT key, kind, subject, class, token, number, prompt, seed, method, step, run, clip_i, clip_t, dino, \
+             similarity FROM (SELECT scored.*, {similarity} AS similarity FROM ({pictures}) AS scored{join}) AS scored \
              WHERE {condition} ORDER BY {order}\n{limit}"
         );
         let mut chosen = Vec::new();
         for batch in snapshot.sql(&sql).await?.all().await? {
-            let text = |name| text(&batch, name);
-            let (key, subject, class) = (text("key")?, text("subject")?, text("class")?);
-            let (token, prompt) = (text("token")?, text("prompt")?);
-            let count = |name: &str, i| batch[name].as_primitive::<Int64Type>().value(i) as u64;
-            let seed = batch["seed"].as_primitive::<UInt64Type>();
-            let score = |name: &str, i| {
-                let values = batch[name].as_primitive::<Float32Type>();
-                values.is_valid(i).then(|| values.value(i))
-            };
-            for i in 0..batch.num_rows() {
-                chosen.push(Chosen {
-                    key: key(i),
-                    subject: subject(i),
-                    class: class(i),
-                    token: token(i),
-                    number: count("number", i),
-                    prompt: prompt(i),
-                    seed: seed.value(i),
-                    width: count("width", i) as u32,
-                    height: count("height", i) as u32,
-                    clip_i: score("clip_i", i),
-                    clip_t: score("clip_t", i),
-                    dino: score("dino", i),
-                    similarity: score("similarity", i),
-                });
-            }
+            chosen.extend(chosen_of(&batch)?);
         }
         Ok(chosen)
     })
+}
+
+/// The rows of `batch`, an answer to [`choose`].
+fn chosen_of(batch: &RecordBatch) -> Result<Vec<Chosen>> {
+    let text = |name| text(batch, name);
+    let (key, kind, subject) = (text("key")?, text("kind")?, text("subject")?);
+    let prompt = text("prompt")?;
+    let maybe = |name| maybe_text(batch, name);
+    let (class, token) = (maybe("class")?, maybe("token")?);
+    let (method, run) = (maybe("method")?, maybe("run")?);
+    let count = |name: &str, i| {
+        let values = batch[name].as_primitive::<Int64Type>();
+        values.is_valid(i).then(|| values.value(i) as u64)
+    };
+    let seed = batch["seed"].as_primitive::<UInt64Type>();
+    let score = |name: &str, i| {
+        let values = batch[name].as_primitive::<Float32Type>();
+        values.is_valid(i).then(|| values.value(i))
+    };
+    let one = |i| {
+        let name = kind(i);
+        let kind = PictureKind::ALL
+            .into_iter()
+            .find(|kind| kind.name() == name)
+            .ok_or_else(|| broken(format!("a picture of the kind {name:?}")))?;
+        Ok(Chosen {
+            key: key(i),
+            kind,
+            subject: subject(i),
+            class: class(i).unwrap_or_default(),
+            token: token(i).unwrap_or_default(),
+            number: count("number", i).or(count("step", i)).unwrap_or(0),
+            prompt: prompt(i),
+            seed: seed.is_valid(i).then(|| seed.value(i)),
+            method: method(i),
+            run: run(i),
+            clip_i: score("clip_i", i),
+            clip_t: score("clip_t", i),
+            dino: score("dino", i),
+            similarity: score("similarity", i),
+        })
+    };
+    (0..batch.num_rows()).map(one).collect()
 }
 
 impl Snapshot {
@@ -175,9 +227,49 @@ impl Snapshot {
         chosen: &[Chosen],
         mut take: impl FnMut(usize, &[u8]) -> Result<()>,
     ) -> Result<()> {
-        let path = self.path().join("proxies.lance");
-        let Some(dataset) = self.dataset("proxies").await? else {
-            return Ok(());
+        let mut rows = BTreeMap::new();
+        let kinds: BTreeSet<PictureKind> = chosen.iter().map(|one| one.kind).collect();
+        for kind in kinds {
+            if let Some(found) = self.picture_rows(kind).await? {
+                rows.insert(kind, found);
+            }
+        }
+        let gone = || broken("a chosen picture is not in the store any more".into());
+        for (place, part) in chosen.chunks(AT_ONCE).enumerate() {
+            let mut pictures: Vec<Option<Vec<u8>>> = vec![None; part.len()];
+            for (kind, (path, dataset, ids)) in &rows {
+                let own = part.iter().enumerate().filter(|(_, one)| one.kind == *kind);
+                let (places, keys): (Vec<usize>, Vec<&String>) =
+                    own.map(|(place, one)| (place, &one.key)).unzip();
+                let wanted: Option<Vec<u64>> =
+                    keys.into_iter().map(|key| ids.get(key).copied()).collect();
+                let wanted = wanted.ok_or_else(gone)?;
+                if wanted.is_empty() {
+                    continue;
+                }
+                let columns = ProjectionRequest::from_columns(["image"], dataset.schema());
+                let taken = Box::pin(dataset.take_rows(&wanted, columns)).await;
+                let batch = taken.map_err(|e| failed("read", path, e))?;
+                let images: &arrow::array::LargeBinaryArray = column(&batch, "image")?;
+                for (i, place) in places.into_iter().enumerate().take(images.len()) {
+                    pictures[place] = images.is_valid(i).then(|| images.value(i).to_vec());
+                }
+            }
+            for (i, picture) in pictures.into_iter().enumerate() {
+                take(place * AT_ONCE + i, &picture.ok_or_else(gone)?)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The table of the pictures of `kind`, with its path, and Lance's ids of its rows by their keys.
+    async fn picture_rows(&self, kind: PictureKind) -> Result<Option<PictureRows>> {
+        let Some(table) = self.table_of(kind).await? else {
+            return Ok(None);
+        };
+        let path = self.path().join(format!("{table}.lance"));
+        let Some(dataset) = self.dataset(&table).await? else {
+            return Ok(None);
         };
         let failed = |e| failed("read", &path, e);
         let mut rows: HashMap<String, u64> = HashMap::new();
@@ -193,26 +285,12 @@ impl Snapshot {
                 *first = (*first).min(*id);
             }
         }
-        for (place, part) in chosen.chunks(AT_ONCE).enumerate() {
-            let ids: Option<Vec<u64>> =
-                part.iter().map(|one| rows.get(&one.key).copied()).collect();
-            let ids =
-                ids.ok_or_else(|| broken("a chosen proxy is not in the store any more".into()))?;
-            let wanted = ProjectionRequest::from_columns(["image"], dataset.schema());
-            let batch = Box::pin(dataset.take_rows(&ids, wanted))
-                .await
-                .map_err(failed)?;
-            let images: &arrow::array::LargeBinaryArray = column(&batch, "image")?;
-            if batch.num_rows() != part.len() {
-                return Err(broken("a chosen proxy is not in the store any more".into()));
-            }
-            for i in 0..part.len() {
-                take(place * AT_ONCE + i, images.value(i))?;
-            }
-        }
-        Ok(())
+        Ok(Some((path, dataset, rows)))
     }
 }
+
+/// A table's path, the table, and ids of rows by their keys.
+type PictureRows = (PathBuf, Arc<lance::Dataset>, HashMap<String, u64>);
 
 /// Writes `chosen` as the folder `dir`, wholly or not at all, in the layout of a trainer; kohya's folders tell it to
 /// repeat each picture `repeats` times an epoch.
@@ -304,11 +382,15 @@ fn metadata(one: &Chosen) -> String {
         "class": one.class,
         "token": one.token,
         // As text: readers that take numbers for floats would round it.
-        "seed": one.seed.to_string(),
+        "seed": one.seed.map(|seed| seed.to_string()),
         "clip_i": score(one.clip_i),
         "clip_t": score(one.clip_t),
         "dino": score(one.dino),
         "key": one.key,
+        "kind": one.kind.name(),
+        "method": one.method,
+        "step": (one.kind == PictureKind::Sample).then_some(one.number),
+        "run": one.run,
     })
     .to_string()
 }
@@ -342,13 +424,24 @@ fn fresh_aside(dir: &Path) -> Result<PathBuf> {
     Ok(aside)
 }
 
-/// `name` as a part of a file's name.
+/// Bytes of a name that become part of a file's: systems limit that to 255.
+const NAME: usize = 80;
+
+/// `name` as a part of a file's name: it leads nowhere else, and is not hidden.
 fn safe(name: &str) -> String {
-    name.chars()
+    let mut safe: String = name
+        .chars()
         .map(|c| match c {
             '/' | '\\' | ':' | '*' | '?' | '"' | '<' | '>' | '|' => '_',
             c if c.is_control() => '_',
             c => c,
         })
-        .collect()
+        .collect();
+    if safe.starts_with('.') || safe.is_empty() {
+        safe.insert(0, '_');
+    }
+    while safe.len() > NAME {
+        safe.pop();
+    }
+    safe
 }

@@ -15,7 +15,7 @@
 //! Any number of processes may append to one store; they take turns under a lock of the operating system, so that no
 //! key comes in twice. A row exists once it is committed; should a disk's locks fail, readers keep the first row of a
 //! key. Beside the tables, `adapters/` holds what supervisors have learnt, `training/` their checkpoints while they
-//! learn, and `locks/` who works at what. Python's `lance` and DuckDB can open the tables.
+//! learn, `locks/` who works at what, and `store.json` which store it is ([`identity`]). Python's `lance` and DuckDB can open the tables.
 
 use std::collections::BTreeMap;
 use std::fs::{File, TryLockError};
@@ -31,6 +31,7 @@ mod columns;
 mod dataset;
 pub mod export;
 mod failure;
+pub mod identity;
 mod index;
 mod layout;
 mod locks;
@@ -42,6 +43,7 @@ mod upkeep;
 mod writer;
 
 pub use columns::DESCRIPTION;
+pub use identity::StoreRef;
 pub use locks::{Claim, Locks};
 pub use removal::Removed;
 pub(crate) use removal::{one_of, quoted};
@@ -66,6 +68,8 @@ const IN_USE: &str = ".in-use.lock";
 /// A directory of tables. Handles to one table from one store share what they know of it.
 pub struct Store {
     path: PathBuf,
+    /// Empty where none can be written.
+    id: String,
     session: Arc<Session>,
     locks: Locks,
     open: Mutex<BTreeMap<String, Arc<dataset::RawTable>>>,
@@ -79,6 +83,8 @@ pub struct Store {
 enum Access {
     /// Any number of processes.
     Shared,
+    /// Any number of processes, which create nothing.
+    Reading,
     /// One that erases.
     Alone,
 }
@@ -92,10 +98,17 @@ impl Store {
         Self::open_as(path, Access::Shared).await
     }
 
+    /// Opens the store in `path`, which is there, to read from it: what is no store is not made one.
+    ///
+    /// Errors: there is no store; a URL; a disk without locks.
+    pub async fn open_existing(path: impl AsRef<Path>) -> Result<Self> {
+        Self::open_as(path, Access::Reading).await
+    }
+
     /// Opens the store in `path` for erasing, which is possible while no other process has it open; those that come
     /// later wait.
     ///
-    /// Errors: another process uses the store; a directory that cannot be written.
+    /// Errors: there is no store; another process uses it; a directory that cannot be written.
     pub async fn open_alone(path: impl AsRef<Path>) -> Result<Self> {
         Self::open_as(path, Access::Alone).await
     }
@@ -108,16 +121,30 @@ impl Store {
                 "name a directory with --store; a bucket must be mounted first",
             ));
         }
-        tokio::fs::create_dir_all(&path)
-            .await
-            .map_err(Error::io(&path))?;
+        match access {
+            Access::Shared => tokio::fs::create_dir_all(&path)
+                .await
+                .map_err(Error::io(&path))?,
+            Access::Reading | Access::Alone if !identity::is_store(&path) => {
+                return Err(identity::no_store(&path));
+            }
+            Access::Reading | Access::Alone => {}
+        }
         let path = tokio::fs::canonicalize(&path)
             .await
             .map_err(Error::io(&path))?;
         let in_use = in_use(&path, access).await?;
+        let locks = Locks::new(&path);
+        let id = match (access, identity::id_of(&path)?) {
+            (_, Some(id)) => id,
+            // Where nothing can be written there is none, and nothing to mistake for another.
+            (Access::Shared, None) if in_use.is_some() => identity::identify(&path, &locks).await?,
+            (_, None) => String::new(),
+        };
         Ok(Self {
-            locks: Locks::new(&path),
+            locks,
             path,
+            id,
             access,
             _in_use: in_use,
             session: Arc::new(Session::new(INDEX_CACHE, METADATA_CACHE, Arc::default())),
@@ -128,6 +155,11 @@ impl Store {
     /// The directory, absolute.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Which store this is, as `keeper`, an absolute folder, notes it.
+    pub fn reference(&self, keeper: &Path) -> StoreRef {
+        StoreRef::new(&self.id, &self.path, keeper)
     }
 
     /// Who works at what in this store.
@@ -244,7 +276,7 @@ fn hold(path: &Path, access: Access) -> Result<Option<File>> {
         .open(path);
     let store = path.with_file_name("");
     match access {
-        Access::Shared => {
+        Access::Shared | Access::Reading => {
             // Who cannot write here cannot erase here either, and reading needs no right to write.
             let Ok(file) = open.or_else(|_| crate::files::open(path)) else {
                 return Ok(None);

@@ -20,6 +20,10 @@ pub struct Removed {
     pub adapters: usize,
     /// Runs that used the subject, alone or with others: their directories are not the store's.
     pub runs: Vec<String>,
+    /// Tags of tables that kept versions with its rows, and are gone.
+    pub tags: Vec<String>,
+    /// What could not be removed, with the reason and what to do.
+    pub left: Vec<String>,
 }
 
 impl Store {
@@ -87,8 +91,17 @@ impl Store {
                     _ => Vec::new(),
                 };
                 let path = self.path.join(format!("{table}.lance"));
-                let rows = upkeep::erase(&path, self.session.clone(), filters).await?;
-                removed.rows.push((table, rows));
+                let erased = upkeep::erase(&path, self.session.clone(), filters).await?;
+                let tags = erased.tags.iter().map(|tag| format!("{tag} of {table}"));
+                removed.tags.extend(tags);
+                removed.left.extend(erased.branches.iter().map(|branch| {
+                    format!(
+                        "the branch {branch} of {}: if it may go, delete it \
+                         (lance.dataset(...).branches.delete({branch:?}) in Python) and do this again",
+                        path.display()
+                    )
+                }));
+                removed.rows.push((table, erased.rows));
             }
             // What was read above is of versions that are gone.
             self.open.lock().await.clear();

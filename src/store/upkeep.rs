@@ -1,6 +1,6 @@
 //! Compacting a table in passing, and erasing rows from all its versions.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -105,16 +105,67 @@ pub(super) fn is_large(fragment: &Fragment) -> bool {
         || fragment.num_rows().is_some_and(|n| n >= ROWS_PER_FRAGMENT)
 }
 
+/// What erasing came to in one table.
+#[derive(Default)]
+pub(super) struct Erased {
+    /// How many rows there were.
+    pub rows: usize,
+    /// The tags that are gone.
+    pub tags: Vec<String>,
+    /// The branches that hold such rows still.
+    pub branches: Vec<String>,
+}
+
+/// Whether a file of this version may hold rows that satisfy one of `filters`: those that were deleted are in it still.
+async fn holds(version: &Dataset, filters: &[String]) -> lance::Result<bool> {
+    for filter in filters {
+        if Box::pin(version.count_rows(Some(filter.clone()))).await? > 0 {
+            return Ok(true);
+        }
+    }
+    let mut fragments = version.fragments().iter();
+    Ok(!filters.is_empty() && fragments.any(|fragment| fragment.deletion_file.is_some()))
+}
+
+/// Deletes the tags that keep rows of `filters`, and names the branches that do.
+async fn release(dataset: &Dataset, filters: &[String], erased: &mut Erased) -> lance::Result<()> {
+    let tags: BTreeMap<_, _> = dataset.tags().list().await?.into_iter().collect();
+    for (name, tag) in tags {
+        // What is tagged in a branch goes with the branch.
+        if tag.branch.is_some() {
+            continue;
+        }
+        let version = Box::pin(dataset.checkout_version(tag.version)).await?;
+        if holds(&version, filters).await? {
+            dataset.tags().delete(&name).await?;
+            erased.tags.push(name);
+        }
+    }
+    let branches: BTreeMap<_, _> = dataset.list_branches().await?.into_iter().collect();
+    for name in branches.into_keys() {
+        let latest = Box::pin(dataset.checkout_branch(&name)).await?;
+        for version in latest.versions().await? {
+            let version = Box::pin(latest.checkout_version(version.version)).await?;
+            if holds(&version, filters).await? {
+                erased.branches.push(name);
+                break;
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Erases the rows of the table at `path` that satisfy any of `filters` (SQL over the columns), so that no file holds
 /// them any more: fragments are rewritten without them, and all older versions and what no version knows removed.
 /// Indexes over the table are dropped when rows go, as they hold copies. Nobody else may have the table open.
 ///
-/// Returns how many rows there were.
+/// A tag that keeps an older version with such rows is deleted. A branch may hold what was never anywhere else, so it is
+/// left, and told of.
 pub(super) async fn erase(
     path: &Path,
     session: Arc<Session>,
     filters: impl Fn(&Schema) -> Vec<String>,
-) -> Result<usize> {
+) -> Result<Erased> {
     let failed = |e| failed("erase from", path, e);
     let uri = path.to_str().ok_or_else(|| {
         Error::invalid(
@@ -125,17 +176,23 @@ pub(super) async fn erase(
     let loading = DatasetBuilder::from_uri(uri).with_session(session);
     let mut dataset = match Box::pin(loading.load()).await {
         Ok(dataset) => dataset,
-        Err(lance::Error::DatasetNotFound { .. } | lance::Error::NotFound { .. }) => return Ok(0),
+        Err(lance::Error::DatasetNotFound { .. } | lance::Error::NotFound { .. }) => {
+            return Ok(Erased::default());
+        }
         Err(e) => return Err(failed(e)),
     };
-    let mut erased = 0;
-    for filter in filters(&dataset.schema().into()) {
+    let filters = filters(&dataset.schema().into());
+    let mut erased = Erased::default();
+    release(&dataset, &filters, &mut erased)
+        .await
+        .map_err(failed)?;
+    for filter in filters {
         let rows = Box::pin(dataset.count_rows(Some(filter.clone()))).await;
         let rows = rows.map_err(failed)?;
         if rows == 0 {
             continue;
         }
-        if erased == 0 {
+        if erased.rows == 0 {
             let indices = dataset.load_indices().await.map_err(failed)?;
             let names: BTreeSet<&String> = indices.iter().map(|index| &index.name).collect();
             for name in names {
@@ -143,7 +200,7 @@ pub(super) async fn erase(
             }
         }
         Box::pin(dataset.delete(&filter)).await.map_err(failed)?;
-        erased += rows;
+        erased.rows += rows;
     }
     // The filters stand in the version that they made: one more, so that it is an older one.
     let now = super::rows::now_us().to_string();

@@ -1,4 +1,5 @@
-//! Checkpoints of a training: `checkpoint-000050/{weights,optimizer}.safetensors` and, last, `state.json`.
+//! Checkpoints of a training: `checkpoint-000050/{weights,optimizer}.safetensors` and, last, `state.json`, which has
+//! the digests of the others and of itself: whatever happened to one on disk is noticed before it is gone on from.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -14,6 +15,13 @@ use crate::{Error, Result};
 const KEPT: usize = 2;
 /// How the names of values begin that are kept for an evaluation.
 const DUE: &str = "evaluate-";
+/// How the name of a checkpoint's folder begins; its step follows.
+const CHECKPOINT: &str = "checkpoint-";
+/// What a damaged checkpoint's name gets in front, so that it is not found again.
+const DAMAGED: &str = "damaged-";
+const STATE: &str = "state.json";
+const WEIGHTS: &str = "weights.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
 
 /// What stands in `state.json`; a folder without it is not a checkpoint.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -22,6 +30,87 @@ pub struct State {
     pub step: usize,
     /// What is trained, with every setting that affects it: a checkpoint of another one is not continued.
     pub identity: String,
+    /// Digests of the files beside it; older versions noted none.
+    #[serde(default)]
+    pub files: BTreeMap<String, String>,
+    /// Digest of everything above.
+    #[serde(default)]
+    pub digest: String,
+}
+
+impl State {
+    /// The state of a checkpoint whose files lie in `dir`.
+    fn of(step: usize, identity: &str, dir: &Path) -> Result<Self> {
+        let mut state = Self {
+            step,
+            identity: identity.to_string(),
+            files: BTreeMap::new(),
+            digest: String::new(),
+        };
+        for name in [WEIGHTS, OPTIMIZER] {
+            let digest = files::digest(&dir.join(name))?;
+            state.files.insert(name.to_string(), digest);
+        }
+        state.digest = state.seal();
+        Ok(state)
+    }
+
+    /// What [`State::digest`] must be.
+    fn seal(&self) -> String {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&(self.step as u64).to_le_bytes());
+        let files = self.files.iter().flat_map(|(name, digest)| [name, digest]);
+        for text in [&self.identity].into_iter().chain(files) {
+            hasher.update(&(text.len() as u64).to_le_bytes());
+            hasher.update(text.as_bytes());
+        }
+        hasher.finalize().to_hex().to_string()
+    }
+
+    /// Reads and checks the `state.json` of the checkpoint in `dir`, not the files beside it; the error is the reason
+    /// why it is damaged.
+    fn read(dir: &Path) -> Result<Self, String> {
+        let fault = |what: String| format!("{STATE}: {what}");
+        let text = std::fs::read_to_string(dir.join(STATE)).map_err(|e| fault(e.to_string()))?;
+        let state: Self = serde_json::from_str(&text).map_err(|e| fault(e.to_string()))?;
+        let by_older_version = state.digest.is_empty() && state.files.is_empty();
+        if !by_older_version && state.digest != state.seal() {
+            return Err(fault("its digest is not that of what it says".into()));
+        }
+        if step_of(dir) != Some(state.step) {
+            return Err(fault(format!("it is of step {}", state.step)));
+        }
+        Ok(state)
+    }
+
+    /// Why the checkpoint in `dir`, whose state this is, cannot be gone on from; none when it is whole.
+    fn fault(&self, dir: &Path) -> Option<String> {
+        let differs = |(name, expected): (&String, &String)| match files::digest(&dir.join(name)) {
+            Err(Error::Io { source, .. }) => Some(format!("{name}: {source}")),
+            Err(error) => Some(format!("{name}: {error}")),
+            Ok(digest) if digest == *expected => None,
+            Ok(_) => Some(format!("{name} is not what was written")),
+        };
+        self.files.iter().find_map(differs)
+    }
+}
+
+/// The step of the checkpoint in the folder `dir`, by its name.
+fn step_of(dir: &Path) -> Option<usize> {
+    let digits = dir.file_name()?.to_str()?.strip_prefix(CHECKPOINT)?;
+    let is_number = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit());
+    is_number.then(|| digits.parse().ok())?
+}
+
+/// From where a training goes on.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Resumed {
+    /// The step of the checkpoint; `None`: from the start.
+    pub step: Option<usize>,
+    /// The newer checkpoints that could not be gone on from, by their folders' names, and why; newest first.
+    pub damaged: Vec<(String, String)>,
+    /// How many checkpoints are of another training, where there is none of this one.
+    pub foreign: usize,
 }
 
 /// The checkpoints of one training, in one folder.
@@ -41,60 +130,63 @@ impl Checkpoints {
     }
 
     fn path(&self, step: usize) -> PathBuf {
-        self.dir.join(format!("checkpoint-{step:06}"))
+        self.dir.join(format!("{CHECKPOINT}{step:06}"))
     }
 
-    /// The folders of whole checkpoints of this training by their steps, oldest first.
-    pub fn list(&self) -> Result<Vec<(usize, PathBuf)>> {
-        let entries = match std::fs::read_dir(&self.dir) {
-            Ok(entries) => entries,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(e) => return Err(Error::io(&self.dir)(e)),
-        };
+    /// Every folder that is called like a checkpoint, by its step, oldest first, with what its state says.
+    fn all(&self) -> Result<Vec<(usize, PathBuf, Result<State, String>)>> {
         let mut found = Vec::new();
-        for entry in entries {
-            let path = entry.map_err(Error::io(&self.dir))?.path();
-            let Ok(text) = files::read_text(&path.join("state.json"), files::SETTINGS) else {
-                continue;
-            };
-            let Ok(state) = serde_json::from_str::<State>(&text) else {
-                continue;
-            };
-            if state.identity == self.identity && path == self.path(state.step) {
-                found.push((state.step, path));
+        for (_, path) in files::list(&self.dir)? {
+            if let Some(step) = step_of(&path) {
+                let state = State::read(&path);
+                found.push((step, path, state));
             }
         }
-        found.sort();
+        found.sort_by_key(|(step, ..)| *step);
         Ok(found)
     }
 
-    /// Writes a checkpoint after `step` steps, unless there is one, and removes all but the newest two.
+    /// The folders of the checkpoints of this training by their steps, oldest first. Whether the files in them are whole
+    /// is not looked at.
+    ///
+    /// # Errors
+    /// When the folder cannot be listed.
+    pub fn list(&self) -> Result<Vec<(usize, PathBuf)>> {
+        let own = |(step, path, state): (usize, PathBuf, Result<State, String>)| {
+            (state.ok()?.identity == self.identity).then_some((step, path))
+        };
+        Ok(self.all()?.into_iter().filter_map(own).collect())
+    }
+
+    /// Whether there is a whole checkpoint of this training after `step` steps.
+    fn is_whole(&self, step: usize) -> bool {
+        let dir = self.path(step);
+        State::read(&dir)
+            .is_ok_and(|state| state.identity == self.identity && state.fault(&dir).is_none())
+    }
+
+    /// Writes a checkpoint after `step` steps, unless there is one that is whole, and removes all but the newest two.
+    ///
+    /// # Errors
+    /// When it cannot be written, or an older one not be removed.
     pub fn save(
         &self,
         step: usize,
         variables: &[(String, Var)],
         optimizer: &dyn Optimizer,
     ) -> Result<()> {
-        if self.list()?.iter().any(|(saved, _)| *saved == step) {
+        if self.is_whole(step) {
             return Ok(());
         }
         let weights = variables
             .iter()
             .map(|(name, v)| (name.clone(), v.as_tensor().detach()))
             .collect();
-        let state = State {
-            step,
-            identity: self.identity.clone(),
-        };
-        let manifest = serde_json::to_string_pretty(&state).map_err(|e| Error::Invalid {
-            what: format!("state.json: {e}"),
-            hint: None,
-        })?;
         files::create_dir(&self.dir)?;
         files::write_dir(&self.path(step), |dir| {
-            files::write_tensors(&dir.join("weights.safetensors"), &weights, &[])?;
-            files::write_tensors(&dir.join("optimizer.safetensors"), &optimizer.state()?, &[])?;
-            files::write(&dir.join("state.json"), manifest.as_bytes())
+            files::write_tensors(&dir.join(WEIGHTS), &weights, &[])?;
+            files::write_tensors(&dir.join(OPTIMIZER), &optimizer.state()?, &[])?;
+            self.write_state(step, dir)
         })?;
         let list = self.list()?;
         for (_, old) in list.iter().rev().skip(KEPT) {
@@ -103,20 +195,77 @@ impl Checkpoints {
         Ok(())
     }
 
-    /// Gives `variables` and `optimizer` the newest checkpoint and returns its step, or `None` if there is none.
+    fn write_state(&self, step: usize, dir: &Path) -> Result<()> {
+        let state = State::of(step, &self.identity, dir)?;
+        let text = serde_json::to_string_pretty(&state).map_err(|e| Error::Invalid {
+            what: format!("{STATE}: {e}"),
+            hint: None,
+        })?;
+        files::write(&dir.join(STATE), text.as_bytes())
+    }
+
+    /// Gives `variables` and `optimizer` the newest whole checkpoint. Those that are damaged get another name, so that
+    /// they are not in the way; where none is whole, `variables` and `optimizer` are as they were.
+    ///
+    /// # Errors
+    /// When the folder cannot be listed or changed, or a whole checkpoint has other weights than `variables`.
     pub fn resume(
         &self,
         variables: &[(String, Var)],
         optimizer: &mut dyn Optimizer,
-    ) -> Result<Option<usize>> {
-        let Some((step, dir)) = self.list()?.pop() else {
-            return Ok(None);
-        };
-        let (weights, _) = files::read_tensors(&dir.join("weights.safetensors"))?;
-        restore(variables, &weights, &dir)?;
-        let (state, _) = files::read_tensors(&dir.join("optimizer.safetensors"))?;
-        optimizer.load_state(&state)?;
-        Ok(Some(step))
+    ) -> Result<Resumed> {
+        let mut resumed = Resumed::default();
+        for (step, dir, state) in self.all()?.into_iter().rev() {
+            let fault = match state {
+                Err(fault) => fault,
+                Ok(state) if state.identity != self.identity => {
+                    resumed.foreign += 1;
+                    continue;
+                }
+                Ok(state) => match state.fault(&dir) {
+                    Some(fault) => fault,
+                    None => match load(&dir, variables, optimizer) {
+                        Ok(()) => {
+                            resumed.step = Some(step);
+                            resumed.foreign = 0;
+                            return Ok(resumed);
+                        }
+                        // With digests it is what was written: then this is no damage.
+                        Err(error) if !state.files.is_empty() => return Err(error),
+                        Err(error) => error.to_string(),
+                    },
+                },
+            };
+            let name = dir.file_name().unwrap_or_default().to_string_lossy();
+            let aside = dir.with_file_name(format!("{DAMAGED}{name}"));
+            if aside.is_dir() {
+                std::fs::remove_dir_all(&aside).map_err(Error::io(&aside))?;
+            }
+            std::fs::rename(&dir, &aside).map_err(Error::io(&dir))?;
+            resumed.damaged.push((name.into_owned(), fault));
+        }
+        Ok(resumed)
+    }
+
+    /// Copies the checkpoint after `step` steps of `other` here, as one of this training.
+    ///
+    /// # Errors
+    /// When `other` has no such checkpoint that is whole; a full disk.
+    pub fn take_over(&self, other: &Checkpoints, step: usize) -> Result<()> {
+        if !other.is_whole(step) {
+            return Err(Error::invalid(
+                format!("{} is not whole", other.path(step).display()),
+                "begin with a new run",
+            ));
+        }
+        files::create_dir(&self.dir)?;
+        files::write_dir(&self.path(step), |dir| {
+            for name in [WEIGHTS, OPTIMIZER] {
+                let from = other.path(step).join(name);
+                files::copy(&from, &dir.join(name)).map_err(Error::io(&from))?;
+            }
+            self.write_state(step, dir)
+        })
     }
 
     fn due_path(&self, step: usize) -> PathBuf {
@@ -127,17 +276,31 @@ impl Checkpoints {
     /// when the process is killed.
     pub fn keep_due(&self, step: usize, values: &BTreeMap<String, Tensor>) -> Result<()> {
         files::create_dir(&self.dir)?;
-        let identity = [("identity", self.identity.clone())];
-        files::write_tensors(&self.due_path(step), values, &identity)
+        let metadata = [
+            ("identity", self.identity.clone()),
+            ("digest", files::values_digest(values)?),
+        ];
+        files::write_tensors(&self.due_path(step), values, &metadata)
     }
 
     /// The values kept by [`Checkpoints::keep_due`] after `step` steps, if they are of this training.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or is not what was written.
     pub fn due(&self, step: usize) -> Result<Option<BTreeMap<String, Tensor>>> {
         let path = self.due_path(step);
         if !path.is_file() {
             return Ok(None);
         }
         let (values, metadata) = files::read_tensors(&path)?;
+        if let Some(digest) = metadata.get("digest")
+            && *digest != files::values_digest(&values)?
+        {
+            return Err(Error::Checkpoint {
+                path,
+                faults: vec!["it is not what was written".into()],
+            });
+        }
         Ok((metadata.get("identity") == Some(&self.identity)).then_some(values))
     }
 }
@@ -155,8 +318,34 @@ pub fn clear_due(dir: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Gives `variables` and `optimizer` the checkpoint in `dir`; after an error both are as they were.
+fn load(dir: &Path, variables: &[(String, Var)], optimizer: &mut dyn Optimizer) -> Result<()> {
+    let (weights, _) = files::read_tensors(&dir.join(WEIGHTS))?;
+    fits(variables, &weights, dir)?;
+    let (state, _) = files::read_tensors(&dir.join(OPTIMIZER))?;
+    optimizer.load_state(&state)?;
+    restore(variables, &weights, dir)
+}
+
 /// Gives `variables` the values in `tensors`; every name must be there with its shape.
 pub fn restore(
+    variables: &[(String, Var)],
+    tensors: &BTreeMap<String, Tensor>,
+    source: &Path,
+) -> Result<()> {
+    fits(variables, tensors, source)?;
+    for (name, variable) in variables {
+        variable.set(
+            &tensors[name]
+                .to_dtype(variable.dtype())?
+                .to_device(variable.device())?,
+        )?;
+    }
+    Ok(())
+}
+
+/// Whether `tensors` has every name of `variables` with its shape.
+fn fits(
     variables: &[(String, Var)],
     tensors: &BTreeMap<String, Tensor>,
     source: &Path,
@@ -173,18 +362,11 @@ pub fn restore(
             Some(_) => None,
         })
         .collect();
-    if !faults.is_empty() {
-        return Err(Error::Checkpoint {
+    match faults.is_empty() {
+        true => Ok(()),
+        false => Err(Error::Checkpoint {
             path: source.to_path_buf(),
             faults,
-        });
+        }),
     }
-    for (name, variable) in variables {
-        variable.set(
-            &tensors[name]
-                .to_dtype(variable.dtype())?
-                .to_device(variable.device())?,
-        )?;
-    }
-    Ok(())
 }

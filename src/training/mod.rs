@@ -5,6 +5,6 @@ pub mod optimizer;
 mod trainer;
 mod training_loop;
 
-pub use checkpoints::{Checkpoints, clear_due, restore};
+pub use checkpoints::{Checkpoints, Resumed, clear_due, restore};
 pub use trainer::{Trainer, tuning};
 pub use training_loop::{Progress, TrainingLoop};

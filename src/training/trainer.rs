@@ -7,7 +7,7 @@ use candle_core::Tensor;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
-use super::checkpoints::Checkpoints;
+use super::checkpoints::{Checkpoints, Resumed};
 use super::optimizer::{OptimizerConfig, learning_rate_factor};
 use super::training_loop::{Progress, TrainingLoop};
 use crate::config::{Training, Tuning};
@@ -103,8 +103,13 @@ impl Trainer {
     /// Publishes what was learnt as the folder `dir`, wholly or not at all, and returns its values.
     pub fn publish(&self, dir: &Path) -> Result<BTreeMap<String, Tensor>> {
         let values = self.snapshot()?;
-        files::write_dir(dir, |aside| self.learner.save(aside, &values))?;
+        self.write(dir, &values)?;
         Ok(values)
+    }
+
+    /// Writes `values` of what is trained as the folder `dir`, wholly or not at all, in the layout of what is published.
+    pub fn write(&self, dir: &Path, values: &BTreeMap<String, Tensor>) -> Result<()> {
+        files::write_dir(dir, |aside| self.learner.save(aside, values))
     }
 
     /// Writes a checkpoint after `step` steps.
@@ -113,11 +118,10 @@ impl Trainer {
         checkpoints.save(step, &variables, self.training.optimizer())
     }
 
-    /// Continues from the newest checkpoint; returns its step, 0 if there is none.
-    pub fn resume(&mut self, checkpoints: &Checkpoints) -> Result<usize> {
+    /// Continues from the newest whole checkpoint.
+    pub fn resume(&mut self, checkpoints: &Checkpoints) -> Result<Resumed> {
         let variables = self.learner.variables();
-        let step = checkpoints.resume(&variables, self.training.optimizer())?;
-        Ok(step.unwrap_or(0))
+        checkpoints.resume(&variables, self.training.optimizer())
     }
 }
 

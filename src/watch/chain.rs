@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use super::reconcile::is_id;
 use super::scan::Scan;
 use super::state::{Home, Look, Run, State, Subject};
 use crate::config::{Document, Resolved, Source, Subject as Learnt};
@@ -118,6 +119,27 @@ impl Recipe {
     }
 }
 
+/// Whether `pipeline`, the resolved file of a run under way, reads photos and adapters of the watch in `home` alone: one
+/// of a folder that was moved does not, nor one that somebody else wrote.
+pub fn is_of(home: &Home, pipeline: &str) -> bool {
+    let Ok(resolved) = Document::parse(pipeline, "pipeline.toml", &[]).resolve() else {
+        return false;
+    };
+    let photos = home.path().join("photos");
+    let reads_own = |subject: &Learnt| {
+        let own = photos.join(&subject.name);
+        is_id(&subject.name)
+            && subject.images.parent() == Some(&own)
+            && files::within(home.path(), &subject.images).is_ok()
+    };
+    let adapters = home.path().join("adapters");
+    let init = resolved.student.init.as_deref();
+    resolved.subjects.iter().all(reads_own)
+        && init.is_none_or(|init| {
+            init.parent() == Some(&adapters) && files::within(home.path(), init).is_ok()
+        })
+}
+
 /// Copies the photos of `subject` to where its run reads them, named by their digests, so that nothing which happens
 /// to the folder later changes the run. False when they are no longer what they were.
 fn copy_photos(home: &Home, subject: &Subject, scan: &Scan) -> Result<bool> {
@@ -128,6 +150,7 @@ fn copy_photos(home: &Home, subject: &Subject, scan: &Scan) -> Result<bool> {
     let Some(folder) = scan.folders.get(&subject.folder) else {
         return Ok(false);
     };
+    files::within(home.path(), &to)?;
     if let Some(parent) = to.parent() {
         files::create_dir(parent)?;
     }
@@ -136,8 +159,8 @@ fn copy_photos(home: &Home, subject: &Subject, scan: &Scan) -> Result<bool> {
         for digest in &subject.photos {
             let path = folder.photos.get(digest);
             let read = path.map(|path| (path, images::read(path)));
-            let Some((path, Ok(bytes))) =
-                read.filter(|(_, bytes)| bytes.as_ref().is_ok_and(|bytes| is_of(bytes, digest)))
+            let Some((path, Ok(bytes))) = read
+                .filter(|(_, bytes)| bytes.as_ref().is_ok_and(|bytes| has_digest(bytes, digest)))
             else {
                 same = false;
                 return Err(Error::Interrupted);
@@ -154,6 +177,6 @@ fn copy_photos(home: &Home, subject: &Subject, scan: &Scan) -> Result<bool> {
     }
 }
 
-fn is_of(bytes: &[u8], digest: &str) -> bool {
+fn has_digest(bytes: &[u8], digest: &str) -> bool {
     blake3::hash(bytes).to_hex().as_str() == digest
 }

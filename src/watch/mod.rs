@@ -58,7 +58,8 @@ pub struct Options {
     pub pipeline: PathBuf,
     /// Laid over it, as `a.b=value`.
     pub overrides: Vec<String>,
-    pub store: PathBuf,
+    /// `None`: the store that the watch began with, at first `datasets/store`.
+    pub store: Option<PathBuf>,
     /// Look so often instead of waiting for events.
     pub poll: Option<Duration>,
     /// Learn what is there now, then end.
@@ -87,7 +88,11 @@ pub fn watch<'a>(options: &'a Options, stop: Stop) -> BoxFuture<'a, Result<State
         let home = Home::of(&options.dir)?;
         let _lock = home.lock()?;
         let mut state = home.load()?;
-        state.store = std::path::absolute(&options.store).map_err(Error::io(&options.store))?;
+        let store = Store::open(home.store(&state, options.store.as_deref())?).await?;
+        state.store = store.reference(home.path());
+        drop(store);
+        let is_ours = |run: &Run| chain::is_of(&home, &run.pipeline);
+        let foreign = state.run.take_if(|run| !is_ours(run));
         state.use_settings(&recipe.settings(options.margin));
         home.save(&state)?;
         let watcher = Watching {
@@ -100,6 +105,12 @@ pub fn watch<'a>(options: &'a Options, stop: Stop) -> BoxFuture<'a, Result<State
             stop,
         };
         watcher.remove_checkpoints()?;
+        if let Some(run) = foreign {
+            let number = run.number;
+            watcher.say(&format!(
+                "run {number} was begun in another place: it is begun anew"
+            ))?;
+        }
         watcher.say(&format!("watching {}", watcher.home.watched.display()))?;
         tokio::try_join!(watcher.follow(), watcher.work())?;
         let state = watcher.state().clone();
@@ -149,6 +160,12 @@ impl Watching<'_> {
         tracing::info!("{what}");
         let path = self.home.log();
         let line = format!("{} {what}\n", status::time(now_us()));
+        if path.symlink_metadata().is_ok_and(|found| !found.is_file()) {
+            return Err(Error::invalid(
+                format!("{} is not a file", path.display()),
+                "move it away",
+            ));
+        }
         let file = std::fs::File::options()
             .create(true)
             .append(true)
@@ -267,8 +284,10 @@ impl Watching<'_> {
                 "look every ten seconds instead, with --poll 10",
             )
         };
-        let mut watcher =
-            notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+        // A link to / would have it watch the machine.
+        let without_links = notify::Config::default().with_follow_symlinks(false);
+        let mut watcher = notify::RecommendedWatcher::new(
+            move |event: notify::Result<notify::Event>| {
                 let counts = event.is_ok_and(|event| {
                     let wrote = EventKind::Access(AccessKind::Close(AccessMode::Write));
                     let is_change =
@@ -280,11 +299,19 @@ impl Watching<'_> {
                     // One that waits already stands for all.
                     let _ = events.try_send(());
                 }
-            })
-            .map_err(failed)?;
+            },
+            without_links,
+        )
+        .map_err(failed)?;
         watcher
             .watch(&self.home.watched, RecursiveMode::Recursive)
             .map_err(failed)?;
+        for folder in scan::linked(&self.home.watched) {
+            let folder = std::fs::canonicalize(&folder).unwrap_or(folder);
+            if let Err(error) = watcher.watch(&folder, RecursiveMode::NonRecursive) {
+                tracing::debug!("{}: {error}", folder.display());
+            }
+        }
         Ok(watcher)
     }
 
@@ -334,11 +361,18 @@ impl Watching<'_> {
 
     /// Runs `run` to its end, or goes on with it, and publishes what it made.
     async fn take(&self, run: &Run) -> Result<()> {
+        let latest = format!("run-{:04}", run.number);
+        for (name, dir) in files::list(&self.home.runs())? {
+            // The link to the newest is our own, and replaced.
+            if remove::is_of_run(&name, run.number) && name != latest {
+                files::refuse_links(&dir)?;
+            }
+        }
         let options = pipeline::Options {
             pipeline: format!("run-{:04}.toml", run.number).into(),
             text: run.pipeline.clone(),
             resolved: Document::parse(&run.pipeline, "pipeline.toml", &[]).resolve()?,
-            store: self.state().store.clone(),
+            store: Some(self.state().store.path.clone()),
             out: self.home.runs(),
             new: false,
             sequential: false,
@@ -353,7 +387,7 @@ impl Watching<'_> {
 
     async fn finish(&self, run: &Run, outcome: &Outcome) -> Result<()> {
         let state = self.state().clone();
-        let store = Store::open(&state.store).await?;
+        let store = Store::open(&state.store.path).await?;
         let scores = scores(&outcome.report);
         let before = dino_before(&self.home, &state, run, &store).await?;
         let after = scores
@@ -386,14 +420,8 @@ impl Watching<'_> {
         let state = self.state().clone();
         for (name, run) in files::list(&self.home.runs())? {
             let mut over = state.history.iter();
-            if over.any(|ended| remove::is_of_run(&name, ended.number)) {
-                let checkpoints = run.join("checkpoints");
-                match std::fs::remove_dir_all(&checkpoints) {
-                    Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                        return Err(Error::io(&checkpoints)(e));
-                    }
-                    _ => {}
-                }
+            if !run.is_symlink() && over.any(|ended| remove::is_of_run(&name, ended.number)) {
+                self.home.remove(&run.join("checkpoints"))?;
             }
         }
         Ok(())
@@ -435,7 +463,7 @@ fn ended(run: &Run, refused: Option<String>) -> Ended {
         adapter: None,
         scores: Default::default(),
         refused,
-        seconds: (now_us() - run.started_us) as f64 / 1e6,
+        seconds: now_us().saturating_sub(run.started_us) as f64 / 1e6,
     }
 }
 

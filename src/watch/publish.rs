@@ -59,7 +59,12 @@ pub fn refusal(
             })
         })
         .collect();
-    (!lost.is_empty()).then(|| format!("{}; the margin is {margin}", lost.join(", ")))
+    (!lost.is_empty()).then(|| {
+        format!(
+            "{}; the margin is {margin}: allow more with --margin, or forget less with a higher --replay",
+            lost.join(", ")
+        )
+    })
 }
 
 /// DINO by subject of what is published, as `run` compares with it: against today's photos of the subject that it
@@ -137,6 +142,7 @@ pub fn publish(
     let student = outcome.dir.join("student");
     let adapter = files::digest_dir(&student)?;
     let to = home.adapter(run.number);
+    files::within(home.path(), &to)?;
     // A run of the same number that was dropped may have left another adapter there.
     if !to.is_dir() || files::digest_dir(&to)? != adapter {
         if let Some(parent) = to.parent() {
@@ -217,7 +223,8 @@ mod tests {
         let refused = refusal(&before, &dino(&[("rex", 0.38), ("mia", 0.7)]), 0.1).unwrap();
         assert_eq!(
             refused,
-            "rex would lose 0.120 in DINO (0.500 to 0.380); the margin is 0.1"
+            "rex would lose 0.120 in DINO (0.500 to 0.380); the margin is 0.1: allow more with --margin, or forget less \
+             with a higher --replay"
         );
         assert!(
             refusal(&before, &dino(&[("rex", 0.4), ("mia", 0.1)]), 0.05)

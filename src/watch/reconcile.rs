@@ -6,6 +6,12 @@ use super::scan::{Folder, Scan};
 use super::state::{State, Subject};
 use crate::config::prompts::RARE_TOKENS;
 
+/// Bytes of a subject's name that are taken from its folder's: it becomes part of the names of files, which systems
+/// limit to 255.
+const NAME: usize = 64;
+/// Bytes of a class at most: every prompt says it, and models read some 77 tokens.
+const CLASS: usize = 64;
+
 /// So many usable photos make a subject.
 pub const LEAST_PHOTOS: usize = 3;
 
@@ -170,16 +176,31 @@ fn class_fault(class: &str, token: &str) -> Option<String> {
         return Some("the name of its class's folder has no letters".into());
     }
     let is_token = class.split_whitespace().any(|word| word == token);
+    if class.len() > CLASS {
+        return Some(format!(
+            "the name of its class's folder has {} bytes of at most {CLASS}: prompts say it",
+            class.len()
+        ));
+    }
     is_token.then(|| format!("its class's folder is called like its token, {token}"))
+}
+
+fn is_plain(c: char) -> bool {
+    c.is_ascii_alphanumeric() || "_-.".contains(c)
+}
+
+/// Whether `text` is a name that we give a subject. Earlier versions gave longer ones.
+pub fn is_id(text: &str) -> bool {
+    !text.is_empty() && text.len() <= 200 && !text.starts_with('.') && text.chars().all(is_plain)
 }
 
 /// The folder's name in letters that every table and file system takes, with a number if it is taken.
 fn new_id(subjects: &[Subject], path: &str) -> String {
     let name = path.rsplit('/').next().unwrap_or_default();
-    let is_plain = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
     let plain: String = name
         .chars()
         .map(|c| if is_plain(c) { c } else { '-' })
+        .take(NAME)
         .collect();
     let is_free = |id: &String| subjects.iter().all(|subject| subject.id != *id);
     let numbered = (2..).map(|number| format!("{plain}-{number}"));

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::publish::switch;
 use super::reconcile::reconcile;
-use super::scan::Scanner;
+use super::scan::{Scanner, is_system};
 use super::state::{Home, State, Subject};
 use crate::images::{is_other_picture, is_photo_name};
 use crate::{Error, Result, files};
@@ -17,8 +17,7 @@ pub struct Leaving {
     state: State,
     /// As it lies in the folder today.
     subject: Subject,
-    photos: Vec<PathBuf>,
-    shared: Vec<PathBuf>,
+    pictures: Pictures,
     _lock: std::fs::File,
 }
 
@@ -31,6 +30,7 @@ impl Leaving {
     /// read.
     pub fn find(dir: &Path, name: &str) -> Result<Self> {
         let home = Home::of(dir)?;
+        home.refuse_links()?;
         let lock = home.lock().map_err(|error| match error {
             Error::Invalid { what, .. } => Error::invalid(what, "stop the watch first"),
             other => other,
@@ -70,13 +70,12 @@ impl Leaving {
                 ));
             }
         };
-        let (photos, shared) = photos(&home, &state, &today, &subject)?;
+        let pictures = Pictures::find(&home, &state, &today, &subject)?;
         Ok(Self {
             home,
             state,
             subject,
-            photos,
-            shared,
+            pictures,
             _lock: lock,
         })
     }
@@ -86,20 +85,47 @@ impl Leaving {
         &self.subject.id
     }
 
-    /// The store that the watch used last.
-    pub fn store(&self) -> &Path {
-        &self.state.store
+    /// The store of the watch: in `given`, or where it was.
+    ///
+    /// # Errors
+    /// When `given` is another store, or the watch's own is not there any more. When an older version noted it, which
+    /// wrote down no id: what others may have written into a shared folder does not say from where rows are deleted.
+    pub fn store(&self, given: Option<&Path>) -> Result<PathBuf> {
+        let noted = &self.state.store;
+        if noted.id.is_empty() && given.is_none() {
+            return Err(Error::invalid(
+                format!(
+                    "the watch on {} has not noted which store is its own",
+                    self.home.watched.display()
+                ),
+                match noted.is_known() {
+                    true => format!("name it: it was --store {}", noted.path.display()),
+                    false => "name it with --store".to_string(),
+                },
+            ));
+        }
+        self.home.store(&self.state, given)
     }
 
     /// What will be deleted from the watched folder: all pictures of the subject's own folder, and its photos wherever
     /// they lie, but for [`Leaving::shared`].
     pub fn photos(&self) -> &[PathBuf] {
-        &self.photos
+        &self.pictures.own
+    }
+
+    /// The link that is the subject's folder, which will be deleted; what lies behind it stays.
+    pub fn link(&self) -> Option<&Path> {
+        self.pictures.link.as_deref()
     }
 
     /// Photos of the subject that lie in the folder of another one, whose photos they are too: these stay.
     pub fn shared(&self) -> &[PathBuf] {
-        &self.shared
+        &self.pictures.shared
+    }
+
+    /// Pictures of the subject that stay although they are nobody else's, with the reason.
+    pub fn left(&self) -> &[(PathBuf, String)] {
+        &self.pictures.left
     }
 
     /// Deletes the photos, their copies, and the sheets, reports and supervisors that runs made of the subject, and
@@ -110,11 +136,15 @@ impl Leaving {
     /// When something cannot be deleted.
     pub fn remove(mut self) -> Result<()> {
         let id = self.subject.id.clone();
-        for photo in &self.photos {
-            gone(photo)?;
+        for photo in self.pictures.own.iter().chain(&self.pictures.link) {
+            files::remove_within(&self.home.watched, photo)?;
         }
-        // It stays where something else lies in it.
-        let _ = std::fs::remove_dir(self.home.watched.join(&self.subject.folder));
+        let folder = self.home.watched.join(&self.subject.folder);
+        if files::within(&self.home.watched, &folder).is_ok() {
+            // It stays where something else lies in it.
+            let _ = std::fs::remove_dir(folder);
+        }
+        let gone = |path: &Path| self.home.remove(path);
         gone(&self.home.path().join("photos").join(&id))?;
         let under_way = self.state.run.as_ref();
         let dropped = under_way.filter(|run| run.subject == id || names(&run.pipeline, &id));
@@ -134,6 +164,9 @@ impl Leaving {
             }
         }
         for (number, adapter) in files::list(&self.home.path().join("adapters"))? {
+            if adapter.is_symlink() {
+                continue;
+            }
             let evaluation = adapter.join("evaluation");
             let scores = evaluation.join("scores.json");
             if with_it.contains(&number) || scored(&scores, &id) {
@@ -170,12 +203,12 @@ impl Leaving {
         let link = self.home.published();
         match &self.state.published {
             Some(published) => switch(&link, &self.home.adapter(published.number))?,
-            None => gone(&link)?,
+            None => self.home.remove(&link)?,
         }
-        gone(&self.home.adapter(number))?;
+        self.home.remove(&self.home.adapter(number))?;
         for (name, run) in files::list(&self.home.runs())? {
             if is_of_run(&name, number) {
-                gone(&run)?;
+                self.home.remove(&run)?;
             }
         }
         Ok(())
@@ -188,68 +221,124 @@ pub(super) fn is_of_run(name: &str, number: usize) -> bool {
         .is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
 }
 
-/// The pictures in the watched folder that are the subject's alone, and those that are another's, too.
-fn photos(
-    home: &Home,
-    state: &State,
-    today: &State,
-    subject: &Subject,
-) -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
-    let before = state.subject(&subject.id);
-    let learnt = before.and_then(|before| before.learnt.as_ref());
-    let under_way = state.run.as_ref().filter(|run| run.subject == subject.id);
-    let known: BTreeSet<&String> = [
-        Some(&subject.photos),
-        before.map(|before| &before.photos),
-        learnt.map(|look| &look.photos),
-        under_way.map(|run| &run.look.photos),
-    ]
-    .into_iter()
-    .flatten()
-    .flatten()
-    .collect();
-    let folder = |subject: &Subject| home.watched.join(&subject.folder);
-    let others: BTreeSet<PathBuf> = today
-        .subjects
-        .iter()
-        .filter(|other| other.id != subject.id && !other.retired)
-        .map(folder)
-        .collect();
-    let own = (!subject.retired).then(|| folder(subject));
-    let (mut alone, mut shared) = (Vec::new(), Vec::new());
-    for picture in pictures(&home.watched)? {
-        let parent = picture.parent();
-        if parent == own.as_deref() {
-            alone.push(picture);
-            continue;
-        }
-        let mut digest = blake3::Hasher::new();
-        match files::open(&picture).and_then(|file| digest.update_reader(file).map(drop)) {
-            // Nothing was learnt from a pipe or a device.
-            Err(error) if error.kind() == std::io::ErrorKind::InvalidInput => continue,
-            read => read.map_err(Error::io(&picture))?,
-        }
-        if known.contains(&digest.finalize().to_hex().to_string()) {
-            match parent.is_some_and(|parent| others.contains(parent)) {
-                true => shared.push(picture),
-                false => alone.push(picture),
-            }
-        }
-    }
-    Ok((alone, shared))
+/// The pictures of a subject in the watched folder.
+#[derive(Default)]
+struct Pictures {
+    /// Those that will be deleted.
+    own: Vec<PathBuf>,
+    /// Those that are another subject's, too.
+    shared: Vec<PathBuf>,
+    /// Those that stay for another reason.
+    left: Vec<(PathBuf, String)>,
+    /// The subject's folder, where it is a link.
+    link: Option<PathBuf>,
 }
 
-/// All pictures below `dir` that are not hidden, sorted.
-fn pictures(dir: &Path) -> Result<Vec<PathBuf>> {
+impl Pictures {
+    fn find(home: &Home, state: &State, today: &State, subject: &Subject) -> Result<Self> {
+        let before = state.subject(&subject.id);
+        let learnt = before.and_then(|before| before.learnt.as_ref());
+        let under_way = state.run.as_ref().filter(|run| run.subject == subject.id);
+        let known: BTreeSet<&String> = [
+            Some(&subject.photos),
+            before.map(|before| &before.photos),
+            learnt.map(|look| &look.photos),
+            under_way.map(|run| &run.look.photos),
+        ]
+        .into_iter()
+        .flatten()
+        .flatten()
+        .collect();
+        let folder = |subject: &Subject| home.watched.join(&subject.folder);
+        let others: BTreeSet<PathBuf> = today
+            .subjects
+            .iter()
+            .filter(|other| other.id != subject.id && !other.retired)
+            .map(folder)
+            .collect();
+        let own = (!subject.retired).then(|| folder(subject));
+        let mut found = Self::default();
+        if let Some(own) = &own {
+            found.behind_links(&home.watched, own)?;
+        }
+        for (picture, is_kept) in pictures(&home.watched, home.path(), false)? {
+            let parent = picture.parent();
+            if is_kept {
+                let is_below = own.as_ref().is_some_and(|own| picture.starts_with(own));
+                let is_known = files::digest(&picture).is_ok_and(|digest| known.contains(&digest));
+                if is_below || is_known {
+                    let reason = "in a folder of the system or another program: empty it there";
+                    found.left.push((picture, reason.to_string()));
+                }
+            } else if parent == own.as_deref() {
+                found.own.push(picture);
+            } else if known.contains(&files::digest(&picture)?) {
+                match parent.is_some_and(|parent| others.contains(parent)) {
+                    true => found.shared.push(picture),
+                    false => found.own.push(picture),
+                }
+            }
+        }
+        found.behind_linked_photos(&home.watched)?;
+        Ok(found)
+    }
+
+    /// Of a photo that is a link the link goes, and what it leads to stays, unless it lies here, too.
+    fn behind_linked_photos(&mut self, watched: &Path) -> Result<()> {
+        for photo in self.own.iter().filter(|photo| photo.is_symlink()) {
+            let target = std::fs::canonicalize(photo).map_err(Error::io(photo))?;
+            if !target.starts_with(watched) {
+                let reason = format!("{} was a link to it: delete it there", photo.display());
+                self.left.push((target, reason));
+            }
+        }
+        Ok(())
+    }
+
+    /// What lies in the folder `own` when that is reached through a link: a link that is the subject's own folder goes,
+    /// one that is its class's leads to other subjects, too. Nothing is deleted behind either.
+    fn behind_links(&mut self, watched: &Path, own: &Path) -> Result<()> {
+        let class = own.parent().unwrap_or(watched);
+        let reason = if class.is_symlink() {
+            let class = class.display();
+            format!("{class} is a link: delete it there, or the next watch learns it again")
+        } else if own.is_symlink() {
+            self.link = Some(own.to_path_buf());
+            format!("{} is a link: delete it there", own.display())
+        } else {
+            return Ok(());
+        };
+        for (_, path) in files::list(own)? {
+            if path.is_file() && is_picture(&path) {
+                let path = std::fs::canonicalize(&path).map_err(Error::io(&path))?;
+                self.left.push((path, reason.clone()));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn is_picture(path: &Path) -> bool {
+    is_photo_name(path) || is_other_picture(path)
+}
+
+/// All pictures below `dir` but for those in `home`, sorted, and whether they lie in a folder that is hidden or the
+/// system's, as all in `dir` do if `is_kept`. Links to folders are not followed.
+fn pictures(dir: &Path, home: &Path, is_kept: bool) -> Result<Vec<(PathBuf, bool)>> {
     let mut found = Vec::new();
     for (name, path) in files::list(dir)? {
-        if name.starts_with('.') {
+        if path == home {
             continue;
         }
         if path.is_dir() && !path.is_symlink() {
-            found.extend(pictures(&path)?);
-        } else if path.is_file() && (is_photo_name(&path) || is_other_picture(&path)) {
-            found.push(path);
+            let is_kept = is_kept || name.starts_with('.') || is_system(&name);
+            match pictures(&path, home, is_kept) {
+                // What the system keeps, it may keep to itself.
+                Err(_) if is_kept => {}
+                listed => found.extend(listed?),
+            }
+        } else if path.is_file() && is_picture(&path) {
+            found.push((path, is_kept));
         }
     }
     Ok(found)
@@ -274,17 +363,4 @@ fn knows(dir: &Path, id: &str) -> Result<bool> {
     let path = dir.join("resolved.toml");
     let text = files::read_text_if_there(&path, files::SETTINGS)?;
     Ok(text.is_some_and(|text| names(&text, id)))
-}
-
-/// Deletes the file, link or folder at `path`, if it is there.
-fn gone(path: &Path) -> Result<()> {
-    let removed = if path.is_dir() && !path.is_symlink() {
-        std::fs::remove_dir_all(path)
-    } else {
-        std::fs::remove_file(path)
-    };
-    match removed {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path)(e)),
-        _ => Ok(()),
-    }
 }

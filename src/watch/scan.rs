@@ -146,11 +146,17 @@ impl Scanner {
         &self,
         set_aside: &mut Vec<SetAside>,
     ) -> Result<(BTreeMap<String, Listing>, BTreeSet<String>)> {
+        let root = std::fs::canonicalize(&self.root).map_err(Error::io(&self.root))?;
         let mut listings = BTreeMap::new();
         let mut closed = BTreeSet::new();
         for class in entries(&self.root)? {
             if !class.is_dir() {
                 set_aside.extend(misplaced(&self.root, &class));
+                continue;
+            }
+            if let Some(reason) = astray(&root, &class) {
+                let path = below(&self.root, &class);
+                set_aside.push(SetAside { path, reason });
                 continue;
             }
             let Some(class_name) = self.kept_name(&class, set_aside) else {
@@ -163,6 +169,11 @@ impl Scanner {
             for subject in subjects {
                 if !subject.is_dir() {
                     set_aside.extend(misplaced(&self.root, &subject));
+                    continue;
+                }
+                if let Some(reason) = astray(&root, &subject) {
+                    let path = below(&self.root, &subject);
+                    set_aside.push(SetAside { path, reason });
                     continue;
                 }
                 let Some(subject_name) = self.kept_name(&subject, set_aside) else {
@@ -261,13 +272,19 @@ impl Scanner {
         if !is_photo_name(path) {
             return Some(Verdict::Bad("only JPEG, PNG and WebP are read".into()));
         }
+        // Opening a pipe would wait for somebody at its other end, and a device may never end.
+        match std::fs::metadata(path) {
+            Ok(found) if found.is_dir() => return Some(Verdict::Bad("it is a folder".into())),
+            Ok(found) if !found.is_file() => {
+                let reason = "it is a pipe, a socket or a device, not a file";
+                return Some(Verdict::Bad(reason.into()));
+            }
+            _ => {}
+        }
         let bytes = match images::read(path) {
             Ok(bytes) => bytes,
             Err(Error::Io { source, .. }) if source.kind() == ErrorKind::PermissionDenied => {
                 return Some(Verdict::Closed(source.to_string()));
-            }
-            Err(Error::Io { source, .. }) if source.kind() == ErrorKind::IsADirectory => {
-                return Some(Verdict::Bad("it is a folder".into()));
             }
             Err(Error::Io { .. }) => return None,
             Err(error) => return Some(Verdict::Bad(reason(error))),
@@ -284,12 +301,108 @@ impl Scanner {
     }
 }
 
-/// What is in `dir`, in the order of names; hidden things do not count.
+/// Folders that systems, network drives, cameras and other programs make beside people's own: recycle bins, thumbnails,
+/// snapshots. In small letters.
+const SYSTEM: [&str; 34] = [
+    "#recycle",
+    "#snapshot",
+    "@__qini",
+    "@__thumb",
+    "@cloudsync",
+    "@database",
+    "@download",
+    "@eadir",
+    "@qmariadb",
+    "@recently-snapshot",
+    "@recycle",
+    "@sharebin",
+    "@sharesnap",
+    "@synodrive",
+    "@synologydrive",
+    "@synoresource",
+    "@tmp",
+    "__macosx",
+    "_gsdata_",
+    "_thumb",
+    "lost+found",
+    "lost.dir",
+    "msdownld.tmp",
+    "network recycle bin",
+    "network trash folder",
+    "recycle bin",
+    "recycle.bin",
+    "recycled",
+    "recycler",
+    "system volume information",
+    "temporary items",
+    "thevolumesettingsfolder",
+    "trashbox",
+    "~snapshot",
+];
+
+/// Whether a folder of this name is none of the user's own: what is thrown away is no subject. Hidden ones are not either.
+pub fn is_system(name: &str) -> bool {
+    let small = name.to_lowercase();
+    // Windows' own: $RECYCLE.BIN, $WinREAgent, $Extend.
+    let is_windows = || {
+        let rest = small.strip_prefix('$');
+        rest.is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_alphabetic()))
+    };
+    // What its disk check has found.
+    let is_found = || {
+        let rest = small.strip_prefix("found.");
+        rest.is_some_and(|rest| rest.len() == 3 && rest.bytes().all(|b| b.is_ascii_digit()))
+    };
+    SYSTEM.contains(&small.as_str()) || is_windows() || is_found()
+}
+
+/// Why the folder at `path`, if it is a link, is not followed: it leads back into the folder `root` (without links) or to
+/// where that lies, so that it would be watched twice, or everything around it with it.
+fn astray(root: &Path, path: &Path) -> Option<String> {
+    let target = path
+        .is_symlink()
+        .then(|| std::fs::canonicalize(path).ok())??;
+    let to = target.display();
+    if root.starts_with(&target) {
+        return Some(format!(
+            "it is a link to {to}, in which the watched folder itself lies: not followed"
+        ));
+    }
+    let is_inside = target.starts_with(root);
+    is_inside.then(|| format!("it is a link to {to}, which is watched already: not followed"))
+}
+
+/// The folders of subjects and classes below `root` that are reached through links, which are listened to by themselves.
+pub fn linked(root: &Path) -> Vec<PathBuf> {
+    let Ok(root) = std::fs::canonicalize(root) else {
+        return Vec::new();
+    };
+    let folders = |dir: &Path| {
+        let mut folders = entries(dir).unwrap_or_default();
+        folders.retain(|path| path.is_dir() && astray(&root, path).is_none());
+        folders
+    };
+    let mut found = Vec::new();
+    for class in folders(&root) {
+        let subjects = folders(&class);
+        let is_linked = class.is_symlink();
+        found.extend(
+            subjects
+                .into_iter()
+                .filter(|subject| is_linked || subject.is_symlink()),
+        );
+        found.extend(is_linked.then_some(class));
+    }
+    found
+}
+
+/// What is in `dir`, in the order of names; hidden things and the system's do not count.
 fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
     let mut paths = Vec::new();
     for entry in std::fs::read_dir(dir).map_err(Error::io(dir))? {
         let path = entry.map_err(Error::io(dir))?.path();
-        if !name(&path).starts_with('.') {
+        let name = name(&path);
+        if !name.starts_with('.') && !is_system(&name) {
             paths.push(path);
         }
     }

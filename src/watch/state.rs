@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::reconcile::is_id;
 use crate::evaluation::metrics::Scores;
+use crate::store::StoreRef;
 use crate::{Error, Result, files, pipeline};
 
 /// The layout of the file; a file of another layout is refused.
@@ -16,8 +18,8 @@ const VERSION: u32 = 1;
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct State {
     pub version: u32,
-    /// The store that was used last.
-    pub store: PathBuf,
+    /// The store that the watch began with.
+    pub store: StoreRef,
     /// Digest of how subjects were learnt and judged last: what was held back under other settings is tried again.
     #[serde(default)]
     pub settings: String,
@@ -120,7 +122,59 @@ pub struct Ended {
     pub seconds: f64,
 }
 
+/// The most runs that a chain can have: what follows the last is still a number.
+const RUNS: usize = 100_000_000;
+
+/// Whether `text` is a digest as we write it.
+fn is_digest(text: &str) -> bool {
+    text.len() == 64 && text.bytes().all(|b| b.is_ascii_hexdigit())
+}
+
+/// Whether `folder` is the path of a subject's folder below the watched one.
+fn is_folder(folder: &str) -> bool {
+    let parts: Vec<&str> = folder.split('/').collect();
+    let is_name = |part: &&str| {
+        let plain = Path::new(part)
+            .components()
+            .all(|c| matches!(c, Component::Normal(_)));
+        !part.is_empty() && !part.starts_with('.') && !part.contains('\0') && plain
+    };
+    parts.len() == 2 && parts.iter().all(is_name)
+}
+
+impl Look {
+    fn fault(&self) -> Option<String> {
+        let odd = self.photos.iter().find(|photo| !is_digest(photo))?;
+        Some(format!("{odd:?} is no digest of a photo"))
+    }
+}
+
+impl Published {
+    fn fault(&self) -> Option<String> {
+        let name = self.run.strip_prefix("runs/").unwrap_or_default();
+        let is_plain = |b: u8| b.is_ascii_alphanumeric() || b == b'-';
+        let is_ours =
+            name.starts_with(&format!("run-{:04}", self.number)) && name.bytes().all(is_plain);
+        (!is_ours).then(|| format!("{:?} is no directory of run {}", self.run, self.number))
+    }
+}
+
 impl Subject {
+    /// Why it cannot be one that we wrote.
+    fn fault(&self) -> Option<String> {
+        if !is_id(&self.id) {
+            return Some(format!("{:?} is no name of a subject", self.id));
+        }
+        if !is_folder(&self.folder) {
+            return Some(format!("{:?} is no CLASS/SUBJECT", self.folder));
+        }
+        let held = self.held.as_ref().map(|(look, _)| look);
+        [Some(&self.look()), self.learnt.as_ref(), held]
+            .into_iter()
+            .flatten()
+            .find_map(Look::fault)
+    }
+
     /// What is to be learnt of it today.
     pub fn look(&self) -> Look {
         Look {
@@ -149,6 +203,44 @@ impl Subject {
 }
 
 impl State {
+    /// Why this cannot be what we wrote: whoever may write in the watched folder may write anything into the file, and
+    /// names in it become paths.
+    fn fault(&self) -> Option<String> {
+        let mut ids = std::collections::BTreeSet::new();
+        for subject in &self.subjects {
+            if let Some(fault) = subject.fault() {
+                return Some(fault);
+            }
+            if !ids.insert(&subject.id) {
+                return Some(format!("there are two subjects {}", subject.id));
+            }
+        }
+        let (run, published) = (self.run.as_ref(), self.published.as_ref());
+        let digests = self
+            .history
+            .iter()
+            .flat_map(|ended| [&ended.init, &ended.adapter]);
+        let digests = digests.chain(run.map(|run| &run.init)).flatten();
+        let mut digests = digests.chain(published.map(|published| &published.adapter));
+        if let Some(odd) = digests.find(|digest| !is_digest(digest)) {
+            return Some(format!("{odd:?} is no digest of an adapter"));
+        }
+        let numbers = self.history.iter().map(|ended| ended.number);
+        let numbers = numbers.chain(run.map(|run| run.number));
+        let mut numbers = numbers.chain(published.map(|published| published.number));
+        if let Some(odd) = numbers.find(|number| !(1..RUNS).contains(number)) {
+            return Some(format!("{odd} is no number of a run"));
+        }
+        if let Some(run) = run {
+            let is_known = ids.contains(&run.subject);
+            let unknown = (!is_known).then(|| format!("there is no subject {:?}", run.subject));
+            if let Some(fault) = run.look.fault().or(unknown) {
+                return Some(fault);
+            }
+        }
+        published.and_then(Published::fault)
+    }
+
     /// Notes the digest of the settings of the watch; what was held back under other ones waits for a run again.
     pub fn use_settings(&mut self, settings: &str) {
         if self.settings == settings {
@@ -270,7 +362,40 @@ impl Home {
                 json["version"]
             )));
         }
-        serde_json::from_value(json).map_err(|e| refused(e.to_string()))
+        let state: State = serde_json::from_value(json).map_err(|e| refused(e.to_string()))?;
+        match state.fault() {
+            None => Ok(state),
+            Some(fault) => Err(refused(format!("{fault}: proxytune did not write that"))),
+        }
+    }
+
+    /// Where the store of the watch is: in `given`, or where it was.
+    ///
+    /// # Errors
+    /// When `given` is another store, or the watch's own is not there any more.
+    pub fn store(&self, state: &State, given: Option<&Path>) -> Result<PathBuf> {
+        let owner = format!("the watch on {}", self.watched.display());
+        state.store.find(&owner, &self.path, given)
+    }
+
+    /// Refuses to work where a folder of the watch's own is a link: everything below it would be written, and deleted,
+    /// somewhere else.
+    ///
+    /// # Errors
+    /// Naming the link.
+    pub fn refuse_links(&self) -> Result<()> {
+        for folder in ["photos", "runs", "adapters"] {
+            files::within(&self.watched, &self.path.join(folder).join("any"))?;
+        }
+        Ok(())
+    }
+
+    /// Deletes the file, link or folder at `path`, which is one of the watch's own, if it is there.
+    ///
+    /// # Errors
+    /// When it would lie elsewhere, or be reached through a link; when it cannot be deleted.
+    pub fn remove(&self, path: &Path) -> Result<()> {
+        files::remove_within(&self.path, path)
     }
 
     /// Remembers `state`, wholly or not at all.
@@ -288,8 +413,9 @@ impl Home {
     /// Keeps other processes from watching here while the file lives.
     ///
     /// # Errors
-    /// When another process watches here, or the folder cannot be written.
+    /// When another process watches here, the folder cannot be written, or one of the watch's own is a link.
     pub fn lock(&self) -> Result<File> {
+        self.refuse_links()?;
         files::create_dir(&self.path)?;
         pipeline::lock(&self.path).map_err(|error| match error {
             Error::Invalid { .. } => Error::invalid(

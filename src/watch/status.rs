@@ -5,6 +5,7 @@ use std::path::Path;
 
 use super::state::{Home, State, Subject};
 use crate::store::Store;
+use crate::store::identity::is_store;
 use crate::{Error, Result};
 use futures::future::BoxFuture;
 
@@ -23,8 +24,11 @@ pub fn status<'a>(dir: &'a Path) -> BoxFuture<'a, Result<String>> {
         }
         let state = home.load()?;
         let mut proxies: BTreeMap<String, usize> = BTreeMap::new();
-        if state.store.is_dir() {
-            let store = Store::open(&state.store).await?;
+        // Whose store is away is told of all the same.
+        if let Ok(place) = home.store(&state, None)
+            && is_store(&place)
+        {
+            let store = Store::open_existing(&place).await?;
             for subject in store.proxies().await?.texts("subject").await? {
                 *proxies.entry(subject).or_default() += 1;
             }
@@ -55,7 +59,7 @@ pub fn text(
             &published.adapter[..12]
         ),
     };
-    text += &format!("store       {}\n\n", state.store.display());
+    text += &format!("store       {}\n\n", state.store.path.display());
     text += &format!(
         "{:<16} {:<24} {:<6} {:>6} {:>7} {:>7} {:>7} {:>7}  state\n",
         "subject", "folder", "token", "photos", "proxies", "CLIP-I", "CLIP-T", "DINO"

@@ -75,7 +75,7 @@ impl Place {
             pipeline: SMOKE.into(),
             resolved: Document::parse(&text, SMOKE, &overrides).resolve()?,
             text,
-            store: self.store(),
+            store: Some(self.store()),
             out: self.out(),
             new: false,
             sequential,

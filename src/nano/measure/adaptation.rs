@@ -147,7 +147,7 @@ async fn run(
         format!("evaluation.dino={}", checkpoint("dino")),
     ];
     let options = Options {
-        store: folder.join("store"),
+        store: Some(folder.join("store")),
         out: folder.join("runs"),
         new: true,
         ..Options::new(file, text, &overrides)?

@@ -4,6 +4,7 @@ use datafusion::common::SchemaError;
 use datafusion::error::DataFusionError;
 
 use super::Snapshot;
+use super::limits::is_exhausted;
 use crate::Error;
 use crate::config::did_you_mean;
 use crate::store::failure::first_line;
@@ -32,7 +33,12 @@ pub(super) fn explained(cause: DataFusionError, snapshot: Option<&Snapshot>) -> 
         DataFusionError::SQL(..) => {
             Some("one SELECT is wanted, in quotes: proxytune query \"SELECT subject, count(*) FROM proxies GROUP BY subject\"".into())
         }
-        DataFusionError::ResourcesExhausted(_) => Some("ask for fewer rows, or leave the image column out".into()),
+        cause if is_exhausted(cause) => {
+            return Error::invalid(
+                format!("query: it takes more memory than it may: {text}"),
+                "ask for fewer rows, leave the image column out, or allow more with --memory GIB",
+            );
+        }
         _ => None,
     };
     Error::Invalid {

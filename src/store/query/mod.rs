@@ -11,22 +11,25 @@ use std::sync::{Arc, Mutex, PoisonError};
 use arrow::array::StringArray;
 use arrow::datatypes::SchemaRef;
 use arrow::record_batch::RecordBatch;
+use datafusion::error::DataFusionError;
 use datafusion::execution::SendableRecordBatchStream;
 use datafusion::execution::context::SQLOptions;
+use datafusion::execution::runtime_env::RuntimeEnvBuilder;
 use datafusion::logical_expr::LogicalPlan;
 use datafusion::prelude::{DataFrame, SessionConfig, SessionContext};
 use datafusion::sql::parser::Statement;
 use datafusion::sql::sqlparser::ast;
-use futures::TryStreamExt;
+use futures::StreamExt;
 use futures::future::BoxFuture;
 use lance::Dataset;
 use lance::session::Session;
-use tokio::sync::OnceCell;
+use tokio::sync::{OnceCell, mpsc};
 
 mod describe;
 mod failure;
 mod functions;
 mod index;
+mod limits;
 mod nearest;
 mod present;
 mod tables;
@@ -35,12 +38,16 @@ mod views;
 pub use describe::{ColumnInfo, TableInfo, tables_text};
 pub(super) use index::is_of_an_index;
 pub use index::{IndexReport, Recall};
+pub use limits::QueryLimits;
 pub use nearest::{Neighbour, Search, Space};
 pub use present::{Format, write};
+pub use views::PictureKind;
 
 use self::failure::{explained, not_a_query, unknown_table};
+use self::limits::{Meter, Running};
 use self::tables::Kind;
 use super::columns::{column, text};
+use super::identity::no_store;
 use super::{Access, INDEX_CACHE, METADATA_CACHE, in_use, quoted};
 use crate::{Error, Result};
 
@@ -57,6 +64,8 @@ pub struct Snapshot {
     evaluators: Option<String>,
     /// The table of the evaluators that are asked, once it was looked for.
     evaluations: OnceCell<Option<String>>,
+    /// What each query may take.
+    limits: QueryLimits,
     /// Says that this process uses the store; none where it cannot be locked.
     in_use: Option<File>,
 }
@@ -65,15 +74,42 @@ pub struct Snapshot {
 pub struct Answer {
     /// The columns.
     pub schema: SchemaRef,
-    rows: SendableRecordBatchStream,
+    rows: mpsc::Receiver<Result<RecordBatch, DataFusionError>>,
+    /// What computes them.
+    running: Running<()>,
+    meter: Meter,
 }
 
 impl Answer {
+    /// An answer whose `rows` are computed on another thread, one batch ahead.
+    fn new(mut rows: SendableRecordBatchStream, meter: Meter) -> Self {
+        let schema = rows.schema();
+        let (sender, receiver) = mpsc::channel(1);
+        let running = Running::start(async move {
+            while let Some(batch) = rows.next().await {
+                if sender.send(batch).await.is_err() {
+                    break;
+                }
+            }
+        });
+        Self {
+            schema,
+            rows: receiver,
+            running,
+            meter,
+        }
+    }
+
     /// The next rows; none at the end.
     ///
-    /// Errors: files that cannot be read; a value that an expression cannot take.
+    /// Errors: files that cannot be read; a value that an expression cannot take; more than the limits allow.
     pub fn next<'a>(&'a mut self) -> BoxFuture<'a, Result<Option<RecordBatch>>> {
-        Box::pin(async move { self.rows.try_next().await.map_err(|e| explained(e, None)) })
+        Box::pin(async move {
+            match self.meter.wait(self.rows.recv()).await? {
+                Some(batch) => batch.map(Some).map_err(|e| explained(e, None)),
+                None => self.running.end().await.map(|()| None),
+            }
+        })
     }
 
     /// All rows.
@@ -94,6 +130,17 @@ impl Snapshot {
     ///
     /// Errors: there is no store; no such evaluators.
     pub async fn open(path: impl AsRef<Path>, evaluators: Option<&str>) -> Result<Self> {
+        Self::open_with(path, evaluators, QueryLimits::default()).await
+    }
+
+    /// The same, where each query may take as much as `limits` say.
+    ///
+    /// Errors: there is no store; no such evaluators.
+    pub async fn open_with(
+        path: impl AsRef<Path>,
+        evaluators: Option<&str>,
+        limits: QueryLimits,
+    ) -> Result<Self> {
         let path = path.as_ref();
         let entries = std::fs::read_dir(path).map_err(|_| no_store(path))?;
         let mut names = Vec::new();
@@ -108,8 +155,13 @@ impl Snapshot {
         names.sort_unstable();
         // Reading needs neither the right to write nor locks.
         let in_use = in_use(path, Access::Shared).await.ok().flatten();
-        let context =
-            SessionContext::new_with_config(SessionConfig::new().with_target_partitions(1));
+        let runtime = RuntimeEnvBuilder::new()
+            .with_memory_limit(limits.memory as usize, 1.0)
+            .with_max_temp_directory_size(limits.disk())
+            .build_arc()
+            .map_err(|e| explained(e, None))?;
+        let config = SessionConfig::new().with_target_partitions(1);
+        let context = SessionContext::new_with_config_rt(config, runtime);
         context.register_udf(functions::json_text());
         let mut snapshot = Self {
             path: std::fs::canonicalize(path).map_err(Error::io(path))?,
@@ -119,6 +171,7 @@ impl Snapshot {
             open: Mutex::default(),
             evaluators: None,
             evaluations: OnceCell::new(),
+            limits,
             in_use,
         };
         if let Some(asked) = evaluators {
@@ -142,7 +195,8 @@ impl Snapshot {
 
     /// Answers `sql`, one query over the store's tables and views (`SELECT …`, `WITH …`, `EXPLAIN …`, `DESCRIBE …`).
     ///
-    /// Errors: what is no query, or cannot be understood; a table of a newer layout; files that cannot be read.
+    /// Errors: what is no query, or cannot be understood; a table of a newer layout; files that cannot be read; more than
+    /// the limits allow.
     pub fn sql<'a>(&'a self, sql: &'a str) -> BoxFuture<'a, Result<Answer>> {
         Box::pin(async move {
             let plan = self.plan(sql).await?;
@@ -157,12 +211,12 @@ impl Snapshot {
                 .execute_logical_plan(plan)
                 .await
                 .map_err(explain)?;
-            let rows: BoxFuture<'_, _> = Box::pin(frame.execute_stream());
-            let rows = rows.await.map_err(explain)?;
-            Ok(Answer {
-                schema: rows.schema(),
-                rows,
-            })
+            let mut meter = Meter::new(self.limits);
+            // Constants are computed here already.
+            let starting: BoxFuture<'static, _> = Box::pin(frame.execute_stream());
+            let mut starting = Running::start(starting);
+            let rows = meter.wait(starting.end()).await??.map_err(explain)?;
+            Ok(Answer::new(rows, meter))
         })
     }
 
@@ -184,6 +238,24 @@ impl Snapshot {
             texts.extend(values.iter().flatten().map(str::to_string));
         }
         Ok(texts)
+    }
+
+    /// A query for the pictures of `kinds`, with what is known of them.
+    ///
+    /// Errors: there can be none; files that cannot be read.
+    pub async fn pictures_sql(&self, kinds: &[PictureKind]) -> Result<String> {
+        views::pictures(self, kinds).await
+    }
+
+    /// The table that has the pictures of `kind`.
+    ///
+    /// Errors: files that cannot be read.
+    pub async fn table_of(&self, kind: PictureKind) -> Result<Option<String>> {
+        match kind {
+            PictureKind::Proxy => Ok(Some("proxies".into())),
+            PictureKind::Reference => Ok(Some("subjects".into())),
+            PictureKind::Sample => self.evaluations().await,
+        }
     }
 
     /// Plans `sql` once every table that it names is open.
@@ -356,11 +428,4 @@ fn is_query(statement: &Statement) -> bool {
         Statement::Explain(explain) => is_query(&explain.statement),
         Statement::CreateExternalTable(_) | Statement::CopyTo(_) | Statement::Reset(_) => false,
     }
-}
-
-fn no_store(path: &Path) -> Error {
-    Error::invalid(
-        format!("there is no store in {}", path.display()),
-        "name the store's directory with --store; a store comes into being with the first run",
-    )
 }

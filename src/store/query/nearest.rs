@@ -19,6 +19,9 @@ use crate::store::failure::failed;
 use crate::store::quoted;
 use crate::{Error, Result};
 
+/// Digits of a key that is told.
+const TOLD: usize = 16;
+
 /// Rows asked for beyond the limit, in case a key is there twice.
 const SPARE: usize = 4;
 
@@ -179,13 +182,30 @@ impl Snapshot {
             let found = starting_with(&dataset, space, key).await;
             let found = found.map_err(|e| failed("read", &self.path.join(&table), e))?;
             match found.len() {
-                2.. => Err(Error::invalid(
-                    format!("more than one key begins with {key}"),
-                    "give more of its digits",
-                )),
+                2.. => {
+                    let cut = |key: &String| format!("{}…", key.get(..TOLD).unwrap_or(key));
+                    let several: Vec<String> = found.keys().map(cut).collect();
+                    Err(Error::invalid(
+                        format!("more than one key begins with {key}"),
+                        format!(
+                            "give more digits, such as those of {}",
+                            several.join(" or ")
+                        ),
+                    ))
+                }
                 _ => Ok(found.into_values().next()),
             }
         })
+    }
+
+    /// Whether any proxy, sample or reference has a key that begins with `digits`.
+    ///
+    /// Errors: nothing is evaluated; files that cannot be read.
+    pub async fn is_key(&self, digits: &str) -> Result<bool> {
+        let (table, dataset) = self.evaluated().await?;
+        let filter = format!("starts_with(key, {})", quoted(digits));
+        let count = Box::pin(dataset.count_rows(Some(filter))).await;
+        Ok(count.map_err(|e| failed("read", &self.path.join(&table), e))? > 0)
     }
 
     /// The table that is asked, by name and opened.

@@ -4,6 +4,30 @@ use super::Snapshot;
 use super::tables::ROW_ID;
 use crate::{Error, Result};
 
+/// What a picture of the store is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
+pub enum PictureKind {
+    /// Made by a supervisor, for a student to learn from
+    Proxy,
+    /// Drawn for an evaluation
+    Sample,
+    /// A photo of a subject, as models saw it
+    Reference,
+}
+
+impl PictureKind {
+    pub const ALL: [Self; 3] = [Self::Proxy, Self::Sample, Self::Reference];
+
+    /// How the column `kind` has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Proxy => "proxy",
+            Self::Sample => "sample",
+            Self::Reference => "reference",
+        }
+    }
+}
+
 /// A name that SQL may use beside the tables'.
 pub(super) struct View {
     pub name: &'static str,
@@ -97,6 +121,56 @@ pub(super) async fn sql(snapshot: &Snapshot, name: &str) -> Result<Option<String
             .to_string(),
         _ => return Ok(None),
     }))
+}
+
+/// The pictures of `kinds` with the scores that the asked evaluators give them. Samples and references have nulls where
+/// only proxies have something.
+///
+/// Errors: files that cannot be read.
+pub(super) async fn pictures(snapshot: &Snapshot, kinds: &[PictureKind]) -> Result<String> {
+    let evaluations = snapshot.evaluations().await?;
+    let (scores, join) = match &evaluations {
+        Some(table) => (
+            "e.clip_i, e.clip_t, e.dino, e.adapter",
+            format!("LEFT JOIN {table} e ON p.key = e.key"),
+        ),
+        None => (
+            "CAST(NULL AS REAL) AS clip_i, CAST(NULL AS REAL) AS clip_t, CAST(NULL AS REAL) AS dino, \
+             nullif('', '') AS adapter",
+            String::new(),
+        ),
+    };
+    const NO_TEXT: &str = "nullif('', '')";
+    const NO_COUNT: &str = "CAST(NULL AS BIGINT)";
+    let mut parts = Vec::new();
+    for kind in kinds {
+        parts.extend(match (kind, &evaluations) {
+            (PictureKind::Proxy, _) => Some(format!(
+                "SELECT p.key, 'proxy' AS kind, p.run, 'supervisor' AS method, CAST(0 AS BIGINT) AS step, p.supervisor, \
+                 p.subject, p.class, p.token, p.number, p.prompt, p.seed, p.settings, p.width, p.height, p.content, \
+                 p.created_us, p.image, {scores} FROM proxies p {join}"
+            )),
+            (PictureKind::Sample, None) => None,
+            (PictureKind::Sample, Some(table)) => Some(format!(
+                "SELECT e.key, e.kind, e.run, e.method, e.step, {NO_TEXT} AS supervisor, e.subject, s.class, s.token, \
+                 {NO_COUNT} AS number, e.prompt, e.seed, {NO_TEXT} AS settings, {NO_COUNT} AS width, \
+                 {NO_COUNT} AS height, {NO_TEXT} AS content, e.created_us, e.image, {scores} FROM {table} e \
+                 LEFT JOIN (SELECT subject, min(class) AS class, min(token) AS token FROM subjects GROUP BY subject) s \
+                 ON s.subject = e.subject WHERE e.kind = 'sample'"
+            )),
+            (PictureKind::Reference, _) => Some(format!(
+                "SELECT p.key, 'reference' AS kind, {NO_TEXT} AS run, {NO_TEXT} AS method, {NO_COUNT} AS step, \
+                 {NO_TEXT} AS supervisor, p.subject, p.class, p.token, p.\"index\" AS number, \
+                 'a ' || p.token || ' ' || p.class AS prompt, CAST(NULL AS BIGINT UNSIGNED) AS seed, \
+                 {NO_TEXT} AS settings, p.width, p.height, {NO_TEXT} AS content, p.created_us, p.image, {scores} \
+                 FROM subjects p {join}"
+            )),
+        });
+    }
+    match parts.is_empty() {
+        true => Err(nothing_there()),
+        false => Ok(parts.join(" UNION ALL ")),
+    }
 }
 
 /// The view `scored` over `rows`, a table of evaluations with row ids, without the proxies that have none, and with
