@@ -2,10 +2,12 @@
 
 mod support;
 
+mod adapters;
 mod backpressure;
 mod bad_input;
 mod command_line;
 mod config;
+mod console;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod evaluators;
@@ -34,6 +36,7 @@ mod recompute;
 mod removal;
 mod report;
 mod resume;
+mod sample;
 mod store;
 mod streaming;
 mod text_tokenizers;

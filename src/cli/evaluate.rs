@@ -6,10 +6,11 @@ use std::path::Path;
 use image::RgbImage;
 
 use super::models::make_ready;
-use super::sample::{Drawn, draw};
+use super::sample::draw;
 use super::{Ended, EvaluateArgs, block_on, output_failed};
 use crate::config::models::evaluators;
 use crate::config::{locate, prompt_list, prompts};
+use crate::console;
 use crate::evaluation::captions::{captions, without_token};
 use crate::evaluation::embed::{Evaluator, ImageEmbedder};
 use crate::evaluation::embedders::{ClipEmbedder, DinoEmbedder};
@@ -115,7 +116,7 @@ pub(super) fn evaluate(args: &EvaluateArgs, out: &mut impl Write) -> Result<Ende
 fn photos(dir: &Path, ended: &mut Ended) -> Result<Vec<Photo>> {
     let folder = folder(dir)?;
     for fault in &folder.set_aside {
-        eprintln!("warning: set aside: {fault}");
+        console::note(format!("warning: set aside: {fault}"));
         *ended = Ended::WithWarnings;
     }
     Ok(folder.photos)
@@ -166,12 +167,17 @@ fn drawn(model: &str, args: &EvaluateArgs, class: &str) -> Result<Scored> {
             requests.push(Request { prompt, seed });
         }
     }
-    let Drawn { images, .. } = draw(
+    let mut images = Vec::with_capacity(requests.len());
+    draw(
         model,
         args.adapter.as_deref(),
         &requests,
         &args.compute,
         &args.sampling,
+        |_, image, _| {
+            images.push(image);
+            Ok(())
+        },
     )?;
     Ok(Scored {
         name: model.to_string(),

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 
 use crate::config::Device;
+use crate::console;
 use crate::nano::pretrain::{Budget, Context, Curves, Model, Settings};
 use crate::pipeline::device;
 use crate::{Error, Result};
@@ -76,7 +77,7 @@ pub fn pretrain(args: &PretrainArgs) -> Result<()> {
     let models = chosen(&args.only);
     let curves = Curves::open(&args.store.store)?;
     let store = args.store.store.display();
-    println!("curves: run {} in {store}", curves.run());
+    console::print(format!("curves: run {} in {store}", curves.run()))?;
     let context = Context {
         out: args.out.clone().unwrap_or_else(|| settings.out.clone()),
         machine: format!("{}, {threads} threads, {}", processor(), args.device),

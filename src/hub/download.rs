@@ -10,6 +10,7 @@ use super::progress::Meter;
 use super::published::{Presence, Published, is_index, shards_named};
 use super::snapshot::{RepoId, Snapshot, choose};
 use super::{Settings, human_bytes};
+use crate::console;
 use crate::{Error, Result};
 
 /// Bytes asked for at once; what is lost when a transfer breaks off.
@@ -83,11 +84,11 @@ pub fn download(
         .clone()
         .map(|repository| repository.megabytes)
         .sum();
-    eprintln!(
+    console::note(format!(
         "downloading {name}, at most {}, to {}",
         human_bytes(megabytes * 1_000_000),
         settings.cache.display()
-    );
+    ));
     for repository in repositories {
         let hub = Hub::new(settings, RepoId::main(repository.id));
         for wanted in repository.files {
@@ -115,7 +116,10 @@ pub fn download(
 /// As [`download`].
 pub fn download_repository(settings: &Settings, repo: &RepoId) -> Result<()> {
     let hub = Hub::new(settings, repo.clone());
-    eprintln!("downloading {repo} to {}", settings.cache.display());
+    console::note(format!(
+        "downloading {repo} to {}",
+        settings.cache.display()
+    ));
     let paths = choose(&hub.list()?);
     if paths.is_empty() {
         return Err(Error::invalid(

@@ -8,6 +8,7 @@ use futures::{StreamExt, stream};
 
 use super::prepare::{self, Prepared, Purpose};
 use super::{Options, RunDir, failed};
+use crate::console;
 use crate::plan::{Digest, proxy_keys};
 use crate::stages::Context;
 use crate::stages::disk::{Disk, FreeSpace, bytes};
@@ -246,7 +247,7 @@ fn look_for_room(
         );
         match needed > usable {
             true => context.warnings.add(sentence),
-            false if generation.options.progress => eprintln!("{sentence}"),
+            false if generation.options.progress => console::note(sentence),
             false => {}
         }
     }

@@ -9,8 +9,8 @@ use rand_chacha::ChaCha8Rng;
 
 use super::checkpoints::Checkpoints;
 use super::optimizer::{AdamW, AdamWConfig, learning_rate_factor};
-use crate::config::{Training, Tuning};
-use crate::models::{Learner, Lesson, snapshot};
+use crate::config::{Sampling, Training, Tuning};
+use crate::models::{Learner, Lesson, sampling_file, snapshot};
 use crate::nn::{LoraConfig, backward};
 use crate::{Error, Result, files, models};
 
@@ -115,10 +115,18 @@ impl Trainee {
         snapshot(&self.learner.variables())
     }
 
-    /// Publishes what was learnt as the folder `dir`, wholly or not at all, and returns its values.
-    pub fn publish(&self, dir: &Path) -> Result<BTreeMap<String, Tensor>> {
+    /// Publishes what was learnt as the folder `dir`, wholly or not at all, and returns its values. `sampling` is how it
+    /// is drawn with where nothing else is said, if that differs from the model's defaults.
+    pub fn publish(
+        &self,
+        dir: &Path,
+        sampling: Option<&Sampling>,
+    ) -> Result<BTreeMap<String, Tensor>> {
         let values = self.snapshot()?;
-        files::write_dir(dir, |aside| self.learner.save(aside, &values))?;
+        files::write_dir(dir, |aside| {
+            self.learner.save(aside, &values)?;
+            sampling.map_or(Ok(()), |sampling| sampling_file::write(aside, sampling))
+        })?;
         Ok(values)
     }
 
