@@ -55,5 +55,7 @@ async fn main() -> Result<()> {
     drop(batches);
     stages.join().await?;
     let folder = std::path::Path::new("datasets/runs/custom-source/student");
-    student.call(&train, |t| t.publish(folder).map(drop)).await
+    student
+        .call(&train, |t| t.publish(folder, None).map(drop))
+        .await
 }

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::console::shown;
+
 /// The result of everything in this crate that can fail.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -9,19 +11,19 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A file or folder could not be read, written, synced or renamed.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {source}", shown(path))]
     Io {
         path: PathBuf,
         source: std::io::Error,
     },
     /// A picture that cannot be used, with the reason.
-    #[error("{}: {reason}", path.display())]
+    #[error("{}: {reason}", shown(path))]
     Image { path: PathBuf, reason: String },
     /// One or more faults of a pipeline file; each line already carries its file, line and column.
     #[error("{}", .0.join("\n"))]
     Config(Vec<String>),
     /// A checkpoint whose files are missing, or whose names or shapes differ from what its config asks for.
-    #[error("{}: {}", path.display(), faults.join("\n  "))]
+    #[error("{}: {}", shown(path), faults.join("\n  "))]
     Checkpoint { path: PathBuf, faults: Vec<String> },
     /// The store could not be opened, read or appended to.
     #[error("store: {what}")]
@@ -83,11 +85,11 @@ impl Error {
                     Some("free some space and run the same command again: it continues where it stopped".into())
                 }
                 std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem => {
-                    Some(format!("make {} writable, or choose another place with --out or --store", path.display()))
+                    Some(format!("make {} writable, or choose another place with --out or --store", shown(path)))
                 }
                 std::io::ErrorKind::NotADirectory | std::io::ErrorKind::AlreadyExists => Some(format!(
                     "{} is in the way of a directory: move it, or choose another place with --out or --store",
-                    path.display()
+                    shown(path)
                 )),
                 std::io::ErrorKind::InvalidInput | std::io::ErrorKind::IsADirectory => {
                     Some("give a file: what a pipe or a device says can be saved as one".into())

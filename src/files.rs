@@ -4,7 +4,7 @@ mod open;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Component, Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
@@ -58,6 +58,50 @@ pub(crate) fn into_place(aside: &Path, path: &Path) -> Result<()> {
     sync(aside)?;
     std::fs::rename(aside, path).map_err(Error::io(path))?;
     sync_parent(path)
+}
+
+/// Writes `bytes` as the new file `path`, wholly or not at all; false, and nothing is changed, if something of that name
+/// is there already.
+pub fn write_new(path: &Path, bytes: &[u8]) -> Result<bool> {
+    let temporary = aside(path);
+    let written = std::fs::write(&temporary, bytes)
+        .and_then(|()| File::open(&temporary)?.sync_all())
+        .and_then(|()| give_new_name(&temporary, path));
+    // After a rename there is none any more.
+    let _ = std::fs::remove_file(&temporary);
+    match written {
+        Ok(()) => sync_parent(path).map(|()| true),
+        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(false),
+        Err(e) => Err(Error::io(path)(e)),
+    }
+}
+
+/// Lets the file `from` have the name `to` as well, which nothing has yet. Where the disk has no second names it loses
+/// its own.
+fn give_new_name(from: &Path, to: &Path) -> std::io::Result<()> {
+    match std::fs::hard_link(from, to) {
+        Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => {
+            File::create_new(to)?;
+            std::fs::rename(from, to)
+        }
+        linked => linked,
+    }
+}
+
+/// Adds `line` and a line break to the text file `path`, which is made if it is not there.
+pub fn append_line(path: &Path, line: &str) -> Result<()> {
+    let append = || {
+        let mut options = File::options();
+        let mut file = options.read(true).append(true).create(true).open(path)?;
+        let mut last = [b'\n'];
+        if file.metadata()?.len() > 0 {
+            file.seek(SeekFrom::End(-1))?;
+            file.read_exact(&mut last)?;
+        }
+        let before = if last == [b'\n'] { "" } else { "\n" };
+        file.write_all(format!("{before}{line}\n").as_bytes())
+    };
+    append().map_err(Error::io(path))
 }
 
 /// A file that is written aside, bit by bit, and takes its name when it is whole. Dropped before, it vanishes.
@@ -177,6 +221,24 @@ pub fn remove_within(root: &Path, path: &Path) -> Result<()> {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path)(e)),
         _ => Ok(()),
     }
+}
+
+/// Puts what `fill` puts into an empty folder into the folder `dir`: in one step if it is not there yet, else entry by
+/// entry, as a folder that a disk is mounted on, or that a terminal is in, keeps its place.
+pub fn fill_dir(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    if !dir.is_dir() {
+        return write_dir(dir, fill);
+    }
+    let temporary = aside(&dir.join("contents"));
+    let filled = write_dir(&temporary, fill).and_then(|()| {
+        for (name, from) in list(&temporary)? {
+            let to = dir.join(name);
+            std::fs::rename(&from, &to).map_err(Error::io(&to))?;
+        }
+        sync(dir)
+    });
+    let removed = remove_dir(&temporary);
+    filled.and(removed)
 }
 
 /// Removes the folder `path`, if it is there.
@@ -532,6 +594,48 @@ mod tests {
         assert!(failed.is_err());
         assert_eq!(std::fs::read_to_string(dir.join("text")).unwrap(), "99");
         assert_eq!(list(around.path()).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_folder_that_is_there_is_filled_and_stays_the_same_folder() {
+        let around = tempfile::tempdir().unwrap();
+        let fill = |dir: &Path| {
+            create_dir(&dir.join("inside"))?;
+            write(&dir.join("inside/text"), b"1")
+        };
+        let (old, new) = (around.path().join("old"), around.path().join("new"));
+        create_dir(&old).unwrap();
+        // Opened before, it must still be the one that has the files after.
+        let handle = File::open(&old).unwrap();
+        for dir in [&old, &new] {
+            fill_dir(dir, fill).unwrap();
+            assert_eq!(list(dir).unwrap().len(), 1);
+            assert!(dir.join("inside/text").is_file());
+        }
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::MetadataExt;
+            let number = |file: std::fs::Metadata| file.ino();
+            let same = number(handle.metadata().unwrap()) == number(old.metadata().unwrap());
+            assert!(same, "it was replaced");
+        }
+        let failed = fill_dir(&old, |_| Err(Error::invalid("no", "yes")));
+        assert!(failed.is_err());
+        assert_eq!(list(&old).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_new_file_takes_nobodys_place_and_lines_are_added_to_what_is_there() {
+        let around = tempfile::tempdir().unwrap();
+        let path = around.path().join("a");
+        assert!(write_new(&path, b"one").unwrap());
+        assert!(!write_new(&path, b"two").unwrap());
+        assert_eq!(std::fs::read(&path).unwrap(), b"one");
+        append_line(&path, "two").unwrap();
+        append_line(&path, "three").unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"one\ntwo\nthree\n");
+        assert_eq!(list(around.path()).unwrap().len(), 1);
+        assert!(write_new(&around.path().join("no/such"), b"").is_err());
     }
 
     #[test]

@@ -16,13 +16,14 @@
 //! | [`training`], [`evaluation`], [`verify`] | trainer, optimizers, adapter files; metrics, protocol, report; components against their references |
 //! | [`models`] | one file or folder per architecture; the traits and the registry |
 //! | [`nn`], [`diffusion`] | differentiable layers; noise schedules and samplers |
-//! | [`store`], [`plan`], [`config`], [`hub`], [`stream`], [`images`], [`files`] | Lance; what happens in which order; TOML to types; checkpoints by name; channels and workers; pictures; atomic files |
+//! | [`store`], [`plan`], [`config`], [`hub`], [`stream`], [`images`], [`files`], [`console`] | Lance; what happens in which order; TOML to types; checkpoints by name; channels and workers; pictures; atomic files; what a person is told |
 //!
 //! Programs that use the crate as a library are in `examples/`: a run from code, a source of one's own, an adapter
 //! loaded and drawn with.
 
 pub mod cli;
 pub mod config;
+pub mod console;
 pub mod diffusion;
 pub mod error;
 pub mod evaluation;

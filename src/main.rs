@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use proxytune::Error;
 use proxytune::cli::{self, Cli};
+use proxytune::console;
 
 /// Tensors of a few sizes come and go all the time. This allocator gives what was freed last, which the caches still have.
 #[global_allocator]
@@ -16,20 +17,28 @@ const EXIT_WITH_WARNINGS: u8 = 3;
 fn main() -> ExitCode {
     // SAFETY: nothing has started a thread yet.
     unsafe { proxytune::nn::prepare_process() };
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(usage) => {
+            let code = usage.exit_code() as u8;
+            return cli::explain(&usage).map_or_else(failed, |()| ExitCode::from(code));
+        }
+    };
     match cli::dispatch(cli) {
         Ok(cli::Ended::Well) => ExitCode::SUCCESS,
         Ok(cli::Ended::WithWarnings) => ExitCode::from(EXIT_WITH_WARNINGS),
-        Err(error) => {
-            eprintln!("error: {error}");
-            if let Some(hint) = error.hint() {
-                eprintln!("hint: {hint}");
-            }
-            match error {
-                Error::Interrupted => ExitCode::from(130),
-                Error::Config(_) | Error::Unusable(_) => ExitCode::from(2),
-                _ => ExitCode::FAILURE,
-            }
-        }
+        Err(error) => failed(error),
+    }
+}
+
+fn failed(error: Error) -> ExitCode {
+    console::note(format!("error: {error}"));
+    if let Some(hint) = error.hint() {
+        console::note(format!("hint: {hint}"));
+    }
+    match error {
+        Error::Interrupted => ExitCode::from(130),
+        Error::Config(_) | Error::Unusable(_) => ExitCode::from(2),
+        _ => ExitCode::FAILURE,
     }
 }

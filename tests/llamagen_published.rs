@@ -316,11 +316,13 @@ fn shards_stay_shards_when_an_adapter_is_merged_and_every_misfit_is_named() {
     .unwrap_err()
     .to_string();
     assert!(
-        error.contains("a.q_proj.weight has shape [2, 3], the adapter is for [2, 4]"),
+        error.contains(
+            "a.q_proj: the adapter is for a weight of shape [2, 4], the model's has [2, 3]"
+        ),
         "{error}"
     );
     assert!(
-        error.contains("c.q_proj.weight, which the adapter changes, is missing"),
+        error.contains("c.q_proj: the model has no such layer"),
         "{error}"
     );
     assert!(!place.path().join("no").exists());

@@ -2,11 +2,13 @@
 
 mod support;
 
+mod adapters;
 mod backpressure;
 mod bad_input;
 mod checkpoints;
 mod command_line;
 mod config;
+mod console;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod documents;
@@ -41,6 +43,7 @@ mod recompute;
 mod removal;
 mod report;
 mod resume;
+mod sample;
 mod special_files;
 mod store;
 mod streaming;

@@ -689,8 +689,8 @@ fn checkpoints_and_adapters_that_do_not_fit_are_reported_whole() {
         2,
         &[
             "the adapter does not fit the model",
-            "layers.2.attention.wo",
-            "[24, 2]",
+            "layers.0.attention.w",
+            "more",
         ],
     );
 

@@ -4,10 +4,11 @@ use std::io::Write;
 use std::path::Path;
 
 use super::models::make_ready;
-use super::sample::{Drawn, draw};
+use super::sample::draw;
 use super::{Ended, EvaluateArgs, block_on, output_failed};
 use crate::config::models::evaluators;
 use crate::config::{locate, prompt_list, prompts};
+use crate::console;
 use crate::evaluation::captions::{captions, without_token};
 use crate::evaluation::embed::{Evaluator, ImageEmbedder, Prepared};
 use crate::evaluation::embedders::{ClipEmbedder, DinoEmbedder, Preparation};
@@ -129,7 +130,7 @@ fn photos(
 ) -> Result<Vec<Photo<Prepared>>> {
     let folder = folder(dir, |image| preparation.prepare(&image))?;
     for fault in &folder.set_aside {
-        eprintln!("warning: set aside: {fault}");
+        console::note(format!("warning: set aside: {fault}"));
         *ended = Ended::WithWarnings;
     }
     Ok(folder.photos)
@@ -185,12 +186,17 @@ fn drawn(
             requests.push(Request { prompt, seed });
         }
     }
-    let Drawn { images, .. } = draw(
+    let mut images = Vec::with_capacity(requests.len());
+    draw(
         model,
         args.adapter.as_deref(),
         &requests,
         &args.compute,
         &args.sampling,
+        |_, image, _| {
+            images.push(image);
+            Ok(())
+        },
     )?;
     Ok(Scored {
         name: model.to_string(),

@@ -1,13 +1,16 @@
 //! `proxytune generate`: proxies alone, by one process or by several.
 
+use std::io::Write;
 use std::path::PathBuf;
 
 use clap::Args;
 
 use super::{
-    Ended, PipelineArgs, StoreArgs, at_least_one, block_on, not_negative, run::stage_table,
+    Ended, PipelineArgs, StoreArgs, at_least_one, block_on, not_negative, output_failed,
+    run::stage_table,
 };
 use crate::config::Document;
+use crate::console;
 use crate::pipeline::{Generated, Generation, Options, generate as make};
 use crate::stages::generate::Shard;
 use crate::stream::Stop;
@@ -43,7 +46,7 @@ pub struct GenerateArgs {
     pub out: PathBuf,
 }
 
-pub(super) fn generate(args: &GenerateArgs) -> Result<Ended> {
+pub(super) fn generate(args: &GenerateArgs, out: &mut impl Write) -> Result<Ended> {
     let file = &args.pipeline.file;
     let text = crate::files::read_text(file, crate::files::SETTINGS)?;
     let mut overrides = args.pipeline.overrides.clone();
@@ -70,9 +73,9 @@ pub(super) fn generate(args: &GenerateArgs) -> Result<Ended> {
         stop.on_signals();
         make(&generation, stop).await
     })?;
-    print!("{}", describe(&generated));
+    write!(out, "{}", describe(&generated)).map_err(output_failed)?;
     for warning in &generated.warnings {
-        eprintln!("warning: {warning}");
+        console::note(format!("warning: {warning}"));
     }
     match generated.warnings.is_empty() {
         true => Ok(Ended::Well),

@@ -19,11 +19,13 @@ mod sample;
 pub mod verify;
 mod watch;
 
+use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::{Device, Document, Dtype};
+use crate::console::{self, Notes, Output, output_failed};
 use crate::nn::Operations;
 use crate::store::identity::DEFAULT as DEFAULT_STORE;
 use crate::{Error, Result};
@@ -392,14 +394,6 @@ fn at_least_one(text: &str) -> std::result::Result<usize, String> {
     }
 }
 
-/// What a write to standard output may fail with.
-fn output_failed(source: std::io::Error) -> Error {
-    Error::Io {
-        path: "standard output".into(),
-        source,
-    }
-}
-
 /// How a command ended that did what it was asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
@@ -432,10 +426,10 @@ fn operations() -> Result<Operations> {
 pub fn dispatch(cli: Cli) -> Result<Ended> {
     log();
     crate::nn::use_operations(operations()?);
-    let (mut out, mut notes) = (std::io::stdout(), std::io::stderr());
-    match cli.command {
-        Command::Run(args) => run::run(&args),
-        Command::Generate(args) => generate::generate(&args),
+    let (mut out, mut notes) = (Output, Notes);
+    let ended = match cli.command {
+        Command::Run(args) => run::run(&args, &mut out),
+        Command::Generate(args) => generate::generate(&args, &mut out),
         Command::Check(args) => check::check(&args, &mut out, &mut notes).map(|()| Ended::Well),
         Command::Graph(args) => graph::graph(&args, &mut out).map(|()| Ended::Well),
         Command::Sample(args) => sample::sample(&args, &mut out),
@@ -453,6 +447,27 @@ pub fn dispatch(cli: Cli) -> Result<Ended> {
         Command::Verify(args) => verify::run(&args, &mut out),
         Command::Pretrain(args) => pretrain::pretrain(&args).map(|()| Ended::Well),
         Command::Bench(args) => bench::run(&args).map(|()| Ended::Well),
+    }?;
+    out.flush().map_err(output_failed)?;
+    Ok(ended)
+}
+
+/// Tells why the command line was not understood, or the help that it asked for.
+///
+/// # Errors
+/// When the help cannot be written although somebody reads.
+pub fn explain(usage: &clap::Error) -> Result<()> {
+    let text = usage.to_string();
+    if usage.use_stderr() && console::harmless(&text) != text {
+        console::note(text.trim_end());
+        return Ok(());
+    }
+    let printed = usage.print().and_then(|()| std::io::stdout().flush());
+    match printed {
+        Err(e) if !usage.use_stderr() && e.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(output_failed(e))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -460,10 +475,22 @@ pub fn dispatch(cli: Cli) -> Result<Ended> {
 fn log() {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("proxytune=info,warn"));
+    let plain = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    let colours = std::io::stderr().is_terminal() && !plain;
     // Set already when commands are called from a program that logs itself.
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_ansi(colours)
+        .with_writer(move || -> Box<dyn Write> {
+            match colours {
+                // It shows what is hostile in a message itself, and its own colours are meant.
+                true => Box::new(std::io::stderr()),
+                false => Box::new(Notes),
+            }
+        })
+        .log_internal_errors(false)
+        // Modules mean something only to those who asked for them.
+        .with_target(std::env::var_os("RUST_LOG").is_some())
         .without_time()
         .try_init();
 }

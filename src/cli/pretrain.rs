@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 
 use crate::config::Device;
+use crate::console;
 use crate::nano::pretrain::{Budget, Context, Curves, Model, Settings};
 use crate::pipeline::device;
 use crate::{Error, Result};
@@ -76,7 +77,8 @@ pub fn pretrain(args: &PretrainArgs) -> Result<()> {
     let models = chosen(&args.only);
     let store = args.store.path();
     let curves = Curves::open(&store)?;
-    println!("curves: run {} in {}", curves.run(), store.display());
+    let shown = console::shown(&store);
+    console::print(format!("curves: run {} in {shown}", curves.run()))?;
     let context = Context {
         out: args.out.clone().unwrap_or_else(|| settings.out.clone()),
         machine: format!("{}, {threads} threads, {}", processor(), args.device),

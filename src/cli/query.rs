@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 
 use super::{Ended, StoreArgs, at_least_one, block_on, output_failed};
+use crate::console::{self, Output, Watched};
 use crate::evaluation::likeness::Like;
 use crate::files::Aside;
 use crate::store::export::refuse_existing;
@@ -123,13 +124,7 @@ impl LikeArgs {
 const NEIGHBOURS: usize = 10;
 
 pub(super) fn query(args: &QueryArgs) -> Result<Ended> {
-    match block_on(answer(args)) {
-        // Whoever reads has seen enough: `proxytune query … | head`.
-        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => {
-            Ok(Ended::Well)
-        }
-        answered => answered,
-    }
+    block_on(answer(args))
 }
 
 async fn answer(args: &QueryArgs) -> Result<Ended> {
@@ -150,8 +145,7 @@ async fn answer(args: &QueryArgs) -> Result<Ended> {
     clock.lap("opened");
     if args.tables {
         let tables = snapshot.tables().await?;
-        let mut out = std::io::stdout();
-        write!(out, "{}", tables_text(&tables)).map_err(output_failed)?;
+        write!(Output, "{}", tables_text(&tables)).map_err(output_failed)?;
         clock.lap("described");
         return Ok(Ended::Well);
     }
@@ -164,7 +158,7 @@ async fn answer(args: &QueryArgs) -> Result<Ended> {
                 true => built(&snapshot.build_index(space).await?),
                 false => measured(space, snapshot.recall(space).await?),
             };
-            writeln!(std::io::stdout(), "{line}").map_err(output_failed)?;
+            console::print(line)?;
         }
         return Ok(Ended::Well);
     }
@@ -248,9 +242,9 @@ pub(super) async fn neighbours(
     clock.lap("searched");
     let (indexed, rows) = snapshot.indexed(space).await?;
     if !indexed && rows >= MANY && filter.is_none() {
-        eprintln!(
+        console::note(format!(
             "hint: {rows} embeddings were compared one by one; proxytune query --index makes this quicker"
-        );
+        ));
     }
     Ok(near)
 }
@@ -261,10 +255,9 @@ async fn deliver(answer: Answer, format: Format, out: Option<&std::path::Path>) 
         Some(path) => {
             refuse_existing(path)?;
             let mut aside = Aside::create(path)?;
-            let mut buffer = BufWriter::new(aside.file());
-            write(answer, format, &mut buffer).await?;
-            buffer.flush().map_err(Error::io(path))?;
-            drop(buffer);
+            stream(answer, format, aside.file())
+                .await?
+                .map_err(Error::io(path))?;
             refuse_existing(path)?;
             aside.finish()
         }
@@ -272,10 +265,37 @@ async fn deliver(answer: Answer, format: Format, out: Option<&std::path::Path>) 
             Error::invalid("Parquet is nothing for a terminal", "give --out FILE"),
         ),
         None => {
-            let mut buffer = BufWriter::new(std::io::stdout());
-            write(answer, format, &mut buffer).await?;
-            buffer.flush().map_err(output_failed)
+            // What is for people is made harmless, what is for programs stays as it is.
+            let written = match format == Format::Table || std::io::stdout().is_terminal() {
+                true => stream(answer, format, Output).await?,
+                false => stream(answer, format, std::io::stdout()).await?,
+            };
+            match written {
+                // Whoever reads has seen enough: `proxytune query … | head`.
+                Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+                written => written.map_err(output_failed),
+            }
         }
+    }
+}
+
+/// Writes the answer to `out`; the inner result is that of the output alone.
+async fn stream(
+    answer: Answer,
+    format: Format,
+    out: impl Write + Send,
+) -> Result<std::io::Result<()>> {
+    let mut watched = Watched::new(out);
+    let written = {
+        let mut buffer = BufWriter::new(&mut watched);
+        let written = write(answer, format, &mut buffer).await;
+        // A failure is kept by `watched`.
+        let _ = buffer.flush();
+        written
+    };
+    match watched.failure {
+        Some(failure) => Ok(Err(failure)),
+        None => written.map(|_| Ok(())),
     }
 }
 
@@ -337,10 +357,10 @@ impl Clock {
 
     pub(super) fn lap(&mut self, part: &str) {
         if self.wanted {
-            eprintln!(
+            console::note(format!(
                 "{part} in {:.1} ms",
                 self.last.elapsed().as_secs_f64() * 1e3
-            );
+            ));
         }
         self.last = Instant::now();
     }

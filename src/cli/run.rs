@@ -1,15 +1,17 @@
 //! `proxytune run`: a pipeline from its photos to its report.
 
+use std::io::Write;
 use std::path::Path;
 
 use super::models::{make_ready, models_of};
-use super::{Ended, RunArgs, block_on};
+use super::{Ended, RunArgs, block_on, output_failed};
 use crate::Result;
 use crate::config::Document;
+use crate::console;
 use crate::pipeline::{self, Options, Outcome};
 use crate::stream::{StageReport, Stop};
 
-pub(super) fn run(args: &RunArgs) -> Result<Ended> {
+pub(super) fn run(args: &RunArgs, out: &mut impl Write) -> Result<Ended> {
     let file = &args.pipeline.file;
     let text = crate::files::read_text(file, crate::files::SETTINGS)?;
     let document = Document::parse(&text, &file.display().to_string(), &args.pipeline.overrides);
@@ -36,12 +38,12 @@ pub(super) fn run(args: &RunArgs) -> Result<Ended> {
         stop.on_signals();
         pipeline::run(&options, stop).await
     })?;
-    print!("{}", describe(&outcome));
+    write!(out, "{}", describe(&outcome)).map_err(output_failed)?;
     if outcome.ending.warnings.is_empty() {
         return Ok(Ended::Well);
     }
     for warning in &outcome.ending.warnings {
-        eprintln!("warning: {warning}");
+        console::note(format!("warning: {warning}"));
     }
     Ok(Ended::WithWarnings)
 }

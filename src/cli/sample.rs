@@ -1,15 +1,20 @@
 //! `proxytune sample`: draws images with a model and, if given, an adapter.
 
 use std::io::Write;
+use std::path::Path;
 use std::time::Instant;
+
+use image::RgbImage;
+use serde_json::{Map, Value};
 
 use super::memory::{gibibytes, peak_memory};
 use super::models::make_ready;
 use super::{ComputeArgs, Ended, SampleArgs, SamplingArgs, block_on, output_failed};
-use crate::config::models::Family;
 use crate::config::{Kind, sampling_defaults};
-use crate::images::encode_png;
-use crate::models::{Opening, Request, Sampling, open};
+use crate::console::{self, escaped, shown};
+use crate::evaluation::captions::SAMPLES;
+use crate::images::encode_png_with;
+use crate::models::{Opening, Request, Sampling, open, sampling_file};
 use crate::pipeline::{opening_for, use_threads};
 use crate::plan::derive_seed;
 use crate::stream::{Board, Worker};
@@ -29,37 +34,151 @@ pub(super) fn sample(args: &SampleArgs, out: &mut impl Write) -> Result<Ended> {
         })
         .collect();
     files::create_dir(&args.out)?;
-    let Drawn { images, costs } = draw(
+    let mut album = Album::open(args)?;
+    let mut told = Ok(());
+    let costs = draw(
         &args.model,
         args.adapter.as_deref(),
         &requests,
         &args.compute,
         &args.sampling,
+        |number, image, settings| {
+            let path = album.add(number, &requests[number], &image, settings)?;
+            if told.is_ok() {
+                // Pictures go on being drawn when the list of them can no longer be written.
+                told = writeln!(out, "{}", shown(&path)).map_err(output_failed);
+            }
+            Ok(())
+        },
     )?;
-    for (number, (request, image)) in requests.iter().zip(&images).enumerate() {
-        let words: Vec<&str> = request
-            .prompt
-            .split(|c: char| !c.is_alphanumeric())
-            .filter(|w| !w.is_empty())
-            .collect();
-        let path = args
-            .out
-            .join(format!("{number:04}-{}.png", words.join("-")));
-        files::write(&path, &encode_png(image)?)?;
-        writeln!(out, "{}", path.display()).map_err(output_failed)?;
-    }
-    eprintln!("{costs}");
-    Ok(Ended::Well)
+    console::note(costs);
+    told?;
+    Ok(album.ended)
 }
 
-/// Images, and what they cost.
-pub(super) struct Drawn {
-    pub(super) images: Vec<image::RgbImage>,
-    costs: Costs,
+/// A folder that takes pictures, each as soon as it is drawn, and never in the place of another file.
+struct Album<'a> {
+    args: &'a SampleArgs,
+    /// The number that the next picture's name begins with.
+    next: usize,
+    ended: Ended,
+}
+
+impl<'a> Album<'a> {
+    /// Goes on counting after the pictures that are in the folder.
+    fn open(args: &'a SampleArgs) -> Result<Self> {
+        let number = |(name, _): (String, _)| {
+            let digits = name.len() - name.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+            let own = (DIGITS..DIGITS + 6).contains(&digits) && name.ends_with(".png");
+            name[..digits].parse::<usize>().ok().filter(|_| own)
+        };
+        let taken = files::list(&args.out)?.into_iter().filter_map(number);
+        Ok(Self {
+            args,
+            next: taken.max().map_or(0, |last| last + 1),
+            ended: Ended::Well,
+        })
+    }
+
+    /// Writes the picture of request `number` and notes how it was drawn; returns its path.
+    ///
+    /// # Errors
+    /// When it cannot be written under a name of digits alone either.
+    fn add(
+        &mut self,
+        number: usize,
+        request: &Request,
+        image: &RgbImage,
+        settings: &Map<String, Value>,
+    ) -> Result<std::path::PathBuf> {
+        let about = self.about(number, request, settings);
+        let texts: Vec<(String, String)> = about
+            .iter()
+            .map(|(key, value)| {
+                let text = value.as_str().map_or(value.to_string(), String::from);
+                (key.clone(), text)
+            })
+            .collect();
+        let png = encode_png_with(image, &texts)?;
+        let mut name = file_name(self.next, &request.prompt);
+        let path = loop {
+            let path = self.args.out.join(&name);
+            match files::write_new(&path, &png) {
+                Ok(true) => break path,
+                // Somebody else draws into the folder.
+                Ok(false) => {
+                    self.next += 1;
+                    name = file_name(self.next, &request.prompt);
+                }
+                Err(error) => {
+                    let plain = file_name(self.next, "");
+                    if name == plain {
+                        return Err(error);
+                    }
+                    console::note(format!("warning: {error}; the picture becomes {plain}"));
+                    self.ended = Ended::WithWarnings;
+                    name = plain;
+                }
+            }
+        };
+        self.next += 1;
+        let mut line = Map::new();
+        line.insert("file_name".into(), name.into());
+        line.insert("text".into(), request.prompt.clone().into());
+        line.extend(about.into_iter().filter(|(key, _)| key != "prompt"));
+        if let Err(error) = files::append_line(
+            &self.args.out.join(SAMPLES),
+            &Value::Object(line).to_string(),
+        ) {
+            console::note(format!("warning: {error}"));
+            self.ended = Ended::WithWarnings;
+        }
+        Ok(path)
+    }
+
+    /// How the picture of request `number` was made, by the same words as on the command line.
+    fn about(
+        &self,
+        number: usize,
+        request: &Request,
+        settings: &Map<String, Value>,
+    ) -> Map<String, Value> {
+        let mut about = Map::new();
+        let mut say = |key: &str, value: Value| drop(about.insert(key.into(), value));
+        say("prompt", request.prompt.clone().into());
+        say("seed", self.args.seed.into());
+        say("image", (number % self.args.count + 1).into());
+        say("model", self.args.model.clone().into());
+        if let Some(adapter) = &self.args.adapter {
+            say("adapter", adapter.to_string_lossy().into());
+        }
+        about.extend(settings.clone());
+        let program = concat!("proxytune ", env!("CARGO_PKG_VERSION"));
+        about.insert("Software".into(), program.into());
+        about
+    }
+}
+
+/// Digits of the number in a picture's name, at least.
+const DIGITS: usize = 4;
+/// Bytes of the prompt's words in a picture's name, at most. Names have 255 on most disks, on encrypted ones 143, and
+/// files that are being written a few more than that.
+const WORDS: usize = 100;
+
+/// "0007-a-sks-dog.png": letters and digits of any script alone, which every disk takes.
+fn file_name(number: usize, prompt: &str) -> String {
+    let words: Vec<&str> = prompt
+        .split(|c: char| !c.is_alphanumeric())
+        .filter(|word| !word.is_empty())
+        .collect();
+    let words = words.join("-");
+    let words = words[..words.floor_char_boundary(WORDS)].trim_end_matches('-');
+    let between = if words.is_empty() { "" } else { "-" };
+    format!("{number:0DIGITS$}{between}{words}.png")
 }
 
 /// What drawing took.
-struct Costs {
+pub(super) struct Costs {
     images: usize,
     /// Seconds until the model stood ready, and from then on.
     loading: f64,
@@ -83,9 +202,24 @@ impl std::fmt::Display for Costs {
     }
 }
 
-/// The sampling that was asked for; what was not, by the family's defaults.
-fn sampling(family: Family, args: &SamplingArgs) -> Sampling {
-    let mut sampling = Sampling::student(&sampling_defaults(family));
+/// The sampling that was asked for; what was not is as the adapter was evaluated with, or the merged checkpoint, and
+/// else by the family's defaults. Says which, and where the numbers come from.
+fn sampling(opening: &Opening, adapter: Option<&Path>, args: &SamplingArgs) -> Result<Sampling> {
+    let mut found = None;
+    for place in adapter.into_iter().chain([opening.dir.as_path()]) {
+        if found.is_none() {
+            let noted = sampling_file::read(place, opening.family)?;
+            found = noted.map(|noted| (noted, shown(place)));
+        }
+    }
+    let (noted, source) = match found {
+        Some((noted, place)) => (noted, format!("as noted in {place}")),
+        None => (
+            sampling_defaults(opening.family),
+            format!("the defaults of {}", opening.family),
+        ),
+    };
+    let mut sampling = Sampling::student(&noted);
     sampling.guidance_scale = args.guidance_scale.unwrap_or(sampling.guidance_scale);
     sampling.num_inference_steps = args
         .num_inference_steps
@@ -97,17 +231,59 @@ fn sampling(family: Family, args: &SamplingArgs) -> Sampling {
     if let Some(negative) = &args.negative_prompt {
         sampling.negative_prompt = negative.clone();
     }
-    sampling
+    let kind = opening.family.kind();
+    let before = settings(&Sampling::student(&noted), kind);
+    let used = settings(&sampling, kind);
+    let asked = used
+        .iter()
+        .any(|(key, value)| before.get(key) != Some(value));
+    let told: Vec<String> = used
+        .iter()
+        .map(|(key, value)| format!("{key} {}", escaped(&value.to_string())))
+        .collect();
+    console::note(format!(
+        "drawing with {} ({source}{})",
+        told.join(", "),
+        if asked {
+            ", but for what the options say"
+        } else {
+            ""
+        }
+    ));
+    Ok(sampling)
 }
 
-/// Draws `requests` in batches, on the model's own thread.
+/// `sampling` by the names of the options, as far as a model of this `kind` reads it.
+fn settings(sampling: &Sampling, kind: Kind) -> Map<String, Value> {
+    let mut settings = Map::new();
+    let mut say = |key: &str, value: Value| drop(settings.insert(key.into(), value));
+    say("guidance_scale", sampling.guidance_scale.into());
+    if kind == Kind::Autoregressive {
+        say("top_k", sampling.top_k.into());
+        say("top_p", sampling.top_p.into());
+        say("temperature", sampling.temperature.into());
+        if let Some(tokens) = sampling.guidance_interval {
+            say("guidance_interval", tokens.into());
+        }
+    } else {
+        say("num_inference_steps", sampling.num_inference_steps.into());
+        if !sampling.negative_prompt.is_empty() {
+            say("negative_prompt", sampling.negative_prompt.clone().into());
+        }
+    }
+    settings
+}
+
+/// Draws `requests` in batches, on the model's own thread. `take` is given each picture when its batch is drawn, by the
+/// number of its request, with the settings that it was drawn with.
 pub(super) fn draw(
     model: &str,
-    adapter: Option<&std::path::Path>,
+    adapter: Option<&Path>,
     requests: &[Request],
     compute: &ComputeArgs,
     asked: &SamplingArgs,
-) -> Result<Drawn> {
+    mut take: impl FnMut(usize, RgbImage, &Map<String, Value>) -> Result<()>,
+) -> Result<Costs> {
     if compute.threads > 0 {
         use_threads(compute.threads);
     }
@@ -116,42 +292,80 @@ pub(super) fn draw(
         dtype: compute.dtype,
         ..opening_for(model, adapter, compute.device)?
     };
-    if opening.family.kind() == Kind::Evaluator {
+    let kind = opening.family.kind();
+    if kind == Kind::Evaluator {
         return Err(Error::invalid(
             format!("{model} does not draw"),
             "name a diffusion or an autoregressive model",
         ));
     }
-    let sampling = sampling(opening.family, asked);
-    let (adapter, requests, batch) = (
-        adapter.map(std::path::Path::to_path_buf),
-        requests.to_vec(),
-        compute.batch_size,
-    );
+    let sampling = sampling(&opening, adapter, asked)?;
+    let settings = settings(&sampling, kind);
+    let adapter = adapter.map(Path::to_path_buf);
     block_on(async move {
         let board = Board::default();
         let meter = board.meter("sample", "images");
         let start = Instant::now();
-        let worker = Worker::spawn("sample", move || open(&opening)).await?;
+        let worker = Worker::spawn("sample", move || {
+            let learner = open(&opening)?;
+            if let Some(dir) = &adapter {
+                restore(&learner.variables(), &learner.read(dir)?, dir)?;
+            }
+            Ok(learner)
+        })
+        .await?;
         let loading = start.elapsed().as_secs_f64();
-        worker
-            .call(&meter, move |learner| {
-                if let Some(dir) = &adapter {
-                    restore(&learner.variables(), &learner.read(dir)?, dir)?;
-                }
-                let start = Instant::now();
-                let mut images = Vec::new();
-                for batch in requests.chunks(batch) {
-                    images.extend(learner.generate(batch, &sampling)?);
-                }
-                let costs = Costs {
-                    images: images.len(),
-                    loading,
-                    drawing: start.elapsed().as_secs_f64(),
-                    tokens_per_image: learner.tokens_per_image(),
-                };
-                Ok(Drawn { images, costs })
-            })
-            .await
+        let mut costs = Costs {
+            images: 0,
+            loading,
+            drawing: 0.0,
+            tokens_per_image: None,
+        };
+        for batch in requests.chunks(compute.batch_size) {
+            let (batch, sampling) = (batch.to_vec(), sampling.clone());
+            let (images, seconds, tokens) = worker
+                .call(&meter, move |learner| {
+                    let start = Instant::now();
+                    let images = learner.generate(&batch, &sampling)?;
+                    let seconds = start.elapsed().as_secs_f64();
+                    Ok((images, seconds, learner.tokens_per_image()))
+                })
+                .await?;
+            costs.drawing += seconds;
+            costs.tokens_per_image = tokens;
+            for image in images {
+                take(costs.images, image, &settings)?;
+                costs.images += 1;
+            }
+        }
+        Ok(costs)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_pictures_fit_every_disk_in_any_script() {
+        assert_eq!(
+            file_name(7, "a sks dog, on\u{1b}[2J the beach!"),
+            "0007-a-sks-dog-on-2J-the-beach.png"
+        );
+        for prompt in ["", "../..", "🐶 \u{7}", "\n"] {
+            assert_eq!(file_name(12, prompt), "0012.png");
+        }
+        assert_eq!(file_name(12_345, "CON"), "12345-CON.png");
+        for letter in ["a", "ü", "猫", "𝕏"] {
+            for lead in ["", "a", "aa", "aaa"] {
+                let prompt = format!("{lead}{}", letter.repeat(300));
+                let name = file_name(0, &prompt);
+                let length = name.len();
+                assert!(
+                    (100..=DIGITS + 1 + WORDS + 4).contains(&length),
+                    "{length}: {name}"
+                );
+            }
+        }
+    }
 }

@@ -200,7 +200,8 @@ pub struct Proxies {
 }
 
 /// How a diffusion model samples.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct DiffusionSampling {
     /// Denoising steps, at least 1. Default: 28, SDXL 50.
     pub num_inference_steps: usize,
@@ -211,7 +212,8 @@ pub struct DiffusionSampling {
 }
 
 /// How an autoregressive model samples.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct AutoregressiveSampling {
     /// Classifier-free guidance on logits, at least 1, which is none. Default: LlamaGen 7.5, Lumina 4.
     pub guidance_scale: f64,

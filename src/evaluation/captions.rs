@@ -7,6 +7,10 @@ use serde::Deserialize;
 
 use crate::{Error, Result};
 
+/// Where `sample` notes the prompts of what it draws: as `metadata.jsonl`, but hidden, so that its folder shows pictures
+/// alone.
+pub const SAMPLES: &str = ".metadata.jsonl";
+
 /// A line of `metadata.jsonl`, as Hugging Face's imagefolder has it; other keys may stand in it.
 #[derive(Deserialize)]
 struct Line {
@@ -20,7 +24,8 @@ struct Line {
 /// # Errors
 /// When a file cannot be read, or a line of `metadata.jsonl` has no `file_name` and `text`.
 pub fn captions(dir: &Path, pictures: &[PathBuf]) -> Result<Vec<Option<String>>> {
-    let listed = metadata(&dir.join("metadata.jsonl"))?;
+    let mut listed = metadata(&dir.join(SAMPLES))?;
+    listed.extend(metadata(&dir.join("metadata.jsonl"))?);
     pictures
         .iter()
         .map(|picture| {

@@ -15,8 +15,8 @@ use super::progress::Meter;
 use super::published::{Presence, Published, is_index, link_file, shards_named};
 use super::snapshot::{RepoId, Snapshot, choose};
 use super::{Settings, human_bytes};
+use crate::console;
 use crate::files;
-
 use crate::{Error, Result};
 
 /// The largest tokenizers have 35 MB.
@@ -42,13 +42,13 @@ pub fn download(
         .clone()
         .map(|repository| repository.megabytes)
         .sum();
-    eprintln!(
+    console::note(format!(
         "downloading {name}, at most {}, to {}",
         human_bytes(megabytes * 1_000_000),
         settings.cache.display()
-    );
+    ));
     for path in &presence.missing_by_hand {
-        eprintln!("{path} is on no hub: it is to be placed by hand");
+        console::note(format!("{path} is on no hub: it is to be placed by hand"));
     }
     for repository in repositories {
         let hub = Hub::open(settings, RepoId::main(repository.id))?.with_listing(false)?;
@@ -81,7 +81,10 @@ pub fn download_repository(
     repo: &RepoId,
     is_of_use: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<()> {
-    eprintln!("downloading {repo} to {}", settings.cache.display());
+    console::note(format!(
+        "downloading {repo} to {}",
+        settings.cache.display()
+    ));
     let hub = Hub::open(settings, repo.clone())?.with_listing(true)?;
     let listed: Vec<String> = hub.listing.keys().cloned().collect();
     let paths = choose(&listed);

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::human_bytes;
+use crate::console;
 
 struct State {
     name: String,
@@ -44,8 +45,8 @@ impl Meter {
     /// A line between the others.
     pub fn say(&self, line: &str) {
         match &self.state().bar {
-            Some(bar) => bar.println(line),
-            None => eprintln!("{line}"),
+            Some(bar) => bar.println(console::harmless(line)),
+            None => console::note(line),
         }
     }
 
@@ -57,14 +58,15 @@ impl Meter {
         if let Some(bar) = &state.bar {
             bar.set_position(position);
         } else if std::io::stderr().is_terminal() {
-            let bar = ProgressBar::new(size).with_message(state.name.clone());
+            let bar =
+                ProgressBar::new(size).with_message(console::escaped(&state.name).into_owned());
             let form = "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
             if let Ok(style) = ProgressStyle::with_template(form) {
                 bar.set_style(style);
             }
             state.bar = Some(bar);
         } else if first {
-            eprintln!("{}: {}", state.name, human_bytes(size));
+            console::note(format!("{}: {}", state.name, human_bytes(size)));
         }
     }
 
@@ -79,7 +81,7 @@ impl Meter {
                 // A file that arrives at once needs no lines.
                 if tenth > state.told && tenth < 10 && state.size > 64 << 20 {
                     state.told = tenth;
-                    eprintln!("{}: {} %", state.name, tenth * 10);
+                    console::note(format!("{}: {} %", state.name, tenth * 10));
                 }
             }
         }

@@ -23,17 +23,39 @@ pub fn encode_png(image: &RgbImage) -> Result<Vec<u8>> {
         image.height(),
         ExtendedColorType::Rgb8,
     )
-    .map_err(|e| {
-        Error::invalid(
-            format!(
-                "a picture of {}x{} pixels cannot be written as PNG: {e}",
-                image.width(),
-                image.height()
-            ),
-            "both sides must be at least 1",
-        )
-    })?;
+    .map_err(|e| unwritable(image, &e))?;
     Ok(bytes)
+}
+
+/// [`encode_png`] with `texts`, keyword and text, before the pixels, in UTF-8. A keyword has 1 to 79 letters.
+pub fn encode_png_with(image: &RgbImage, texts: &[(String, String)]) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let mut encode = || -> std::result::Result<(), png::EncodingError> {
+        let mut encoder = png::Encoder::new(&mut bytes, image.width(), image.height());
+        encoder.set_color(png::ColorType::Rgb);
+        encoder.set_depth(png::BitDepth::Eight);
+        encoder.set_compression(png::Compression::Fast);
+        encoder.set_filter(png::Filter::Adaptive);
+        for (keyword, text) in texts {
+            encoder.add_itxt_chunk(keyword.clone(), text.clone())?;
+        }
+        let mut writer = encoder.write_header()?;
+        writer.write_image_data(image.as_raw())?;
+        writer.finish()
+    };
+    encode().map_err(|e| unwritable(image, &e))?;
+    Ok(bytes)
+}
+
+fn unwritable(image: &RgbImage, why: &dyn std::fmt::Display) -> Error {
+    Error::invalid(
+        format!(
+            "a picture of {}x{} pixels cannot be written as PNG: {why}",
+            image.width(),
+            image.height()
+        ),
+        "both sides must be at least 1",
+    )
 }
 
 /// The pixels of a PNG that [`encode_png`] made (any photo format is read too). Fails with [`Error::Image`], which

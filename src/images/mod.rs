@@ -11,7 +11,7 @@ mod resize;
 mod tensor;
 
 pub use augment::augment;
-pub use codec::{decode_png, encode_png, pixel_digest};
+pub use codec::{decode_png, encode_png, encode_png_with, pixel_digest};
 pub(crate) use draw::fitted;
 pub use draw::{Canvas, grid};
 pub use load::{

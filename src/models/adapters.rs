@@ -2,7 +2,7 @@
 //! checkpoints. Reading takes either layout, and kohya-like names. Scale is `alpha / rank`; where a layout has no place
 //! for alpha, B is written scaled so that alpha = rank.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
@@ -10,7 +10,9 @@ use serde_json::json;
 
 use super::lora_file::LoraFile;
 pub use super::lora_file::{DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS};
+use super::lora_fit::{brief, is_finite};
 use super::snapshot;
+use crate::console::{escaped, shown};
 use crate::files;
 use crate::nn::{Adapter, Factors, LoraConfig, Weights};
 use crate::{Error, Result};
@@ -40,11 +42,16 @@ impl AdapterFile {
     /// of one rank, without whole weights beside them. Where they differ in alpha, B is scaled so that alpha = rank
     /// holds for all.
     pub fn read(path: &Path) -> Result<Self> {
+        Self::of(LoraFile::read(path)?)
+    }
+
+    fn of(file: LoraFile) -> Result<Self> {
         let LoraFile {
             path,
             layers,
             whole,
-        } = LoraFile::read(path)?;
+            targets: _,
+        } = file;
         let modules: Vec<String> = layers.keys().cloned().collect();
         let first = layers.values().next().map(|f| (f.a.dims()[0], f.scale));
         // A file of LoRA has at least one layer.
@@ -54,17 +61,17 @@ impl AdapterFile {
             .filter(|(_, f)| f.a.dims().len() != 2 || f.a.dims()[0] != rank)
             .map(|(module, f)| {
                 format!(
-                    "{module} has a factor of shape {:?}: linear layers of one rank, here {rank}, are taken; merge \
-                     takes others too",
+                    "{module} has a factor of shape {:?}: linear layers of one rank, here {rank}, are taken",
                     f.a.dims()
                 )
             })
             .collect();
-        faults.extend(whole.keys().map(|name| {
-            format!("{name} is a whole weight: merge compares it with the checkpoint's and takes the rest")
-        }));
+        faults.extend(whole.keys().map(|name| format!("{name} is a whole weight")));
         if !faults.is_empty() {
-            return Err(Error::Checkpoint { path, faults });
+            return Err(Error::invalid(
+                format!("{}: {}", shown(&path), brief(&faults)),
+                "proxytune merge works other adapters into a checkpoint, which sample --model takes",
+            ));
         }
         let alike = layers.values().all(|f| f.scale == scale);
         let mut tensors = BTreeMap::new();
@@ -146,11 +153,26 @@ pub fn write_diffusers(
     Ok(path)
 }
 
-/// The values of the adapter at `path` for a model that carries one of configuration `wanted`: scaled where the two
-/// differ in `alpha / rank`.
-pub fn read_for(path: &Path, wanted: &LoraConfig) -> Result<BTreeMap<String, Tensor>> {
-    let file = AdapterFile::read(path)?;
-    let factor = (file.alpha / file.rank as f64) / (wanted.alpha / wanted.rank as f64);
+/// What is trained of a model, in the learner's own folder: its adapter, or all its weights. The model was built from
+/// `weights`.
+///
+/// # Errors
+/// When a file is missing, cannot be read, holds numbers that are not finite, or anything that has no place in the
+/// model.
+pub fn read_trained(
+    dir: &Path,
+    adapter: Option<&Adapter>,
+    weights: &Weights,
+) -> Result<BTreeMap<String, Tensor>> {
+    let Some(adapter) = adapter else {
+        return read_whole(dir, weights);
+    };
+    let file = LoraFile::read(dir)?;
+    file.check_fit(&adapter.places())?;
+    let file = AdapterFile::of(file)?;
+    check_carried(dir, &file, adapter)?;
+    let wanted = adapter.config();
+    let factor = file.scale() / (wanted.alpha / wanted.rank as f64);
     let scale = |(name, tensor): (String, Tensor)| {
         let scaled = name.ends_with("lora_B.weight") && factor != 1.0;
         Ok((name, if scaled { (tensor * factor)? } else { tensor }))
@@ -158,15 +180,63 @@ pub fn read_for(path: &Path, wanted: &LoraConfig) -> Result<BTreeMap<String, Ten
     file.tensors.into_iter().map(scale).collect()
 }
 
-/// What is trained of a model, in the learner's own folder: its adapter, or all its weights.
-///
-/// # Errors
-/// When a file is missing, cannot be read, or holds an adapter on other modules.
-pub fn read_trained(dir: &Path, adapter: Option<&Adapter>) -> Result<BTreeMap<String, Tensor>> {
-    match adapter {
-        Some(adapter) => read_for(dir, adapter.config()),
-        None => read_checkpoint(dir),
+/// Fails unless `adapter` has the layers and the rank of `file`.
+fn check_carried(path: &Path, file: &AdapterFile, adapter: &Adapter) -> Result<()> {
+    let (layers, rank) = (adapter.layers(), adapter.config().rank);
+    let mut faults = Vec::new();
+    if file.rank != rank {
+        faults.push(format!("its rank is {}, here {rank}", file.rank));
     }
+    let own = |module: &&String| !layers.contains_key(*module);
+    faults.extend(
+        file.modules
+            .iter()
+            .filter(own)
+            .map(|module| format!("{module} is adapted by it, and is no target here")),
+    );
+    faults.extend(
+        layers
+            .keys()
+            .filter(|layer| !file.modules.contains(layer))
+            .map(|layer| format!("{layer} is a target here, and not adapted by it")),
+    );
+    if faults.is_empty() {
+        return Ok(());
+    }
+    Err(Error::invalid(
+        format!(
+            "{}: another adapter is wanted: {}",
+            shown(path),
+            brief(&faults)
+        ),
+        "set rank and targets to those that the adapter was trained with",
+    ))
+}
+
+/// The tensors of a whole checkpoint, all of which `weights` knows.
+fn read_whole(dir: &Path, weights: &Weights) -> Result<BTreeMap<String, Tensor>> {
+    let tensors = read_checkpoint(dir)?;
+    let mut known: BTreeSet<String> = weights.names().into_iter().collect();
+    known.extend(weights.variables().into_iter().map(|(name, _)| name));
+    let mut faults = Vec::new();
+    for (name, tensor) in &tensors {
+        if !known.contains(name) {
+            faults.push(format!("{} is not of this model", escaped(name)));
+        } else if !is_finite(tensor)? {
+            faults.push(format!("{name} holds numbers that are not finite"));
+        }
+    }
+    if faults.is_empty() {
+        return Ok(tensors);
+    }
+    Err(Error::invalid(
+        format!(
+            "{}: {}",
+            shown(&dir.join(CHECKPOINT_WEIGHTS)),
+            brief(&faults)
+        ),
+        "use the checkpoint that it was trained from",
+    ))
 }
 
 /// Writes the checkpoint of a model whose own weights were trained: all of `weights`, with `values` in place of those

@@ -8,8 +8,10 @@ use candle_core::{DType, Tensor};
 use serde_json::{Map, Value};
 use tokenizers::utils::SysRegex;
 
+use super::lora_fit::{brief, is_finite, kind};
 use super::pickle::Pickle;
 use super::sdxl::kohya;
+use crate::console::{escaped, shown};
 use crate::nn::Factors;
 use crate::{Error, Result, files};
 
@@ -51,6 +53,98 @@ pub struct LoraFile {
     /// See [`LoraFile::check_whole`]. What it stores of an adapted layer's own weight is left out: that is always the
     /// base's.
     pub whole: BTreeMap<String, Tensor>,
+    /// Ends of the paths of all layers that are adapted, where the configuration lists them.
+    pub targets: Option<Vec<String>>,
+}
+
+const NO_FACTOR: &str = "is not a factor of LoRA";
+
+/// The tensors of a file by what they are, under the normalised names of their layers.
+#[derive(Default)]
+struct Parts {
+    downs: BTreeMap<String, Tensor>,
+    ups: BTreeMap<String, Tensor>,
+    alphas: BTreeMap<String, f64>,
+    whole: BTreeMap<String, Tensor>,
+}
+
+impl Parts {
+    fn sort(raw: BTreeMap<String, Tensor>) -> Result<(Self, Vec<String>)> {
+        let (mut parts, mut faults) = (Self::default(), Vec::new());
+        for (original, tensor) in raw {
+            let name = normalise(&original);
+            let told = escaped(&original).into_owned();
+            let factor = [".lora_A.weight", ".lora_B.weight"]
+                .into_iter()
+                .find_map(|end| Some((name.strip_suffix(end)?, end)));
+            let twice = if let Some((layer, end)) = factor {
+                if !is_finite(&tensor)? {
+                    faults.push(format!("{told} holds numbers that are not finite"));
+                }
+                let side = match end {
+                    ".lora_A.weight" => &mut parts.downs,
+                    _ => &mut parts.ups,
+                };
+                let tensor = tensor.to_dtype(DType::F32)?;
+                side.insert(layer.to_string(), tensor).is_some()
+            } else if let Some(layer) = name.strip_suffix(".alpha") {
+                let alpha = tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?;
+                match alpha[..] {
+                    [alpha] => parts.alphas.insert(layer.to_string(), alpha).is_some(),
+                    _ => {
+                        faults.push(format!("{told} has shape {:?}", tensor.dims()));
+                        false
+                    }
+                }
+            } else if name.contains(".base_layer.") {
+                false
+            } else if name.ends_with(".weight") && !name.contains(".lora_") {
+                parts.whole.insert(name, tensor).is_some()
+            } else {
+                faults.push(format!("{told} {NO_FACTOR}"));
+                false
+            };
+            if twice {
+                faults.push(format!(
+                    "{told} is there a second time, with another prefix"
+                ));
+            }
+        }
+        Ok((parts, faults))
+    }
+
+    /// The layers with both factors; what does not belong together is added to `faults`.
+    fn join(
+        mut self,
+        settings: &Settings,
+        faults: &mut Vec<String>,
+    ) -> Result<BTreeMap<String, Factors>> {
+        let mut layers = BTreeMap::new();
+        for (layer, a) in self.downs {
+            let alpha = self.alphas.remove(&layer);
+            let told = escaped(&layer).into_owned();
+            let Some(b) = self.ups.remove(&layer) else {
+                faults.push(format!("{told}.lora_B.weight is missing"));
+                continue;
+            };
+            let rank = a.dims().first().copied().unwrap_or(0);
+            let fit = a.rank() >= 2 && a.rank() == b.rank() && b.dims()[1] == rank;
+            if rank == 0 || !fit || b.dims()[2..].iter().any(|&side| side != 1) {
+                let shapes = (a.dims(), b.dims());
+                faults.push(format!("{told} has factors of shapes {shapes:?}"));
+                continue;
+            }
+            match settings.scale(&layer, alpha, rank)? {
+                Ok(scale) => drop(layers.insert(layer, Factors { a, b, scale })),
+                Err(fault) => faults.push(format!("{told}: {fault}")),
+            }
+        }
+        let lonely = self.ups.into_keys();
+        faults.extend(lonely.map(|layer| format!("{}.lora_A.weight is missing", escaped(&layer))));
+        let lonely = self.alphas.into_keys();
+        faults.extend(lonely.map(|layer| format!("{}.alpha has no factors", escaped(&layer))));
+        Ok(layers)
+    }
 }
 
 impl LoraFile {
@@ -59,75 +153,44 @@ impl LoraFile {
     /// configuration's; the rank where nothing names one.
     ///
     /// # Errors
-    /// Names everything in it that cannot be carried, such as DoRA's magnitudes.
+    /// Names the first things in it that cannot be carried or contradict each other: DoRA's magnitudes, one factor
+    /// without the other, numbers that are not finite, a rank that is not the configuration's.
     pub fn read(path: &Path) -> Result<Self> {
-        let file = weights_file(path)?;
-        let fault = |faults: Vec<String>| Error::Checkpoint {
-            path: file.clone(),
-            faults,
-        };
-        let (raw, metadata) = if file.extension().is_some_and(|end| end == "safetensors") {
-            files::read_tensors(&file)?
+        let path = weights_file(path)?;
+        let (raw, metadata) = if path.extension().is_some_and(|end| end == "safetensors") {
+            files::read_tensors(&path)?
         } else {
-            let tensors = Pickle::open(&file)?.read_all()?;
+            let tensors = Pickle::open(&path)?.read_all()?;
             (tensors.into_iter().collect(), BTreeMap::new())
         };
-        let settings = Settings::find(&file, &metadata)?;
-        let mut faults = settings.unsupported();
-        let (mut downs, mut ups) = (BTreeMap::new(), BTreeMap::new());
-        let (mut alphas, mut whole) = (BTreeMap::new(), BTreeMap::new());
-        for (original, tensor) in raw {
-            let name = normalise(&original);
-            if let Some(layer) = name.strip_suffix(".lora_A.weight") {
-                downs.insert(layer.to_string(), tensor.to_dtype(DType::F32)?);
-            } else if let Some(layer) = name.strip_suffix(".lora_B.weight") {
-                ups.insert(layer.to_string(), tensor.to_dtype(DType::F32)?);
-            } else if let Some(layer) = name.strip_suffix(".alpha") {
-                let alpha = tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?;
-                alphas.extend(alpha.first().map(|&alpha: &f64| (layer.to_string(), alpha)));
-            } else if name.contains(".base_layer.") {
-                continue;
-            } else if name.ends_with(".weight") && !name.contains(".lora_") {
-                whole.insert(name, tensor);
-            } else {
-                faults.push(format!("{original} is not a factor of LoRA"));
-            }
+        let settings = Settings::find(&path, &metadata)?;
+        let (parts, mut faults) = Parts::sort(raw)?;
+        let mut foreign = faults.iter().filter(|fault| fault.ends_with(NO_FACTOR));
+        let foreign = foreign.find_map(|fault| kind(fault));
+        faults.splice(0..0, settings.unsupported());
+        let whole = parts.whole.clone();
+        let layers = parts.join(&settings, &mut faults)?;
+        if layers.is_empty() && !whole.is_empty() {
+            return Err(Error::invalid(
+                format!("{} holds whole weights, no factors of LoRA", shown(&path)),
+                "a checkpoint is named with --model; adapters are what LoRA trainers write",
+            ));
         }
-        let mut layers = BTreeMap::new();
-        for (layer, a) in downs {
-            let Some(b) = ups.remove(&layer) else {
-                faults.push(format!("{layer}.lora_B.weight is missing"));
-                continue;
-            };
-            let rank = a.dims().first().copied().unwrap_or(0);
-            if rank == 0 || a.rank() < 2 || a.rank() != b.rank() || b.dims()[1] != rank {
-                let shapes = (a.dims(), b.dims());
-                faults.push(format!("{layer} has factors of shapes {shapes:?}"));
-                continue;
-            }
-            let alpha = match alphas.remove(&layer) {
-                Some(alpha) => alpha,
-                None => settings.alpha(&layer)?.unwrap_or(rank as f64),
-            };
-            let scale = settings.scale(alpha, rank);
-            layers.insert(layer, Factors { a, b, scale });
-        }
-        faults.extend(
-            ups.into_keys()
-                .map(|layer| format!("{layer}.lora_A.weight is missing")),
-        );
         if faults.is_empty() && layers.is_empty() {
             faults.push("no lora_A tensor in it".into());
         }
-        if faults.is_empty() {
-            Ok(Self {
-                path: file,
-                layers,
-                whole,
-            })
-        } else {
-            Err(fault(faults))
+        if !faults.is_empty() {
+            let what = format!("{}: {}", shown(&path), brief(&faults));
+            let hint = foreign.unwrap_or("save the adapter again with the program that trained it");
+            return Err(Error::invalid(what, hint));
         }
+        let targets = settings.targets();
+        Ok(Self {
+            path,
+            layers,
+            whole,
+            targets,
+        })
     }
 
     /// Fails unless each whole weight is the base's own, which `base` gives by name, in the type that it is kept in.
@@ -182,8 +245,8 @@ fn weights_file(path: &Path) -> Result<PathBuf> {
         .find(|file| file.is_file())
         .ok_or_else(|| {
             Error::invalid(
-                format!("{} holds no adapter", path.display()),
-                format!("expected {PEFT_WEIGHTS} or {DIFFUSERS_WEIGHTS} there"),
+                format!("{} holds no adapter", shown(path)),
+                format!("expected {PEFT_WEIGHTS} or {DIFFUSERS_WEIGHTS} there; a file of another name is named itself"),
             )
         })
 }
@@ -282,29 +345,87 @@ impl Settings {
         faults
     }
 
-    /// Alpha of `layer`, as peft chooses it: the first pattern that is the end of the layer's path, or all of it.
-    fn alpha(&self, layer: &str) -> Result<Option<f64>> {
-        let patterns = self.entries.get("alpha_pattern").and_then(Value::as_object);
-        for (pattern, alpha) in patterns.into_iter().flatten() {
+    /// The number that the entry `key` has for `layer`, as peft chooses it: that of the first of `patterns` that is the
+    /// end of the layer's path, or all of it; else the entry's own. The inner error is an entry that is no number.
+    fn number(
+        &self,
+        layer: &str,
+        patterns: &str,
+        key: &str,
+    ) -> Result<std::result::Result<Option<f64>, String>> {
+        let mut found = self.entries.get(key);
+        let listed = self.entries.get(patterns).and_then(Value::as_object);
+        for (pattern, value) in listed.into_iter().flatten() {
             let whole = SysRegex::new(&format!(r"^(?:.*\.)?(?:{pattern})$"));
             let whole = whole.map_err(|e| Error::Checkpoint {
                 path: self.path.clone(),
-                faults: vec![format!("alpha_pattern {pattern:?}: {e}")],
+                faults: vec![format!("{patterns} {pattern:?}: {e}")],
             })?;
             if whole.find_iter(layer).next().is_some() {
-                return Ok(alpha.as_f64());
+                found = Some(value);
+                break;
             }
         }
-        Ok(self.entries.get("lora_alpha").and_then(Value::as_f64))
+        Ok(match found.filter(|value| !value.is_null()) {
+            None => Ok(None),
+            Some(value) => match value.as_f64() {
+                Some(number) => Ok(Some(number)),
+                None => Err(format!("its configuration says {key} = {value}")),
+            },
+        })
     }
 
-    fn scale(&self, alpha: f64, rank: usize) -> f64 {
-        let stabilised = self.entries.get("use_rslora").and_then(Value::as_bool);
-        if stabilised.unwrap_or(false) {
-            alpha / (rank as f64).sqrt()
-        } else {
-            alpha / rank as f64
+    /// What B·A of `layer` is multiplied with; `own` is the alpha that stands beside its factors. The inner error says
+    /// what does not go together.
+    fn scale(
+        &self,
+        layer: &str,
+        own: Option<f64>,
+        rank: usize,
+    ) -> Result<std::result::Result<f64, String>> {
+        let said = self.number(layer, "rank_pattern", "r")?;
+        let alpha = self.number(layer, "alpha_pattern", "lora_alpha")?;
+        let (said, alpha) = match (said, alpha) {
+            (Ok(said), Ok(alpha)) => (said, alpha),
+            (Err(fault), _) | (_, Err(fault)) => return Ok(Err(fault)),
+        };
+        if let Some(said) = said.filter(|said| *said != rank as f64) {
+            return Ok(Err(format!(
+                "its factors have rank {rank}, its configuration says {said}"
+            )));
         }
+        // Files in half precision round their own.
+        if let (Some(own), Some(alpha)) = (own, alpha)
+            && (own - alpha).abs() > 1e-2 * alpha.abs()
+        {
+            return Ok(Err(format!(
+                "its alpha is {own}, its configuration says {alpha}"
+            )));
+        }
+        let alpha = own.or(alpha).unwrap_or(rank as f64);
+        let stabilised = self.entries.get("use_rslora").and_then(Value::as_bool);
+        let scale = match stabilised.unwrap_or(false) {
+            true => alpha / (rank as f64).sqrt(),
+            false => alpha / rank as f64,
+        };
+        // Factors are multiplied in f32. With 0 the model would stay as it is.
+        let usable = (scale as f32).is_finite() && scale != 0.0;
+        Ok(match usable {
+            true => Ok(scale),
+            false => Err(format!("its alpha is {alpha}, which scales nothing")),
+        })
+    }
+
+    /// The listed ends of the paths of all adapted layers, where nothing else chooses among them.
+    fn targets(&self) -> Option<Vec<String>> {
+        let chosen = ["exclude_modules", "layers_to_transform", "layers_pattern"];
+        let is_set = |key: &&str| self.entries.get(*key).is_some_and(|value| !value.is_null());
+        if chosen.iter().any(|key| is_set(&key)) {
+            return None;
+        }
+        let listed = self.entries.get("target_modules")?.as_array()?;
+        let text = |target: &Value| target.as_str().map(String::from);
+        listed.iter().map(text).collect()
     }
 }
 

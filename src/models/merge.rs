@@ -2,6 +2,7 @@
 //! and scale, one tensor at a time.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use candle_core::safetensors::MmapedSafetensors;
@@ -12,8 +13,11 @@ use serde_json::json;
 use super::checkpoint_files::WeightFiles;
 use super::llamagen;
 use super::lora_file::LoraFile;
+use super::lora_fit::changed;
+use super::sampling_file;
 use super::tensor_writer::{Entry, TensorWriter, in_order};
 use crate::config::Family;
+use crate::console::{escaped, shown};
 use crate::files;
 use crate::nn::{Factors, map_safetensors};
 use crate::{Error, Result};
@@ -42,7 +46,7 @@ struct Backbone {
 
 /// Writes the checkpoint in `dir`, of this `family`, with `adapter` worked in, into the folder `out`, which must be
 /// empty or absent. Weights have `dtype`, or the type that they have in `dir`. Shards stay shards. What the adapter
-/// does not touch is linked where the file system can, else copied.
+/// does not touch is copied. How the adapter is drawn with is noted there, too.
 ///
 /// # Errors
 /// When the adapter names layers that the backbone lacks, has other shapes, or holds whole weights that are not the
@@ -55,15 +59,10 @@ pub fn merge(
     out: &Path,
     dtype: Option<DType>,
 ) -> Result<Merged> {
-    if std::fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some()) {
-        return Err(Error::invalid(
-            format!("{} is not empty", out.display()),
-            "name a new folder with --out",
-        ));
-    }
+    check_empty(out)?;
     let backbone = backbone(dir, family, resolution)?;
     let sources = open(&backbone.files)?;
-    let fitting = fit(adapter, &sources, dir)?;
+    let fitting = fit(adapter, &sources)?;
     adapter.check_whole(|name| {
         let source = sources
             .iter()
@@ -75,9 +74,16 @@ pub fn merge(
     if let Some(parent) = out.parent().filter(|parent| !parent.as_os_str().is_empty()) {
         files::create_dir(parent)?;
     }
-    files::write_dir(out, |aside| {
+    let mut sampling = sampling_file::read(&adapter.path, family)?;
+    if sampling.is_none() {
+        sampling = sampling_file::read(dir, family)?;
+    }
+    files::fill_dir(out, |aside| {
         for (from, to) in &backbone.others {
-            link_or_copy(from, &aside.join(to))?;
+            copy(from, &aside.join(to))?;
+        }
+        if let Some(sampling) = &sampling {
+            sampling_file::write(aside, sampling)?;
         }
         if let Some(config) = &backbone.config {
             files::write(&aside.join("config.json"), config.as_bytes())?;
@@ -158,41 +164,18 @@ fn open(paths: &[PathBuf]) -> Result<Vec<Source>> {
 }
 
 /// The factors by the name of the weight that they change.
-fn fit<'a>(
-    adapter: &'a LoraFile,
-    sources: &[Source],
-    dir: &Path,
-) -> Result<BTreeMap<String, &'a Factors>> {
-    let mut fitting = BTreeMap::new();
-    let mut faults = Vec::new();
-    for (module, factors) in &adapter.layers {
-        let weight = format!("{module}.weight");
-        let wanted = changed(factors);
-        let shape = sources.iter().find_map(|source| source.shapes.get(&weight));
-        match shape {
-            None => faults.push(format!("{weight}, which the adapter changes, is missing")),
-            Some(shape) if *shape != wanted => faults.push(format!(
-                "{weight} has shape {shape:?}, the adapter is for {wanted:?}"
-            )),
-            Some(_) => {
-                fitting.insert(weight, factors);
-            }
-        }
-    }
-    if faults.is_empty() {
-        return Ok(fitting);
-    }
-    Err(Error::Checkpoint {
-        path: dir.to_path_buf(),
-        faults,
-    })
-}
-
-/// The shape of the weight that `factors` change.
-fn changed(factors: &Factors) -> Vec<usize> {
-    let mut shape = factors.a.dims().to_vec();
-    shape[0] = factors.b.dims()[0];
-    shape
+fn fit<'a>(adapter: &'a LoraFile, sources: &[Source]) -> Result<BTreeMap<String, &'a Factors>> {
+    let places = sources
+        .iter()
+        .flat_map(|source| &source.shapes)
+        .filter(|(_, shape)| shape.len() > 1)
+        .filter_map(|(name, shape)| {
+            let layer = name.strip_suffix(".weight")?;
+            Some((layer.to_string(), shape.clone()))
+        });
+    adapter.check_fit(&places.collect())?;
+    let weight = |(layer, factors): (&String, &'a Factors)| (format!("{layer}.weight"), factors);
+    Ok(adapter.layers.iter().map(weight).collect())
 }
 
 /// scale · B·A in the shape of the weight, f32; of a convolution, whose B has a kernel of one pixel, too.
@@ -265,8 +248,10 @@ fn in_folder(
         .map(move |(from, to)| (from, Path::new(folder).join(to)))
 }
 
-/// All files below `root` with their paths in it, through links; hidden ones are left out.
+/// All files below `root` with their paths in it, through links; hidden ones are left out, and so are links to a folder
+/// around them, pipes and devices.
 fn below(root: &Path) -> Result<Vec<(PathBuf, PathBuf)>> {
+    let place = |path: &Path| std::fs::canonicalize(path).map_err(Error::io(path));
     let mut found = Vec::new();
     let mut folders = vec![PathBuf::new()];
     while let Some(inside) = folders.pop() {
@@ -277,10 +262,10 @@ fn below(root: &Path) -> Result<Vec<(PathBuf, PathBuf)>> {
             if name.to_string_lossy().starts_with('.') {
                 continue;
             }
-            if path.is_dir() {
-                folders.push(inside);
-            } else {
+            if path.is_file() {
                 found.push((path, inside));
+            } else if path.is_dir() && !place(&folder)?.starts_with(place(&path)?) {
+                folders.push(inside);
             }
         }
     }
@@ -288,15 +273,35 @@ fn below(root: &Path) -> Result<Vec<(PathBuf, PathBuf)>> {
     Ok(found)
 }
 
-fn link_or_copy(from: &Path, to: &Path) -> Result<()> {
+/// Copies what is in a file alone: a second name for it would let edits of the one change the other, and rights of a
+/// hub's cache are not those of a folder of one's own.
+fn copy(from: &Path, to: &Path) -> Result<()> {
     if let Some(parent) = to.parent() {
         files::create_dir(parent)?;
     }
-    let from = std::fs::canonicalize(from).map_err(Error::io(from))?;
-    if std::fs::hard_link(&from, to).is_err() {
-        files::copy(&from, to).map_err(Error::io(to))?;
-    }
+    let mut source = files::open(from).map_err(Error::io(from))?;
+    let mut target = File::create_new(to).map_err(Error::io(to))?;
+    std::io::copy(&mut source, &mut target).map_err(Error::io(to))?;
     Ok(())
+}
+
+/// Fails unless `out` is absent, or a folder without anything but what a disk's own root has.
+fn check_empty(out: &Path) -> Result<()> {
+    let hint = "name a new folder with --out";
+    if !out.is_dir() {
+        return match out.symlink_metadata() {
+            Ok(_) => Err(Error::invalid(format!("{} is no folder", shown(out)), hint)),
+            Err(_) => Ok(()),
+        };
+    }
+    let entries = files::list(out)?;
+    match entries.iter().find(|(name, _)| name != "lost+found") {
+        None => Ok(()),
+        Some((name, _)) => Err(Error::invalid(
+            format!("{} is not empty: {} is there", shown(out), escaped(name)),
+            hint,
+        )),
+    }
 }
 
 #[cfg(test)]

@@ -49,7 +49,6 @@ struct Trained {
     factors: BTreeMap<String, Factors>,
     /// The name under which `factors` has the layer at a path of the checkpoint.
     layer: fn(&str) -> String,
-    faults: Mutex<Vec<String>>,
 }
 
 /// The adapter of one backbone: one [`Lora`] for each layer that the model's construction found to be a target.
@@ -59,6 +58,7 @@ pub struct Adapter {
     seed: u64,
     trained: Option<Trained>,
     layers: Mutex<BTreeMap<String, Lora>>,
+    places: Mutex<BTreeMap<String, Vec<usize>>>,
 }
 
 impl Adapter {
@@ -70,12 +70,14 @@ impl Adapter {
             seed,
             trained: None,
             layers: Mutex::default(),
+            places: Mutex::default(),
         }
     }
 
     /// An adapter that has been trained, convolutions included: ranks and scales may differ from layer to layer. A
-    /// layer at `path` of the checkpoint carries `factors[layer(path)]`, and its variables have that name. Call
-    /// [`Adapter::finish`] when the model is built. In [`Adapter::config`] rank and alpha are the first layer's.
+    /// layer at `path` of the checkpoint carries `factors[layer(path)]` if the shapes fit, and its variables have that
+    /// name: compare with [`Adapter::places`] when the model is built. In [`Adapter::config`] rank and alpha are the
+    /// first layer's.
     pub fn from_factors(factors: BTreeMap<String, Factors>, layer: fn(&str) -> String) -> Self {
         let first = factors.values().next();
         let rank = first.map_or(0, |f| f.a.dims().first().copied().unwrap_or(0));
@@ -86,43 +88,16 @@ impl Adapter {
                 targets: factors.keys().cloned().collect(),
             },
             seed: 0,
-            trained: Some(Trained {
-                factors,
-                layer,
-                faults: Mutex::default(),
-            }),
+            trained: Some(Trained { factors, layer }),
             layers: Mutex::default(),
+            places: Mutex::default(),
         }
     }
 
-    /// Fails with every layer of a trained adapter that the model lacks or has in another shape.
-    pub fn finish(&self) -> Result<()> {
-        let Some(trained) = &self.trained else {
-            return Ok(());
-        };
-        let mut faults = lock(&trained.faults).clone();
-        let layers = lock(&self.layers);
-        let misfit = |name: &String| {
-            let name = format!("{name}: ");
-            faults.iter().any(|fault| fault.starts_with(&name))
-        };
-        let missing: Vec<String> = trained
-            .factors
-            .keys()
-            .filter(|name| !layers.contains_key(*name) && !misfit(name))
-            .map(|name| format!("{name}: the model has no linear layer or convolution there"))
-            .collect();
-        faults.extend(missing);
-        if faults.is_empty() {
-            return Ok(());
-        }
-        Err(Error::invalid(
-            format!(
-                "the adapter does not fit the model:\n  {}",
-                faults.join("\n  ")
-            ),
-            "use the checkpoint that the adapter was trained with",
-        ))
+    /// The layers that the model's construction has met so far, adapted or not, under the names that the adapter has for
+    /// them, with the shapes of their weights: where factors can be applied.
+    pub fn places(&self) -> BTreeMap<String, Vec<usize>> {
+        lock(&self.places).clone()
     }
 
     /// Rank, alpha and targets.
@@ -143,10 +118,14 @@ impl Adapter {
 
     /// The trained factors for the layer at `path`, whose weight has these `dims`.
     fn take(&self, path: &str, dims: &[usize], device: &Device) -> Result<Option<Lora>> {
+        let name = match &self.trained {
+            Some(trained) => (trained.layer)(path),
+            None => path.to_string(),
+        };
+        lock(&self.places).insert(name.clone(), dims.to_vec());
         let Some(trained) = &self.trained else {
             return Ok(None);
         };
-        let name = (trained.layer)(path);
         let Some(Factors { a, b, scale }) = trained.factors.get(&name) else {
             return Ok(None);
         };
@@ -156,11 +135,6 @@ impl Adapter {
         let mut up = vec![1; dims.len()];
         (up[0], up[1]) = (dims[0], rank);
         if rank == 0 || a.dims() != down || b.dims() != up {
-            lock(&trained.faults).push(format!(
-                "{name}: factors of shapes {:?} and {:?} for a weight of shape {dims:?}",
-                a.dims(),
-                b.dims()
-            ));
             return Ok(None);
         }
         let variable = |t: &Tensor| -> Result<Var> {
@@ -184,8 +158,9 @@ impl Adapter {
         outputs: usize,
         device: &Device,
     ) -> Result<Option<Lora>> {
+        let taken = self.take(path, &[outputs, inputs], device)?;
         if self.trained.is_some() {
-            return self.take(path, &[outputs, inputs], device);
+            return Ok(taken);
         }
         let is_target = self.config.targets.iter().any(|target| {
             path == target

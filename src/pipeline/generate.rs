@@ -9,6 +9,7 @@ use super::graph::{Graph, Manner, Shared};
 use super::prepare::{self, Purpose};
 use super::topology::Topology;
 use super::{Options, RunDir, failed};
+use crate::console;
 use crate::plan::Digest;
 use crate::stages::Context;
 use crate::stages::disk::{Disk, FreeSpace, bytes};
@@ -255,7 +256,7 @@ fn look_for_room(
         );
         match needed > usable {
             true => context.warnings.add(sentence),
-            false if generation.options.progress => eprintln!("{sentence}"),
+            false if generation.options.progress => console::note(sentence),
             false => {}
         }
     }

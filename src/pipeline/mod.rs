@@ -21,6 +21,7 @@ pub use self::run_dir::RunDir;
 pub(crate) use self::run_dir::lock;
 use self::topology::Topology;
 use crate::config::{Document, Resolved};
+use crate::console;
 use crate::evaluation::report::Report;
 use crate::stages::Context;
 use crate::stages::keep::Keeping;
@@ -233,16 +234,16 @@ pub fn report_again<'a>(
 fn announce(dir: &RunDir) {
     let path = dir.path().display();
     match (dir.is_complete(), dir.resumed) {
-        (true, _) => {
-            eprintln!("{path}: this ran to its end before; checking that everything is there")
-        }
-        (false, true) => eprintln!("{path}: continuing"),
-        (false, false) => eprintln!("{path}: a new run"),
+        (true, _) => console::note(format!(
+            "{path}: this ran to its end before; checking that everything is there"
+        )),
+        (false, true) => console::note(format!("{path}: continuing")),
+        (false, false) => console::note(format!("{path}: a new run")),
     }
     if !dir.changes.is_empty() {
-        eprintln!("changed since the last run of this file:");
+        console::note("changed since the last run of this file:");
         for change in &dir.changes {
-            eprintln!("  {change}");
+            console::note(format!("  {change}"));
         }
     }
 }

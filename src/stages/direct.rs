@@ -74,7 +74,8 @@ pub fn direct(
             return;
         }
         let folder = if tuned.method == Method::Student { "student" } else { "direct" };
-        let values = course.publish(context.dir.join(folder), resumed).await?;
+        let sampling = context.resolved.student.sampling.clone();
+        let values = course.publish(context.dir.join(folder), resumed, sampling).await?;
         yield checkpoint(tuned.method, step, values);
     }
 }

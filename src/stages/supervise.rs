@@ -12,7 +12,7 @@ use futures::{Stream, StreamExt};
 use super::train::Course;
 use super::{Context, Supervisor, references::at_resolution};
 use crate::config;
-use crate::models::{Lesson, Opening, Request, Sampling};
+use crate::models::{Lesson, Opening, Request, Sampling, sampling_file};
 use crate::plan::Versions;
 use crate::store::Claim;
 use crate::stream::Meter;
@@ -64,6 +64,7 @@ pub fn supervise(
 ) -> impl Stream<Item = Result<Supervisor>> + Send {
     try_stream! {
         let Some((settings, proxies)) = context.resolved.teacher() else { return };
+        let sampling = config::Sampling::Diffusion(proxies.sampling.clone());
         clear_leftovers(&context)?;
         let mut input = std::pin::pin!(input);
         let mut put_off = VecDeque::new();
@@ -120,7 +121,7 @@ pub fn supervise(
                     .await?;
                     let learnt = train(&context, &course, subject, settings, &proxies.sampling).await?;
                     if learnt {
-                        course.publish(adapter.clone(), false).await?;
+                        course.publish(adapter.clone(), false, sampling.clone()).await?;
                         std::fs::remove_dir_all(&place).map_err(Error::io(&place))?;
                     }
                     drop(claim);
@@ -130,7 +131,10 @@ pub fn supervise(
             if !learnt {
                 return;
             }
-            files::copy_dir(&adapter, &beside_run(&context, subject))?;
+            let own = beside_run(&context, subject);
+            files::copy_dir(&adapter, &own)?;
+            // The run that trained it may have drawn otherwise.
+            sampling_file::write(&own, &sampling)?;
             yield Supervisor { subject, key, adapter };
         }
     }

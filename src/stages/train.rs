@@ -11,7 +11,7 @@ use candle_core::Tensor;
 use futures::{Stream, StreamExt};
 
 use super::{Checkpoint, Context, Method, ReadyBatch, ended_early, spawn_trainee};
-use crate::config::{Training, Tuning};
+use crate::config::{Sampling, Training, Tuning};
 use crate::images::decode_png;
 use crate::models::{Example, Lesson, Opening};
 use crate::plan::{Plan, step_seed};
@@ -258,18 +258,20 @@ impl Course {
     }
 
     /// Publishes what was learnt as the folder `dir`, wholly or not at all. The last checkpoint stays beside it, so
-    /// that a finished run is found finished; `resumed` says that it is there already.
+    /// that a finished run is found finished; `resumed` says that it is there already. `sampling` is how its samples are
+    /// drawn.
     pub async fn publish(
         &self,
         dir: PathBuf,
         resumed: bool,
+        sampling: Sampling,
     ) -> Result<Arc<BTreeMap<String, Tensor>>> {
         if !resumed {
             self.save(self.settings.steps).await?;
         }
         self.worker
             .call(&self.meter, move |trainee| {
-                Ok(Arc::new(trainee.publish(&dir)?))
+                Ok(Arc::new(trainee.publish(&dir, Some(&sampling))?))
             })
             .await
     }
@@ -415,7 +417,7 @@ pub fn train(
             course.save(step).await?;
             return;
         }
-        let values = course.publish(context.dir.join("student"), resumed).await?;
+        let values = course.publish(context.dir.join("student"), resumed, student.sampling.clone()).await?;
         yield checkpoint(Method::Student, steps, values);
         // What is still on its way only has to be committed, which it is; taking it lets the stages before end.
         while input.next().await.is_some() {}

@@ -8,6 +8,7 @@ use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tokio::task::JoinHandle;
 
 use super::meter::{Board, Meter};
+use crate::console;
 
 /// How often lines are drawn on a terminal, and how often written elsewhere.
 const DRAW: Duration = Duration::from_millis(200);
@@ -91,7 +92,7 @@ async fn draw(board: Board, bars: MultiProgress) {
     loop {
         for meter in board.meters().into_iter().skip(lines.len()) {
             let bar = bars.add(ProgressBar::new(1).with_style(style.clone()));
-            bar.set_prefix(meter.name().to_string());
+            bar.set_prefix(console::escaped(meter.name()).into_owned());
             lines.push((meter, bar));
         }
         paces.resize_with(lines.len(), Pace::default);
@@ -99,7 +100,8 @@ async fn draw(board: Board, bars: MultiProgress) {
             let (done, total) = meter.progress();
             bar.set_length(total.max(1));
             bar.set_position(done.min(total.max(1)));
-            bar.set_message(describe(&board, meter, pace));
+            let line = describe(&board, meter, pace);
+            bar.set_message(console::escaped(&line).into_owned());
         }
         tokio::time::sleep(DRAW).await;
     }
@@ -122,12 +124,12 @@ async fn write(board: Board) {
                 last.push(String::new());
             }
             if last[index] != key && meter.progress().0 > 0 {
-                eprintln!(
+                console::note(format!(
                     "{:>6.1}s {:<12} {}",
                     start.elapsed().as_secs_f64(),
                     meter.name(),
                     describe(&board, meter, &mut paces[index])
-                );
+                ));
                 last[index] = key;
             }
         }

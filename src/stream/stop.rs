@@ -2,6 +2,8 @@
 
 use tokio::sync::watch;
 
+use crate::console;
+
 /// A signal that many can watch. Clones are the same signal.
 #[derive(Clone, Debug)]
 pub struct Stop {
@@ -44,8 +46,8 @@ impl Stop {
                     std::process::exit(130);
                 }
                 asked = true;
-                eprintln!(
-                    "stopping: finishing what is in hand and writing a checkpoint (again: stop at once)"
+                console::note(
+                    "stopping: finishing what is in hand and writing a checkpoint (again: stop at once)",
                 );
                 stop.request();
             }

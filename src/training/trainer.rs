@@ -10,8 +10,8 @@ use rand_chacha::ChaCha8Rng;
 use super::checkpoints::{Checkpoints, Resumed};
 use super::optimizer::{OptimizerConfig, learning_rate_factor};
 use super::training_loop::{Progress, TrainingLoop};
-use crate::config::{Training, Tuning};
-use crate::models::{Learner, Lesson, snapshot};
+use crate::config::{Sampling, Training, Tuning};
+use crate::models::{Learner, Lesson, sampling_file, snapshot};
 use crate::nn::LoraConfig;
 use crate::{Error, Result, files, models};
 
@@ -100,16 +100,29 @@ impl Trainer {
         snapshot(self.training.variables())
     }
 
-    /// Publishes what was learnt as the folder `dir`, wholly or not at all, and returns its values.
-    pub fn publish(&self, dir: &Path) -> Result<BTreeMap<String, Tensor>> {
+    /// Publishes what was learnt as the folder `dir`, as [`Trainer::write`] does, and returns its values.
+    pub fn publish(
+        &self,
+        dir: &Path,
+        sampling: Option<&Sampling>,
+    ) -> Result<BTreeMap<String, Tensor>> {
         let values = self.snapshot()?;
-        self.write(dir, &values)?;
+        self.write(dir, &values, sampling)?;
         Ok(values)
     }
 
     /// Writes `values` of what is trained as the folder `dir`, wholly or not at all, in the layout of what is published.
-    pub fn write(&self, dir: &Path, values: &BTreeMap<String, Tensor>) -> Result<()> {
-        files::write_dir(dir, |aside| self.learner.save(aside, values))
+    /// `sampling` is how it is drawn with where nothing else is said, if that differs from the model's defaults.
+    pub fn write(
+        &self,
+        dir: &Path,
+        values: &BTreeMap<String, Tensor>,
+        sampling: Option<&Sampling>,
+    ) -> Result<()> {
+        files::write_dir(dir, |aside| {
+            self.learner.save(aside, values)?;
+            sampling.map_or(Ok(()), |sampling| sampling_file::write(aside, sampling))
+        })
     }
 
     /// Writes a checkpoint after `step` steps.

@@ -22,6 +22,7 @@ use candle_core::{Device, Tensor};
 
 use self::reference::Reference;
 use self::runners::{Output, Place, Value};
+use crate::console::{escaped, shown};
 use crate::models::lora_file::LoraFile;
 use crate::nn::{Adapter, Factors, Weights, backward, no_grad};
 use crate::{Error, Result};
@@ -105,11 +106,14 @@ pub fn verify(request: &Request) -> Result<Report> {
             "name the adapter that they belong to with --adapter",
         ));
     }
-    let file = request.adapter.as_deref().map(LoraFile::read).transpose()?;
-    let adapter = file
-        .as_ref()
-        .map(|file| renamed(file, request.component))
-        .transpose()?;
+    let file = match &request.adapter {
+        Some(path) => Some(renamed(LoraFile::read(path)?, request.component)?),
+        None => None,
+    };
+    let adapter = file.as_ref().map(|file| {
+        let layer = request.component.layer_names();
+        Arc::new(Adapter::from_factors(file.layers.clone(), layer))
+    });
     let place = Place {
         folder: folder::find(request.component, &request.model)?,
         adapter: adapter.clone(),
@@ -118,10 +122,8 @@ pub fn verify(request: &Request) -> Result<Report> {
     };
     let (runner, weights) = request.component.open(&place)?;
     weights.finish().map_err(|error| place.name(error))?;
-    if let Some(adapter) = &adapter {
-        adapter.finish()?;
-    }
-    if let Some(file) = &file {
+    if let (Some(file), Some(adapter)) = (&file, &adapter) {
+        file.check_fit(&adapter.places())?;
         file.check_whole(|name| base(name, request.component, &weights))?;
     }
     let inputs = reference.inputs(&request.device, request.precision, weights.dtype());
@@ -188,24 +190,28 @@ fn base(name: &str, component: Component, weights: &Weights) -> Result<Option<Te
     }
 }
 
-/// The adapter with its layers under the names that `component` gives them.
-fn renamed(file: &LoraFile, component: Component) -> Result<Arc<Adapter>> {
-    let factors: BTreeMap<String, Factors> = file
-        .layers
-        .iter()
-        .map(|(layer, factors)| (component.layer(layer), factors.clone()))
-        .filter(|(layer, _)| !component.is_without(layer))
-        .collect();
-    if factors.is_empty() {
+/// The file with its layers under the names that `component` gives them.
+fn renamed(file: LoraFile, component: Component) -> Result<LoraFile> {
+    let mut layers: BTreeMap<String, Factors> = BTreeMap::new();
+    for (layer, factors) in file.layers {
+        let name = component.layer(&layer);
+        if component.is_without(&name) {
+            continue;
+        }
+        if layers.insert(name, factors).is_some() {
+            return Err(Error::invalid(
+                format!("{}: {} is there twice", shown(&file.path), escaped(&layer)),
+                "its names are those of two versions of a library: keep one of them",
+            ));
+        }
+    }
+    if layers.is_empty() {
         return Err(Error::invalid(
-            format!("{} has no layer of {component}", file.path.display()),
+            format!("{} has no layer of {component}", shown(&file.path)),
             "name the adapter of this component",
         ));
     }
-    Ok(Arc::new(Adapter::from_factors(
-        factors,
-        component.layer_names(),
-    )))
+    Ok(LoraFile { layers, ..file })
 }
 
 fn compare_outputs(

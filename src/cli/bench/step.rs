@@ -13,6 +13,7 @@ use rand_chacha::ChaCha8Rng;
 use super::torch::{Torch, median, threads};
 use crate::cli::memory::{gibibytes, peak_memory};
 use crate::config::{Device, Dtype, Family, training_defaults};
+use crate::console;
 use crate::models::llamagen::gpt::{Config, Gpt};
 use crate::nn::{Adapter, Init, LoraConfig, Weights, ops, recomputing};
 use crate::pipeline::{device, use_threads};
@@ -129,10 +130,10 @@ pub(super) fn run(args: &StepArgs) -> Result<()> {
             theirs.push(torch.ask("step")?);
         }
     }
-    println!(
+    console::print(format!(
         "{}, {} threads, medians of {} steps, batch of {}, {} px",
         args.device, threads, args.steps, args.batch_size, args.size
-    );
+    ))?;
     // What a process holds says nothing about a card's memory.
     let here = args.device == Device::Cpu;
     let memory = |bytes: u64| match here {
@@ -140,7 +141,7 @@ pub(super) fn run(args: &StepArgs) -> Result<()> {
         false => String::new(),
     };
     let peak = peak_memory();
-    println!("ours   {:>9.3} s  {}", median(&ours), memory(peak));
+    console::print(format!("ours   {:>9.3} s  {}", median(&ours), memory(peak)))?;
     if let Some(torch) = &mut torch {
         let theirs_peak = torch.ask("peak")? as u64;
         let each: Vec<f64> = ours.iter().zip(&theirs).map(|(a, b)| a / b).collect();
@@ -148,8 +149,12 @@ pub(super) fn run(args: &StepArgs) -> Result<()> {
             true => format!("{:>6.2}", peak as f64 / theirs_peak as f64),
             false => String::new(),
         };
-        println!("torch  {:>9.3} s  {}", median(&theirs), memory(theirs_peak));
-        println!("ratio  {:>9.2}    {ratio}", median(&each));
+        console::print(format!(
+            "torch  {:>9.3} s  {}",
+            median(&theirs),
+            memory(theirs_peak)
+        ))?;
+        console::print(format!("ratio  {:>9.2}    {ratio}", median(&each)))?;
     }
     Ok(())
 }

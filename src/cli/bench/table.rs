@@ -9,6 +9,7 @@ use image::{Rgb, RgbImage};
 use super::operations::{Operation, operations};
 use super::torch::{Torch, median, threads};
 use crate::config;
+use crate::console;
 use crate::models::{self, Learner, Lesson, Opening, Request, Sampling};
 use crate::training::{Trainer, tuning};
 use crate::{Error, Result, pipeline};
@@ -110,26 +111,31 @@ pub fn run(args: &TableArgs) -> Result<()> {
             }
         }
     }
-    println!("{threads} threads, medians of {} rounds", args.rounds);
-    print(&rows);
-    Ok(())
+    console::print(format!(
+        "{threads} threads, medians of {} rounds",
+        args.rounds
+    ))?;
+    print(&rows)
 }
 
-fn print(rows: &[Row]) {
+fn print(rows: &[Row]) -> Result<()> {
     let width = rows
         .iter()
         .map(|row| row.operation.name.len())
         .max()
         .unwrap_or(0);
     let mut ratios = Vec::new();
-    println!(
+    console::print(format!(
         "{:width$}  {:>10}  {:>10}  ratio",
         "", "ours, ms", "torch, ms"
-    );
+    ))?;
     for row in rows {
         let ours = median(&row.ours) * 1e3;
         if row.theirs.is_empty() {
-            println!("{:width$}  {ours:>10.2}  {:>10}", row.operation.name, "-");
+            console::print(format!(
+                "{:width$}  {ours:>10.2}  {:>10}",
+                row.operation.name, "-"
+            ))?;
             continue;
         }
         let theirs = median(&row.theirs) * 1e3;
@@ -142,18 +148,19 @@ fn print(rows: &[Row]) {
             .collect();
         let ratio = median(&each);
         ratios.push(ratio);
-        println!(
+        console::print(format!(
             "{:width$}  {ours:>10.2}  {theirs:>10.2}  {ratio:>5.2}",
             row.operation.name
-        );
+        ))?;
     }
     if !ratios.is_empty() {
         let mean = (ratios.iter().map(|ratio| ratio.ln()).sum::<f64>() / ratios.len() as f64).exp();
-        println!(
+        console::print(format!(
             "{:width$}  {:>10}  {:>10}  {mean:>5.2}",
             "geometric mean", "", ""
-        );
+        ))?;
     }
+    Ok(())
 }
 
 /// Seconds per call.

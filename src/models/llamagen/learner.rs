@@ -353,7 +353,7 @@ impl Learner for LlamaGen {
     }
 
     fn read(&self, dir: &Path) -> Result<BTreeMap<String, Tensor>> {
-        adapters::read_trained(dir, self.adapter.as_deref())
+        adapters::read_trained(dir, self.adapter.as_deref(), &self.weights)
     }
 
     fn unknown_words(&self, prompt: &str) -> Result<Vec<String>> {

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::{Row, Unit};
 use crate::config::{Document, Resolved, prompts};
+use crate::console;
 use crate::evaluation::embed::Evaluator;
 use crate::evaluation::embedders::{ClipEmbedder, DinoEmbedder};
 use crate::evaluation::metrics::{Scores, mean, standard_error};
@@ -53,7 +54,7 @@ pub async fn rows(context: &Context, file: &Path, runs: usize) -> Result<Vec<Row
     let folder = std::env::temp_dir().join(format!("proxytune-adaptation-{}", std::process::id()));
     let mut pairs: [Vec<(Means, Means)>; 3] = Default::default();
     for number in 0..runs {
-        eprintln!("adaptation {} of {runs}", number + 1);
+        console::note(format!("adaptation {} of {runs}", number + 1));
         let measured = run(context, file, &folder, number).await;
         let removed = match std::fs::remove_dir_all(&folder) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(&folder)(e)),

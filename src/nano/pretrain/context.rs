@@ -10,6 +10,7 @@ use super::curves::Curves;
 use super::scenes::Scenes;
 use super::settings::{Settings, Training};
 use crate::config;
+use crate::console;
 use crate::nano::identity::Split;
 use crate::nn::Weights;
 use crate::{Error, Result};
@@ -84,7 +85,7 @@ impl Context {
         } else if afresh.len() == wanted.len() {
             (weights, model)
         } else {
-            println!("{name}: {} start afresh", listed(&afresh));
+            console::print(format!("{name}: {} start afresh", listed(&afresh)))?;
             stored.retain(|name, _| !afresh.contains(name));
             let fitting = file.with_extension("fitting.safetensors");
             crate::files::write_tensors(&fitting, &stored, &[])?;

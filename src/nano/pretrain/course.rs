@@ -11,6 +11,7 @@ use super::curves::Curves;
 use super::files;
 use super::settings::Training;
 use crate::config::Optimizer;
+use crate::console;
 use crate::training::TrainingLoop;
 use crate::{Error, Result};
 
@@ -121,10 +122,10 @@ impl Course<'_> {
         let mut steps = 0;
         let mut average = Average::new(&self.trained)?;
         let weights: usize = self.trained.iter().map(|(_, v)| v.elem_count()).sum();
-        println!(
+        console::print(format!(
             "{}: {weights} weights, {} images seen before",
             self.name, earlier.images
-        );
+        ))?;
         let mut session = Session {
             machine: self.machine.to_string(),
             batch_size: training.batch_size,
@@ -145,13 +146,13 @@ impl Course<'_> {
             if means.steps > 0 && (last || printed.elapsed() > PRINT_EVERY) {
                 session.seconds = start.elapsed().as_secs_f64();
                 let rate = means.images as f64 / printed.elapsed().as_secs_f64();
-                println!(
+                console::print(format!(
                     "{}: {:>3.0} %  {} images  {rate:.1} images/s  {}",
                     self.name,
                     100.0 * spent.min(1.0),
                     earlier.images + session.images,
                     means.line()
-                );
+                ))?;
                 session.figures = means.names();
                 session.curve.push(means.point(session.images));
                 means = Means::default();

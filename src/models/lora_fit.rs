@@ -1,0 +1,312 @@
+//! Whether all of an adapter has its place in a model. What has none is named, with what kind of file it is: half an
+//! adapter, or none, would draw the untouched model without a word.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use candle_core::{DType, Tensor};
+
+use super::lora_file::LoraFile;
+use crate::console::{escaped, shown};
+use crate::nn::Factors;
+use crate::{Error, Result};
+
+/// Faults that are told; of more there is the number.
+const TOLD: usize = 4;
+
+/// How adapters are named that other programs write, by a part of the names, and what to do with them.
+const KINDS: [(&str, &str); 16] = [
+    ("lora_unet_", KOHYA),
+    ("lora_transformer_", KOHYA),
+    (
+        "lora_te",
+        "kohya's factors of text encoders are among it, which keep their own weights here: train without them",
+    ),
+    (
+        "diffusion_model.",
+        "ComfyUI's prefix: diffusers reads such a file and writes its own names with save_lora_weights",
+    ),
+    (
+        "text_encoder",
+        "factors of text encoders cannot be applied: train the transformer alone",
+    ),
+    (
+        "text_model.",
+        "factors of text encoders cannot be applied: train the transformer alone",
+    ),
+    ("hada_", "this is LoHa of LyCORIS; only LoRA can be applied"),
+    ("lokr_", "this is LoKr of LyCORIS; only LoRA can be applied"),
+    ("dora_scale", "this is DoRA; only LoRA can be applied"),
+    (
+        "lora_magnitude_vector",
+        "this is DoRA; only LoRA can be applied",
+    ),
+    (
+        "single_transformer_blocks.",
+        "its layers are those of FLUX: name the model that it was trained with",
+    ),
+    (
+        "single_blocks.",
+        "its layers are those of FLUX, in its authors' names: name the model that it was trained with",
+    ),
+    (
+        "joint_blocks.",
+        "these are the names of SD3's authors: diffusers reads such a file and writes its own with save_lora_weights",
+    ),
+    (
+        "down_blocks.",
+        "its layers are those of the UNet of SD or SDXL: name the model that it was trained with",
+    ),
+    (
+        "transformer_blocks.",
+        "its layers are those of a transformer of diffusers, as SD3's: name the model that it was trained with",
+    ),
+    (
+        "self_attn.",
+        "its layers are those of a language model of transformers, as Lumina-mGPT's: name the model that it was trained with",
+    ),
+];
+const KOHYA: &str = "these are kohya's names: diffusers reads such a file with load_lora_weights and writes its own names \
+                     with save_lora_weights";
+
+const TRAINED_WITH: &str = "use the checkpoint that the adapter was trained with";
+
+impl LoraFile {
+    /// Fails unless every layer has its place: `places` are the model's layers, by the file's names for them, with the
+    /// shapes of their weights. Where the file's configuration lists its targets, every layer that it means must have
+    /// factors, too.
+    ///
+    /// # Errors
+    /// Names the first layers that do not fit, and what the file seems to be.
+    pub fn check_fit(&self, places: &BTreeMap<String, Vec<usize>>) -> Result<()> {
+        let mut faults = Vec::new();
+        let mut homeless = None;
+        for (layer, factors) in &self.layers {
+            match places.get(layer) {
+                None => {
+                    homeless.get_or_insert(layer);
+                    faults.push(format!("{}: the model has no such layer", escaped(layer)));
+                }
+                Some(shape) if *shape != changed(factors) => faults.push(format!(
+                    "{}: the adapter is for a weight of shape {:?}, the model's has {shape:?}",
+                    escaped(layer),
+                    changed(factors)
+                )),
+                Some(_) => {}
+            }
+        }
+        if !faults.is_empty() {
+            let (count, all) = (faults.len(), self.layers.len());
+            let what = format!(
+                "{}: the adapter does not fit the model: {count} of its {all} layers have no place there\n  {}",
+                shown(&self.path),
+                brief(&faults)
+            );
+            let hint = homeless.map_or(TRAINED_WITH.into(), |layer| hint(layer, places));
+            return Err(Error::invalid(what, hint));
+        }
+        let lacking: Vec<String> = places
+            .keys()
+            .filter(|place| !self.layers.contains_key(*place) && self.is_target(place))
+            .map(|place| format!("{place} has no factors in the file"))
+            .collect();
+        if lacking.is_empty() {
+            return Ok(());
+        }
+        Err(Error::invalid(
+            format!(
+                "{}: the adapter does not fit the model: its configuration names {} layers more than it has factors for\n  {}",
+                shown(&self.path),
+                lacking.len(),
+                brief(&lacking)
+            ),
+            "the file is not whole, or of a model with fewer layers",
+        ))
+    }
+
+    fn is_target(&self, place: &str) -> bool {
+        self.targets.iter().flatten().any(|target| {
+            let rest = place.strip_suffix(target.as_str());
+            rest.is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+        })
+    }
+}
+
+/// The shape of the weight that `factors` change.
+pub(super) fn changed(factors: &Factors) -> Vec<usize> {
+    let mut shape = factors.a.dims().to_vec();
+    shape[0] = factors.b.dims()[0];
+    shape
+}
+
+/// The first of `faults`, a line each, and how many more there are.
+pub(super) fn brief(faults: &[String]) -> String {
+    let mut lines: Vec<String> = faults.iter().take(TOLD).cloned().collect();
+    let more = faults.len().saturating_sub(TOLD);
+    lines.extend((more > 0).then(|| format!("and {more} more")));
+    lines.join("\n  ")
+}
+
+/// What a file seems to be in which `name` stands, if that can be told.
+pub(super) fn kind(name: &str) -> Option<&'static str> {
+    let found = KINDS.iter().find(|(part, _)| name.contains(part));
+    found.map(|(_, hint)| *hint)
+}
+
+/// What to do about `layer`, which the model does not have.
+fn hint(layer: &str, places: &BTreeMap<String, Vec<usize>>) -> String {
+    let ends = |long: &str, short: &str| {
+        let prefix = long.strip_suffix(short);
+        prefix
+            .filter(|prefix| prefix.ends_with('.'))
+            .map(String::from)
+    };
+    let numberless = |name: &str| -> String {
+        let parts = name.split('.').map(|part| match part.parse::<usize>() {
+            Ok(_) => "N",
+            Err(_) => part,
+        });
+        parts.collect::<Vec<_>>().join(".")
+    };
+    for place in places.keys() {
+        if let Some(prefix) = ends(layer, place) {
+            let prefix = escaped(&prefix).into_owned();
+            return format!(
+                "the model calls this layer {place}: take {prefix} out of the names in the file"
+            );
+        }
+        if let Some(prefix) = ends(place, layer) {
+            return format!(
+                "the model calls this layer {place}: put {prefix} before the names in the file"
+            );
+        }
+    }
+    let alike: BTreeSet<String> = places.keys().map(|place| numberless(place)).collect();
+    if alike.contains(&numberless(layer)) {
+        return format!("it is of a model with more layers: {TRAINED_WITH}");
+    }
+    kind(layer).unwrap_or(TRAINED_WITH).to_string()
+}
+
+/// Whether all numbers of `tensor` are finite.
+pub(super) fn is_finite(tensor: &Tensor) -> Result<bool> {
+    let values = tensor
+        .to_dtype(DType::F32)?
+        .flatten_all()?
+        .to_vec1::<f32>()?;
+    Ok(values.iter().all(|value| value.is_finite()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    /// A file with factors for weights of shape (6, 4) at `layers`.
+    fn file(layers: &[&str]) -> LoraFile {
+        let zeros = |shape: (usize, usize)| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+        let factors = || Factors {
+            a: zeros((2, 4)),
+            b: zeros((6, 2)),
+            scale: 1.0,
+        };
+        LoraFile {
+            path: "lora.safetensors".into(),
+            layers: layers
+                .iter()
+                .map(|layer| (layer.to_string(), factors()))
+                .collect(),
+            whole: BTreeMap::new(),
+            targets: None,
+        }
+    }
+
+    fn places() -> BTreeMap<String, Vec<usize>> {
+        let layers =
+            (0..2).flat_map(|i| ["wo", "wqkv"].map(|part| format!("layers.{i}.attention.{part}")));
+        layers.map(|layer| (layer, vec![6, 4])).collect()
+    }
+
+    #[test]
+    fn what_has_no_place_is_named_with_the_kind_of_file_that_it_is() {
+        assert!(
+            file(&["layers.0.attention.wo"])
+                .check_fit(&places())
+                .is_ok()
+        );
+        for (layer, expected) in [
+            ("layers.7.attention.wo", "of a model with more layers"),
+            ("gpt.layers.0.attention.wo", "take gpt. out of the names"),
+            ("0.attention.wo", "put layers. before the names"),
+            ("lora_unet_joint_blocks_0_x_block_attn_qkv", "kohya's names"),
+            (
+                "diffusion_model.layers.0.attention.wo",
+                "take diffusion_model. out",
+            ),
+            (
+                "diffusion_model.joint_blocks.0.x_block.attn.qkv",
+                "ComfyUI's prefix",
+            ),
+            ("transformer_blocks.0.attn.to_q", "as SD3's"),
+            ("single_transformer_blocks.0.attn.to_q", "FLUX"),
+            ("down_blocks.0.attentions.0.to_q", "UNet"),
+            ("model.layers.0.self_attn.q_proj", "Lumina"),
+            (
+                "text_encoder.text_model.encoder.layers.0.self_attn.q_proj",
+                "text encoders",
+            ),
+            ("something.else", "trained with"),
+        ] {
+            let error = file(&["layers.0.attention.wo", layer])
+                .check_fit(&places())
+                .unwrap_err();
+            let (what, hint) = (error.to_string(), error.hint().unwrap());
+            assert!(
+                what.contains(&format!("{layer}: the model has no such layer")),
+                "{what}"
+            );
+            assert!(what.contains("1 of its 2 layers"), "{what}");
+            assert!(hint.contains(expected), "{layer}: {hint}");
+        }
+    }
+
+    #[test]
+    fn many_faults_are_told_by_the_first_few_and_their_number() {
+        let names: Vec<String> = (10..30)
+            .map(|i| format!("layers.{i}.attention.wo"))
+            .collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let error = file(&names).check_fit(&places()).unwrap_err().to_string();
+        assert!(
+            error.contains("20 of its 20 layers") && error.contains("and 16 more"),
+            "{error}"
+        );
+        assert_eq!(error.lines().count(), 6, "{error}");
+    }
+
+    #[test]
+    fn another_shape_and_a_target_without_factors_do_not_fit() {
+        let mut wider = places();
+        wider.insert("layers.1.attention.wo".into(), vec![6, 8]);
+        let error = file(&["layers.1.attention.wo"])
+            .check_fit(&wider)
+            .unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .contains("for a weight of shape [6, 4], the model's has [6, 8]"),
+            "{error}"
+        );
+        let shallow = LoraFile {
+            targets: Some(vec!["wo".into(), "of_no_layer".into()]),
+            ..file(&["layers.0.attention.wo"])
+        };
+        let error = shallow.check_fit(&places()).unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .contains("layers.1.attention.wo has no factors"),
+            "{error}"
+        );
+        assert!(error.hint().unwrap().contains("fewer layers"));
+    }
+}
