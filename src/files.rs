@@ -1,5 +1,7 @@
 //! Files that are either wholly there or not at all: written aside, synced, renamed.
 
+pub mod text;
+
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::path::{Path, PathBuf};

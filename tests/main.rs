@@ -29,6 +29,8 @@ mod parity_chameleon;
 mod parity_diffusion;
 mod parts;
 mod plan;
+mod preflight;
+mod prompts;
 mod query;
 mod recompute;
 mod removal;

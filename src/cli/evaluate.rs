@@ -1,22 +1,25 @@
 //! `proxytune evaluate`: scores images, or a model with an adapter, against reference photos.
 
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use image::RgbImage;
 
 use super::models::make_ready;
 use super::sample::{Drawn, draw};
+use super::unread::{say_unread, say_unscored};
 use super::{Ended, EvaluateArgs, block_on, output_failed};
 use crate::config::models::evaluators;
+use crate::config::prompts::without_token;
 use crate::config::{locate, prompt_list, prompts};
-use crate::evaluation::captions::{captions, without_token};
+use crate::evaluation::captions::{captions, few, side_files};
 use crate::evaluation::embed::{Evaluator, ImageEmbedder};
 use crate::evaluation::embedders::{ClipEmbedder, DinoEmbedder};
 use crate::evaluation::metrics::ScoredImage;
 use crate::evaluation::report::{ModelScores, Report};
 use crate::images::{Photo, folder};
 use crate::models::Request;
+use crate::models::reading::Prompt;
 use crate::pipeline::{device, use_threads};
 use crate::plan::derive_seed;
 use crate::stream::{Board, Worker};
@@ -42,10 +45,13 @@ pub(super) fn evaluate(args: &EvaluateArgs, out: &mut impl Write) -> Result<Ende
         use_threads(args.compute.threads);
     }
     let mut ended = Ended::Well;
-    let references: Vec<_> = photos(references, &mut ended)?
-        .into_iter()
-        .map(|photo| photo.image)
-        .collect();
+    let folder = references;
+    let references: Vec<_> = photos(folder, "the subject's photos", &mut ended)?;
+    let paths: Vec<_> = references.iter().map(|photo| photo.path.clone()).collect();
+    if args.images.as_deref() != Some(folder.as_path()) {
+        note_side_files(folder, &paths, false, &mut ended)?;
+    }
+    let references: Vec<_> = references.into_iter().map(|photo| photo.image).collect();
     let [clip, dino] = evaluators(args.model.as_deref());
     let clip = args.clip.as_deref().unwrap_or(clip);
     let dino = args.dino.as_deref().unwrap_or(dino);
@@ -56,8 +62,13 @@ pub(super) fn evaluate(args: &EvaluateArgs, out: &mut impl Write) -> Result<Ende
         images,
         note,
     } = match (&args.images, &args.model) {
-        (Some(dir), _) => given(dir, photos(dir, &mut ended)?, &args.token, class)?,
-        (None, Some(model)) => drawn(model, args, class)?,
+        (Some(dir), _) => {
+            let photos = photos(dir, "pictures to score", &mut ended)?;
+            let paths: Vec<_> = photos.iter().map(|photo| photo.path.clone()).collect();
+            note_side_files(dir, &paths, true, &mut ended)?;
+            given(dir, photos, &args.token, class)?
+        }
+        (None, Some(model)) => drawn(model, args, class, &mut ended)?,
         (None, None) => {
             return Err(Error::invalid(
                 "nothing to score",
@@ -65,8 +76,9 @@ pub(super) fn evaluate(args: &EvaluateArgs, out: &mut impl Write) -> Result<Ende
             ));
         }
     };
-    let (clip, dino, on) = (locate(clip)?, locate(dino)?, device(args.compute.device)?);
     let texts: Vec<String> = prompts.iter().map(|(_, text)| text.clone()).collect();
+    ended = ended.and(say_unscored(clip, &texts)?);
+    let (clip, dino, on) = (locate(clip)?, locate(dino)?, device(args.compute.device)?);
     let (scores, protocol) = block_on(async move {
         let board = Board::default();
         let meter = board.meter("evaluate", "images");
@@ -111,14 +123,35 @@ pub(super) fn evaluate(args: &EvaluateArgs, out: &mut impl Write) -> Result<Ende
     Ok(ended)
 }
 
-/// The usable photos in `dir`; the others are named.
-fn photos(dir: &Path, ended: &mut Ended) -> Result<Vec<Photo>> {
-    let folder = folder(dir)?;
+/// The usable pictures in `dir`, which are to be `what`; the others are named.
+fn photos(dir: &Path, what: &str, ended: &mut Ended) -> Result<Vec<Photo>> {
+    let folder = folder(dir).map_err(|error| match error {
+        Error::Invalid { what: fault, .. } => Error::invalid(
+            fault,
+            format!("name the folder with {what}, as JPEG, PNG or WebP"),
+        ),
+        other => other,
+    })?;
     for fault in &folder.set_aside {
         eprintln!("warning: set aside: {fault}");
         *ended = Ended::WithWarnings;
     }
     Ok(folder.photos)
+}
+
+/// Says which files in `dir` look like captions and are not read.
+fn note_side_files(
+    dir: &Path,
+    pictures: &[PathBuf],
+    only_unread: bool,
+    ended: &mut Ended,
+) -> Result<()> {
+    let ignored = side_files(dir, pictures, only_unread)?;
+    if !ignored.is_empty() {
+        eprintln!("warning: {}: ignored: {}", dir.display(), few(&ignored));
+        *ended = Ended::WithWarnings;
+    }
+    Ok(())
 }
 
 /// Images that are there already.
@@ -152,10 +185,18 @@ fn given(dir: &Path, photos: Vec<Photo>, token: &str, class: &str) -> Result<Sco
 }
 
 /// What `model` draws for the prompts that were asked for.
-fn drawn(model: &str, args: &EvaluateArgs, class: &str) -> Result<Scored> {
+fn drawn(model: &str, args: &EvaluateArgs, class: &str, ended: &mut Ended) -> Result<Scored> {
     let mut requests = Vec::new();
     let mut texts = Vec::new();
-    for template in prompt_list(&args.prompts)?.templates(class) {
+    let templates = prompt_list(&args.prompts)?.templates(class);
+    let mut read: Vec<Prompt> = templates
+        .iter()
+        .map(|template| Prompt::of(template, &args.token, class))
+        .collect();
+    let negative = args.sampling.negative_prompt.iter();
+    read.extend(negative.map(|prompt| Prompt::from(prompt.as_str())));
+    *ended = ended.and(say_unread(model, &read)?);
+    for template in templates {
         for index in 0..args.images_per_prompt {
             let prompt = prompts::fill(&template, &args.token, class);
             texts.push((

@@ -28,7 +28,7 @@ struct Stage {
 /// # Errors
 /// As [`check`](super::check::check).
 pub fn graph(args: &GraphArgs, out: &mut impl Write) -> Result<()> {
-    let resolved = args.pipeline.open()?.resolve()?;
+    let resolved = args.pipeline.open(None)?.1.resolve()?;
     let (stages, arrows) = draw(&resolved);
     let text = if args.dot {
         as_dot(&stages, &arrows)

@@ -5,10 +5,12 @@ use std::time::Instant;
 
 use super::memory::{gibibytes, peak_memory};
 use super::models::make_ready;
+use super::unread::say_unread;
 use super::{ComputeArgs, Ended, SampleArgs, SamplingArgs, block_on, output_failed};
 use crate::config::models::Family;
 use crate::config::{Kind, sampling_defaults};
 use crate::images::encode_png;
+use crate::models::reading::Prompt;
 use crate::models::{Opening, Request, Sampling, open};
 use crate::pipeline::{opening_for, use_threads};
 use crate::plan::derive_seed;
@@ -28,6 +30,14 @@ pub(super) fn sample(args: &SampleArgs, out: &mut impl Write) -> Result<Ended> {
             })
         })
         .collect();
+    let negative = args.sampling.negative_prompt.iter();
+    let read: Vec<Prompt> = args
+        .prompts
+        .iter()
+        .chain(negative)
+        .map(|prompt| prompt.as_str().into())
+        .collect();
+    let ended = say_unread(&args.model, &read)?;
     files::create_dir(&args.out)?;
     let Drawn { images, costs } = draw(
         &args.model,
@@ -49,7 +59,7 @@ pub(super) fn sample(args: &SampleArgs, out: &mut impl Write) -> Result<Ended> {
         writeln!(out, "{}", path.display()).map_err(output_failed)?;
     }
     eprintln!("{costs}");
-    Ok(Ended::Well)
+    Ok(ended)
 }
 
 /// Images, and what they cost.

@@ -78,6 +78,25 @@ impl TextEmbedder for ClipEmbedder {
     }
 }
 
+/// Side in pixels of the square images that the DINO in `directory` takes.
+///
+/// # Errors
+/// When its config cannot be read, or its images are no squares.
+pub fn dino_side(directory: &Path) -> Result<u32> {
+    side_of(&vit::Config::read(directory)?)
+}
+
+fn side_of(config: &vit::Config) -> Result<u32> {
+    let vit::Size { height, width } = config.image_size;
+    let side = config.image_size.side().ok_or_else(|| {
+        Error::invalid(
+            format!("a DINO for images of {height} by {width} pixels"),
+            "scores are taken with one for square images",
+        )
+    })?;
+    Ok(side as u32)
+}
+
 /// DINO's vision transformer; an embedding is its class token after the final norm.
 pub struct DinoEmbedder {
     model: Vit,
@@ -96,17 +115,11 @@ impl DinoEmbedder {
     /// squashes pictures, while DINO's scores in papers are those of its own steps.
     pub fn load(directory: &Path, device: &Device) -> Result<Self> {
         let config = vit::Config::read(directory)?;
-        let vit::Size { height, width } = config.image_size;
-        let side = config.image_size.side().ok_or_else(|| {
-            Error::invalid(
-                format!("a DINO for images of {height} by {width} pixels"),
-                "scores are taken with one for square images",
-            )
-        })?;
+        let side = side_of(&config)?;
         let weights = read_weights(directory, device)?;
         let model = Vit::new(&config, &weights)?;
         weights.finish()?;
-        let official = Preprocessing::dino(side as u32);
+        let official = Preprocessing::dino(side);
         let preprocessing = if is_official(directory, &config) {
             official
         } else {

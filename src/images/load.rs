@@ -50,6 +50,12 @@ pub fn load(path: &Path) -> Result<RgbImage> {
 /// leftover is passed over; a picture that cannot be used is set aside with its reason. Fails when `dir` cannot be
 /// listed or holds nothing usable.
 pub fn folder(dir: &Path) -> Result<Folder> {
+    if dir.is_file() {
+        return Err(Error::invalid(
+            format!("{} is not a folder", dir.display()),
+            "name the folder that the pictures lie in",
+        ));
+    }
     let mut paths = Vec::new();
     for entry in std::fs::read_dir(dir).map_err(Error::io(dir))? {
         let path = entry.map_err(Error::io(dir))?.path();
@@ -77,7 +83,7 @@ pub fn folder(dir: &Path) -> Result<Folder> {
         let reasons: String = found.set_aside.iter().map(|e| format!("\n  {e}")).collect();
         return Err(Error::invalid(
             format!("{}: no usable photo{reasons}", dir.display()),
-            "put 3 to 6 JPEG, PNG or WebP photos of the subject into the folder",
+            "put pictures into the folder, as JPEG, PNG or WebP",
         ));
     }
     Ok(found)

@@ -2,6 +2,7 @@
 //! nobody else spawns anything.
 
 mod generate;
+mod preflight;
 mod prepare;
 mod run_dir;
 
@@ -14,7 +15,9 @@ use futures::future::BoxFuture;
 use futures::{Stream, StreamExt, TryStreamExt};
 
 pub use self::generate::{Generated, Generation, generate};
-use self::prepare::{Prepared, Purpose};
+pub use self::preflight::{Obstacle, Preflight, preflight};
+use self::prepare::Prepared;
+pub use self::prepare::Purpose;
 pub use self::prepare::{device, evaluations, opening_for, sampler_opening, use_threads};
 pub use self::run_dir::RunDir;
 pub(crate) use self::run_dir::lock;
@@ -101,6 +104,7 @@ pub fn run<'a>(options: &'a Options, stop: Stop) -> BoxFuture<'a, Result<Outcome
     Box::pin(async move {
         let start = Instant::now();
         let resolved_text = options.resolved.to_toml()?;
+        let ready = prepare::ready(options, Purpose::Run).await?;
         let dir = RunDir::open(
             &options.out,
             &options.pipeline,
@@ -112,7 +116,7 @@ pub fn run<'a>(options: &'a Options, stop: Stop) -> BoxFuture<'a, Result<Outcome
         if options.progress {
             announce(&dir);
         }
-        let prepared = prepare::prepare(options, Purpose::Run, &dir, stop).await?;
+        let prepared = prepare::prepare(options, Purpose::Run, &dir, ready, stop).await?;
         let context = prepared.context.clone();
         let progress = options
             .progress
@@ -200,7 +204,9 @@ pub fn report_again<'a>(
             sequential: false,
             progress: false,
         };
-        let prepared = prepare::prepare(&options, Purpose::Run, &run, Stop::default()).await?;
+        let ready = prepare::photos(&options).await?;
+        let prepared =
+            prepare::prepare(&options, Purpose::Run, &run, ready, Stop::default()).await?;
         report::write(&prepared.context, &ending).await
     })
 }

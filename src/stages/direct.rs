@@ -164,4 +164,4 @@ impl Photos {
 }
 
 /// The caption of a reference, as in the paper.
-const PROMPT: &str = "a {token} {class}";
+pub(crate) const PROMPT: &str = "a {token} {class}";

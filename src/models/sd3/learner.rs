@@ -180,8 +180,4 @@ impl Learner for Sd3Learner {
     fn read(&self, dir: &Path) -> Result<BTreeMap<String, Tensor>> {
         adapters::read_trained(dir, self.adapter.as_deref())
     }
-
-    fn unknown_words(&self, prompt: &str) -> Result<Vec<String>> {
-        self.model.unknown_words(prompt)
-    }
 }

@@ -90,6 +90,34 @@ pub struct Sd3 {
     device: Device,
 }
 
+/// Every text encoder that the checkpoint in `directory` has: what it is called, the folder of its tokenizer, and how
+/// many tokens of a prompt it takes.
+///
+/// # Errors
+/// When `model_index.json` or the config of an encoder cannot be read.
+pub fn text_encoders(directory: &Path) -> Result<Vec<(&'static str, PathBuf, usize)>> {
+    text::described(directory)
+}
+
+/// Side in pixels of the square images that the checkpoint in `directory` draws: what is `asked` for, or its own.
+///
+/// # Errors
+/// When it cannot draw such images, or its configs cannot be read.
+pub fn resolution(directory: &Path, asked: Option<usize>) -> Result<usize> {
+    let config: Config = read_json(&directory.join("transformer/config.json"))?;
+    let vae: autoencoder::Config = read_json(&directory.join("vae/config.json"))?;
+    let unit = vae.downscale().saturating_mul(config.patch_size);
+    let most = unit.saturating_mul(config.pos_embed_max_size);
+    let side = asked.unwrap_or(vae.downscale().saturating_mul(config.sample_size));
+    if side > 0 && unit > 0 && side.is_multiple_of(unit) && side <= most {
+        return Ok(side);
+    }
+    Err(Error::invalid(
+        format!("a resolution of {side} pixels"),
+        format!("choose a multiple of {unit} up to {most} for this model"),
+    ))
+}
+
 /// The weight files of the transformer of `directory`, for [`Sd3::open`]. Fails where there are none.
 pub fn transformer_files(directory: &Path) -> Result<Vec<PathBuf>> {
     WeightFiles::find(&directory.join("transformer"), "diffusion_pytorch_model")?.into_safetensors()
@@ -159,11 +187,6 @@ impl Sd3 {
     /// Side in pixels of the square images that the checkpoint is for.
     pub fn resolution(&self) -> usize {
         self.vae.config().downscale() * self.transformer.config().sample_size
-    }
-
-    /// The words of `prompt` that the first tokenizer does not know.
-    pub fn unknown_words(&self, prompt: &str) -> Result<Vec<String>> {
-        self.text.unknown_words(prompt)
     }
 
     /// What the text encoders say of `prompts`, without a graph; at least one prompt. A prompt's row depends on

@@ -1,6 +1,6 @@
 //! The text encoders of Stable Diffusion 3 as `StableDiffusion3Pipeline.encode_prompt` combines them.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
@@ -59,6 +59,25 @@ impl Padded {
     }
 }
 
+/// Every text encoder that the checkpoint in `directory` has: what it is called, the folder of its tokenizer, and how
+/// many tokens of a prompt it takes.
+pub(super) fn described(directory: &Path) -> Result<Vec<(&'static str, PathBuf, usize)>> {
+    let mut found = Vec::new();
+    for (suffix, name) in [("", "CLIP"), ("_2", "the second CLIP")] {
+        let encoder = format!("text_encoder{suffix}");
+        if has_component(directory, &encoder)? {
+            let config = directory.join(encoder).join("config.json");
+            let text: clip::TextConfig = read_json(&config)?;
+            let folder = directory.join(format!("tokenizer{suffix}"));
+            found.push((name, folder, text.max_position_embeddings));
+        }
+    }
+    if has_component(directory, "text_encoder_3")? {
+        found.push(("T5", directory.join("tokenizer_3"), T5_TOKENS));
+    }
+    Ok(found)
+}
+
 struct ClipText {
     model: clip::TextModel,
     tokenizer: Padded,
@@ -80,14 +99,6 @@ pub(super) struct TextEncoders {
 }
 
 impl TextEncoders {
-    /// The words of `prompt` that the first CLIP's tokenizer has no token for.
-    pub(super) fn unknown_words(&self, prompt: &str) -> Result<Vec<String>> {
-        match self.clips.first() {
-            Some(clip) => clip.tokenizer.tokenizer.unknown_words(prompt),
-            None => Ok(Vec::new()),
-        }
-    }
-
     /// Opens `text_encoder`, `text_encoder_2` and `text_encoder_3` of `directory`, as far as `model_index.json` names
     /// them, in the precision of the transformer. The weights that were opened are added to `opened`, for their faults to be reported together.
     pub(super) fn open(
