@@ -1,6 +1,7 @@
 //! Files that are either wholly there or not at all: written aside, synced, renamed.
 
 mod open;
+pub mod text;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;

@@ -113,7 +113,7 @@ fn a_folder_with_nothing_usable_stops_the_run_before_it_starts() {
     let said = say(place.command(&[&images(&photos)]));
     let folder = photos.display().to_string();
     said.says(
-        1,
+        2,
         &[
             &folder,
             "no usable photo",
@@ -125,7 +125,7 @@ fn a_folder_with_nothing_usable_stops_the_run_before_it_starts() {
 
     let missing = place.path().join("nowhere");
     let said = say(place.command(&[&images(&missing)]));
-    said.says(1, &[&missing.display().to_string(), "hint: check the path"]);
+    said.says(2, &[&missing.display().to_string(), "hint: check the path"]);
     assert!(!place.store().join("proxies.lance").exists());
 }
 
@@ -151,7 +151,7 @@ fn a_missing_checkpoint_file_is_named() {
     std::fs::remove_file(&file).unwrap();
     let said = run_with(&place, &model);
     let folder = dir.join("vq").display().to_string();
-    said.says(1, &[&folder, "model.safetensors is missing", "hint: "]);
+    said.says(2, &[&folder, "model.safetensors is missing", "hint: "]);
 
     let said = say(place.command(&["student.model=no-such-model"]));
     said.says(
@@ -241,7 +241,7 @@ fn a_file_where_a_directory_belongs_is_named() {
         };
         std::fs::write(&path, "a file").unwrap();
         let said = say(place.command(&[]));
-        said.says(1, &[&path.display().to_string(), "hint: ", option]);
+        said.says(2, &[&path.display().to_string(), "hint: ", option]);
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "a file");
     }
 }
@@ -264,7 +264,7 @@ fn a_read_only_directory_is_named() {
         std::fs::create_dir_all(&path).unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o555)).unwrap();
         let said = say(place.command(&[]));
-        said.says(1, &[&path.display().to_string(), "hint: make ", option]);
+        said.says(2, &[&path.display().to_string(), "hint: make ", option]);
     }
 }
 

@@ -4,9 +4,11 @@ use std::path::Path;
 
 use proxytune::Error;
 use proxytune::cli::{
-    CheckArgs, Cli, Command, GraphArgs, PipelineArgs, check::check, graph::graph,
+    CheckArgs, Cli, Command, GraphArgs, PipelineArgs, StoreArgs, check::check, graph::graph,
 };
-use proxytune::config::{Device, Document, Family, Resolved, Sampling, Source, locate, prompts};
+use proxytune::config::{
+    Changes, Device, Document, Family, Resolved, Sampling, Source, locate, prompts,
+};
 
 const MINIMAL: &str = r#"
 [subject.dog6]
@@ -279,6 +281,271 @@ fn overrides_are_read_as_toml_or_else_as_text_and_faults_name_them() {
     assert!(only_fault(&["seed.a=1"]).contains("seed must be a whole number"));
     assert!(only_fault(&["student.model.a=1"]).contains("model is a text, not a table"));
     assert!(only_fault(&["student..a=1"]).contains("empty part"));
+}
+
+#[test]
+fn an_override_that_looks_like_a_number_is_a_text_where_a_text_is_wanted() {
+    for text in ["2024", "1e5", "0x10", "true", "inf", "2024-01-01", "007"] {
+        let [name, class, token, images] = ["a2024", "class", "token", "images"];
+        let set = |field: &str| format!("subject.{name}.{field}={text}");
+        let class = format!("subject.{name}.{class}=model {text}");
+        let resolved = resolve(MINIMAL, &[&set(images), &class, &set(token)]).unwrap();
+        let subject = &resolved.subjects[1];
+        assert_eq!(subject.token, text);
+        assert_eq!(subject.images, Path::new(text));
+        let again = resolve(&resolved.to_toml().unwrap(), &[]).unwrap();
+        assert_eq!(again, resolved);
+    }
+    let named = resolve(MINIMAL, &["subject.2024.images=x", "subject.2024.class=7"]).unwrap();
+    assert_eq!(
+        (
+            named.subjects[1].name.as_str(),
+            named.subjects[1].class.as_str()
+        ),
+        ("2024", "7")
+    );
+    // In a file, where quotes are not lost on the way, a number stays one.
+    let file = MINIMAL.replace("\"dog\"", "2024");
+    assert!(faults(&file, &[])[0].contains("class must be a text, not a whole number"));
+}
+
+#[test]
+fn numbers_that_no_run_survives_are_out_of_range_alone_or_together() {
+    for (overrides, part) in [
+        (
+            vec!["student.steps=9223372036854775807"],
+            "from 1 to 1000000: ",
+        ),
+        (vec!["proxies.count=1000000000000"], "from 1 to 1000000: "),
+        (vec!["threads=1000000"], "from 0 to 1024: "),
+        (vec!["student.batch_size=100000"], "from 1 to 1024: "),
+        (vec!["student.rank=1000000"], "from 1 to 4096: "),
+        (vec!["supervisor.resolution=1000000"], "from 8 to 4096: "),
+        (
+            vec!["proxies.num_inference_steps=1000000"],
+            "from 1 to 1000: ",
+        ),
+        (
+            vec!["evaluation.images_per_prompt=1000000000"],
+            "from 1 to 100000: ",
+        ),
+        (
+            vec!["channels.tokens=9223372036854775807"],
+            "from 1 to 65536: ",
+        ),
+        (vec!["student.guidance_scale=1e300"], "at most 1000"),
+        (vec!["student.learning_rate=1e300"], "at most 1"),
+        (
+            vec![
+                "student.steps=1000000",
+                "student.batch_size=1000",
+                "direct.enabled=false",
+            ],
+            "at most 16777216 can be planned",
+        ),
+        (
+            vec!["supervisor.steps=100000", "supervisor.batch_size=1000"],
+            "at most 16777216 can be planned",
+        ),
+        (
+            vec!["evaluation.images_per_prompt=100000"],
+            "at most 2000000 can be planned",
+        ),
+    ] {
+        let fault = only_fault(&overrides);
+        assert!(fault.contains(part), "{overrides:?}: {fault}");
+        assert!(
+            fault.starts_with(&format!("--set {}", overrides[0])),
+            "{fault}"
+        );
+    }
+}
+
+#[test]
+fn a_pipeline_of_very_many_or_very_deep_keys_is_refused_at_once() {
+    let start = std::time::Instant::now();
+    let flat: String = (0..50_000)
+        .map(|i| format!("unknown_key_{i} = 1\n"))
+        .collect();
+    let inline = (0..50_000)
+        .map(|i| format!("k{i}=1"))
+        .collect::<Vec<_>>()
+        .join(",");
+    let subjects: String = (0..30_000).map(|i| format!("[subject.s{i}]\n")).collect();
+    let deep = [
+        format!(
+            "{}1{}",
+            "a=[".to_string() + &"[".repeat(100_000),
+            "]".repeat(100_001)
+        ),
+        format!("{}a = 1", "a.".repeat(100_000)),
+        format!("[{}a]", "a.".repeat(100_000)),
+        format!("a = {}1{}", "{a=".repeat(100_000), "}".repeat(100_000)),
+        format!("{} = 1", "k".repeat(1_000_000)),
+        "[".repeat(500_000),
+        "= ".repeat(400_000),
+    ];
+    let many = [flat, format!("student = {{{inline}}}\n"), subjects];
+    for text in many.iter().chain(&deep) {
+        let faults = faults(&format!("{text}\n"), &[]);
+        assert!(faults.len() <= 102, "{}", faults.len());
+        assert!(faults.iter().all(|fault| fault.len() < 5000));
+    }
+    for path in [
+        "a.".repeat(40_000) + "a=1",
+        "=".repeat(60_000),
+        "a.".repeat(60_000),
+    ] {
+        assert!(!faults(MINIMAL, &[&path]).is_empty());
+    }
+    assert!(start.elapsed().as_secs() < 60, "{:?}", start.elapsed());
+}
+
+#[test]
+fn subjects_of_the_command_line_take_the_place_of_the_files() {
+    let typed = [
+        "rex=photos/rex:dog",
+        "tom=photos/tom:cat:<new1>",
+        "blob=b:toy",
+    ];
+    let typed = typed.map(String::from);
+    let overrides = ["subject.rex.replay=5".to_string()];
+    let with = |subjects: &[String]| {
+        let changes = Changes {
+            subjects,
+            overrides: &overrides,
+            ..Changes::default()
+        };
+        Document::with_changes(MINIMAL, "test.toml", &changes).resolve()
+    };
+    let resolved = with(&typed).unwrap();
+    let found: Vec<_> = resolved
+        .subjects
+        .iter()
+        .map(|s| {
+            (
+                s.name.as_str(),
+                s.class.as_str(),
+                s.token.as_str(),
+                s.replay,
+            )
+        })
+        .collect();
+    assert_eq!(
+        found,
+        [
+            ("rex", "dog", "sks", Some(5)),
+            ("tom", "cat", "<new1>", None),
+            ("blob", "toy", "ohw", None)
+        ]
+    );
+    for (subjects, part) in [
+        (
+            vec!["rex"],
+            "--subject rex: a subject has the form NAME=DIR:CLASS",
+        ),
+        (
+            vec!["rex=a:dog", "rex=b:dog"],
+            "--subject rex=b:dog: two subjects are called rex",
+        ),
+        (vec!["rex=a:dog", "a/b=b:dog"], "cannot be a subject's name"),
+        (vec!["rex=a:dog:dog"], "class's word"),
+        (vec!["rex=a:dog:two words"], "must be one word"),
+    ] {
+        let subjects: Vec<String> = subjects.into_iter().map(String::from).collect();
+        match with(&subjects) {
+            Err(Error::Config(faults)) => assert!(faults[0].contains(part), "{faults:?}"),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn a_folder_of_classes_and_subjects_gives_each_a_name_and_a_token_of_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    for folder in [
+        "dog/rex",
+        "dog/blob",
+        "stuffed_animal/rex",
+        "cat/Ж1",
+        "$RECYCLE.BIN/x",
+        ".trash/y",
+    ] {
+        std::fs::create_dir_all(dir.path().join(folder)).unwrap();
+    }
+    let read = || {
+        let changes = Changes {
+            subjects_dir: Some(dir.path()),
+            ..Changes::default()
+        };
+        Document::with_changes(MINIMAL, "test.toml", &changes).resolve()
+    };
+    let resolved = read().unwrap();
+    let found: Vec<_> = resolved
+        .subjects
+        .iter()
+        .map(|s| (s.name.as_str(), s.class.as_str()))
+        .collect();
+    let expected = [
+        ("-1", "cat"),
+        ("blob", "dog"),
+        ("rex", "dog"),
+        ("rex-2", "stuffed animal"),
+    ];
+    assert_eq!(found, expected);
+    let tokens: std::collections::BTreeSet<_> =
+        resolved.subjects.iter().map(|s| &s.token).collect();
+    assert_eq!(tokens.len(), 4);
+    std::fs::write(dir.path().join("dog/1.jpg"), "").unwrap();
+    let Err(Error::Config(faults)) = read() else {
+        panic!("the photos lie a folder too high")
+    };
+    assert!(
+        faults[0].contains("dog holds photos, not folders of subjects"),
+        "{faults:?}"
+    );
+}
+
+#[test]
+fn a_name_that_no_path_takes_is_a_fault_of_its_subject_alone() {
+    let long = "x".repeat(200);
+    let set = |field: &str, value: &str| format!("subject.{long}.{field}={value}");
+    let fault = only_fault(&[&set("images", "a"), &set("class", "dog")]);
+    assert!(
+        fault.contains("has 200 bytes") && fault.contains("at most 100"),
+        "{fault}"
+    );
+    assert!(only_fault(&["subject.dog6.class=a\u{7}dog"]).contains("cannot be a class"));
+    assert!(only_fault(&["subject.dog6.token=s\u{1b}ks"]).contains("must be one word"));
+    let token = format!("subject.dog6.token={long}");
+    assert!(only_fault(&[&token]).contains("at most 100 bytes"));
+}
+
+#[test]
+fn a_prompt_file_is_the_same_from_every_editor() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("prompts.txt");
+    let set = format!("evaluation.prompts={}", file.display());
+    std::fs::write(
+        &file,
+        "\u{feff}# mine\r\na {token} {class} asleep\r\n\r\na {class}\r\n",
+    )
+    .unwrap();
+    let resolved = resolve(MINIMAL, &[&set]).unwrap();
+    let templates = resolved.evaluation.prompts.templates("dog");
+    assert_eq!(templates, ["a {token} {class} asleep", "a {class}"]);
+    for (bytes, part) in [
+        (b"\xFF\xFEa\0".as_slice(), "UTF-16"),
+        (b"a d\xF6g\n", "Latin-1"),
+        (b"\xEF\xBB\xBF\r\n", "has no prompts"),
+    ] {
+        std::fs::write(&file, bytes).unwrap();
+        let fault = only_fault(&[&set]);
+        assert!(
+            fault.contains("prompts.txt") && fault.contains(part),
+            "{fault}"
+        );
+    }
 }
 
 #[test]
@@ -592,7 +859,12 @@ fn check_prints_the_full_file_and_notes_what_is_not_there() {
         pipeline: PipelineArgs {
             file: file.clone(),
             overrides: overrides.iter().map(|text| text.to_string()).collect(),
+            ..PipelineArgs::default()
         },
+        store: StoreArgs {
+            store: folder.path().join("store"),
+        },
+        out: folder.path().join("runs"),
     };
     let (mut out, mut notes) = (Vec::new(), Vec::new());
     check(&args(&[]), &mut out, &mut notes).unwrap();
@@ -658,6 +930,7 @@ fn the_graph_names_every_channel_with_its_capacity() {
                 pipeline: PipelineArgs {
                     file: file.clone(),
                     overrides,
+                    ..PipelineArgs::default()
                 },
                 dot: form == "dot",
                 mermaid: form == "mermaid",

@@ -38,6 +38,8 @@ mod parity_sdxl;
 mod parts;
 mod photos;
 mod plan;
+mod preflight;
+mod prompts;
 mod query;
 mod recompute;
 mod removal;

@@ -1,21 +1,24 @@
 //! `proxytune evaluate`: scores images, or a model with an adapter, against reference photos.
 
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::models::make_ready;
 use super::sample::draw;
+use super::unread::{say_unread, say_unscored};
 use super::{Ended, EvaluateArgs, block_on, output_failed};
 use crate::config::models::evaluators;
+use crate::config::prompts::without_token;
 use crate::config::{locate, prompt_list, prompts};
-use crate::console;
-use crate::evaluation::captions::{captions, without_token};
+use crate::console::{self, shown};
+use crate::evaluation::captions::{captions, few, side_files};
 use crate::evaluation::embed::{Evaluator, ImageEmbedder, Prepared};
 use crate::evaluation::embedders::{ClipEmbedder, DinoEmbedder, Preparation};
 use crate::evaluation::metrics::ScoredImage;
 use crate::evaluation::report::{ModelScores, Report};
 use crate::images::{Photo, expect_photos, folder};
 use crate::models::Request;
+use crate::models::reading::Prompt;
 use crate::pipeline::{device, use_threads};
 use crate::plan::derive_seed;
 use crate::stream::{Board, Worker};
@@ -46,6 +49,7 @@ pub(super) fn evaluate(args: &EvaluateArgs, out: &mut impl Write) -> Result<Ende
     {
         expect_photos(dir)?;
     }
+    let mut ended = Ended::Well;
     let [clip, dino] = evaluators(args.model.as_deref());
     let clip = args.clip.as_deref().unwrap_or(clip);
     let dino = args.dino.as_deref().unwrap_or(dino);
@@ -64,10 +68,12 @@ pub(super) fn evaluate(args: &EvaluateArgs, out: &mut impl Write) -> Result<Ende
         note,
     } = match (&args.images, &args.model) {
         (Some(dir), _) => {
-            let photos = photos(dir, &preparation, &mut ended)?;
+            let photos = photos(dir, "pictures to score", &preparation, &mut ended)?;
+            let paths: Vec<_> = photos.iter().map(|photo| photo.path.clone()).collect();
+            note_side_files(dir, &paths, true, &mut ended)?;
             given(dir, photos, &args.token, class)?
         }
-        (None, Some(model)) => drawn(model, args, class, &preparation)?,
+        (None, Some(model)) => drawn(model, args, class, &preparation, &mut ended)?,
         (None, None) => {
             return Err(Error::invalid(
                 "nothing to score",
@@ -76,6 +82,8 @@ pub(super) fn evaluate(args: &EvaluateArgs, out: &mut impl Write) -> Result<Ende
         }
     };
     let texts: Vec<String> = prompts.iter().map(|(_, text)| text.clone()).collect();
+    ended = ended.and(say_unscored(clip, &texts)?);
+    let (clip, dino, on) = (locate(clip)?, locate(dino)?, device(args.compute.device)?);
     let (scores, protocol) = block_on(async move {
         let board = Board::default();
         let meter = board.meter("evaluate", "images");
@@ -122,18 +130,40 @@ pub(super) fn evaluate(args: &EvaluateArgs, out: &mut impl Write) -> Result<Ende
     Ok(ended)
 }
 
-/// The usable photos in `dir` at the size of the evaluators' input; the others are named.
+/// The usable pictures in `dir`, which are to be `what`, at the size of the evaluators' input; the others are named.
 fn photos(
     dir: &Path,
+    what: &str,
     preparation: &Preparation,
     ended: &mut Ended,
 ) -> Result<Vec<Photo<Prepared>>> {
-    let folder = folder(dir, |image| preparation.prepare(&image))?;
+    let folder = folder(dir, |image| preparation.prepare(&image)).map_err(|error| match error {
+        Error::Invalid { what: fault, .. } => Error::invalid(
+            fault,
+            format!("name the folder with {what}, as JPEG, PNG or WebP"),
+        ),
+        other => other,
+    })?;
     for fault in &folder.set_aside {
         console::note(format!("warning: set aside: {fault}"));
         *ended = Ended::WithWarnings;
     }
     Ok(folder.photos)
+}
+
+/// Says which files in `dir` look like captions and are not read.
+fn note_side_files(
+    dir: &Path,
+    pictures: &[PathBuf],
+    only_unread: bool,
+    ended: &mut Ended,
+) -> Result<()> {
+    let ignored = side_files(dir, pictures, only_unread)?;
+    if !ignored.is_empty() {
+        eprintln!("warning: {}: ignored: {}", dir.display(), few(&ignored));
+        *ended = Ended::WithWarnings;
+    }
+    Ok(())
 }
 
 /// Images that are there already.
@@ -172,10 +202,19 @@ fn drawn(
     args: &EvaluateArgs,
     class: &str,
     preparation: &Preparation,
+    ended: &mut Ended,
 ) -> Result<Scored> {
     let mut requests = Vec::new();
     let mut texts = Vec::new();
-    for template in prompt_list(&args.prompts)?.templates(class) {
+    let templates = prompt_list(&args.prompts)?.templates(class);
+    let mut read: Vec<Prompt> = templates
+        .iter()
+        .map(|template| Prompt::of(template, &args.token, class))
+        .collect();
+    let negative = args.sampling.negative_prompt.iter();
+    read.extend(negative.map(|prompt| Prompt::from(prompt.as_str())));
+    *ended = ended.and(say_unread(model, &read)?);
+    for template in templates {
         for index in 0..args.images_per_prompt {
             let prompt = prompts::fill(&template, &args.token, class);
             texts.push((

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::query::{Clock, LikeArgs, LimitArgs, neighbours};
-use super::{StoreArgs, at_least_one, block_on, output_failed};
+use super::{Ended, StoreArgs, at_least_one, block_on, output_failed};
 use crate::evaluation::contact::{Cell, contact_sheet};
 use crate::images::{decode_png, encode_png};
 use crate::store::export::{
@@ -55,11 +55,11 @@ pub struct ExportArgs {
     #[arg(long, value_name = "FILE.png")]
     pub sheet: Option<PathBuf>,
     /// Pictures in a row of the sheet
-    #[arg(long, value_name = "N", default_value_t = 8, requires = "sheet", value_parser = at_least_one)]
+    #[arg(long, value_name = "N", default_value_t = 8, requires = "sheet", value_parser = crate::config::limits::COLUMNS.parser())]
     pub columns: usize,
 }
 
-pub(super) fn export(args: &ExportArgs, out: &mut impl Write) -> Result<()> {
+pub(super) fn export(args: &ExportArgs, out: &mut impl Write) -> Result<Ended> {
     args.like.check_by()?;
     if args.repeats.is_some() && args.layout != Layout::Kohya {
         return Err(Error::invalid(
@@ -73,7 +73,7 @@ pub(super) fn export(args: &ExportArgs, out: &mut impl Write) -> Result<()> {
     block_on(async {
         let (evaluators, limits) = (args.like.evaluators.as_deref(), args.limits.limits());
         let snapshot = Snapshot::open_with(args.store.path(), evaluators, limits).await?;
-        let chosen = chosen(&snapshot, args).await?;
+        let (chosen, ended) = chosen(&snapshot, args).await?;
         if chosen.is_empty() {
             return Err(Error::invalid(
                 match args.kinds.is_empty() {
@@ -101,7 +101,7 @@ pub(super) fn export(args: &ExportArgs, out: &mut impl Write) -> Result<()> {
             files::write(path, &sheet)?;
             writeln!(out, "{} on {}", counted(&chosen), path.display()).map_err(output_failed)?;
         }
-        Ok(())
+        Ok(ended)
     })
 }
 
@@ -121,7 +121,9 @@ fn counted(chosen: &[Chosen]) -> String {
     )
 }
 
-async fn chosen(snapshot: &Snapshot, args: &ExportArgs) -> Result<Vec<Chosen>> {
+/// The proxies that are meant, and whether there was something to warn of.
+async fn chosen(snapshot: &Snapshot, args: &ExportArgs) -> Result<(Vec<Chosen>, Ended)> {
+    let mut ended = Ended::Well;
     let choice = Choice {
         subjects: args.subjects.clone(),
         kinds: args.kinds.clone(),
@@ -145,7 +147,7 @@ async fn chosen(snapshot: &Snapshot, args: &ExportArgs) -> Result<Vec<Chosen>> {
                 )
             })?;
             let (condition, mut clock) = (choice.condition(), Clock::new(false));
-            let near = neighbours(
+            let (near, with) = neighbours(
                 snapshot,
                 wanted,
                 &args.like,
@@ -155,10 +157,12 @@ async fn chosen(snapshot: &Snapshot, args: &ExportArgs) -> Result<Vec<Chosen>> {
                 &mut clock,
             )
             .await?;
+            ended = with;
             Some(near)
         }
     };
-    choose(snapshot, &choice, near.as_deref()).await
+    let chosen = choose(snapshot, &choice, near.as_deref()).await?;
+    Ok((chosen, ended))
 }
 
 async fn sheet(snapshot: &Snapshot, chosen: &[Chosen], args: &ExportArgs) -> Result<Vec<u8>> {

@@ -6,10 +6,9 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::{
-    Ended, PipelineArgs, StoreArgs, at_least_one, block_on, not_negative, output_failed,
-    run::stage_table,
+    Ended, PipelineArgs, StoreArgs, block_on, not_negative, output_failed, run::stage_table,
 };
-use crate::config::Document;
+use crate::config::limits;
 use crate::console;
 use crate::pipeline::{Generated, Generation, Options, generate as make};
 use crate::stages::generate::Shard;
@@ -30,7 +29,7 @@ pub struct GenerateArgs {
     #[command(flatten)]
     pub store: StoreArgs,
     /// Proxies per subject; the same as --set proxies.count=N
-    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    #[arg(long, value_name = "N", value_parser = limits::PROXIES.parser())]
     pub count: Option<usize>,
     /// Be the I-th of N processes, on one machine or several, that fill one store
     #[arg(long, value_name = "I/N", default_value = "1/1")]
@@ -47,14 +46,11 @@ pub struct GenerateArgs {
 }
 
 pub(super) fn generate(args: &GenerateArgs, out: &mut impl Write) -> Result<Ended> {
-    let file = &args.pipeline.file;
-    let text = crate::files::read_text(file, crate::files::SETTINGS)?;
-    let mut overrides = args.pipeline.overrides.clone();
-    overrides.extend(args.count.map(|count| format!("proxies.count={count}")));
-    let document = Document::parse(&text, &file.display().to_string(), &overrides);
+    let count = args.count.map(|count| format!("proxies.count={count}"));
+    let (text, document) = args.pipeline.open(count)?;
     let generation = Generation {
         options: Options {
-            pipeline: file.clone(),
+            pipeline: args.pipeline.file.clone(),
             resolved: document.for_proxies(args.tokens).resolve()?,
             text,
             store: args.store.store.clone(),

@@ -11,7 +11,7 @@ use crate::pipeline::topology::Topology;
 /// # Errors
 /// As [`check`](super::check::check).
 pub fn graph(args: &GraphArgs, out: &mut impl Write) -> Result<()> {
-    let resolved = args.pipeline.open()?.resolve()?;
+    let resolved = args.pipeline.open(None)?.1.resolve()?;
     let topology = Topology::of_run(&resolved);
     let text = match (args.dot, args.mermaid) {
         (true, _) => topology.to_dot(),

@@ -16,6 +16,7 @@ mod remove;
 mod report;
 mod run;
 mod sample;
+mod unread;
 pub mod verify;
 mod watch;
 
@@ -24,8 +25,9 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::config::{Device, Document, Dtype};
+use crate::config::{Changes, Device, Document, Dtype, limits, prompts};
 use crate::console::{self, Notes, Output, output_failed};
+use crate::files::text;
 use crate::nn::Operations;
 use crate::store::identity::DEFAULT as DEFAULT_STORE;
 use crate::{Error, Result};
@@ -81,22 +83,37 @@ pub enum Command {
 }
 
 /// Which pipeline, and what to change in it.
-#[derive(Debug, Clone, Args)]
+#[derive(Debug, Clone, Default, Args)]
 pub struct PipelineArgs {
     /// The pipeline file
     pub file: PathBuf,
+    /// A subject of your own, in place of the file's: a name, the folder of its photos, its class (such as dog), and if
+    /// you like the rare word that stands for it; may be given several times
+    #[arg(long = "subject", value_name = "NAME=DIR:CLASS[:TOKEN]")]
+    pub subjects: Vec<String>,
+    /// All subjects of this folder, in place of the file's: their photos lie in DIR/CLASS/NAME, as watch has it
+    #[arg(long = "subjects", value_name = "DIR")]
+    pub subjects_dir: Option<PathBuf>,
     /// Set a field, such as student.steps=100; may be given several times
     #[arg(long = "set", value_name = "PATH=VALUE")]
     pub overrides: Vec<String>,
 }
 
 impl PipelineArgs {
-    /// The file with the overrides laid over it.
+    /// The file's text, and its meaning with all changes laid over it, after which `more` overrides.
     ///
     /// # Errors
     /// When the file cannot be read.
-    pub fn open(&self) -> Result<Document> {
-        Document::open(&self.file, &self.overrides)
+    fn open(&self, more: Option<String>) -> Result<(String, Document)> {
+        let text = text::read(&self.file, limits::TEXT_BYTES)?;
+        let overrides: Vec<String> = self.overrides.iter().cloned().chain(more).collect();
+        let changes = Changes {
+            subjects: &self.subjects,
+            subjects_dir: self.subjects_dir.as_deref(),
+            overrides: &overrides,
+        };
+        let document = Document::with_changes(&text, &self.file.display().to_string(), &changes);
+        Ok((text, document))
     }
 }
 
@@ -120,7 +137,7 @@ impl StoreArgs {
 #[derive(Debug, Clone, Args)]
 #[command(
     after_help = "Examples:\n  proxytune run pipelines/nano.toml\n  proxytune run pipelines/nano.toml \
-                        --set subject.dog1.images=photos/rex --set subject.dog1.class=dog"
+                        --subject rex=photos/rex:dog"
 )]
 pub struct RunArgs {
     #[command(flatten)]
@@ -144,6 +161,11 @@ pub struct RunArgs {
 pub struct CheckArgs {
     #[command(flatten)]
     pub pipeline: PipelineArgs,
+    #[command(flatten)]
+    pub store: StoreArgs,
+    /// Where run directories would be made
+    #[arg(long, value_name = "DIR", default_value = "datasets/runs")]
+    pub out: PathBuf,
 }
 
 /// `proxytune graph`
@@ -178,10 +200,10 @@ pub struct SampleArgs {
     #[arg(long = "prompt", value_name = "TEXT", required = true)]
     pub prompts: Vec<String>,
     /// Images per prompt
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one)]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = limits::IMAGES_PER_PROMPT.parser())]
     pub count: usize,
     /// Where the randomness comes from
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = seed())]
     pub seed: u64,
     /// Folder for the images, one PNG each
     #[arg(long, value_name = "DIR", default_value = "samples")]
@@ -196,25 +218,25 @@ pub struct SampleArgs {
 #[derive(Debug, Clone, Default, Args)]
 pub struct SamplingArgs {
     /// Classifier-free guidance, at least 1, which is none
-    #[arg(long, value_name = "X", value_parser = guidance)]
+    #[arg(long, value_name = "X", value_parser = limits::GUIDANCE_SCALE.parser())]
     pub guidance_scale: Option<f64>,
     /// Denoising steps (diffusion models)
-    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    #[arg(long, value_name = "N", value_parser = limits::NUM_INFERENCE_STEPS.parser())]
     pub num_inference_steps: Option<usize>,
     /// What to lead away from (diffusion models)
     #[arg(long, value_name = "TEXT")]
     pub negative_prompt: Option<String>,
     /// Draw among this many likeliest tokens; 0 is all (autoregressive models)
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = limits::TOP_K.parser())]
     pub top_k: Option<usize>,
     /// Draw among the likeliest tokens of this total probability (autoregressive models)
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", value_parser = limits::PROBABILITY.parser())]
     pub top_p: Option<f64>,
     /// Divide logits by this; 0 takes the likeliest token (autoregressive models)
-    #[arg(long, value_name = "T")]
+    #[arg(long, value_name = "T", value_parser = limits::NOT_NEGATIVE.parser())]
     pub temperature: Option<f64>,
     /// Guidance ends after this many tokens beyond the first (LlamaGen)
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = limits::GUIDANCE_INTERVAL.parser())]
     pub guidance_interval: Option<usize>,
 }
 
@@ -228,10 +250,10 @@ pub struct ComputeArgs {
     #[arg(long, default_value = "auto")]
     pub dtype: Dtype,
     /// Images drawn together
-    #[arg(long, value_name = "N", default_value_t = 4, value_parser = at_least_one)]
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = limits::BATCH_SIZE.parser())]
     pub batch_size: usize,
     /// Threads for computing; 0 is all cores
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = limits::THREADS.parser())]
     pub threads: usize,
 }
 
@@ -267,7 +289,7 @@ pub struct EvaluateArgs {
     #[arg(long, value_name = "WORD", required_unless_present = "nano")]
     pub class: Option<String>,
     /// The subject's token; the prompts of images are compared without it
-    #[arg(long, value_name = "WORD", default_value = "sks")]
+    #[arg(long, value_name = "WORD", default_value = "sks", value_parser = token)]
     pub token: String,
     /// Folder with images to score; without it, the model draws them. CLIP-T compares them with their prompts in
     /// metadata.jsonl (file_name, text) or in a .txt beside each, or else with "a CLASS"
@@ -288,10 +310,10 @@ pub struct EvaluateArgs {
     #[arg(long, value_name = "LIST", default_value = "nano-10")]
     pub prompts: String,
     /// Images per prompt
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = at_least_one)]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = limits::IMAGES_PER_PROMPT.parser())]
     pub images_per_prompt: usize,
     /// Where the randomness comes from
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = seed())]
     pub seed: u64,
     /// CLIP checkpoint: a known name, a directory or a repository; by default nano-clip for images and for what nano
     /// models draw, clip-vit-base-patch32 for other models
@@ -373,25 +395,21 @@ pub struct ModelsArgs {
     pub download: Option<String>,
 }
 
-fn guidance(text: &str) -> std::result::Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(scale) if scale >= 1.0 && scale.is_finite() => Ok(scale),
-        _ => Err("a number of at least 1 is needed".to_string()),
-    }
-}
-
 fn not_negative(text: &str) -> std::result::Result<f64, String> {
-    match text.parse() {
-        Ok(number) if number >= 0.0 && f64::is_finite(number) => Ok(number),
-        _ => Err("a number of at least 0 is needed".to_string()),
-    }
+    limits::NOT_NEGATIVE.parser()(text)
 }
 
 fn at_least_one(text: &str) -> std::result::Result<usize, String> {
-    match text.parse() {
-        Ok(number) if number >= 1 => Ok(number),
-        _ => Err("a whole number of at least 1 is needed".to_string()),
-    }
+    limits::ROWS.parser()(text)
+}
+
+fn token(text: &str) -> std::result::Result<String, String> {
+    prompts::check_token(text).map(|()| text.to_string())
+}
+
+fn seed() -> impl Fn(&str) -> std::result::Result<u64, String> + Clone {
+    let read = limits::SEED.parser();
+    move |text| read(text).map(|seed| seed as u64)
 }
 
 /// How a command ended that did what it was asked.
@@ -430,7 +448,7 @@ pub fn dispatch(cli: Cli) -> Result<Ended> {
     let ended = match cli.command {
         Command::Run(args) => run::run(&args, &mut out),
         Command::Generate(args) => generate::generate(&args, &mut out),
-        Command::Check(args) => check::check(&args, &mut out, &mut notes).map(|()| Ended::Well),
+        Command::Check(args) => check::check(&args, &mut out, &mut notes),
         Command::Graph(args) => graph::graph(&args, &mut out).map(|()| Ended::Well),
         Command::Sample(args) => sample::sample(&args, &mut out),
         Command::Evaluate(args) if args.nano.nano => {
@@ -443,7 +461,7 @@ pub fn dispatch(cli: Cli) -> Result<Ended> {
         Command::Watch(args) => watch::watch(&args, &mut out),
         Command::Remove(args) => remove::remove(&args, &mut out),
         Command::Query(args) => query::query(&args),
-        Command::Export(args) => export::export(&args, &mut out).map(|()| Ended::Well),
+        Command::Export(args) => export::export(&args, &mut out),
         Command::Verify(args) => verify::run(&args, &mut out),
         Command::Pretrain(args) => pretrain::pretrain(&args).map(|()| Ended::Well),
         Command::Bench(args) => bench::run(&args).map(|()| Ended::Well),

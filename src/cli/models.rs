@@ -5,13 +5,17 @@ use std::io::Write;
 use super::{ModelsArgs, output_failed};
 use crate::config::locate::{self, Whereabouts};
 use crate::config::models::{KNOWN, KnownModel, known};
-use crate::config::{Resolved, family};
+use crate::config::{Family, Kind, Resolved, family};
 use crate::hub::{self, Published, RepoId, Settings, human_bytes};
+use crate::models::check_family;
 use crate::{Error, Result};
 
 pub(super) fn models(args: &ModelsArgs, out: &mut impl Write) -> Result<()> {
     let text = match (&args.download, &args.name) {
         (Some(name), _) => {
+            if let Some(model) = known(name) {
+                check_use(model.family)?;
+            }
             drop_damaged(name)?;
             let folder = locate::make_present(name)?;
             format!("{name}: {}\n", folder.display())
@@ -95,6 +99,9 @@ fn table() -> Result<String> {
             .resolution
             .map_or("-".to_string(), |side| side.to_string());
         let [download, f32, bf16, licence] = match model.hub {
+            Some(_) if check_use(model.family).is_err() => {
+                ["-", "-", "-", "cannot be used yet"].map(String::from)
+            }
             Some(published) => columns(published),
             None => ["-", "-", "-", "ships with proxytune"].map(String::from),
         };
@@ -130,6 +137,14 @@ fn table() -> Result<String> {
     text += "\nf32, bf16: memory to load it. `proxytune models NAME` tells more, `proxytune models --download NAME` \
              gets it.\n";
     Ok(text)
+}
+
+/// Fails where nothing here can use a model of this `family`.
+fn check_use(family: Family) -> Result<()> {
+    match family.kind() {
+        Kind::Evaluator => Ok(()),
+        Kind::Diffusion | Kind::Autoregressive => check_family(family),
+    }
 }
 
 fn columns(published: &Published) -> [String; 4] {
@@ -185,6 +200,9 @@ fn details(name: &str) -> Result<String> {
         Some(folder) => {
             let size = human_bytes(found.bytes);
             text += &format!("loaded from {} ({size})\n", folder.display());
+        }
+        None if known(name).is_some_and(|model| check_use(model.family).is_err()) => {
+            text += "models of this family cannot be used yet\n";
         }
         None => {
             let error = locate::locate(name).err();

@@ -171,6 +171,7 @@ async fn answer(args: &QueryArgs) -> Result<Ended> {
         }
         other => other.map(str::to_string),
     };
+    let mut ended = Ended::Well;
     let sql = match (&like.like, typed) {
         (None, None) => {
             return Err(Error::invalid(
@@ -186,7 +187,7 @@ async fn answer(args: &QueryArgs) -> Result<Ended> {
                 Search::Fast
             };
             let limit = like.limit.unwrap_or(NEIGHBOURS);
-            let near = neighbours(
+            let (near, with) = neighbours(
                 &snapshot,
                 wanted,
                 like,
@@ -196,6 +197,7 @@ async fn answer(args: &QueryArgs) -> Result<Ended> {
                 &mut clock,
             )
             .await?;
+            ended = with;
             snapshot.add_neighbours(&near)?;
             typed.unwrap_or_else(|| {
                 let keys: Vec<String> = near.iter().map(|near| quoted(&near.key)).collect();
@@ -211,7 +213,7 @@ async fn answer(args: &QueryArgs) -> Result<Ended> {
     clock.lap("planned");
     deliver(answer, args.format, args.out.as_deref()).await?;
     clock.lap("answered");
-    Ok(Ended::Well)
+    Ok(ended)
 }
 
 /// The proxies nearest to what was typed.
@@ -223,7 +225,7 @@ pub(super) async fn neighbours(
     limit: usize,
     search: Search,
     clock: &mut Clock,
-) -> Result<Vec<crate::store::query::Neighbour>> {
+) -> Result<(Vec<crate::store::query::Neighbour>, Ended)> {
     let wanted = Like::parse(wanted)?;
     if let Like::Text(text) = &wanted
         && text.bytes().all(|byte| byte.is_ascii_hexdigit())
@@ -234,6 +236,11 @@ pub(super) async fn neighbours(
         );
     }
     let space = args.by.unwrap_or(wanted.usual_space());
+    let mut ended = Ended::Well;
+    for warning in wanted.unread(snapshot, space).await? {
+        eprintln!("warning: {warning}");
+        ended = Ended::WithWarnings;
+    }
     let vector = wanted.embedding(snapshot, space).await?;
     clock.lap("embedded");
     let near = snapshot
@@ -246,7 +253,7 @@ pub(super) async fn neighbours(
             "hint: {rows} embeddings were compared one by one; proxytune query --index makes this quicker"
         ));
     }
-    Ok(near)
+    Ok((near, ended))
 }
 
 /// Writes the answer where it is wanted.

@@ -6,31 +6,35 @@ use std::path::Path;
 use super::models::{make_ready, models_of};
 use super::{Ended, RunArgs, block_on, output_failed};
 use crate::Result;
-use crate::config::Document;
+use crate::config::locate;
 use crate::console;
-use crate::pipeline::{self, Options, Outcome};
+use crate::pipeline::{self, Options, Outcome, Purpose, preflight};
 use crate::stream::{StageReport, Stop};
 
 pub(super) fn run(args: &RunArgs, out: &mut impl Write) -> Result<Ended> {
-    let file = &args.pipeline.file;
-    let text = crate::files::read_text(file, crate::files::SETTINGS)?;
-    let document = Document::parse(&text, &file.display().to_string(), &args.pipeline.overrides);
+    let (text, document) = args.pipeline.open(None)?;
     make_ready(document.repositories())?;
     let options = Options {
+        pipeline: args.pipeline.file.clone(),
+        text,
+        resolved: document.resolve()?,
         store: args.store.store.clone(),
         out: args.out.clone(),
         new: args.new,
         sequential: args.sequential,
         progress: true,
-        ..Options::new(file, text, &args.pipeline.overrides)?
     };
-    // What is asked of the user comes before what is downloaded for them.
-    if options
-        .resolved
-        .subjects
+    if models_of(&options.resolved)
         .iter()
-        .all(|subject| subject.images.is_dir())
+        .any(|model| locate(model).is_err())
     {
+        // What is asked of the user comes before what is downloaded for them.
+        let mut found = preflight(&options, Purpose::Run);
+        let is_model = |part: Option<&String>| part.is_some_and(|part| part != "subject");
+        found
+            .absent
+            .retain(|absent| !is_model(absent.field.first()));
+        found.ready()?;
         make_ready(models_of(&options.resolved))?;
     }
     let outcome = block_on(async {

@@ -9,11 +9,13 @@ use serde_json::{Map, Value};
 
 use super::memory::{gibibytes, peak_memory};
 use super::models::make_ready;
+use super::unread::say_unread;
 use super::{ComputeArgs, Ended, SampleArgs, SamplingArgs, block_on, output_failed};
 use crate::config::{Kind, sampling_defaults};
 use crate::console::{self, escaped, shown};
 use crate::evaluation::captions::SAMPLES;
 use crate::images::encode_png_with;
+use crate::models::reading::Prompt;
 use crate::models::{Opening, Request, Sampling, open, sampling_file};
 use crate::pipeline::{opening_for, use_threads};
 use crate::plan::derive_seed;
@@ -33,6 +35,14 @@ pub(super) fn sample(args: &SampleArgs, out: &mut impl Write) -> Result<Ended> {
             })
         })
         .collect();
+    let negative = args.sampling.negative_prompt.iter();
+    let read: Vec<Prompt> = args
+        .prompts
+        .iter()
+        .chain(negative)
+        .map(|prompt| prompt.as_str().into())
+        .collect();
+    let ended = say_unread(&args.model, &read)?;
     files::create_dir(&args.out)?;
     let mut album = Album::open(args)?;
     let mut told = Ok(());
@@ -53,7 +63,7 @@ pub(super) fn sample(args: &SampleArgs, out: &mut impl Write) -> Result<Ended> {
     )?;
     console::note(costs);
     told?;
-    Ok(album.ended)
+    Ok(album.ended.and(ended))
 }
 
 /// A folder that takes pictures, each as soon as it is drawn, and never in the place of another file.

@@ -8,6 +8,7 @@ use clap::Args;
 
 use super::{Ended, StoreArgs, block_on, not_negative, output_failed};
 use crate::Result;
+use crate::config::limits;
 use crate::stream::Stop;
 use crate::watch::{self, Options, status};
 
@@ -39,7 +40,7 @@ pub struct WatchArgs {
     #[arg(long)]
     pub once: bool,
     /// Proxies of every other subject that each run replays, so that they are not forgotten
-    #[arg(long, value_name = "N", default_value_t = 25, value_parser = super::at_least_one)]
+    #[arg(long, value_name = "N", default_value_t = 25, value_parser = limits::PROXIES.parser())]
     pub replay: usize,
     /// Do not publish an adapter with which any subject loses more DINO than this
     #[arg(long, value_name = "X", default_value_t = 0.1, value_parser = not_negative)]
@@ -50,10 +51,8 @@ pub struct WatchArgs {
 }
 
 fn seconds(text: &str) -> std::result::Result<Duration, String> {
-    let number: Option<f64> = text.parse().ok();
-    number
-        .and_then(|number| Duration::try_from_secs_f64(number).ok())
-        .ok_or_else(|| "a number of seconds is needed".to_string())
+    let number = limits::SECONDS.parser()(text)?;
+    Duration::try_from_secs_f64(number).map_err(|error| error.to_string())
 }
 
 pub(super) fn watch(args: &WatchArgs, out: &mut impl Write) -> Result<Ended> {

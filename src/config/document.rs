@@ -2,20 +2,23 @@
 
 use std::path::Path;
 
-use super::locate::locate;
+use super::limits::TEXT_BYTES;
 use super::models;
-use super::reader::{Fault, Faults};
-use super::resolve::{pipeline, place_of};
+use super::own_subjects::Changes;
+use super::reader::Faults;
+use super::resolve::pipeline;
 use super::resolved::Resolved;
-use super::tree::{self, Place};
+use super::tree::{self, Place, Table};
 use super::typed;
+use crate::files::text;
 use crate::hub::RepoId;
 use crate::{Error, Result};
 
 /// A pipeline file that has been read but not yet given a meaning; it remembers where everything was typed.
 pub struct Document {
+    tree: Table,
     typed: typed::Pipeline,
-    faults: Vec<Fault>,
+    faults: Faults,
     syntax_is_broken: bool,
 }
 
@@ -25,30 +28,40 @@ impl Document {
     /// # Errors
     /// Only when the file cannot be read; faults in it are kept for [`Document::resolve`].
     pub fn open(path: &Path, overrides: &[String]) -> Result<Self> {
-        let text = crate::files::read_text(path, crate::files::SETTINGS)?;
+        let text = text::read(path, TEXT_BYTES)?;
         Ok(Self::parse(&text, &path.display().to_string(), overrides))
     }
 
     /// Reads `text`, which faults call `file`, and lays `overrides` over it.
     pub fn parse(text: &str, file: &str, overrides: &[String]) -> Self {
-        let (table, syntax, overriding) = tree::parse(text, file, overrides);
+        let changes = Changes {
+            overrides,
+            ..Changes::default()
+        };
+        Self::with_changes(text, file, &changes)
+    }
+
+    /// Reads `text`, which faults call `file`, and lays `changes` over it.
+    pub fn with_changes(text: &str, file: &str, changes: &Changes<'_>) -> Self {
+        let (table, syntax, overriding) = tree::parse(text, file, changes);
         let start = Place::File {
             file: file.to_string(),
             line: 1,
             column: 1,
         };
-        let faults = Faults::default();
+        let mut faults = Faults::default();
         let typed = typed::Pipeline::read(&faults, start, &table);
         let syntax_is_broken = !syntax.is_empty();
-        // after a broken line, what seems to be missing may only not have been understood
-        let faults = if syntax_is_broken {
-            syntax
-        } else {
-            faults.into_inner()
-        };
+        if syntax_is_broken {
+            // after a broken line, what seems to be missing may only not have been understood
+            faults = Faults::default();
+            faults.extend(syntax);
+        }
+        faults.append(&overriding);
         Document {
+            tree: table,
             typed,
-            faults: [faults, overriding].concat(),
+            faults,
             syntax_is_broken,
         }
     }
@@ -76,7 +89,7 @@ impl Document {
     /// [`Error::Config`] with every fault of the file.
     pub fn resolve(&self) -> Result<Resolved> {
         let faults = Faults::default();
-        faults.extend(self.faults.clone());
+        faults.append(&self.faults);
         let resolved = if self.syntax_is_broken {
             None
         } else {
@@ -112,40 +125,11 @@ impl Document {
         .collect()
     }
 
-    /// Every folder and checkpoint that `resolved`, the meaning of this document, names and that is not there; in
-    /// the form of faults.
-    pub fn missing_files(&self, resolved: &Resolved) -> Vec<String> {
-        let faults = Faults::default();
-        for (typed, subject) in self.typed.subjects.iter().zip(&resolved.subjects) {
-            if !subject.images.is_dir() {
-                faults.push(
-                    place_of(&typed.images, &typed.place),
-                    format!("there is no folder {}", subject.images.display()),
-                    "place 3 to 6 photos of the subject there; relative paths start at the working directory",
-                );
-            }
-        }
-        let start = &self.typed.start;
-        let student = self.typed.student.as_ref();
-        let student = student.map_or(start, |student| place_of(&student.model, start));
-        let mut models = vec![(resolved.student.model.as_str(), student)];
-        if let (Some(typed), Some(supervisor)) = (&self.typed.supervisor, &resolved.supervisor) {
-            models.push((&supervisor.model, place_of(&typed.model, start)));
-        }
-        let evaluation = &self.typed.evaluation;
-        models.push((
-            &resolved.evaluation.clip,
-            place_of(&evaluation.clip, student),
-        ));
-        models.push((
-            &resolved.evaluation.dino,
-            place_of(&evaluation.dino, student),
-        ));
-        for (model, place) in models {
-            if let Err(error) = locate(model) {
-                faults.push(place, error.to_string(), error.hint().unwrap_or_default());
-            }
-        }
-        faults.into_lines()
+    /// Where the field with these parts of its path was typed, or else the nearest table around it.
+    pub fn place(&self, field: &[String]) -> String {
+        self.tree
+            .place(field)
+            .unwrap_or(&self.typed.start)
+            .to_string()
     }
 }

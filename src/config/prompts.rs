@@ -63,8 +63,44 @@ pub fn fill(template: &str, token: &str, class: &str) -> String {
 
 /// The prompt without the subject's token, as CLIP-T reads it: "a dog in the jungle".
 pub fn fill_without_token(template: &str, class: &str) -> String {
-    let filled = template.replace("{token}", " ").replace("{class}", class);
+    let filled = without_token(&template.replace("{class}", class), "{token}");
+    // What is left of it is part of a word.
+    let filled = filled.replace("{token}", " ");
     filled.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// `text` without the word `token`, in whatever case: "a dog on the beach" of "a sks dog on the beach". The token may be
+/// spelt in any characters (`<new1>`, `[V]`); punctuation around it goes with it, and so does the 's after it.
+pub fn without_token(text: &str, token: &str) -> String {
+    let token = token.to_lowercase();
+    let is_token = |word: &str| {
+        let word = word.to_lowercase();
+        let is_plain = |part: &str| !part.contains(char::is_alphanumeric);
+        word.match_indices(&token).any(|(at, _)| {
+            let after = &word[at + token.len()..];
+            let owned = ["'s", "\u{2019}s"]
+                .iter()
+                .find_map(|s| after.strip_prefix(s));
+            is_plain(&word[..at]) && is_plain(owned.unwrap_or(after))
+        })
+    };
+    let words = text.split_whitespace().filter(|word| !is_token(word));
+    words.collect::<Vec<_>>().join(" ")
+}
+
+/// The most bytes of a token: any tokenizer has as many.
+const TOKEN_BYTES: usize = 100;
+
+/// Says what is wrong with a subject's `token`, if anything is.
+pub fn check_token(token: &str) -> Result<(), String> {
+    let is_odd = |c: char| c.is_whitespace() || c.is_control() || "{}".contains(c);
+    if token.is_empty() || token.contains(is_odd) {
+        return Err("a token must be one word".to_string());
+    }
+    match token.len() > TOKEN_BYTES {
+        true => Err(format!("a token has at most {TOKEN_BYTES} bytes")),
+        false => Ok(()),
+    }
 }
 
 /// The first placeholder in `template` that is neither `{token}` nor `{class}`.
@@ -93,3 +129,35 @@ pub const RARE_TOKENS: [&str; 64] = [
     "jorm", "kreb", "lyx", "morv", "nyb", "olk", "plox", "quen", "rilv", "skof", "tarv", "umf",
     "vrel", "wosk", "zeph",
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_of_any_spelling_is_removed_as_a_whole_word() {
+        for token in ["sks", "<new1>", "[V]", "<s0><s1>", "zwx_2", "ohw", "*"] {
+            for (text, without) in [
+                ("a TOKEN dog, and tokens", "a dog, and tokens"),
+                ("a photo of (TOKEN), a dog", "a photo of a dog"),
+                ("\"TOKEN\" dog", "dog"),
+                ("TOKEN's dog and TOKEN\u{2019}s bowl", "dog and bowl"),
+                ("a xTOKEN2 dog", "a xTOKEN2 dog"),
+                ("TOKEN", ""),
+                ("a dog", "a dog"),
+            ] {
+                let (text, without) = (
+                    text.replace("TOKEN", token),
+                    without.replace("TOKEN", token),
+                );
+                assert_eq!(without_token(&text, token), without, "{token} in {text:?}");
+            }
+        }
+        assert_eq!(without_token("a Sks dog, sksy", "sks"), "a dog, sksy");
+        assert_eq!(
+            fill_without_token("a {token}, a {class}", "big  dog"),
+            "a a big dog"
+        );
+        assert_eq!(fill_without_token("x{token}y {class}", "dog"), "x y dog");
+    }
+}

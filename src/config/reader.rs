@@ -1,8 +1,9 @@
 //! Reads values out of a [`Table`] and collects every fault with its place and a hint.
 
-use std::cell::RefCell;
-use std::ops::{Bound, RangeBounds};
+use std::cell::{Cell, RefCell};
+use std::fmt::Display;
 
+use super::limits::{Count, Real};
 use super::tree::{Node, Place, Table, Value};
 
 /// One thing that is wrong with a pipeline file.
@@ -20,36 +21,65 @@ impl std::fmt::Display for Fault {
     }
 }
 
+/// Faults that are told one by one: nobody reads more, and a file may have millions.
+const MOST_FAULTS: usize = 100;
+/// Characters of a fault that are told: a name in the file may be as long as the file.
+const MOST_CHARACTERS: usize = 1000;
+
 /// The faults found so far, shared by all sections of one file.
 #[derive(Debug, Default)]
-pub(super) struct Faults(RefCell<Vec<Fault>>);
+pub(super) struct Faults {
+    told: RefCell<Vec<Fault>>,
+    /// How many more there are.
+    more: Cell<usize>,
+}
 
 impl Faults {
     pub fn push(&self, place: &Place, what: impl Into<String>, hint: impl Into<String>) {
-        self.0.borrow_mut().push(Fault {
+        self.extend([Fault {
             place: place.clone(),
             what: what.into(),
             hint: hint.into(),
-        });
+        }]);
     }
 
-    pub fn extend(&self, faults: Vec<Fault>) {
-        self.0.borrow_mut().extend(faults);
+    pub fn extend(&self, faults: impl IntoIterator<Item = Fault>) {
+        for mut fault in faults {
+            if self.is_full() {
+                self.more.set(self.more.get() + 1);
+                continue;
+            }
+            if let Some((end, _)) = fault.what.char_indices().nth(MOST_CHARACTERS) {
+                fault.what.truncate(end);
+                fault.what.push('…');
+            }
+            self.told.borrow_mut().push(fault);
+        }
     }
 
-    pub fn into_inner(self) -> Vec<Fault> {
-        self.0.into_inner()
+    /// Whether further faults are only counted.
+    pub fn is_full(&self) -> bool {
+        self.told.borrow().len() >= MOST_FAULTS
+    }
+
+    /// Adds those of `other`.
+    pub fn append(&self, other: &Faults) {
+        self.extend(other.told.borrow().iter().cloned());
+        self.more.set(self.more.get() + other.more.get());
     }
 
     /// All of them: the file's in the order of lines, then those of overrides.
     pub fn into_lines(self) -> Vec<String> {
-        let mut faults = self.0.into_inner();
+        let mut faults = self.told.into_inner();
         faults.sort_by_key(|fault| match &fault.place {
             Place::File { line, column, .. } => (*line, *column),
             Place::Override(_) | Place::Argument(_) => (usize::MAX, 0),
         });
         let mut lines: Vec<String> = faults.iter().map(Fault::to_string).collect();
         lines.dedup();
+        if self.more.get() > 0 {
+            lines.push(format!("and {} more faults", self.more.get()));
+        }
         lines
     }
 }
@@ -140,7 +170,7 @@ impl<'a> Section<'a> {
     /// A text, which may be empty.
     pub fn any_text(&self, field: &'static str) -> Option<At<String>> {
         let node = self.node(field)?;
-        let Value::Text(text) = &node.value else {
+        let Some(text) = node.as_text() else {
             let example = match &node.value {
                 Value::Integer(number) => format!("\"{number}\""),
                 Value::Date(date) => format!("\"{date}\""),
@@ -150,7 +180,7 @@ impl<'a> Section<'a> {
             return None;
         };
         Some(At {
-            value: text.clone(),
+            value: text.to_string(),
             place: node.place.clone(),
         })
     }
@@ -167,35 +197,30 @@ impl<'a> Section<'a> {
         self.text(field)
     }
 
-    /// A whole number of at least `least`.
-    pub fn count(&self, field: &'static str, least: usize) -> Option<At<usize>> {
+    /// A whole number in `range`.
+    pub fn count(&self, field: &'static str, range: &Count) -> Option<At<usize>> {
         let node = self.node(field)?;
         let Value::Integer(number) = node.value else {
-            self.wrong_type(field, node, "a whole number", &least.max(1).to_string());
+            self.wrong_type(
+                field,
+                node,
+                "a whole number",
+                &range.least.max(1).to_string(),
+            );
             return None;
         };
-        // TOML's own integers end at 2^63 - 1, so the resolved file can hold no more
-        let value = i64::try_from(number)
-            .ok()
-            .and_then(|number| usize::try_from(number).ok());
-        match value {
-            Some(value) if value >= least => Some(At {
-                value,
-                place: node.place.clone(),
-            }),
-            _ => {
-                self.faults.push(
-                    &node.place,
-                    format!("{} = {number} is out of range", self.name(field)),
-                    format!("a whole number from {least} to {}", i64::MAX),
-                );
-                None
-            }
+        let value = range.admit(number);
+        if value.is_none() {
+            self.out_of_range(field, node, &number, range);
         }
+        Some(At {
+            value: value?,
+            place: node.place.clone(),
+        })
     }
 
     /// A number in `range`; whole numbers count as numbers.
-    pub fn number(&self, field: &'static str, range: impl RangeBounds<f64>) -> Option<At<f64>> {
+    pub fn number(&self, field: &'static str, range: &Real) -> Option<At<f64>> {
         let node = self.node(field)?;
         let value = match node.value {
             Value::Float(number) => number,
@@ -205,18 +230,22 @@ impl<'a> Section<'a> {
                 return None;
             }
         };
-        if value.is_finite() && range.contains(&value) {
+        if range.admits(value) {
             return Some(At {
                 value,
                 place: node.place.clone(),
             });
         }
+        self.out_of_range(field, node, &value, range);
+        None
+    }
+
+    fn out_of_range(&self, field: &str, node: &Node, value: &impl Display, range: &impl Display) {
         self.faults.push(
             &node.place,
             format!("{} = {value} is out of range", self.name(field)),
-            format!("a number {}", in_words(&range)),
+            range.to_string(),
         );
-        None
     }
 
     pub fn boolean(&self, field: &'static str) -> Option<At<bool>> {
@@ -300,7 +329,7 @@ impl<'a> Section<'a> {
     pub fn is_text(&self, field: &str) -> bool {
         self.table
             .get(field)
-            .is_some_and(|entry| matches!(entry.node.value, Value::Text(_)))
+            .is_some_and(|entry| entry.node.as_text().is_some())
     }
 
     /// The table inside this one called `field`.
@@ -352,32 +381,18 @@ impl<'a> Section<'a> {
             .iter()
             .filter(|entry| !asked.contains(&entry.key.as_str()))
         {
-            self.faults.push(
-                &entry.place,
-                format!("unknown field {}", self.name(&entry.key)),
-                did_you_mean(&entry.key, asked.iter().copied(), "the fields here are"),
-            );
+            let hint = match self.faults.is_full() {
+                true => String::new(),
+                false => did_you_mean(&entry.key, asked.iter().copied(), "the fields here are"),
+            };
+            let what = format!("unknown field {}", self.name(&entry.key));
+            self.faults.push(&entry.place, what, hint);
         }
     }
 }
 
-fn in_words(range: &impl RangeBounds<f64>) -> String {
-    let lower = match range.start_bound() {
-        Bound::Included(least) => Some(format!("of at least {least}")),
-        Bound::Excluded(bound) => Some(format!("above {bound}")),
-        Bound::Unbounded => None,
-    };
-    let upper = match range.end_bound() {
-        Bound::Included(most) => Some(format!("at most {most}")),
-        Bound::Excluded(bound) => Some(format!("below {bound}")),
-        Bound::Unbounded => None,
-    };
-    [lower, upper]
-        .into_iter()
-        .flatten()
-        .collect::<Vec<_>>()
-        .join(" and ")
-}
+/// Characters that a name may have for another to be suggested.
+const LONGEST_NAME: usize = 64;
 
 /// "did you mean …?" for the nearest candidate, or all candidates after `otherwise` when none is near.
 pub(crate) fn did_you_mean<'a>(
@@ -388,8 +403,11 @@ pub(crate) fn did_you_mean<'a>(
     let mut candidates: Vec<&str> = candidates.collect();
     candidates.sort_unstable();
     candidates.dedup();
+    // What is longer than any name is near none, and its distance would be long to compute.
+    let is_short = typed.chars().nth(LONGEST_NAME).is_none();
     let nearest = candidates
         .iter()
+        .filter(|_| is_short)
         .map(|candidate| (edit_distance(typed, candidate), *candidate))
         .min();
     match nearest {
@@ -432,6 +450,22 @@ mod tests {
         assert_eq!(edit_distance("step", "steps"), 1);
         assert_eq!(edit_distance("", "abc"), 3);
         assert_eq!(edit_distance("kitten", "sitting"), 3);
+    }
+
+    #[test]
+    fn of_very_many_faults_some_are_told_and_the_others_counted() {
+        let faults = Faults::default();
+        let place = Place::Argument("here".to_string());
+        for number in 0..1_000_000 {
+            faults.push(&place, number.to_string(), "none");
+        }
+        faults.push(&place, "x".repeat(1_000_000), "none");
+        let lines = faults.into_lines();
+        assert_eq!(lines.len(), MOST_FAULTS + 1);
+        assert_eq!(lines[MOST_FAULTS], "and 999901 more faults");
+        let one = Faults::default();
+        one.push(&place, "x".repeat(1_000_000), "none");
+        assert!(one.into_lines()[0].len() < 2 * MOST_CHARACTERS);
     }
 
     #[test]

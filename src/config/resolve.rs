@@ -5,6 +5,7 @@ use std::path::Path;
 use super::defaults;
 use super::direct;
 use super::effect::{first_idle, unlike};
+use super::limits;
 use super::models::{self, Family, Kind};
 use super::prompts::PromptList;
 use super::reader::{At, Faults, did_you_mean};
@@ -69,8 +70,74 @@ pub(super) fn pipeline(typed: &typed::Pipeline, faults: &Faults) -> Option<Resol
         evaluation: evaluation?,
         channels: channels(&typed.channels),
     };
+    check_plan(typed, &resolved, faults);
     let whole = source != Source::Proxies || resolved.teacher().is_some();
     whole.then_some(resolved)
+}
+
+/// Reports numbers that are in range, but together too large to be planned.
+fn check_plan(typed: &typed::Pipeline, resolved: &Resolved, faults: &Faults) {
+    let start = &typed.start;
+    let subjects = resolved.subjects.len() as u128;
+    let uses = |training: &Training| training.steps as u128 * training.batch_size as u128;
+    let student = typed.student.as_ref();
+    let mut checks = vec![(
+        uses(&resolved.student.training),
+        limits::USES,
+        student.map_or(start, |student| place_of(&student.training.steps, start)),
+        "the examples of all steps of the student (steps · batch_size)",
+    )];
+    if let Some(direct) = resolved.direct() {
+        checks.push((
+            uses(&direct.training),
+            limits::USES,
+            place_of(&typed.direct.training.steps, start),
+            "the examples of all steps of direct tuning (steps · batch_size)",
+        ));
+    }
+    if let (Some((supervisor, proxies)), Some(section)) = (resolved.teacher(), &typed.supervisor) {
+        let prior = supervisor.prior_preservation.as_ref();
+        let class_images = prior.map_or(0, |prior| prior.class_images as u128);
+        checks.extend([
+            (
+                subjects * uses(&supervisor.training),
+                limits::USES,
+                place_of(&section.training.steps, &section.place),
+                "the examples of all steps of the supervisors (subjects · steps · batch_size)",
+            ),
+            (
+                subjects * proxies.count as u128,
+                limits::PICTURES,
+                place_of(&typed.proxies.count, start),
+                "the proxies of all subjects (subjects · count)",
+            ),
+            (
+                subjects * class_images,
+                limits::PICTURES,
+                &section.place,
+                "the class images of all subjects (subjects · class_images)",
+            ),
+        ]);
+    }
+    let prompts = resolved.subjects.iter().map(|subject| {
+        let templates = resolved.evaluation.prompts.templates(&subject.class);
+        templates.len() as u128
+    });
+    checks.push((
+        prompts.sum::<u128>() * resolved.evaluation.images_per_prompt as u128,
+        limits::PICTURES,
+        place_of(&typed.evaluation.images_per_prompt, start),
+        "the pictures of an evaluation (subjects · prompts · images_per_prompt)",
+    ));
+    for (number, most, place, what) in checks {
+        if number > most as u128 {
+            faults.push(
+                place,
+                format!("{what} are {number}"),
+                format!("at most {most} can be planned beforehand"),
+            );
+        }
+    }
 }
 
 fn missing_section(faults: &Faults, start: &Place, section: &str, model: &str) {

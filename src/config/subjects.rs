@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
+use super::limits::NAME_BYTES;
 use super::prompts;
 use super::reader::Faults;
 use super::resolve::place_of;
@@ -23,15 +24,8 @@ pub(super) fn resolve(typed: &typed::Pipeline, faults: &Faults) -> Option<Vec<Su
     for subject in &typed.subjects {
         check_name(subject, faults);
         if let Some(token) = &subject.token {
-            if token
-                .value
-                .contains(|c: char| c.is_whitespace() || "{}".contains(c))
-            {
-                faults.push(
-                    &token.place,
-                    "a token must be one word",
-                    "for example token = \"sks\"",
-                );
+            if let Err(what) = prompts::check_token(&token.value) {
+                faults.push(&token.place, what, "for example token = \"sks\"");
             }
             if !taken.insert(token.value.clone()) {
                 faults.push(
@@ -68,6 +62,13 @@ pub(super) fn resolve(typed: &typed::Pipeline, faults: &Faults) -> Option<Vec<Su
         else {
             continue;
         };
+        if class.value.contains(char::is_control) || class.value.len() > CLASS_BYTES {
+            faults.push(
+                &class.place,
+                format!("{:?} cannot be a class", excerpt(&class.value)),
+                format!("a class is a few words of at most {CLASS_BYTES} bytes, such as dog"),
+            );
+        }
         if class.value.split_whitespace().any(|word| word == token) {
             faults.push(
                 place_of(&subject.token, &class.place),
@@ -102,14 +103,35 @@ pub(super) fn resolve(typed: &typed::Pipeline, faults: &Faults) -> Option<Vec<Su
     Some(resolved)
 }
 
+/// The most bytes of a class, which stands in every prompt.
+const CLASS_BYTES: usize = 200;
+
+/// The beginning of `text`, for a fault.
+fn excerpt(text: &str) -> String {
+    match text.char_indices().nth(40) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_string(),
+    }
+}
+
 fn check_name(subject: &typed::Subject, faults: &Faults) {
+    let name = &subject.name;
     let plain = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
-    if subject.name.is_empty() || subject.name.starts_with('.') || !subject.name.chars().all(plain)
-    {
+    if name.is_empty() || name.starts_with('.') || !name.chars().all(plain) {
         faults.push(
             &subject.place,
-            format!("{:?} cannot be a subject's name", subject.name),
+            format!("{:?} cannot be a subject's name", excerpt(name)),
             "names consist of letters, digits, _, - and ., and do not begin with a dot: folders are called after them",
+        );
+    } else if name.len() > NAME_BYTES {
+        faults.push(
+            &subject.place,
+            format!(
+                "the name of subject {} has {} bytes",
+                excerpt(name),
+                name.len()
+            ),
+            format!("at most {NAME_BYTES} are taken: folders are called after it"),
         );
     }
 }

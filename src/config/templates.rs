@@ -1,8 +1,12 @@
 //! Prompt templates: files of them, and what may stand in them.
 
+use std::path::Path;
+
+use super::limits::TEXT_BYTES;
 use super::prompts::{self, PromptList};
 use super::reader::{At, Faults, did_you_mean};
 use super::tree::Place;
+use crate::files::text;
 use crate::{Error, Result};
 
 /// The list of prompts called `list`: one that ships, or a file with one template per line.
@@ -28,8 +32,16 @@ pub(super) fn read(name: &At<String>, faults: &Faults) -> Option<PromptList> {
     if let Some(list) = PromptList::named(&name.value) {
         return Some(list);
     }
-    let text = match crate::files::read_text(name.value.as_ref(), crate::files::SETTINGS) {
+    let text = match text::read(Path::new(&name.value), TEXT_BYTES) {
         Ok(text) => text,
+        Err(error) if Path::new(&name.value).exists() => {
+            faults.push(
+                &name.place,
+                error.to_string(),
+                error.hint().unwrap_or_default(),
+            );
+            return None;
+        }
         Err(error) => {
             let error = match error {
                 Error::Io { source, .. } => source.to_string(),

@@ -5,7 +5,8 @@ use std::fmt;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::reader::Fault;
+use super::own_subjects::{self, Changes};
+use super::reader::{Fault, Faults};
 
 /// Where a value was typed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,6 +38,26 @@ impl fmt::Display for Place {
 pub(super) struct Node {
     pub place: Place,
     pub value: Value,
+    /// How an override was typed whose value is neither a text nor made of several: where a text is wanted, this is it.
+    pub typed: Option<String>,
+}
+
+impl Node {
+    pub fn new(place: Place, value: Value) -> Self {
+        Self {
+            place,
+            value,
+            typed: None,
+        }
+    }
+
+    /// The value as a text. Nobody puts quotes around the 2024 of `--set subject.rex.class=2024`.
+    pub fn as_text(&self) -> Option<&str> {
+        match &self.value {
+            Value::Text(text) => Some(text),
+            _ => self.typed.as_deref(),
+        }
+    }
 }
 
 /// A value, with integers wide enough to tell "too large" from "wrong".
@@ -84,21 +105,32 @@ impl Table {
     pub fn get(&self, key: &str) -> Option<&Entry> {
         self.entries.iter().find(|entry| entry.key == key)
     }
+
+    /// Where the value at `path` was typed, or else the nearest table around it; `None` when there is none.
+    pub fn place(&self, path: &[String]) -> Option<&Place> {
+        let (first, rest) = path.split_first()?;
+        let entry = self.get(first)?;
+        match (&entry.node.value, rest) {
+            (_, []) => Some(&entry.node.place),
+            (Value::Table(table), rest) => table.place(rest).or(Some(&entry.place)),
+            _ => Some(&entry.place),
+        }
+    }
 }
 
-/// Parses `text`, which is called `file` in faults, and lays `overrides` (`a.b=value`) over it. Gives the faults of the
-/// text's syntax, then those of the overrides.
+/// Faults of syntax that are looked at: each may follow from the one before.
+const MOST_ERRORS: usize = 100;
+
+/// Parses `text`, which is called `file` in faults, and lays `changes` over it. Gives the faults of the text's syntax,
+/// then those of the changes.
 ///
 /// The tree is whole even where there are faults; after a fault of syntax it may lack what followed.
-pub(super) fn parse(
-    text: &str,
-    file: &str,
-    overrides: &[String],
-) -> (Table, Vec<Fault>, Vec<Fault>) {
+pub(super) fn parse(text: &str, file: &str, changes: &Changes<'_>) -> (Table, Vec<Fault>, Faults) {
     let places = Places::new(text, file);
     let (document, errors) = DeTable::parse_recoverable(text);
-    let faults: Vec<Fault> = errors
+    let syntax: Vec<Fault> = errors
         .iter()
+        .take(MOST_ERRORS)
         .map(|error| Fault {
             place: places.at(error.span().map_or(0, |span| span.start)),
             what: error.message().to_string(),
@@ -106,11 +138,11 @@ pub(super) fn parse(
         })
         .collect();
     let mut table = places.table(document.get_ref());
-    let overriding = overrides
-        .iter()
-        .filter_map(|text| lay_over(&mut table, text).err());
-    let overriding = overriding.collect();
-    (table, faults, overriding)
+    let faults = Faults::default();
+    own_subjects::lay_over(&mut table, changes, &faults);
+    let overriding = changes.overrides.iter();
+    faults.extend(overriding.filter_map(|text| lay_over(&mut table, text).err()));
+    (table, syntax, faults)
 }
 
 fn syntax_hint(message: &str) -> &'static str {
@@ -126,26 +158,49 @@ struct Places<'a> {
     text: &'a str,
     file: &'a str,
     line_starts: Vec<usize>,
+    /// Characters before each block: a line may be as long as the file, and hold as many values.
+    characters: Vec<usize>,
+}
+
+/// Bytes of a block.
+const BLOCK: usize = 1024;
+
+/// How many characters begin in `bytes`, which are UTF-8.
+fn beginnings(bytes: &[u8]) -> usize {
+    bytes.iter().filter(|byte| **byte & 0xC0 != 0x80).count()
 }
 
 impl<'a> Places<'a> {
     fn new(text: &'a str, file: &'a str) -> Self {
         let after_newlines = text.match_indices('\n').map(|(at, _)| at + 1);
+        let mut before = 0;
+        let blocks = text.as_bytes().chunks(BLOCK).map(|block| {
+            before += beginnings(block);
+            before
+        });
         Self {
             text,
             file,
             line_starts: std::iter::once(0).chain(after_newlines).collect(),
+            characters: std::iter::once(0).chain(blocks).collect(),
         }
+    }
+
+    /// How many characters begin before the byte `offset`, which is at most the text's length.
+    fn characters_before(&self, offset: usize) -> usize {
+        let block = offset / BLOCK;
+        self.characters[block] + beginnings(&self.text.as_bytes()[block * BLOCK..offset])
     }
 
     fn at(&self, offset: usize) -> Place {
         let line = self.line_starts.partition_point(|start| *start <= offset);
         let start = self.line_starts[line - 1]; // the first line starts at 0 <= offset, so `line` is at least 1
-        let before = self.text.get(start..offset).unwrap_or("");
+        let offset = offset.min(self.text.len());
+        let column = self.characters_before(offset) - self.characters_before(start);
         Place::File {
             file: self.file.to_string(),
             line,
-            column: before.chars().count() + 1,
+            column: column + 1,
         }
     }
 
@@ -169,10 +224,7 @@ impl<'a> Places<'a> {
     }
 
     fn node(&self, value: &Spanned<DeValue<'_>>) -> Node {
-        Node {
-            place: self.at(value.span().start),
-            value: self.value(value.get_ref()),
-        }
+        Node::new(self.at(value.span().start), self.value(value.get_ref()))
     }
 
     fn value(&self, value: &DeValue<'_>) -> Value {
@@ -239,7 +291,8 @@ fn lay_over(root: &mut Table, text: &str) -> Result<(), Fault> {
 /// Path, keys and value of an override. A key in quotes may hold dots and equals signs, as TOML has it; a path that is
 /// no TOML key is cut at its dots.
 fn assignment(text: &str) -> Option<(&str, Vec<String>, &str)> {
-    let signs = text.match_indices('=').map(|(at, _)| at);
+    // A key holds few of them, if any.
+    let signs = text.match_indices('=').map(|(at, _)| at).take(8);
     let as_toml = signs
         .map(|at| (&text[..at], &text[at + 1..]))
         .find_map(|(path, value)| Some((path, dotted_key(path)?, value)));
@@ -272,10 +325,7 @@ fn entry<'t>(table: &'t mut Table, key: &str, place: &Place) -> &'t mut Entry {
         table.entries.push(Entry {
             key: key.to_string(),
             place: place.clone(),
-            node: Node {
-                place: place.clone(),
-                value: Value::Table(Table::default()),
-            },
+            node: Node::new(place.clone(), Value::Table(Table::default())),
         });
         table.entries.len() - 1
     });
@@ -291,14 +341,14 @@ fn override_value(typed: &str, place: &Place) -> Node {
         .filter(|document| document.get_ref().len() == 1)
         .and_then(|document| document.get_ref().get("value"))
         .map(|value| Places::new(&line, "").value(value.get_ref()));
-    let mut node = Node {
-        place: place.clone(),
-        value: match value {
-            None | Some(Value::Date(_)) => Value::Text(typed.to_string()),
-            Some(value) => value,
-        },
+    let value = match value {
+        None | Some(Value::Date(_)) => Value::Text(typed.to_string()),
+        Some(value) => value,
     };
+    let is_one = !matches!(value, Value::Text(_) | Value::List(_) | Value::Table(_));
+    let mut node = Node::new(place.clone(), value);
     put_at(&mut node, place);
+    node.typed = is_one.then(|| typed.to_string());
     node
 }
 

@@ -1,18 +1,9 @@
 //! What was typed: the sections of a pipeline file with the fields that stand in it, each with its place.
 
-use std::ops::Bound::{Excluded, Included, Unbounded};
-
+use super::limits;
 use super::reader::{At, Choice, Faults, Section};
 use super::resolved::{Device, Dtype, LrScheduler, Memory, Optimizer, Source, Tuning};
 use super::tree::{Place, Table};
-
-type Bounds = (std::ops::Bound<f64>, std::ops::Bound<f64>);
-const ABOVE_ZERO: Bounds = (Excluded(0.0), Unbounded);
-const NOT_NEGATIVE: Bounds = (Included(0.0), Unbounded);
-const AT_LEAST_ONE: Bounds = (Included(1.0), Unbounded);
-const SHARE: Bounds = (Included(0.0), Included(1.0));
-const BELOW_ONE: Bounds = (Included(0.0), Excluded(1.0));
-const PROBABILITY: Bounds = (Excluded(0.0), Included(1.0));
 
 /// A field that may have been typed.
 pub(super) type Typed<T> = Option<At<T>>;
@@ -222,8 +213,8 @@ impl Pipeline {
         let root = Section::new(faults, "", start.clone(), table);
         let pipeline = Pipeline {
             start,
-            seed: root.count("seed", 0),
-            threads: root.count("threads", 0),
+            seed: root.count("seed", &limits::SEED),
+            threads: root.count("threads", &limits::THREADS),
             subjects: root.section("subject").map_or_else(Vec::new, |all| {
                 let subjects = all.sections().into_iter();
                 subjects
@@ -258,7 +249,7 @@ impl Subject {
             images: section.required_text("images", "\"photos/dog\""),
             class: section.required_text("class", "\"dog\""),
             token: section.text("token"),
-            replay: section.count("replay", 1),
+            replay: section.count("replay", &limits::PROXIES),
             name,
         };
         section.finish();
@@ -273,7 +264,7 @@ impl Supervisor {
             model: section.required_text("model", "\"nano-sd3\""),
             device: device(&section),
             dtype: section.choice("dtype"),
-            resolution: section.count("resolution", 8),
+            resolution: section.count("resolution", &limits::RESOLUTION),
             prompt: section.text("prompt"),
             training: Training::read(&section),
             prior_preservation: section
@@ -288,8 +279,8 @@ impl Supervisor {
 impl PriorPreservation {
     fn read(section: Section<'_>) -> Self {
         let prior = PriorPreservation {
-            class_images: section.count("class_images", 1),
-            weight: section.number("weight", ABOVE_ZERO),
+            class_images: section.count("class_images", &limits::CLASS_IMAGES),
+            weight: section.number("weight", &limits::ABOVE_ZERO),
             prompt: section.text("prompt"),
         };
         section.finish();
@@ -333,23 +324,24 @@ impl Training {
     fn read(section: &Section<'_>) -> Self {
         Training {
             tuning: section.choice("tuning"),
-            steps: section.count("steps", 1),
-            batch_size: section.count("batch_size", 1),
-            gradient_accumulation_steps: section.count("gradient_accumulation_steps", 1),
-            learning_rate: section.number("learning_rate", ABOVE_ZERO),
+            steps: section.count("steps", &limits::STEPS),
+            batch_size: section.count("batch_size", &limits::BATCH_SIZE),
+            gradient_accumulation_steps: section
+                .count("gradient_accumulation_steps", &limits::BATCH_SIZE),
+            learning_rate: section.number("learning_rate", &limits::ABOVE_ZERO),
             optimizer: section.choice("optimizer"),
-            adam_beta1: section.number("adam_beta1", BELOW_ONE),
-            adam_beta2: section.number("adam_beta2", BELOW_ONE),
-            adam_epsilon: section.number("adam_epsilon", ABOVE_ZERO),
-            weight_decay: section.number("weight_decay", NOT_NEGATIVE),
+            adam_beta1: section.number("adam_beta1", &limits::BELOW_ONE),
+            adam_beta2: section.number("adam_beta2", &limits::BELOW_ONE),
+            adam_epsilon: section.number("adam_epsilon", &limits::ABOVE_ZERO),
+            weight_decay: section.number("weight_decay", &limits::NOT_NEGATIVE),
             prodigy: Prodigy::read(section),
-            max_grad_norm: section.number("max_grad_norm", ABOVE_ZERO),
+            max_grad_norm: section.number("max_grad_norm", &limits::ABOVE_ZERO),
             lr_scheduler: section.choice("lr_scheduler"),
-            warmup_steps: section.count("warmup_steps", 0),
-            rank: section.count("rank", 1),
-            alpha: section.number("alpha", ABOVE_ZERO),
+            warmup_steps: section.count("warmup_steps", &limits::STEPS_OR_NONE),
+            rank: section.count("rank", &limits::RANK),
+            alpha: section.number("alpha", &limits::ABOVE_ZERO),
             targets: section.texts("targets"),
-            checkpoint_every: section.count("checkpoint_every", 1),
+            checkpoint_every: section.count("checkpoint_every", &limits::CHECKPOINT_EVERY),
             memory: section.choice("memory"),
         }
     }
@@ -388,8 +380,8 @@ impl Prodigy {
 impl Sampling {
     fn read_diffusion(section: &Section<'_>) -> Self {
         Sampling {
-            guidance_scale: section.number("guidance_scale", AT_LEAST_ONE),
-            num_inference_steps: section.count("num_inference_steps", 1),
+            guidance_scale: section.number("guidance_scale", &limits::GUIDANCE_SCALE),
+            num_inference_steps: section.count("num_inference_steps", &limits::NUM_INFERENCE_STEPS),
             negative_prompt: section.any_text("negative_prompt"),
             ..Sampling::default()
         }
@@ -397,10 +389,10 @@ impl Sampling {
 
     fn read_any(section: &Section<'_>) -> Self {
         Sampling {
-            top_k: section.count("top_k", 0),
-            top_p: section.number("top_p", PROBABILITY),
-            temperature: section.number("temperature", NOT_NEGATIVE),
-            guidance_interval: section.count("guidance_interval", 0),
+            top_k: section.count("top_k", &limits::TOP_K),
+            top_p: section.number("top_p", &limits::PROBABILITY),
+            temperature: section.number("temperature", &limits::NOT_NEGATIVE),
+            guidance_interval: section.count("guidance_interval", &limits::GUIDANCE_INTERVAL),
             ..Sampling::read_diffusion(section)
         }
     }
@@ -410,8 +402,8 @@ impl Proxies {
     fn read(section: Section<'_>) -> Self {
         let proxies = Proxies {
             place: Some(section.place().clone()),
-            count: section.count("count", 1),
-            batch_size: section.count("batch_size", 1),
+            count: section.count("count", &limits::PROXIES),
+            batch_size: section.count("batch_size", &limits::BATCH_SIZE),
             prompts: section.texts("prompts"),
             sampling: Sampling::read_diffusion(&section),
         };
@@ -426,14 +418,14 @@ impl Student {
             model: section.required_text("model", "\"nano-llamagen\""),
             device: device(&section),
             dtype: section.choice("dtype"),
-            resolution: section.count("resolution", 8),
+            resolution: section.count("resolution", &limits::RESOLUTION),
             source: section.choice("source"),
             init: section.text("init"),
             init_digest: section.text("init_digest"),
             training: Training::read(&section),
-            condition_dropout: section.number("condition_dropout", SHARE),
-            dropout: section.number("dropout", BELOW_ONE),
-            overlap: section.number("overlap", SHARE),
+            condition_dropout: section.number("condition_dropout", &limits::SHARE),
+            dropout: section.number("dropout", &limits::BELOW_ONE),
+            overlap: section.number("overlap", &limits::SHARE),
             sampling: Sampling::read_any(&section),
         };
         section.finish();
@@ -458,8 +450,8 @@ impl Direct {
             enabled: section.boolean("enabled"),
             source: section.choice("source"),
             training: Training::read(&section),
-            condition_dropout: section.number("condition_dropout", SHARE),
-            dropout: section.number("dropout", BELOW_ONE),
+            condition_dropout: section.number("condition_dropout", &limits::SHARE),
+            dropout: section.number("dropout", &limits::BELOW_ONE),
         };
         section.finish();
         direct
@@ -476,9 +468,9 @@ impl Evaluation {
                     .texts("prompts")
                     .map(|list| Prompts::Listed(list.value))
             },
-            images_per_prompt: section.count("images_per_prompt", 1),
-            batch_size: section.count("batch_size", 1),
-            every: section.count("every", 0),
+            images_per_prompt: section.count("images_per_prompt", &limits::IMAGES_PER_PROMPT),
+            batch_size: section.count("batch_size", &limits::BATCH_SIZE),
+            every: section.count("every", &limits::STEPS_OR_NONE),
             untouched: section.boolean("untouched"),
             clip: section.text("clip"),
             dino: section.text("dino"),
@@ -492,13 +484,13 @@ impl Evaluation {
 impl Channels {
     fn read(section: Section<'_>) -> Self {
         let channels = Channels {
-            references: section.count("references", 1),
-            supervisors: section.count("supervisors", 1),
-            proxies: section.count("proxies", 1),
-            kept: section.count("kept", 1),
-            tokens: section.count("tokens", 1),
-            checkpoints: section.count("checkpoints", 1),
-            evaluations: section.count("evaluations", 1),
+            references: section.count("references", &limits::CHANNEL),
+            supervisors: section.count("supervisors", &limits::CHANNEL),
+            proxies: section.count("proxies", &limits::CHANNEL),
+            kept: section.count("kept", &limits::CHANNEL),
+            tokens: section.count("tokens", &limits::CHANNEL),
+            checkpoints: section.count("checkpoints", &limits::CHANNEL),
+            evaluations: section.count("evaluations", &limits::CHANNEL),
         };
         section.finish();
         channels

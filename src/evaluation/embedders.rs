@@ -81,6 +81,25 @@ impl TextEmbedder for ClipEmbedder {
     }
 }
 
+/// Side in pixels of the square images that the DINO in `directory` takes.
+///
+/// # Errors
+/// When its config cannot be read, or its images are no squares.
+pub fn dino_side(directory: &Path) -> Result<u32> {
+    side_of(&vit::Config::read(directory)?)
+}
+
+fn side_of(config: &vit::Config) -> Result<u32> {
+    let vit::Size { height, width } = config.image_size;
+    let side = config.image_size.side().ok_or_else(|| {
+        Error::invalid(
+            format!("a DINO for images of {height} by {width} pixels"),
+            "scores are taken with one for square images",
+        )
+    })?;
+    Ok(side as u32)
+}
+
 /// DINO's vision transformer; an embedding is its class token after the final norm.
 pub struct DinoEmbedder {
     model: Vit,
@@ -160,14 +179,7 @@ fn clip_preprocessing(directory: &Path, config: &clip::Config) -> Result<Preproc
 }
 
 fn dino_preprocessing(directory: &Path, config: &vit::Config) -> Result<Preprocessing> {
-    let vit::Size { height, width } = config.image_size;
-    let side = config.image_size.side().ok_or_else(|| {
-        Error::invalid(
-            format!("a DINO for images of {height} by {width} pixels"),
-            "scores are taken with one for square images",
-        )
-    })?;
-    let official = Preprocessing::dino(side as u32);
+    let official = Preprocessing::dino(side_of(config)?);
     match is_official(directory, config) {
         true => Ok(official),
         false => Preprocessing::from_checkpoint(directory, official),

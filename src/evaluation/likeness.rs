@@ -9,6 +9,7 @@ use super::embed::{ImageEmbedder, TextEmbedder};
 use super::embedders::{ClipEmbedder, DinoEmbedder};
 use crate::config::locate;
 use crate::images;
+use crate::models::reading::{clip_reader, unread};
 use crate::plan::evaluators_key;
 use crate::store::query::{Snapshot, Space};
 use crate::{Error, Result};
@@ -111,6 +112,22 @@ impl Like {
                 first(embedder.images(&[image])?)
             }
         }
+    }
+}
+
+impl Like {
+    /// Words of a text that is compared by CLIP which are not read: see [`unread`].
+    ///
+    /// # Errors
+    /// When the models are not here any more.
+    pub async fn unread(&self, snapshot: &Snapshot, space: Space) -> Result<Vec<String>> {
+        let (Like::Text(text), Space::Clip) = (self, space) else {
+            return Ok(Vec::new());
+        };
+        let clip = models(snapshot).await?.0;
+        let name = clip.file_name().unwrap_or_default().to_string_lossy();
+        let found = unread(&name, &[clip_reader(&clip)?], &[text.as_str().into()])?;
+        Ok(found.warnings)
     }
 }
 

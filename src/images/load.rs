@@ -60,6 +60,12 @@ pub fn load(path: &Path) -> Result<RgbImage> {
 /// passed over; a picture that cannot be used, or that `reduce` refuses, is set aside with its reason. Fails when `dir` cannot be listed or holds
 /// nothing usable.
 pub fn folder<T>(dir: &Path, reduce: impl Fn(RgbImage) -> Result<T>) -> Result<Folder<T>> {
+    if dir.is_file() {
+        return Err(Error::invalid(
+            format!("{} is not a folder", dir.display()),
+            "name the folder that the pictures lie in",
+        ));
+    }
     let paths = files_in(dir)?;
     let mut found = Folder {
         photos: Vec::new(),

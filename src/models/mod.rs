@@ -15,6 +15,7 @@ pub mod lora_file;
 mod lora_fit;
 pub mod merge;
 pub mod pickle;
+pub mod reading;
 pub mod sampling_file;
 pub mod sd3;
 pub mod sdxl;
@@ -33,6 +34,7 @@ use candle_core::{Device, Tensor, Var};
 use image::RgbImage;
 use rand_chacha::ChaCha8Rng;
 
+use self::checkpoint_files::WeightFiles;
 use self::latent_diffusion::Framing;
 use crate::config::{self, Dtype, Family, Memory};
 use crate::nn::{Adapter, LoraConfig, Weights};
@@ -153,9 +155,6 @@ pub trait Learner: Send {
     /// checkpoint where all weights are trained. `values` stand in for the variables (see [`snapshot`]).
     fn save(&self, dir: &Path, values: &BTreeMap<String, Tensor>) -> Result<()>;
 
-    /// The words of `prompt` that the model's text tokenizer has no token for.
-    fn unknown_words(&self, prompt: &str) -> Result<Vec<String>>;
-
     /// The values that a folder written by [`Learner::save`] holds, by the names of the variables.
     fn read(&self, dir: &Path) -> Result<BTreeMap<String, Tensor>>;
 }
@@ -246,6 +245,94 @@ impl Opening {
     }
 }
 
+/// Says why models of this `family` cannot learn or draw here, if they cannot: what [`open`] would say.
+///
+/// # Errors
+/// Then.
+pub fn check_family(family: Family) -> Result<()> {
+    match family {
+        Family::LlamaGen | Family::Lumina | Family::Sd3 | Family::Sdxl | Family::Flux => Ok(()),
+        Family::Clip | Family::Dino => Err(Error::invalid(
+            format!("{family} cannot be trained here"),
+            "models that can: SDXL, SD3, SD3.5 and FLUX.1 (diffusion), LlamaGen and Lumina-mGPT (autoregressive)",
+        )),
+    }
+}
+
+/// Side in pixels of the square images that the checkpoint of this `family` in `dir` draws and learns from: what is
+/// `asked` for, or its own.
+///
+/// # Errors
+/// When it cannot have that side, or a part that tells is missing.
+pub fn resolution(family: Family, dir: &Path, asked: Option<u32>) -> Result<u32> {
+    let own = match family {
+        Family::LlamaGen => llamagen::resolution(dir, asked)?,
+        Family::Lumina => {
+            let (_, format, _) = chameleon::format(dir, asked)?;
+            format.side() as u32
+        }
+        Family::Sd3 => sd3::resolution(dir, asked.map(|side| side as usize))? as u32,
+        Family::Sdxl => sdxl::resolution(dir, asked.map(|side| side as usize))? as u32,
+        Family::Flux => flux::resolution(dir, asked.map(|side| side as usize))? as u32,
+        Family::Clip | Family::Dino => {
+            return asked.ok_or_else(|| Error::Invalid {
+                what: format!("the resolution of a {family} model"),
+                hint: None,
+            });
+        }
+    };
+    match asked {
+        Some(asked) if asked != own => Err(Error::invalid(
+            format!("the model draws images of {own} pixels, not of {asked}"),
+            "leave resolution out, or name the checkpoint for another size",
+        )),
+        _ => Ok(own),
+    }
+}
+
+/// The paths of the linear layers of the backbone of the checkpoint in `dir`, as its file names them; `None` where only
+/// opening it would tell.
+///
+/// # Errors
+/// When its weights are missing or damaged.
+pub fn linear_layers(
+    family: Family,
+    dir: &Path,
+    resolution: Option<u32>,
+) -> Result<Option<Vec<String>>> {
+    let files = match family {
+        Family::LlamaGen => llamagen::Files::find(dir, resolution)?.backbone()?,
+        Family::Lumina => WeightFiles::find(dir, "model")?,
+        Family::Sd3 | Family::Sdxl | Family::Flux => {
+            let part = if family == Family::Sdxl {
+                "unet"
+            } else {
+                "transformer"
+            };
+            WeightFiles::find(&dir.join(part), "diffusion_pytorch_model")?
+        }
+        Family::Clip | Family::Dino => return Ok(None),
+    };
+    let WeightFiles::Safetensors(files) = files else {
+        return Ok(None);
+    };
+    let mut layers = Vec::new();
+    for (name, shape) in checkpoint_files::shapes(&files)? {
+        let layer = name.strip_suffix(".weight");
+        let is_table = |layer: &&str| {
+            ["tok_embeddings", "embed_tokens"]
+                .iter()
+                .any(|table| layer.ends_with(table))
+        };
+        layers.extend(
+            layer
+                .filter(|layer| shape.len() == 2 && !is_table(layer))
+                .map(String::from),
+        );
+    }
+    Ok(Some(layers))
+}
+
 /// Opens the learner of the opening's family.
 pub fn open(opening: &Opening) -> Result<Box<dyn Learner>> {
     match opening.family {
@@ -254,10 +341,13 @@ pub fn open(opening: &Opening) -> Result<Box<dyn Learner>> {
         Family::Sd3 => Ok(Box::new(sd3::Sd3Learner::open(opening)?)),
         Family::Sdxl => Ok(Box::new(sdxl::SdxlLearner::open(opening)?)),
         Family::Flux => Ok(Box::new(flux::FluxLearner::open(opening)?)),
-        family @ (Family::Clip | Family::Dino) => Err(Error::invalid(
-            format!("{family} cannot be trained here"),
-            "models that can: SDXL, SD3, SD3.5 and FLUX.1 (diffusion), LlamaGen and Lumina-mGPT (autoregressive)",
-        )),
+        family @ (Family::Clip | Family::Dino) => {
+            check_family(family)?;
+            Err(Error::Invalid {
+                what: format!("{family} is not opened"),
+                hint: None,
+            })
+        }
     }
 }
 

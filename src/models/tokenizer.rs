@@ -103,17 +103,14 @@ impl TextTokenizer {
                 "use a plainer text",
             )
         };
-        let special = self
-            .tokenizer
-            .get_post_processor()
-            .map_or(0, |processor| processor.added_tokens(false));
+        let special = self.special();
         if max_length < special.max(1) {
             return Err(Error::invalid(
                 format!("a text length of {max_length} tokens"),
                 format!("{special} of them are special tokens"),
             ));
         }
-        let mut encoding = self.tokenizer.encode(text, false).map_err(failed)?;
+        let mut encoding = self.encoding(text)?;
         encoding.truncate(max_length - special, 0, TruncationDirection::Right);
         let encoding = self
             .tokenizer
@@ -124,13 +121,49 @@ impl TextTokenizer {
 
     /// The ids of `text` alone: nothing is added before or after, and nothing is cut.
     pub fn plain_ids(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.tokenizer.encode(text, false).map_err(|e| {
+        Ok(self.encoding(text)?.get_ids().to_vec())
+    }
+
+    /// Where in `text` the words begin of which [`TextTokenizer::ids`] cuts off anything: the byte of the first one.
+    pub fn cut_at(&self, text: &str, max_length: usize) -> Result<Option<usize>> {
+        self.plain_cut_at(text, max_length.saturating_sub(self.special()))
+    }
+
+    /// Where in `text` the words begin that are not wholly among its first `length` tokens: the byte of the first one.
+    pub fn plain_cut_at(&self, text: &str, length: usize) -> Result<Option<usize>> {
+        let encoding = self.encoding(text)?;
+        let Some(&(start, _)) = encoding.get_offsets().get(length) else {
+            return Ok(None);
+        };
+        let start = (0..=start.min(text.len()))
+            .rev()
+            .find(|at| text.is_char_boundary(*at))
+            .unwrap_or(0);
+        // A token may begin with the space before its word, or in the middle of a word.
+        let rest = &text[start..];
+        let start = start + (rest.len() - rest.trim_start().len());
+        let of_word = text[..start]
+            .char_indices()
+            .rev()
+            .take_while(|(_, c)| !c.is_whitespace())
+            .last();
+        Ok(Some(of_word.map_or(start, |(at, _)| at)))
+    }
+
+    /// How many tokens the tokenizer adds to a text.
+    fn special(&self) -> usize {
+        let processor = self.tokenizer.get_post_processor();
+        processor.map_or(0, |processor| processor.added_tokens(false))
+    }
+
+    /// The tokens of `text` alone.
+    fn encoding(&self, text: &str) -> Result<tokenizers::Encoding> {
+        self.tokenizer.encode(text, false).map_err(|e| {
             Error::invalid(
                 format!("text {text:?} cannot be tokenized: {e}"),
                 "use a plainer text",
             )
-        })?;
-        Ok(encoding.get_ids().to_vec())
+        })
     }
 
     /// [`TextTokenizer::ids`], padded on the right with `padding` to exactly `max_length`.
@@ -178,12 +211,7 @@ impl TextTokenizer {
         let Some(unknown) = self.unknown else {
             return Ok(Vec::new());
         };
-        let encoding = self.tokenizer.encode(text, false).map_err(|e| {
-            Error::invalid(
-                format!("text {text:?} cannot be tokenized: {e}"),
-                "use a plainer text",
-            )
-        })?;
+        let encoding = self.encoding(text)?;
         let mut words: Vec<String> = Vec::new();
         for (&id, &(start, end)) in encoding.get_ids().iter().zip(encoding.get_offsets()) {
             let word = text.get(start..end).unwrap_or_default().trim();
@@ -237,6 +265,19 @@ mod tests {
         assert_eq!(cut.ids, [3, 4, 1]);
         assert_eq!(tokenizer.ids("a dog", 5).unwrap(), [3, 4, 1]);
         assert!(tokenizer.encode("a", 0, 0).is_err());
+    }
+
+    #[test]
+    fn words_that_are_cut_are_known_by_where_the_first_begins() {
+        let (_directory, tokenizer) = word_level();
+        // The end token takes one of the places.
+        let text = "a dog in  a dog, in a";
+        for (length, words) in [(3, "in  a dog, in a"), (4, "a dog, in a"), (6, "dog, in a")] {
+            let at = tokenizer.cut_at(text, length).unwrap().unwrap();
+            assert_eq!(&text[at..], words, "{length}");
+        }
+        assert_eq!(tokenizer.cut_at(text, 9).unwrap(), None);
+        assert_eq!(tokenizer.cut_at("", 1).unwrap(), None);
     }
 
     #[test]

@@ -21,6 +21,14 @@ pub struct LoraConfig {
     pub targets: Vec<String>,
 }
 
+impl LoraConfig {
+    /// Whether `target` names the layer at `path`: it is equal, or its end after a dot.
+    pub fn names(target: &str, path: &str) -> bool {
+        path.strip_suffix(target)
+            .is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+    }
+}
+
 /// The two factors of one adapted layer.
 #[derive(Debug, Clone)]
 pub struct Lora {
@@ -162,13 +170,8 @@ impl Adapter {
         if self.trained.is_some() {
             return Ok(taken);
         }
-        let is_target = self.config.targets.iter().any(|target| {
-            path == target
-                || path
-                    .strip_suffix(target.as_str())
-                    .is_some_and(|rest| rest.ends_with('.'))
-        });
-        if !is_target {
+        let mut targets = self.config.targets.iter();
+        if !targets.any(|target| LoraConfig::names(target, path)) {
             return Ok(None);
         }
         let rank = self.config.rank;

@@ -82,6 +82,10 @@ pub fn generate<'a>(generation: &'a Generation, stop: Stop) -> BoxFuture<'a, Res
                 "it needs a [supervisor], and with --tokens a student that learns from proxies",
             ));
         }
+        let purpose = Purpose::Proxies {
+            tokens: generation.tokens,
+        };
+        let ready = prepare::ready(options, purpose).await?;
         let shard = generation.shard;
         let stem = options.pipeline.file_stem().unwrap_or_default();
         let mut name = format!("{}-proxies", stem.to_string_lossy());
@@ -95,10 +99,7 @@ pub fn generate<'a>(generation: &'a Generation, stop: Stop) -> BoxFuture<'a, Res
             &options.resolved.to_toml()?,
             false,
         )?;
-        let purpose = Purpose::Proxies {
-            tokens: generation.tokens,
-        };
-        let prepared = prepare::prepare(options, purpose, &dir, stop).await?;
+        let prepared = prepare::prepare(options, purpose, &dir, ready, stop).await?;
         let context = prepared.context.clone();
         if generation.tokens && context.tokenizer.is_none() {
             return Err(Error::invalid(

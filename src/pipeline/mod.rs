@@ -4,6 +4,7 @@
 mod extend;
 mod generate;
 mod graph;
+mod preflight;
 mod prepare;
 mod run_dir;
 pub mod topology;
@@ -15,7 +16,8 @@ use futures::future::BoxFuture;
 
 pub use self::generate::{Generated, Generation, generate};
 use self::graph::{Ended, Graph, Manner};
-use self::prepare::Purpose;
+pub use self::preflight::{Obstacle, Preflight, preflight};
+pub use self::prepare::Purpose;
 pub use self::prepare::{device, evaluations, opening_for, sampler_opening, use_threads};
 pub use self::run_dir::RunDir;
 pub(crate) use self::run_dir::lock;
@@ -97,6 +99,7 @@ pub fn run<'a>(options: &'a Options, stop: Stop) -> BoxFuture<'a, Result<Outcome
     Box::pin(async move {
         let start = Instant::now();
         let resolved_text = options.resolved.to_toml()?;
+        let ready = prepare::ready(options, Purpose::Run).await?;
         let dir = RunDir::open(
             &options.out,
             &options.pipeline,
@@ -107,7 +110,7 @@ pub fn run<'a>(options: &'a Options, stop: Stop) -> BoxFuture<'a, Result<Outcome
         if options.progress {
             announce(&dir);
         }
-        let prepared = prepare::prepare(options, Purpose::Run, &dir, stop).await?;
+        let prepared = prepare::prepare(options, Purpose::Run, &dir, ready, stop).await?;
         let context = prepared.context.clone();
         if !options.new
             && let Some(said) = extend::go_on(&context, &prepared.origin, &dir)?
@@ -226,7 +229,9 @@ pub fn report_again<'a>(
             sequential: false,
             progress: false,
         };
-        let prepared = prepare::prepare(&options, Purpose::Report, &run, Stop::default()).await?;
+        let ready = prepare::photos(&options).await?;
+        let prepared =
+            prepare::prepare(&options, Purpose::Report, &run, ready, Stop::default()).await?;
         report::write(&prepared.context, &ending).await
     })
 }

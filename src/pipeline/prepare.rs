@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::preflight::{Preflight, preflight};
 use super::{Options, RunDir};
 use crate::config::{Device, Dtype, Memory, Resolved, Student, Supervisor, locate};
 use crate::evaluation::embed::{Evaluator, ImageEmbedder};
@@ -15,9 +16,7 @@ use crate::plan::{
 };
 use crate::stages::supervise::key_in;
 use crate::stages::tokenize::OpenTokenizer;
-use crate::stages::{
-    Context, Lazy, LazyEvaluator, Subject, TokenizerIdentity, Warnings, references,
-};
+use crate::stages::{Context, Lazy, LazyEvaluator, TokenizerIdentity, Warnings, references};
 use crate::store::{EvaluationRow, Limits, MetricRow, RunRow, Store, Table, Writer, now_us};
 use crate::stream::{Board, Meter, Stop, blocking};
 use crate::training::tuning;
@@ -108,7 +107,7 @@ pub fn use_threads(threads: usize) {
 
 /// What is going to happen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Purpose {
+pub enum Purpose {
     /// The whole graph.
     Run,
     /// The report of a run that has ended, from what the store has.
@@ -121,13 +120,15 @@ pub(super) async fn prepare(
     options: &Options,
     purpose: Purpose,
     run: &RunDir,
+    ready: Preflight,
     stop: Stop,
 ) -> Result<Prepared> {
     let resolved = &options.resolved;
     let place = run.store(options.store.as_deref())?;
     use_threads(resolved.threads);
     let warnings = Warnings::default();
-    let subjects = load_subjects(resolved, &warnings).await?;
+    ready.warnings.into_iter().for_each(|w| warnings.add(w));
+    let subjects = ready.subjects;
     let counts: Vec<(String, usize)> = subjects
         .iter()
         .map(|subject| (subject.name.clone(), subject.images.len()))
@@ -252,16 +253,35 @@ pub(super) async fn prepare(
     })
 }
 
-async fn load_subjects(resolved: &Resolved, warnings: &Warnings) -> Result<Vec<Arc<Subject>>> {
-    let mut subjects = Vec::new();
-    for subject in &resolved.subjects {
-        let (subject, warnings) = (subject.clone(), warnings.clone());
-        let loading = blocking("reading photos", move || {
-            references::load(&subject, &warnings)
-        });
-        subjects.push(Arc::new(loading.await?));
-    }
-    Ok(subjects)
+/// What [`preflight`] finds, if nothing stands in the way.
+///
+/// # Errors
+/// With everything that does.
+pub(super) async fn ready(options: &Options, purpose: Purpose) -> Result<Preflight> {
+    use_threads(options.resolved.threads);
+    let options = options.clone();
+    blocking("looking at what is needed", move || {
+        preflight(&options, purpose).ready()
+    })
+    .await
+}
+
+/// The subjects alone, for a run that has ended.
+///
+/// # Errors
+/// When photos are missing.
+pub(super) async fn photos(options: &Options) -> Result<Preflight> {
+    let resolved = options.resolved.clone();
+    blocking("reading photos", move || {
+        let mut found = Preflight::default();
+        for subject in &resolved.subjects {
+            let (subject, warnings) = references::load(subject)?;
+            found.subjects.push(Arc::new(subject));
+            found.warnings.extend(warnings);
+        }
+        Ok(found)
+    })
+    .await
 }
 
 fn student_opening(resolved: &Resolved, student: &Student, dir: PathBuf) -> Result<Opening> {

@@ -165,4 +165,4 @@ impl Photos {
 }
 
 /// The caption of a reference, as in the paper.
-const PROMPT: &str = "a {token} {class}";
+pub(crate) const PROMPT: &str = "a {token} {class}";

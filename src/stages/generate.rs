@@ -12,6 +12,7 @@ use futures::{FutureExt, Stream, StreamExt};
 use super::synthesize::{batch_claim, draw};
 use super::{Context, ProxyBatch, Supervisor};
 use crate::Result;
+use crate::config::limits;
 use crate::store::{Claim, ProxyRow, Table, TokenRow};
 use crate::stream::Meter;
 
@@ -43,6 +44,9 @@ impl std::str::FromStr for Shard {
         let numbers: Option<(usize, usize)> =
             parts.and_then(|(index, of)| Some((index.parse().ok()?, of.parse().ok()?)));
         match numbers {
+            Some((_, of)) if of > limits::SHARDS.most => {
+                Err(format!("of so many processes, {}", limits::SHARDS))
+            }
             Some((index, of)) if 1 <= index && index <= of => Ok(Shard {
                 index: index - 1,
                 of,

@@ -6,8 +6,9 @@ use std::sync::Arc;
 use async_stream::try_stream;
 use futures::Stream;
 
-use super::{Context, Subject, Warnings};
+use super::{Context, Subject};
 use crate::config;
+use crate::evaluation::captions::{few, side_files};
 use crate::images::{Filter, encode_png, folder, resize_exact, square};
 use crate::plan::reference_key;
 use crate::store::{SubjectRow, now_us};
@@ -17,17 +18,45 @@ use crate::{Error, Result};
 /// Larger photos are reduced to squares of this side before anything else reads them.
 const LARGEST: u32 = 1024;
 
-/// Reads the photos of one subject. Blocks.
+/// Reads the photos of one subject; beside it, what was set aside or is ignored. Blocks.
 ///
 /// # Errors
 /// When the folder is missing or holds nothing usable.
-pub fn load(subject: &config::Subject, warnings: &Warnings) -> Result<Subject> {
-    let folder = folder(&subject.images, |image| {
+pub fn load(subject: &config::Subject) -> Result<(Subject, Vec<String>)> {
+    let name = &subject.name;
+    let reduced = folder(&subject.images, |image| {
         let side = image.width().min(image.height()).min(LARGEST);
         Ok(square(&image, side))
+    });
+    let folder = reduced.map_err(|error| match error {
+        Error::Invalid { what, .. } => Error::invalid(
+            format!("subject {name}: {what}"),
+            "put 3 to 6 photos of the subject there, as JPEG, PNG or WebP",
+        ),
+        other => other,
     })?;
-    for fault in folder.set_aside {
-        warnings.add(format!("subject {}: set aside: {fault}", subject.name));
+    let mut warnings: Vec<String> = folder
+        .set_aside
+        .iter()
+        .map(|fault| format!("subject {name}: set aside: {fault}"))
+        .collect();
+    let paths: Vec<_> = folder
+        .photos
+        .iter()
+        .map(|photo| photo.path.clone())
+        .collect();
+    let beside = side_files(&subject.images, &paths, false)?;
+    if !beside.is_empty() {
+        warnings.push(format!(
+            "subject {name}: captions beside its photos are ignored ({}): all photos have the same prompt",
+            few(&beside)
+        ));
+    }
+    if paths.len() == 1 {
+        warnings.push(format!(
+            "subject {name}: there is one photo only, so that its background and pose are learnt as well; 3 to 6 are \
+             better"
+        ));
     }
     let mut loaded = Subject {
         name: subject.name.clone(),
@@ -49,17 +78,7 @@ pub fn load(subject: &config::Subject, warnings: &Warnings) -> Result<Subject> {
         );
         loaded.images.push(photo.image);
     }
-    if loaded.images.is_empty() {
-        return Err(Error::invalid(
-            format!(
-                "subject {}: no usable photo in {}",
-                subject.name,
-                subject.images.display()
-            ),
-            "put 3 to 6 photos of the subject there, as JPEG, PNG or WebP",
-        ));
-    }
-    Ok(loaded)
+    Ok((loaded, warnings))
 }
 
 /// The subject's images at the side length that a model wants.

@@ -1,7 +1,7 @@
 //! train: the student learns from proxies while they arrive, and hands its checkpoints on. The loop itself,
 //! [`Course`], is the same for supervisors and for the direct baseline.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -53,23 +53,6 @@ impl Course {
         };
         let worker = spawn_trainee(name, opening, settings.clone()).await?;
         meter.say("");
-        let plan = &context.plan;
-        let learnt = plan.proxies().iter().map(|proxy| proxy.prompt.as_str());
-        let drawn = plan.evaluation().images.iter();
-        let drawn = drawn.map(|image| image.prompt.as_str());
-        let prompts: BTreeSet<&str> = learnt.chain(drawn).collect();
-        let text = prompts.into_iter().collect::<Vec<_>>().join(" ");
-        let unknown = worker
-            .call(&meter, move |trainee| {
-                trainee.learner().unknown_words(&text)
-            })
-            .await?;
-        if !unknown.is_empty() {
-            let words = unknown.join(", ");
-            context.warnings.add(format!(
-                "{name}: the model's tokenizer does not know these words: {words}"
-            ));
-        }
         let seed = context.resolved.seed;
         Ok(Self {
             context,

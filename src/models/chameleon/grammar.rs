@@ -169,6 +169,21 @@ impl Format {
         self.rows * self.columns
     }
 
+    /// Height of the images in pixels.
+    pub fn side(&self) -> usize {
+        self.size.0
+    }
+
+    /// How many positions of a sequence are not for the words of its prompt: of one that is learnt, whose last token is
+    /// not fed, or of one that is drawn, whose last code is not.
+    pub fn tokens_beside_words(&self, learns: bool) -> usize {
+        let frame = 2 + self.opening.len();
+        match learns {
+            true => frame + self.tokens_of(self.count()) + 1,
+            false => frame + self.tokens_of(self.count().saturating_sub(1)),
+        }
+    }
+
     /// What is asked of the model for an image of `prompt`.
     pub fn request(&self, prompt: &str) -> String {
         let (height, width) = self.size;

@@ -84,6 +84,34 @@ pub fn tokenizer_files(dir: &Path, asked: Option<u32>) -> Result<(PathBuf, usize
     Ok((files::tokenizer_dir(dir), side * side))
 }
 
+/// The text tokenizer of the checkpoint in `dir`, the format of its images of the side that is `asked` for, and its
+/// positions.
+///
+/// # Errors
+/// When a part is missing, or the checkpoint cannot draw such images.
+pub fn format(dir: &Path, asked: Option<u32>) -> Result<(TextTokenizer, Format, usize)> {
+    let config: Config = read_json(&dir.join("config.json"))?;
+    let sizes = files::tokenizer_config(dir)?;
+    let text = files::text_tokenizer(dir)?;
+    let side = resolution(&config, asked)?;
+    let format = format_of(&text, &config, &sizes, side)?;
+    Ok((text, format, config.max_position_embeddings))
+}
+
+fn format_of(
+    text: &TextTokenizer,
+    config: &Config,
+    sizes: &super::vq::Config,
+    side: usize,
+) -> Result<Format> {
+    Format::new(
+        Vocabulary::of(text, config, sizes.n_embed)?,
+        (side, side),
+        config.patch_size,
+        sizes.downsampling(),
+    )
+}
+
 /// Examples of a small model that are differentiated at once, as LlamaGen's.
 const AT_ONCE: usize = 5;
 
@@ -121,14 +149,7 @@ impl Lumina {
         let tokenizer = VqTokenizer::open(dir, opening.resolution, device)?;
         let text = files::text_tokenizer(dir)?;
         let side = tokenizer.resolution as usize;
-        let sizes = tokenizer.model.config();
-        let vocabulary = Vocabulary::of(&text, &config, sizes.n_embed)?;
-        let format = Format::new(
-            vocabulary,
-            (side, side),
-            config.patch_size,
-            sizes.downsampling(),
-        )?;
+        let format = format_of(&text, &config, tokenizer.model.config(), side)?;
         Ok(Self {
             backbone,
             format,
@@ -245,9 +266,5 @@ impl Learner for Lumina {
 
     fn read(&self, dir: &Path) -> Result<BTreeMap<String, Tensor>> {
         adapters::read_trained(dir, self.adapter.as_deref(), &self.weights)
-    }
-
-    fn unknown_words(&self, prompt: &str) -> Result<Vec<String>> {
-        self.text.unknown_words(prompt)
     }
 }

@@ -17,6 +17,6 @@ pub use backbone::{Backbone, Dropout};
 pub use cache::Cache;
 pub use config::Config;
 pub use grammar::{Format, Vocabulary};
-pub use learner::{Lumina, VqTokenizer, tokenizer_files};
+pub use learner::{Lumina, VqTokenizer, format, tokenizer_files};
 pub use loss::Sequence;
 pub use vq::VqGan;

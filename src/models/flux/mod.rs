@@ -8,7 +8,7 @@ mod transformer;
 
 pub use transformer::{Condition, Config, FluxTransformer, LORA_TARGETS};
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use rand_chacha::ChaCha8Rng;
@@ -29,9 +29,6 @@ pub type FluxLearner = DiffusionLearner<FluxDenoiser>;
 
 /// Latents per side of what the pipeline packs into one token.
 const PACKED: usize = 2;
-
-/// Side of the latents that nobody says: 512 pixels, at which diffusers trains adapters.
-const SAMPLE_SIZE: usize = 64;
 
 /// The guidance that a training step tells the model, as diffusers' documentation trains adapters for FLUX.1-dev.
 const TRAINING_GUIDANCE: f64 = 1.0;
@@ -97,6 +94,26 @@ fn image_positions(height: usize, width: usize, device: &Device) -> Result<Tenso
     Ok(Tensor::from_vec(ids, (rows * columns, 3), device)?)
 }
 
+/// Both text encoders of the checkpoint in `directory`: what it is called, the folder of its tokenizer, and how many
+/// tokens of a prompt it takes.
+///
+/// # Errors
+/// When the config of CLIP cannot be read.
+pub fn text_encoders(directory: &Path) -> Result<Vec<(&'static str, PathBuf, usize)>> {
+    text::described(directory)
+}
+
+/// Side in pixels of the square images that the checkpoint in `directory` draws: what is `asked` for, or its own.
+///
+/// # Errors
+/// When it cannot draw such images, or its configs cannot be read.
+pub fn resolution(directory: &Path, asked: Option<usize>) -> Result<usize> {
+    let config: Config = read_config(&directory.join("transformer/config.json"))?;
+    let vae: autoencoder::Config = read_config(&directory.join("vae/config.json"))?;
+    let own = vae.downscale().saturating_mul(config.side());
+    multiple_of(vae.downscale() * PACKED, asked.unwrap_or(own))
+}
+
 impl Flux {
     /// The denoiser.
     pub fn transformer(&self) -> &FluxTransformer {
@@ -157,11 +174,7 @@ impl Denoiser for FluxDenoiser {
     }
 
     fn sample_size(&self) -> usize {
-        self.transformer.config().sample_size.unwrap_or(SAMPLE_SIZE)
-    }
-
-    fn unknown_words(&self, prompt: &str) -> Result<Vec<String>> {
-        self.text.unknown_words(prompt)
+        self.transformer.config().side()
     }
 
     fn encode(

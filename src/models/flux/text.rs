@@ -1,19 +1,25 @@
 //! The text encoders of FLUX.1 as `FluxPipeline.encode_prompt` combines them: T5's states of every token, and CLIP-L's
 //! pooled state of the whole text.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::Device;
 
 use crate::Result;
 use crate::models::latent_diffusion::Conditioning;
-use crate::models::latent_diffusion::text::{ClipText, PaddedTokenizer};
+use crate::models::latent_diffusion::text::{ClipText, PaddedTokenizer, described_clip};
 use crate::models::limits::read_config;
 use crate::models::{checkpoint_files, t5};
 use crate::nn::Weights;
 
 /// Tokens of a prompt for T5: the pipeline's default.
 const T5_TOKENS: usize = 512;
+
+/// See [`super::text_encoders`].
+pub(super) fn described(directory: &Path) -> Result<Vec<(&'static str, PathBuf, usize)>> {
+    let t5 = ("T5", directory.join("tokenizer_2"), T5_TOKENS);
+    Ok(vec![described_clip(directory, "", "CLIP")?, t5])
+}
 
 /// CLIP and T5.
 pub(super) struct TextEncoders {
@@ -48,11 +54,6 @@ impl TextEncoders {
             tokenizer: PaddedTokenizer::open(&directory.join("tokenizer_2"), T5_TOKENS, "<pad>")?,
             device: transformer.device().clone(),
         })
-    }
-
-    /// The words of `prompt` that CLIP's tokenizer has no token for.
-    pub(super) fn unknown_words(&self, prompt: &str) -> Result<Vec<String>> {
-        self.clip.tokenizer.unknown_words(prompt)
     }
 
     /// One row for each prompt, of `max_sequence_length` tokens or the pipeline's default; a prompt's row depends on

@@ -111,6 +111,12 @@ impl Limited for Config {
 }
 
 impl Config {
+    /// Side of the latents that the model is for; where the config says nothing, that of 512 pixels, at which diffusers
+    /// trains adapters.
+    pub fn side(&self) -> usize {
+        self.sample_size.unwrap_or(64)
+    }
+
     /// Width of the residual streams.
     pub fn inner_dim(&self) -> usize {
         self.num_attention_heads * self.attention_head_dim

@@ -190,8 +190,4 @@ impl<D: Denoiser> Learner for DiffusionLearner<D> {
     fn read(&self, dir: &Path) -> Result<BTreeMap<String, Tensor>> {
         adapters::read_trained(dir, self.adapter.as_deref(), &self.weights)
     }
-
-    fn unknown_words(&self, prompt: &str) -> Result<Vec<String>> {
-        self.model.unknown_words(prompt)
-    }
 }

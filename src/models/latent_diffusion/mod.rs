@@ -93,6 +93,20 @@ pub struct SampleSettings {
     pub negative_prompt: String,
 }
 
+/// `side`, which is to be a multiple of `unit` pixels.
+///
+/// # Errors
+/// When it is not.
+pub(super) fn multiple_of(unit: usize, side: usize) -> Result<usize> {
+    match side > 0 && unit > 0 && side.is_multiple_of(unit) {
+        true => Ok(side),
+        false => Err(Error::invalid(
+            format!("a resolution of {side} pixels"),
+            format!("choose a multiple of {unit} for this model"),
+        )),
+    }
+}
+
 /// What a family adds to the autoencoder: text encoders, the network that denoises, and its schedule. The adapter, if
 /// any, is on the network alone.
 pub trait Denoiser: Sized + Send + Sync {
@@ -115,9 +129,6 @@ pub trait Denoiser: Sized + Send + Sync {
 
     /// Side of the latents that the checkpoint is for.
     fn sample_size(&self) -> usize;
-
-    /// The words of `prompt` that the first tokenizer does not know.
-    fn unknown_words(&self, prompt: &str) -> Result<Vec<String>>;
 
     /// What the text encoders say of `prompts`; at least one. A prompt's row depends on nothing else.
     /// `max_sequence_length` is that of the longest text encoder where it is not the pipeline's default.
@@ -219,11 +230,6 @@ impl<D: Denoiser> LatentDiffusion<D> {
     /// Side in pixels of the square images that the checkpoint is for.
     pub fn resolution(&self) -> usize {
         self.vae.config().downscale() * self.denoiser.sample_size()
-    }
-
-    /// The words of `prompt` that the first tokenizer does not know.
-    pub fn unknown_words(&self, prompt: &str) -> Result<Vec<String>> {
-        self.denoiser.unknown_words(prompt)
     }
 
     /// What the text encoders say of `prompts`, without a graph; at least one prompt. A prompt's row depends on

@@ -1,6 +1,6 @@
 //! CLIP text encoders with their tokenizers, as pipelines of diffusers have them.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
 use serde_json::Value;
@@ -52,11 +52,6 @@ impl PaddedTokenizer {
         })
     }
 
-    /// The words of `text` that there is no token for.
-    pub fn unknown_words(&self, text: &str) -> Result<Vec<String>> {
-        self.tokenizer.unknown_words(text)
-    }
-
     /// The ids (1, length) of one text.
     pub fn ids(&self, text: &str, device: &Device) -> Result<Tensor> {
         self.ids_of(text, self.length, device)
@@ -77,6 +72,47 @@ fn settings(folder: &Path) -> Result<Vec<Value>> {
         .filter(|path| path.is_file())
         .map(|path| read_json(path))
         .collect()
+}
+
+/// Every CLIP that the pipeline in `directory` names in `text_encoder` and `text_encoder_2`: what it is called, the folder
+/// of its tokenizer, and how many tokens of a prompt it takes.
+///
+/// # Errors
+/// When `model_index.json` or a config cannot be read.
+pub fn described_clips(directory: &Path) -> Result<Vec<(&'static str, PathBuf, usize)>> {
+    let mut found = Vec::new();
+    for (suffix, name) in [("", "CLIP"), ("_2", "the second CLIP")] {
+        if has_component(directory, &format!("text_encoder{suffix}"))? {
+            found.push(described_clip(directory, suffix, name)?);
+        }
+    }
+    Ok(found)
+}
+
+/// The one in `text_encoder`SUFFIX, which is called `name`: see [`described_clips`].
+///
+/// # Errors
+/// When its config cannot be read.
+pub fn described_clip(
+    directory: &Path,
+    suffix: &str,
+    name: &'static str,
+) -> Result<(&'static str, PathBuf, usize)> {
+    let encoder = directory.join(format!("text_encoder{suffix}"));
+    let config: TextConfig = read_config(&encoder.join("config.json"))?;
+    let folder = directory.join(format!("tokenizer{suffix}"));
+    let length = longest(&folder, &config)?;
+    Ok((name, folder, length))
+}
+
+/// How many tokens of a text the tokenizer in `folder` leaves for a tower of `config`.
+fn longest(folder: &Path, config: &TextConfig) -> Result<usize> {
+    let longest = settings(folder)?
+        .iter()
+        .find_map(|settings| settings.get("model_max_length")?.as_u64())
+        .and_then(|longest| usize::try_from(longest).ok());
+    let positions = config.max_position_embeddings;
+    Ok(longest.map_or(positions, |longest| longest.min(positions)))
 }
 
 /// A CLIP text tower with its tokenizer.
@@ -125,12 +161,7 @@ impl ClipText {
         let model = TextModel::new(&config, &weights)?;
         opened.push(weights);
         let folder = directory.join(format!("tokenizer{suffix}"));
-        let longest = settings(&folder)?
-            .iter()
-            .find_map(|settings| settings.get("model_max_length")?.as_u64())
-            .and_then(|longest| usize::try_from(longest).ok());
-        let positions = config.max_position_embeddings;
-        let length = longest.map_or(positions, |longest| longest.min(positions));
+        let length = longest(&folder, &config)?;
         Ok(Self {
             model,
             tokenizer: PaddedTokenizer::open(&folder, length, "<|endoftext|>")?,

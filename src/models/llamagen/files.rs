@@ -110,6 +110,34 @@ impl Files {
         }
     }
 
+    /// The GPT's weights; those of the image tokenizer and of the caption encoder are there too.
+    ///
+    /// # Errors
+    /// When any are missing.
+    pub fn backbone(&self) -> Result<WeightFiles> {
+        self.vq.files()?;
+        WeightFiles::find(&self.t5, "model")?;
+        self.gpt.files()
+    }
+
+    /// Caption positions: what the config says, or else the published number.
+    pub fn caption_length(&self) -> Result<usize> {
+        let config = match &self.gpt.config {
+            Some(config) => read_json(config)?,
+            None => gpt::Config::default(),
+        };
+        Ok(config.cls_token_num)
+    }
+
+    /// Side in pixels of the images.
+    pub fn resolution(&self) -> Result<u32> {
+        let downsampling = match &self.vq.config {
+            Some(config) => read_json::<vq::Config>(config)?.downsampling(),
+            None => DOWNSAMPLING,
+        };
+        Ok((self.block_size()?.isqrt() * downsampling) as u32)
+    }
+
     /// The folder or file with the image tokenizer.
     pub fn tokenizer(&self) -> &Path {
         &self.vq.weights

@@ -77,6 +77,23 @@ pub fn tokenizer_files(dir: &Path, resolution: Option<u32>) -> Result<(PathBuf, 
     Ok((files.tokenizer().to_path_buf(), files.block_size()?))
 }
 
+/// The folder of the caption encoder of the checkpoint in `dir`, and how many tokens of a caption it takes.
+///
+/// # Errors
+/// When a part of the checkpoint is missing.
+pub fn caption_encoder(dir: &Path, resolution: Option<u32>) -> Result<(PathBuf, usize)> {
+    let files = Files::find(dir, resolution)?;
+    Ok((files.t5().to_path_buf(), files.caption_length()?))
+}
+
+/// Side in pixels of the images of the checkpoint in `dir`.
+///
+/// # Errors
+/// When a part of the checkpoint is missing.
+pub fn resolution(dir: &Path, asked: Option<u32>) -> Result<u32> {
+    Files::find(dir, asked)?.resolution()
+}
+
 /// The caption encoder with a memory of what it has encoded.
 struct Captions {
     tokenizer: TextTokenizer,
@@ -354,10 +371,6 @@ impl Learner for LlamaGen {
 
     fn read(&self, dir: &Path) -> Result<BTreeMap<String, Tensor>> {
         adapters::read_trained(dir, self.adapter.as_deref(), &self.weights)
-    }
-
-    fn unknown_words(&self, prompt: &str) -> Result<Vec<String>> {
-        self.captions.tokenizer.unknown_words(prompt)
     }
 }
 

@@ -11,5 +11,5 @@ pub mod vq;
 pub use files::Files;
 pub use generate::Sampling;
 pub use gpt::Gpt;
-pub use learner::{LlamaGen, VqTokenizer, tokenizer_files};
+pub use learner::{LlamaGen, VqTokenizer, caption_encoder, resolution, tokenizer_files};
 pub use vq::VqModel;

@@ -20,14 +20,15 @@ use candle_core::{DType, Device, Tensor};
 use rand_chacha::ChaCha8Rng;
 
 use self::text::TextEncoders;
+use super::autoencoder;
 use super::latent_diffusion::{
     Denoiser, DiffusionLearner, Framing, LatentDiffusion, network_files,
 };
 use super::limits::read_config;
-use crate::Result;
 use crate::diffusion::{Density, FlowMatchEuler, LossForm, TrainingDraw};
 use crate::files::read_json;
 use crate::nn::Weights;
+use crate::{Error, Result};
 
 /// The whole model.
 pub type Sd3 = LatentDiffusion<Mmdit>;
@@ -42,6 +43,34 @@ pub struct Mmdit {
     schedule: FlowMatchEuler,
     loss_form: LossForm,
     dtype: DType,
+}
+
+/// Every text encoder that the checkpoint in `directory` has: what it is called, the folder of its tokenizer, and how
+/// many tokens of a prompt it takes.
+///
+/// # Errors
+/// When `model_index.json` or the config of an encoder cannot be read.
+pub fn text_encoders(directory: &Path) -> Result<Vec<(&'static str, PathBuf, usize)>> {
+    text::described(directory)
+}
+
+/// Side in pixels of the square images that the checkpoint in `directory` draws: what is `asked` for, or its own.
+///
+/// # Errors
+/// When it cannot draw such images, or its configs cannot be read.
+pub fn resolution(directory: &Path, asked: Option<usize>) -> Result<usize> {
+    let config: Config = read_config(&directory.join("transformer/config.json"))?;
+    let vae: autoencoder::Config = read_config(&directory.join("vae/config.json"))?;
+    let unit = vae.downscale().saturating_mul(config.patch_size);
+    let most = unit.saturating_mul(config.pos_embed_max_size);
+    let side = asked.unwrap_or(vae.downscale().saturating_mul(config.sample_size));
+    if side > 0 && unit > 0 && side.is_multiple_of(unit) && side <= most {
+        return Ok(side);
+    }
+    Err(Error::invalid(
+        format!("a resolution of {side} pixels"),
+        format!("choose a multiple of {unit} up to {most} for this model"),
+    ))
 }
 
 /// The weight files of the transformer of `directory`, for [`Sd3::open`]. Fails where there are none.
@@ -94,10 +123,6 @@ impl Denoiser for Mmdit {
 
     fn sample_size(&self) -> usize {
         self.transformer.config().sample_size
-    }
-
-    fn unknown_words(&self, prompt: &str) -> Result<Vec<String>> {
-        self.text.unknown_words(prompt)
     }
 
     fn encode(

@@ -1,11 +1,13 @@
 //! The text encoders of Stable Diffusion 3 as `StableDiffusion3Pipeline.encode_prompt` combines them.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 
 use super::Conditioning;
-use crate::models::latent_diffusion::text::{ClipText, PaddedTokenizer, has_component};
+use crate::models::latent_diffusion::text::{
+    ClipText, PaddedTokenizer, described_clips, has_component,
+};
 use crate::models::limits::read_config;
 use crate::models::{checkpoint_files, t5};
 use crate::nn::Weights;
@@ -13,6 +15,16 @@ use crate::{Error, Result};
 
 /// Tokens of a prompt for T5: the pipeline's default, and what stands in zeros where T5 is left out.
 const T5_TOKENS: usize = 256;
+
+/// Every text encoder that the checkpoint in `directory` has: what it is called, the folder of its tokenizer, and how
+/// many tokens of a prompt it takes.
+pub(super) fn described(directory: &Path) -> Result<Vec<(&'static str, PathBuf, usize)>> {
+    let mut found = described_clips(directory)?;
+    if has_component(directory, "text_encoder_3")? {
+        found.push(("T5", directory.join("tokenizer_3"), T5_TOKENS));
+    }
+    Ok(found)
+}
 
 struct T5Text {
     model: t5::T5Encoder,
@@ -30,14 +42,6 @@ pub(super) struct TextEncoders {
 }
 
 impl TextEncoders {
-    /// The words of `prompt` that the first CLIP's tokenizer has no token for.
-    pub(super) fn unknown_words(&self, prompt: &str) -> Result<Vec<String>> {
-        match self.clips.first() {
-            Some(clip) => clip.tokenizer.unknown_words(prompt),
-            None => Ok(Vec::new()),
-        }
-    }
-
     /// Opens `text_encoder`, `text_encoder_2` and `text_encoder_3` of `directory`, as far as `model_index.json` names
     /// them, in the precision of the transformer. The weights that were opened are added to `opened`, for their faults to be reported together.
     pub(super) fn open(

@@ -258,6 +258,11 @@ pub(super) struct Levels {
 }
 
 impl Config {
+    /// Side of the latents that the model is for; where the config says nothing, SDXL's.
+    pub fn side(&self) -> usize {
+        self.sample_size.unwrap_or(128)
+    }
+
     /// Settings of diffusers that change what is computed in ways that are not built, with the values that do not.
     fn neutral() -> [(&'static str, Value); 19] {
         [

@@ -19,6 +19,8 @@ use candle_core::{DType, Device, Tensor};
 use rand_chacha::ChaCha8Rng;
 
 use self::text::TextEncoders;
+use super::autoencoder;
+use super::latent_diffusion::multiple_of;
 use super::latent_diffusion::{Conditioning, Denoiser, DiffusionLearner, Framing, LatentDiffusion};
 use super::limits::read_config;
 use crate::diffusion::{Ddpm, DiscreteConfig, TrainingDraw};
@@ -52,6 +54,17 @@ impl Sdxl {
     pub fn unet(&self) -> &UNet {
         &self.denoiser.unet
     }
+}
+
+/// Side in pixels of the square images that the checkpoint in `directory` draws: what is `asked` for, or its own.
+///
+/// # Errors
+/// When it cannot draw such images, or its configs cannot be read.
+pub fn resolution(directory: &Path, asked: Option<usize>) -> Result<usize> {
+    let config: Config = read_config(&directory.join("unet/config.json"))?;
+    let vae: autoencoder::Config = read_config(&directory.join("vae/config.json"))?;
+    let own = vae.downscale().saturating_mul(config.side());
+    multiple_of(vae.downscale(), asked.unwrap_or(own))
 }
 
 /// What the U-Net is told of the pictures, (b, 6), f32.
@@ -102,13 +115,8 @@ impl Denoiser for SdxlDenoiser {
         1
     }
 
-    /// That of the config; where it says nothing, SDXL's.
     fn sample_size(&self) -> usize {
-        self.unet.config().sample_size.unwrap_or(128)
-    }
-
-    fn unknown_words(&self, prompt: &str) -> Result<Vec<String>> {
-        self.text.unknown_words(prompt)
+        self.unet.config().side()
     }
 
     fn encode(

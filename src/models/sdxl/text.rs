@@ -48,14 +48,6 @@ impl TextEncoders {
         })
     }
 
-    /// The words of `prompt` that the first CLIP's tokenizer has no token for.
-    pub(super) fn unknown_words(&self, prompt: &str) -> Result<Vec<String>> {
-        match self.clips.first() {
-            Some(clip) => clip.tokenizer.unknown_words(prompt),
-            None => Ok(Vec::new()),
-        }
-    }
-
     /// One row for each prompt: the states entering the last layer of both encoders side by side, and what the second
     /// says of the whole text.
     pub(super) fn encode(&self, prompts: &[String]) -> Result<Conditioning> {
