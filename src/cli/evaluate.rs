@@ -10,7 +10,7 @@ use super::{Ended, EvaluateArgs, block_on, output_failed};
 use crate::config::models::evaluators;
 use crate::config::prompts::without_token;
 use crate::config::{locate, prompt_list, prompts};
-use crate::console::{self, shown};
+use crate::console;
 use crate::evaluation::captions::{captions, few, side_files};
 use crate::evaluation::embed::{Evaluator, ImageEmbedder, Prepared};
 use crate::evaluation::embedders::{ClipEmbedder, DinoEmbedder, Preparation};
@@ -54,13 +54,14 @@ pub(super) fn evaluate(args: &EvaluateArgs, out: &mut impl Write) -> Result<Ende
     let clip = args.clip.as_deref().unwrap_or(clip);
     let dino = args.dino.as_deref().unwrap_or(dino);
     make_ready([clip, dino])?;
-    let (clip, dino, on) = (locate(clip)?, locate(dino)?, device(args.compute.device)?);
-    let preparation = Preparation::read(&clip, &dino)?;
-    let mut ended = Ended::Well;
-    let references: Vec<_> = photos(references, &preparation, &mut ended)?
-        .into_iter()
-        .map(|photo| photo.image)
-        .collect();
+    let preparation = Preparation::read(&locate(clip)?, &locate(dino)?)?;
+    let folder = references;
+    let references = photos(folder, "the subject's photos", &preparation, &mut ended)?;
+    let paths: Vec<_> = references.iter().map(|photo| photo.path.clone()).collect();
+    if args.images.as_deref() != Some(folder.as_path()) {
+        note_side_files(folder, &paths, false, &mut ended)?;
+    }
+    let references: Vec<_> = references.into_iter().map(|photo| photo.image).collect();
     let Scored {
         name,
         prompts,
@@ -160,7 +161,11 @@ fn note_side_files(
 ) -> Result<()> {
     let ignored = side_files(dir, pictures, only_unread)?;
     if !ignored.is_empty() {
-        eprintln!("warning: {}: ignored: {}", dir.display(), few(&ignored));
+        console::note(format!(
+            "warning: {}: ignored: {}",
+            dir.display(),
+            few(&ignored)
+        ));
         *ended = Ended::WithWarnings;
     }
     Ok(())

@@ -129,6 +129,7 @@ pub const ABOVE_ZERO: Real = Real::new(Bound::Excluded(0.0), Bound::Included(FIN
 pub const NOT_NEGATIVE: Real = Real::new(Bound::Included(0.0), Bound::Included(FINITE));
 pub const SHARE: Real = Real::new(Bound::Included(0.0), Bound::Included(1.0));
 pub const BELOW_ONE: Real = Real::new(Bound::Included(0.0), Bound::Excluded(1.0));
+pub const AT_LEAST_ONE: Real = Real::new(Bound::Included(1.0), Bound::Included(FINITE));
 pub const PROBABILITY: Real = Real::new(Bound::Excluded(0.0), Bound::Included(1.0));
 pub const GUIDANCE_SCALE: Real = Real::new(Bound::Included(1.0), Bound::Included(1000.0));
 /// Seconds: a year at most, as clocks overflow at some time.

@@ -366,10 +366,10 @@ impl Prodigy {
 
     fn read(section: &Section<'_>) -> Self {
         Prodigy {
-            beta3: section.number("prodigy_beta3", BELOW_ONE),
-            d0: section.number("prodigy_d0", ABOVE_ZERO),
-            d_coef: section.number("prodigy_d_coef", ABOVE_ZERO),
-            growth_rate: section.number("prodigy_growth_rate", AT_LEAST_ONE),
+            beta3: section.number("prodigy_beta3", &limits::BELOW_ONE),
+            d0: section.number("prodigy_d0", &limits::ABOVE_ZERO),
+            d_coef: section.number("prodigy_d_coef", &limits::ABOVE_ZERO),
+            growth_rate: section.number("prodigy_growth_rate", &limits::AT_LEAST_ONE),
             decouple: section.boolean("prodigy_decouple"),
             use_bias_correction: section.boolean("prodigy_use_bias_correction"),
             safeguard_warmup: section.boolean("prodigy_safeguard_warmup"),

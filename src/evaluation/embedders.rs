@@ -159,7 +159,7 @@ impl Preparation {
     /// Of the checkpoints in the folders `clip` and `dino`. Fails as loading them does.
     pub fn read(clip: &Path, dino: &Path) -> Result<Self> {
         Ok(Self {
-            clip: clip_preprocessing(clip, &read_json(&clip.join("config.json"))?)?,
+            clip: clip_preprocessing(clip, &read_config(&clip.join("config.json"))?)?,
             dino: dino_preprocessing(dino, &vit::Config::read(dino)?)?,
         })
     }

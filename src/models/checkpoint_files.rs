@@ -1,7 +1,7 @@
 //! The weight files of a checkpoint's folder, whatever their kind: safetensors, whole or in shards, or torch's own
 //! files, which are converted once and then memory-mapped like the others.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -123,7 +123,7 @@ const LONGEST_HEADER: u64 = 100 << 20;
 pub fn shapes(files: &[PathBuf]) -> Result<Vec<(String, Vec<u64>)>> {
     let mut found = Vec::new();
     for path in files {
-        let mut file = File::open(path).map_err(Error::io(path))?;
+        let mut file = crate::files::open(path).map_err(Error::io(path))?;
         let bytes = file.metadata().map_err(Error::io(path))?.len();
         let mut length = [0; 8];
         file.read_exact(&mut length).map_err(Error::io(path))?;

@@ -109,9 +109,14 @@ pub fn preflight(options: &Options, purpose: Purpose) -> Preflight {
     let mut found = Preflight::default();
     let resolved = &options.resolved;
     check_name(&options.pipeline, &mut found);
-    for (option, place) in [("--store", &options.store), ("--out", &options.out)] {
-        let writable = check_writable(place);
-        found.take(&[option], writable);
+    let places = [
+        ("--store", options.store.as_ref()),
+        ("--out", Some(&options.out)),
+    ];
+    for (option, place) in places {
+        if let Some(place) = place {
+            found.take(&[option], check_writable(place));
+        }
     }
     read_photos(resolved, &mut found);
     let wanted = Wanted::of(resolved, purpose);

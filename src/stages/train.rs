@@ -183,12 +183,13 @@ impl Course {
     pub async fn due(&self, step: usize) -> Result<Arc<BTreeMap<String, Tensor>>> {
         let checkpoints = self.checkpoints.clone();
         let adapter = self.evaluated(step);
+        let sampling = self.context.resolved.student.sampling.clone();
         self.worker
             .call(&self.meter, move |trainee| {
                 let values = Arc::new(trainee.snapshot()?);
                 checkpoints.keep_due(step, &values)?;
                 if let Some(dir) = adapter {
-                    trainee.write(&dir, &values)?;
+                    trainee.write(&dir, &values, Some(&sampling))?;
                 }
                 Ok(values)
             })
@@ -211,8 +212,11 @@ impl Course {
         };
         if let Some(dir) = self.evaluated(step).filter(|dir| !dir.is_dir()) {
             let values = values.clone();
+            let sampling = self.context.resolved.student.sampling.clone();
             self.worker
-                .call(&self.meter, move |trainee| trainee.write(&dir, &values))
+                .call(&self.meter, move |trainee| {
+                    trainee.write(&dir, &values, Some(&sampling))
+                })
                 .await?;
         }
         Ok(Some(values))

@@ -90,7 +90,7 @@ pub fn tokenizer_files(dir: &Path, asked: Option<u32>) -> Result<(PathBuf, usize
 /// # Errors
 /// When a part is missing, or the checkpoint cannot draw such images.
 pub fn format(dir: &Path, asked: Option<u32>) -> Result<(TextTokenizer, Format, usize)> {
-    let config: Config = read_json(&dir.join("config.json"))?;
+    let config: Config = read_config(&dir.join("config.json"))?;
     let sizes = files::tokenizer_config(dir)?;
     let text = files::text_tokenizer(dir)?;
     let side = resolution(&config, asked)?;

@@ -14,7 +14,10 @@ use candle_core::{DType, Device, Tensor};
 use rand_chacha::ChaCha8Rng;
 
 use self::text::TextEncoders;
-use super::latent_diffusion::{Conditioning, Denoiser, DiffusionLearner, Framing, LatentDiffusion};
+use super::autoencoder;
+use super::latent_diffusion::{
+    Conditioning, Denoiser, DiffusionLearner, Framing, LatentDiffusion, multiple_of,
+};
 use super::limits::read_config;
 use crate::diffusion::{Density, FlowMatchEuler, LossForm, TrainingDraw};
 use crate::files::read_json;

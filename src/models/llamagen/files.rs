@@ -123,7 +123,7 @@ impl Files {
     /// Caption positions: what the config says, or else the published number.
     pub fn caption_length(&self) -> Result<usize> {
         let config = match &self.gpt.config {
-            Some(config) => read_json(config)?,
+            Some(config) => read_config(config)?,
             None => gpt::Config::default(),
         };
         Ok(config.cls_token_num)
@@ -132,7 +132,7 @@ impl Files {
     /// Side in pixels of the images.
     pub fn resolution(&self) -> Result<u32> {
         let downsampling = match &self.vq.config {
-            Some(config) => read_json::<vq::Config>(config)?.downsampling(),
+            Some(config) => read_config::<vq::Config>(config)?.downsampling(),
             None => DOWNSAMPLING,
         };
         Ok((self.block_size()?.isqrt() * downsampling) as u32)
