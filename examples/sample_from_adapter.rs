@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use proxytune::config::{Device, sampling_defaults};
 use proxytune::images::{encode_png, grid};
-use proxytune::models::{Request, Sampling, open};
+use proxytune::models::{Request, Sampling, open, sampling_file};
 use proxytune::{Error, Result, files, pipeline::opening_for, training::restore};
 
 const PROMPTS: [&str; 3] = [
@@ -31,10 +31,9 @@ fn main() -> Result<()> {
     let mut student = open(&opening)?;
     restore(&student.variables(), &student.read(&adapter)?, &adapter)?;
 
-    let sampling = Sampling {
-        guidance_scale: 3.0,
-        ..Sampling::student(&sampling_defaults(opening.family))
-    };
+    // As its run drew with it, where that is noted.
+    let noted = sampling_file::read(&adapter, opening.family)?;
+    let sampling = Sampling::student(&noted.unwrap_or(sampling_defaults(opening.family)));
     let mut images = Vec::new();
     for prompt in PROMPTS {
         let requests = SEEDS.map(|seed| Request {

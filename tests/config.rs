@@ -862,7 +862,7 @@ fn check_prints_the_full_file_and_notes_what_is_not_there() {
             ..PipelineArgs::default()
         },
         store: StoreArgs {
-            store: folder.path().join("store"),
+            store: Some(folder.path().join("store")),
         },
         out: folder.path().join("runs"),
     };

@@ -225,39 +225,6 @@ fn a_file_that_was_damaged_in_the_cache_comes_again() {
 }
 
 #[test]
-fn a_model_that_cannot_be_used_is_not_downloaded() {
-    let (hub, home) = (with_dino(Manner::default()), tempfile::tempdir().unwrap());
-    for name in ["sdxl", "flux.1-dev"] {
-        models(&hub, home.path(), &["--download", name]).says(1, &["of no use here yet", "hint: "]);
-        let said = models(&hub, home.path(), &[name]);
-        assert!(said.out.contains("not built yet"), "{said:?}");
-        assert!(!said.out.contains("--download"), "{said:?}");
-    }
-    let said = models(&hub, home.path(), &[]);
-    assert!(
-        !said.out.lines().any(|line| line.starts_with("sdxl ")),
-        "{said:?}"
-    );
-    assert!(said.out.contains("not built yet") && said.out.contains("sdxl, flux.1-dev"));
-    assert_eq!(hub.requests(), Vec::<String>::new());
-    // Of somebody's own the settings tell, before the weights come.
-    let index = r#"{"_class_name": "StableDiffusionXLPipeline", "unet": ["diffusers", "U"]}"#;
-    hub.add("somebody/xl", "model_index.json", index);
-    hub.add("somebody/xl", "unet/config.json", "{}");
-    hub.add(
-        "somebody/xl",
-        "unet/diffusion_pytorch_model.safetensors",
-        "weights",
-    );
-    models(&hub, home.path(), &["--download", "somebody/xl"]).says(1, &["of no use here yet"]);
-    let asked = hub.requests();
-    assert!(
-        !asked.iter().any(|request| request.contains("safetensors")),
-        "{asked:#?}"
-    );
-}
-
-#[test]
 fn a_gated_repository_says_what_to_do() {
     let hub = with_dino(Manner {
         token: Some("good".into()),

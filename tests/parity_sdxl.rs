@@ -15,9 +15,19 @@ use proxytune::models::latent_diffusion::{Conditioning, Framing, network_files};
 use proxytune::models::sdxl::{Sdxl, SdxlDenoiser};
 use proxytune::models::{Example, Learner, Lesson, Opening, Request, Sampling, Tuning, open};
 use proxytune::nn::{Adapter, LoraConfig, Weights, backward, recomputing};
-use proxytune::training::optimizer::{AdamW, AdamWConfig};
+use proxytune::training::TrainingLoop;
+use proxytune::training::optimizer::{AdamWConfig, OptimizerConfig};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
+
+/// As diffusers' scripts have it.
+const ADAMW: OptimizerConfig = OptimizerConfig::AdamW(AdamWConfig {
+    beta1: 0.9,
+    beta2: 0.999,
+    epsilon: 1e-8,
+    weight_decay: 1e-4,
+    decay_vectors: true,
+});
 
 type Tensors = HashMap<String, Tensor>;
 
@@ -215,18 +225,8 @@ fn a_training_step_with_and_without_prior_preservation_equals_the_scripts() -> R
             let what = format!("loss {name}");
             let want = &step[&format!("{name}.loss")];
             assert_close(&loss.reshape(1)?, want, 1e-4, &what);
-            let mut optimizer = AdamW::new(
-                adapter.variables(),
-                AdamWConfig {
-                    beta1: 0.9,
-                    beta2: 0.999,
-                    epsilon: 1e-8,
-                    weight_decay: 1e-4,
-                    decay_vectors: true,
-                    max_grad_norm: Some(1.0),
-                },
-            )?;
-            optimizer.step(&backward(&loss)?, 1e-2)?;
+            let mut training = TrainingLoop::new(adapter.variables(), &ADAMW, Some(1.0))?;
+            training.step(0, 1e-2, 1, |_| Ok(loss.clone()))?;
             assert_eq!(adapter.variables().len(), step.len() / 2 - 4);
             for (key, variable) in adapter.variables() {
                 let want = &step[&format!("{name}.{key}")];
@@ -303,17 +303,7 @@ fn an_adapter_learns_is_saved_for_diffusers_and_comes_back() -> Result<()> {
     // middle of two.
     assert_eq!(variables.len(), (1 + 2 + 1) * 2 * 2 * 4 * 2);
     let (before, _) = learnt(learner.as_mut())?;
-    let mut optimizer = AdamW::new(
-        variables.clone(),
-        AdamWConfig {
-            beta1: 0.9,
-            beta2: 0.999,
-            epsilon: 1e-8,
-            weight_decay: 1e-4,
-            decay_vectors: true,
-            max_grad_norm: Some(1.0),
-        },
-    )?;
+    let mut training = TrainingLoop::new(variables.clone(), &ADAMW, Some(1.0))?;
     let examples = learner.encode(&pictures(learner.as_ref()))?;
     let lessons: Vec<Lesson> = examples
         .into_iter()
@@ -324,7 +314,7 @@ fn an_adapter_learns_is_saved_for_diffusers_and_comes_back() -> Result<()> {
         .collect();
     for _ in 0..10 {
         let loss = learner.loss(&lessons, &mut ChaCha8Rng::seed_from_u64(5))?;
-        optimizer.step(&backward(&loss)?, 1e-2)?;
+        training.step(0, 1e-2, 1, |_| Ok(loss.clone()))?;
     }
     let (after, _) = learnt(learner.as_mut())?;
     assert!(after < before, "{before} to {after}");

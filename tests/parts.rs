@@ -192,3 +192,98 @@ fn a_diffusion_batch_in_parts_has_the_draws_and_the_loss_of_the_whole() {
     let loss = model.loss(&latents, &conditioning, &mut generator).unwrap();
     assert_close(parts, differentiate(&loss, &adapter.variables()));
 }
+
+mod of_any_loss {
+    use candle_core::{DType, Device, Tensor, Var};
+    use proxytune::nn::{backward, mean_over_parts, ops};
+    use rand::{Rng, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    /// The loss of examples that count differently, in parts of `at_once`, with its gradients.
+    fn run(at_once: usize, threads: usize) -> Vec<f32> {
+        let weight =
+            Var::from_tensor(&Tensor::new(&[[0.3f32, -0.2], [0.1, 0.7]], &Device::Cpu).unwrap());
+        let (weight, bias) = (
+            weight.unwrap(),
+            Var::zeros(2, DType::F32, &Device::Cpu).unwrap(),
+        );
+        let variables = [
+            ("w".to_string(), weight.clone()),
+            ("b".to_string(), bias.clone()),
+        ];
+        let x: Vec<f32> = (0..14).map(|i| (i as f32 * 0.7).sin()).collect();
+        let x = Tensor::from_vec(x, (7, 2), &Device::Cpu).unwrap();
+        let shares = [1, 2, 3, 1, 1, 2, 4];
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+        pool.unwrap().install(|| {
+            let mut generator = ChaCha8Rng::seed_from_u64(1);
+            let loss = mean_over_parts(&shares, at_once, &variables, &mut generator, |part, _| {
+                let own = &shares[part.clone()];
+                let weights: Vec<f32> = own.iter().map(|&s| s as f32).collect();
+                let sum = weights.iter().sum::<f32>();
+                let weights = Tensor::from_vec(weights, (own.len(), 1), &Device::Cpu)?;
+                let y = ops::linear(&x.narrow(0, part.start, own.len())?, &weight, Some(&bias))?;
+                let y = ops::silu(&y)?.sqr()?.broadcast_mul(&weights)?;
+                Ok((y.sum_all()? / f64::from(sum))?)
+            });
+            let loss = (loss.unwrap() * 3.0).unwrap();
+            let gradients = backward(&loss).unwrap();
+            let of = |v: &Var| gradients.get(v).unwrap().flatten_all().unwrap();
+            let mut all = vec![loss.to_scalar::<f32>().unwrap()];
+            for v in [&weight, &bias] {
+                all.extend(of(v).to_vec1::<f32>().unwrap());
+            }
+            all
+        })
+    }
+
+    #[test]
+    fn parts_give_the_mean_and_the_gradients_of_the_whole() {
+        let whole = run(7, 2);
+        for at_once in [1, 2, 3, 4] {
+            for (one, other) in run(at_once, 2).iter().zip(&whole) {
+                assert!(
+                    (one - other).abs() < 1e-5 * (1.0 + other.abs()),
+                    "{at_once}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn the_number_of_threads_does_not_change_a_bit() {
+        let alone = run(2, 1);
+        for threads in [2, 3, 5] {
+            assert_eq!(run(2, threads), alone);
+        }
+    }
+
+    #[test]
+    fn each_part_draws_from_a_generator_of_its_own() {
+        let draws = |at_once: usize| {
+            let w = Var::zeros((), DType::F32, &Device::Cpu).unwrap();
+            let variables = [("w".to_string(), w.clone())];
+            let mut generator = ChaCha8Rng::seed_from_u64(5);
+            let seen = std::sync::Mutex::new(Vec::new());
+            mean_over_parts(&[1; 6], at_once, &variables, &mut generator, |part, own| {
+                seen.lock().unwrap().push((part.start, own.random::<u64>()));
+                Ok(w.as_tensor().sqr()?)
+            })
+            .unwrap();
+            let mut seen = seen.into_inner().unwrap();
+            seen.sort_unstable();
+            seen
+        };
+        let parts = draws(2);
+        assert_eq!(parts, draws(2));
+        assert_eq!(
+            parts.iter().map(|(start, _)| *start).collect::<Vec<_>>(),
+            [0, 2, 4]
+        );
+        assert!(parts[0].1 != parts[1].1 && parts[1].1 != parts[2].1);
+        assert_eq!(
+            draws(6),
+            [(0, ChaCha8Rng::seed_from_u64(5).random::<u64>())]
+        );
+    }
+}

@@ -12,7 +12,7 @@ use crate::models::merge;
 use crate::{Error, Result};
 
 pub(super) fn merge(args: &MergeArgs, out: &mut impl Write) -> Result<()> {
-    locate::make_files_present(&args.model)?;
+    locate::make_present(&args.model)?;
     if args.adapter.join(CHECKPOINT_WEIGHTS).is_file() {
         return Err(Error::invalid(
             format!("{} holds whole weights, no adapter", args.adapter.display()),

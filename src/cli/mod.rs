@@ -205,7 +205,7 @@ pub struct SampleArgs {
     /// Where the randomness comes from
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = seed())]
     pub seed: u64,
-    /// Folder for the images, one PNG each
+    /// Folder for the images: each is written when it is drawn, never over another file, and says how it was drawn
     #[arg(long, value_name = "DIR", default_value = "samples")]
     pub out: PathBuf,
     #[command(flatten)]
@@ -214,7 +214,7 @@ pub struct SampleArgs {
     pub sampling: SamplingArgs,
 }
 
-/// How to sample; what is not given has the default of the model's family.
+/// How to sample; what is not given is as the adapter was evaluated with, else the default of the model's family.
 #[derive(Debug, Clone, Default, Args)]
 pub struct SamplingArgs {
     /// Classifier-free guidance, at least 1, which is none

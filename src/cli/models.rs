@@ -5,17 +5,13 @@ use std::io::Write;
 use super::{ModelsArgs, output_failed};
 use crate::config::locate::{self, Whereabouts};
 use crate::config::models::{KNOWN, KnownModel, known};
-use crate::config::{Family, Kind, Resolved, family};
+use crate::config::{Resolved, family};
 use crate::hub::{self, Published, RepoId, Settings, human_bytes};
-use crate::models::check_family;
 use crate::{Error, Result};
 
 pub(super) fn models(args: &ModelsArgs, out: &mut impl Write) -> Result<()> {
     let text = match (&args.download, &args.name) {
         (Some(name), _) => {
-            if let Some(model) = known(name) {
-                check_use(model.family)?;
-            }
             drop_damaged(name)?;
             let folder = locate::make_present(name)?;
             format!("{name}: {}\n", folder.display())
@@ -93,15 +89,12 @@ fn table() -> Result<String> {
         ]
         .map(String::from),
     ];
-    for model in KNOWN.iter().filter(|model| model.family.is_built()) {
+    for model in KNOWN {
         let found = locate::look_for(model.name)?;
         let side = model
             .resolution
             .map_or("-".to_string(), |side| side.to_string());
         let [download, f32, bf16, licence] = match model.hub {
-            Some(_) if check_use(model.family).is_err() => {
-                ["-", "-", "-", "cannot be used yet"].map(String::from)
-            }
             Some(published) => columns(published),
             None => ["-", "-", "-", "ships with proxytune"].map(String::from),
         };
@@ -128,23 +121,9 @@ fn table() -> Result<String> {
         cells.collect::<Vec<_>>().join("  ").trim_end().to_string() + "\n"
     };
     let mut text: String = rows.iter().map(line).collect();
-    let others = KNOWN.iter().filter(|model| !model.family.is_built());
-    let others: Vec<&str> = others.map(|model| model.name).collect();
-    text += &format!(
-        "\nknown, but not built yet, so that only `proxytune merge` has a use for their files: {}\n",
-        others.join(", ")
-    );
     text += "\nf32, bf16: memory to load it. `proxytune models NAME` tells more, `proxytune models --download NAME` \
              gets it.\n";
     Ok(text)
-}
-
-/// Fails where nothing here can use a model of this `family`.
-fn check_use(family: Family) -> Result<()> {
-    match family.kind() {
-        Kind::Evaluator => Ok(()),
-        Kind::Diffusion | Kind::Autoregressive => check_family(family),
-    }
 }
 
 fn columns(published: &Published) -> [String; 4] {
@@ -187,9 +166,6 @@ fn details(name: &str) -> Result<String> {
                 text += &format!(", images of {side} pixels");
             }
             text.push('\n');
-            if !model.family.is_built() {
-                text += "not built yet: it can neither be trained nor draw; `proxytune merge` takes its files\n";
-            }
             if let Some(published) = model.hub {
                 text += &of_published(model, published, &found)?;
             }
@@ -200,9 +176,6 @@ fn details(name: &str) -> Result<String> {
         Some(folder) => {
             let size = human_bytes(found.bytes);
             text += &format!("loaded from {} ({size})\n", folder.display());
-        }
-        None if known(name).is_some_and(|model| check_use(model.family).is_err()) => {
-            text += "models of this family cannot be used yet\n";
         }
         None => {
             let error = locate::locate(name).err();

@@ -107,28 +107,13 @@ pub(super) fn absent_repository(name: &str) -> Error {
 /// Downloads what is missing of the model called `name`; nothing is asked of the hub when everything is there.
 ///
 /// # Errors
-/// As [`hub::download`], when what is missing is on no hub, and when models of its family do not run here.
-pub fn make_present(name: &str) -> Result<PathBuf> {
-    fetch(name, must_be_built)
-}
-
-/// Like [`make_present`], whether or not models of the family run here.
-///
-/// # Errors
 /// As [`hub::download`], and when what is missing is on no hub.
-pub fn make_files_present(name: &str) -> Result<PathBuf> {
-    fetch(name, |_, _| Ok(()))
-}
-
-fn fetch(name: &str, is_of_use: impl Fn(&str, Family) -> Result<()>) -> Result<PathBuf> {
+pub fn make_present(name: &str) -> Result<PathBuf> {
     let found = look_for(name)?;
     if let Some(folder) = found.folder {
         return Ok(folder);
     }
     let settings = Settings::from_env()?;
-    if let Some(model) = known(name) {
-        is_of_use(name, model.family)?;
-    }
     match (known(name), &found.presence) {
         (Some(model), Some(presence)) => {
             if let Some(published) = model.hub
@@ -140,29 +125,14 @@ fn fetch(name: &str, is_of_use: impl Fn(&str, Family) -> Result<()>) -> Result<P
         }
         (None, _) => {
             if let Some(repo) = RepoId::parse(name) {
-                let is_of_use = |folder: &Path| match family_of(folder)? {
-                    Some(family) => is_of_use(name, family),
-                    None => Ok(()),
-                };
-                hub::download_repository(&settings, &repo, is_of_use)?;
+                // A damaged config is found before the weights come.
+                let is_readable = |folder: &Path| family_of(folder).map(drop);
+                hub::download_repository(&settings, &repo, is_readable)?;
             }
         }
         (Some(_), None) => {}
     }
     locate(name)
-}
-
-/// Fails where models of `family` do not run here, before the one called `name` is downloaded.
-fn must_be_built(name: &str, family: Family) -> Result<()> {
-    if family.is_built() {
-        return Ok(());
-    }
-    Err(Error::invalid(
-        format!(
-            "{name} is of no use here yet: models of the family {family} can neither be trained nor draw"
-        ),
-        "`proxytune models` lists those that can; `proxytune merge` takes a folder with the files of this one",
-    ))
 }
 
 fn bases() -> impl Iterator<Item = PathBuf> {
@@ -290,14 +260,11 @@ fn ways_to_get(model: &KnownModel, published: &Published, presence: &Presence) -
                 format!("https://huggingface.co/{}{into}", repository.id)
             })
             .collect();
-        let download = match model.family.is_built() {
-            true => format!(
-                "`proxytune models --download {}` gets them (at most {}){terms}; or ",
-                model.name,
-                human_bytes(megabytes * 1_000_000)
-            ),
-            false => String::new(),
-        };
+        let download = format!(
+            "`proxytune models --download {}` gets them (at most {}){terms}; or ",
+            model.name,
+            human_bytes(megabytes * 1_000_000)
+        );
         let (place, from) = (model.directory, from.join(" and "));
         ways.push(format!("{download}place in {place} the files from {from}"));
     }

@@ -33,11 +33,6 @@ pub enum Kind {
 }
 
 impl Family {
-    /// Whether its models run here; of the others `merge` and `verify` know the files.
-    pub fn is_built(self) -> bool {
-        !matches!(self, Family::Sdxl | Family::Flux)
-    }
-
     /// What the family can do in a pipeline.
     pub fn kind(self) -> Kind {
         match self {

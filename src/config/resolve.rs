@@ -79,7 +79,7 @@ pub(super) fn pipeline(typed: &typed::Pipeline, faults: &Faults) -> Option<Resol
 fn check_plan(typed: &typed::Pipeline, resolved: &Resolved, faults: &Faults) {
     let start = &typed.start;
     let subjects = resolved.subjects.len() as u128;
-    let uses = |training: &Training| training.steps as u128 * training.batch_size as u128;
+    let uses = |training: &Training| training.steps as u128 * training.examples_per_step() as u128;
     let student = typed.student.as_ref();
     let mut checks = vec![(
         uses(&resolved.student.training),

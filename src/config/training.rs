@@ -103,19 +103,18 @@ pub(super) fn training(
         .map(|list| list.value.iter().map(|at| at.value.clone()).collect());
     let optimizer = or(&typed.optimizer, default.optimizer);
     let accumulation = &typed.gradient_accumulation_steps;
+    // Prodigy's rate is of another kind than that of the others.
+    let is_prodigy = |optimizer| optimizer == Optimizer::Prodigy;
+    let rate = match is_prodigy(optimizer) == is_prodigy(default.optimizer) {
+        true => default.learning_rate,
+        false => defaults::learning_rate(family, optimizer),
+    };
     let training = Training {
         tuning,
         steps: or(&typed.steps, default.steps),
         batch_size: or(&typed.batch_size, default.batch_size),
         gradient_accumulation_steps: or(accumulation, default.gradient_accumulation_steps),
-        // A rate is of its optimizer: Prodigy's 1 is no rate for AdamW.
-        learning_rate: match optimizer == default.optimizer {
-            true => or(&typed.learning_rate, default.learning_rate),
-            false => or(
-                &typed.learning_rate,
-                defaults::learning_rate(family, optimizer),
-            ),
-        },
+        learning_rate: or(&typed.learning_rate, rate),
         optimizer,
         adam_beta1: or(&typed.adam_beta1, default.adam_beta1),
         adam_beta2: or(&typed.adam_beta2, default.adam_beta2),

@@ -21,6 +21,8 @@ use crate::{Error, Result};
 
 /// The largest tokenizers have 35 MB.
 const LARGEST_SETTINGS: u64 = 64 << 20;
+/// So many bytes take longer to read than a person waits without a word.
+const TOLD_FROM: u64 = 1 << 30;
 /// Attempts in a row that may come no further than one before.
 const ATTEMPTS: u32 = 4;
 
@@ -404,16 +406,31 @@ pub fn drop_damaged(settings: &Settings, repo: &RepoId) -> Result<()> {
     let Some(snapshot) = Snapshot::find(settings, repo) else {
         return Ok(());
     };
-    for (link, blob) in snapshot.blobs()? {
-        let name = blob.file_name().unwrap_or_default().to_string_lossy();
-        let digest = Digest::sha256(&name).or_else(|| Digest::git_blob(&name));
-        let Some(digest) = digest else {
+    let links = snapshot.links()?;
+    let bytes: u64 = links
+        .iter()
+        .filter_map(|link| Some(std::fs::metadata(link).ok()?.len()))
+        .sum();
+    if bytes > TOLD_FROM {
+        eprintln!(
+            "comparing {} of {repo} with their digests",
+            human_bytes(bytes)
+        );
+    }
+    for link in links {
+        let Ok(blob) = link.canonicalize() else {
             continue;
         };
-        if !digest.fits(&blob).map_err(Error::io(&blob))? {
+        let name = blob.file_name().unwrap_or_default().to_string_lossy();
+        let digest = Digest::sha256(&name).or_else(|| Digest::git_blob(&name));
+        let is_blob = blob
+            .parent()
+            .is_some_and(|folder| folder.ends_with("blobs"));
+        if let Some(digest) = digest.filter(|_| is_blob)
+            && !digest.fits(&blob).map_err(Error::io(&blob))?
+        {
             eprintln!("{}: damaged, and therefore removed", link.display());
             remove(&blob).map_err(Error::io(&blob))?;
-            remove(&link).map_err(Error::io(&link))?;
         }
     }
     Ok(())

@@ -88,11 +88,11 @@ impl Snapshot {
         at.is_file().then_some(at)
     }
 
-    /// The links to blobs, and where these lie.
+    /// All links in it.
     ///
     /// # Errors
     /// When a folder cannot be read.
-    pub(super) fn blobs(&self) -> Result<Vec<(PathBuf, PathBuf)>> {
+    pub(super) fn links(&self) -> Result<Vec<PathBuf>> {
         let mut folders = vec![self.folder.clone()];
         let mut found = Vec::new();
         while let Some(folder) = folders.pop() {
@@ -100,13 +100,8 @@ impl Snapshot {
                 let kind = path.symlink_metadata().map_err(Error::io(&path))?;
                 if kind.is_dir() {
                     folders.push(path);
-                } else if kind.is_symlink()
-                    && let Ok(blob) = path.canonicalize()
-                    && blob
-                        .parent()
-                        .is_some_and(|folder| folder.ends_with("blobs"))
-                {
-                    found.push((path, blob));
+                } else if kind.is_symlink() {
+                    found.push(path);
                 }
             }
         }
@@ -114,8 +109,12 @@ impl Snapshot {
     }
 
     /// Whether it has what its own files say belongs to it: weights, all shards of every index, and the folder of
-    /// every component of a diffusers pipeline.
+    /// every component of a diffusers pipeline; and no link that leads nowhere.
     pub fn seems_complete(&self) -> bool {
+        let links = self.links();
+        if !links.is_ok_and(|links| links.iter().all(|link| link.exists())) {
+            return false;
+        }
         let index = read_json::<Value>(&self.folder.join("model_index.json")).ok();
         let Some(components) = index.as_ref().and_then(Value::as_object) else {
             return has_whole_weights(&self.folder);

@@ -8,17 +8,32 @@ use miniz_oxide::inflate::decompress_to_vec_zlib_with_limit;
 /// The most bytes of EXIF that are looked at: JPEG's segments hold 64 KiB at most.
 const MAX_EXIF: usize = 1 << 20;
 
-/// The part of a JPEG up to its end marker, and its orientation; `None` when there is no end marker behind its picture.
+/// A JPEG as its markers tell it.
+pub struct Jpeg<'a> {
+    /// The file up to the end marker of its picture.
+    pub picture: &'a [u8],
+    pub turned: Option<Orientation>,
+    /// Bytes for each pixel that decoding takes beside the result: a progressive one is kept as coefficients first.
+    pub beside: u64,
+}
+
+/// What a JPEG is; `None` when there is no end marker behind its picture.
 ///
 /// The decoder paints what is missing grey and says nothing, so the markers are walked here: segments by their length,
 /// entropy-coded data up to the next marker. What follows the end (a film, a second picture, padding) is none of the
 /// decoder's business.
-pub fn jpeg(bytes: &[u8]) -> Option<(&[u8], Option<Orientation>)> {
+pub fn jpeg(bytes: &[u8]) -> Option<Jpeg<'_>> {
     let (mut at, mut scans) = (2, 0);
-    let mut turned = None;
+    let (mut turned, mut beside) = (None, 0);
     while let (Some(&fill), Some(&marker)) = (bytes.get(at), bytes.get(at + 1)) {
         match (fill, marker) {
-            (0xFF, 0xD9) if scans > 0 => return Some((&bytes[..at + 2], turned)),
+            (0xFF, 0xD9) if scans > 0 => {
+                return Some(Jpeg {
+                    picture: &bytes[..at + 2],
+                    turned,
+                    beside,
+                });
+            }
             (0xFF, 0xD9) => return None,
             // What no picture has, or the beginning of another one: this one is cut short, and something else follows.
             (0xFF, 0x02..=0xBF | 0xD8 | 0xF0..=0xFD) if scans > 0 => return None,
@@ -29,6 +44,10 @@ pub fn jpeg(bytes: &[u8]) -> Option<(&[u8], Option<Orientation>)> {
                 let length = bytes.get(at + 2..at + 4)?;
                 let length = usize::from(u16::from_be_bytes([length[0], length[1]])).max(2);
                 scans += usize::from(marker == 0xDA);
+                if matches!(marker, 0xC2 | 0xC6 | 0xCA | 0xCE) {
+                    let components = bytes.get(at + 9).copied().unwrap_or(0);
+                    beside = 2 * u64::from(components);
+                }
                 if marker == 0xE1 && turned.is_none() {
                     turned = bytes.get(at + 4..at + 2 + length).and_then(orientation);
                 }
@@ -38,6 +57,14 @@ pub fn jpeg(bytes: &[u8]) -> Option<(&[u8], Option<Orientation>)> {
         }
     }
     None
+}
+
+/// Bytes for each pixel that decoding a WebP takes beside the result: a canvas, and the frame on it where it moves.
+pub fn webp_beside(bytes: &[u8]) -> u64 {
+    match bytes.get(12..21) {
+        Some([b'V', b'P', b'8', b'X', .., flags]) if flags & 2 != 0 => 8,
+        _ => 4,
+    }
 }
 
 /// The orientation of a WebP.

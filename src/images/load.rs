@@ -21,6 +21,9 @@ pub const MAX_SIDE: u32 = 1 << 20;
 /// The most bytes a photo may take, as a file and decoded: 512 MiB.
 pub const MAX_BYTES: u64 = 512 << 20;
 
+/// The most bytes that decoding a photo may take: 960 MiB.
+const MAX_DECODING: u64 = 960 << 20;
+
 /// The most bytes of what a PNG has beside its pixels, such as a colour profile unpacked; it is not used.
 const MAX_BESIDE: u64 = 64 << 20;
 
@@ -146,15 +149,21 @@ fn decode_or_reason(bytes: &[u8]) -> Result<RgbImage, String> {
     }
     match image::guess_format(bytes) {
         Ok(ImageFormat::Jpeg) => {
-            let (picture, turned) = container::jpeg(bytes).ok_or("the JPEG is cut short")?;
-            pixels(JpegDecoder::new(Cursor::new(picture)), turned)
+            let jpeg = container::jpeg(bytes).ok_or("the JPEG is cut short")?;
+            let decoder = JpegDecoder::new(Cursor::new(jpeg.picture));
+            pixels(decoder, jpeg.turned, jpeg.beside)
         }
         Ok(ImageFormat::Png) => {
             let decoder = PngDecoder::with_limits(Cursor::new(bytes), limits(MAX_BESIDE));
-            pixels(decoder, container::png(bytes))
+            pixels(decoder, container::png(bytes), 0)
         }
         Ok(ImageFormat::WebP) => {
-            pixels(WebPDecoder::new(Cursor::new(bytes)), container::webp(bytes))
+            let decoder = WebPDecoder::new(Cursor::new(bytes));
+            pixels(
+                decoder,
+                container::webp(bytes),
+                container::webp_beside(bytes),
+            )
         }
         Ok(other) => Err(format!(
             "the content is {other:?}, only JPEG, PNG and WebP are read"
@@ -175,9 +184,11 @@ fn limits(bytes: u64) -> Limits {
     limits
 }
 
+/// The picture, which takes `beside` bytes for each pixel beside itself while it is decoded.
 fn pixels<D: ImageDecoder>(
     decoder: Result<D, ImageError>,
     turned: Option<Orientation>,
+    beside: u64,
 ) -> Result<RgbImage, String> {
     let mut decoder = decoder.map_err(|e| reason(&e))?;
     let (width, height) = decoder.dimensions();
@@ -192,6 +203,12 @@ fn pixels<D: ImageDecoder>(
             decoder.total_bytes() >> 20,
             MAX_PIXELS / 1_000_000,
             MAX_BYTES >> 20
+        ));
+    }
+    if count * beside + decoder.total_bytes() > MAX_DECODING {
+        return Err(format!(
+            "the picture is {width}x{height} pixels and needs more than {} MiB to decode",
+            MAX_DECODING >> 20
         ));
     }
     decoder

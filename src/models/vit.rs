@@ -421,10 +421,10 @@ mod tests {
         };
         assert_eq!(Config::read(folder.path()).unwrap(), expected);
         // A config of transformers is taken at its word.
-        std::fs::write(&config, r#"{"hidden_size": 64, "image_size": [20, 12]}"#).unwrap();
+        std::fs::write(&config, r#"{"hidden_size": 96, "image_size": [40, 24]}"#).unwrap();
         let read = Config::read(folder.path()).unwrap();
-        assert_eq!((read.hidden_size, read.num_hidden_layers), (64, 12));
-        assert_eq!((read.image_size.height, read.image_size.width), (20, 12));
+        assert_eq!((read.hidden_size, read.num_hidden_layers), (96, 12));
+        assert_eq!((read.image_size.height, read.image_size.width), (40, 24));
         assert_eq!(read.image_size.side(), None);
     }
 }

@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 
 use candle_core::{Tensor, TensorId};
 
+use super::Weight;
+
 thread_local! {
     static CONTEXT: RefCell<Context> = RefCell::default();
 }
@@ -22,13 +24,13 @@ pub(super) struct Context {
     /// Whether each operation stays on this thread, which has its share of some larger work.
     pub alone: bool,
     /// Weights with their adapters, by the identity of A, where adapters are to be merged.
-    pub merged: Option<Gathered>,
+    pub merged: Option<Gathered<Weight>>,
     /// Gradients of variables inside blocks, while a backward pass runs.
-    pub collected: Option<Gathered>,
+    pub collected: Option<Gathered<Tensor>>,
 }
 
-/// Tensors by the identity of others, on one thread.
-pub(super) type Gathered = Rc<RefCell<HashMap<TensorId, Tensor>>>;
+/// What belongs to tensors, on one thread.
+pub(super) type Gathered<T> = Rc<RefCell<HashMap<TensorId, T>>>;
 
 impl Context {
     /// That of this thread.

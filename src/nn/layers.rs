@@ -7,6 +7,10 @@ use super::adapter::Lora;
 use super::{Init, Weight, Weights, merged, ops};
 use crate::Result;
 
+/// Frozen weights of up to this many elements are kept turned as well, which takes little memory: to pack them again for
+/// every few rows takes longer than some of the products.
+const TURNED: usize = 1 << 18;
+
 /// `y = x·Wᵀ + bias`, plus the adapter's `scale · (x·Aᵀ)·Bᵀ` where one is attached.
 #[derive(Clone)]
 pub struct Linear {
@@ -29,7 +33,10 @@ impl Linear {
         init: Init,
         weights: &Weights,
     ) -> Result<Self> {
-        let weight = weights.matrix((outputs, inputs), "weight", init)?;
+        let mut weight = weights.matrix((outputs, inputs), "weight", init)?;
+        if inputs * outputs <= TURNED {
+            weight = weight.turned()?;
+        }
         let bias = if bias {
             Some(weights.get(outputs, "bias", Init::Zeros)?)
         } else {
@@ -48,7 +55,7 @@ impl Linear {
         if let (Some(weight), Some(lora)) = (self.weight.tensor(), &self.lora)
             && let Some(merged) = merged::weight(weight, lora)?
         {
-            return ops::linear(x, &merged, bias);
+            return ops::adapted_linear(x, &merged, bias, None);
         }
         ops::adapted_linear(x, &self.weight, bias, self.lora.as_ref())
     }
@@ -236,7 +243,7 @@ impl Embedding {
     /// `ids` (…) of u32 to (…, width).
     pub fn forward(&self, ids: &Tensor) -> Result<Tensor> {
         match &self.weight {
-            Weight::Tensor(weight) => ops::embedding(weight, ids),
+            Weight::Tensor(weight) | Weight::Twice { weight, .. } => ops::embedding(weight, ids),
             Weight::Half(weight) => ops::half_embedding(weight, ids),
         }
     }

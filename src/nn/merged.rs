@@ -4,12 +4,12 @@
 use candle_core::Tensor;
 
 use super::adapter::Lora;
-use super::{Context, ops};
+use super::{Context, Weight, ops};
 use crate::Result;
 
 /// A frozen `weight` (outputs, inputs) with scale·B·A of `lora` added to it, where it is to be used: inside
 /// [`super::merged`] and [`super::no_grad`].
-pub(super) fn weight(weight: &Tensor, lora: &Lora) -> Result<Option<Tensor>> {
+pub(super) fn weight(weight: &Tensor, lora: &Lora) -> Result<Option<Weight>> {
     let context = Context::current();
     let Some(merged) = context.merged.filter(|_| context.no_grad) else {
         return Ok(None);
@@ -22,6 +22,7 @@ pub(super) fn weight(weight: &Tensor, lora: &Lora) -> Result<Option<Tensor>> {
     }
     let addition = (ops::linear(&lora.b, &lora.a.t()?, None)? * lora.scale)?;
     let sum = (weight + addition.to_dtype(weight.dtype())?)?.detach();
+    let sum = Weight::Tensor(sum).turned()?;
     merged.borrow_mut().insert(lora.a.id(), sum.clone());
     Ok(Some(sum))
 }

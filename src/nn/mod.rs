@@ -58,11 +58,12 @@ pub fn parameter(tensor: &Tensor) -> Tensor {
     }
 }
 
-/// Settles three things that training on the CPU depends on, once for the whole process: where mimalloc is the
+/// Settles four things that training on the CPU depends on, once for the whole process: where mimalloc is the
 /// allocator, freed memory is kept for a second for the next tensor instead of going back to the system (which
 /// otherwise takes longer than the arithmetic); candle's own elementwise operations run on the thread that asks for
-/// them, because its pool waits by spinning, on cores that other stages need; and candle is told the number of cores,
-/// which it otherwise reads from the system's description of every processor before each of its matrix products.
+/// them, because its pool waits by spinning, on cores that other stages need; candle is told the number of cores,
+/// which it otherwise reads from the system's description of every processor before each of its matrix products; and those
+/// products do not copy what they can read in place for up to some hundred columns, as for a convolution's outputs.
 ///
 /// # Safety
 /// To be called at the start of `main`, before there is a second thread: it sets environment variables.
@@ -74,6 +75,8 @@ pub unsafe fn prepare_process() {
             unsafe { std::env::set_var(name, value.to_string()) };
         }
     }
+    const READ_IN_PLACE: usize = 32;
+    gemm::set_lhs_packing_threshold_single_thread(READ_IN_PLACE);
     /// Its number in mimalloc 2's `mi_option_e`.
     const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
     const MILLISECONDS: std::ffi::c_long = 1000;

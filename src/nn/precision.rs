@@ -8,7 +8,7 @@ use std::sync::Arc;
 use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
 
-use super::cpu::half::widen;
+use super::cpu::{half::widen, takes};
 use crate::config::Dtype;
 use crate::{Error, Result};
 
@@ -212,6 +212,12 @@ impl std::fmt::Debug for HalfMatrix {
 #[derive(Debug, Clone)]
 pub enum Weight {
     Tensor(Tensor),
+    /// Frozen, in f32 on the CPU: (outputs, inputs) and, as a product with many rows reads it in place, `turned`
+    /// (inputs, outputs).
+    Twice {
+        weight: Tensor,
+        turned: Tensor,
+    },
     /// Frozen, on the CPU.
     Half(HalfMatrix),
 }
@@ -226,7 +232,7 @@ impl Weight {
     /// (rows, columns).
     pub fn dims2(&self) -> candle_core::Result<(usize, usize)> {
         match self {
-            Weight::Tensor(weight) => weight.dims2(),
+            Weight::Tensor(weight) | Weight::Twice { weight, .. } => weight.dims2(),
             Weight::Half(half) => Ok(half.dims2()),
         }
     }
@@ -234,7 +240,7 @@ impl Weight {
     /// As a tensor: itself, or widened to f32.
     pub fn to_tensor(&self) -> Result<Cow<'_, Tensor>> {
         match self {
-            Weight::Tensor(weight) => Ok(Cow::Borrowed(weight)),
+            Weight::Tensor(weight) | Weight::Twice { weight, .. } => Ok(Cow::Borrowed(weight)),
             Weight::Half(half) => Ok(Cow::Owned(half.to_tensor()?)),
         }
     }
@@ -242,8 +248,22 @@ impl Weight {
     /// The tensor that it is, unless it is in half precision.
     pub fn tensor(&self) -> Option<&Tensor> {
         match self {
-            Weight::Tensor(weight) => Some(weight),
+            Weight::Tensor(weight) | Weight::Twice { weight, .. } => Some(weight),
             Weight::Half(_) => None,
+        }
+    }
+
+    /// Frozen and used again and again by a linear layer: [`Weight::Twice`] where it can be.
+    pub(super) fn turned(self) -> Result<Self> {
+        match self {
+            Weight::Tensor(weight) if !weight.track_op() && takes([&weight]) => {
+                let turned = weight.t()?.contiguous()?;
+                Ok(Weight::Twice {
+                    weight: weight.contiguous()?,
+                    turned,
+                })
+            }
+            other => Ok(other),
         }
     }
 }

@@ -204,10 +204,11 @@ impl Hub {
     /// Whether the connection stays.
     fn answer(&self, mut stream: &TcpStream, request: &Request) -> Option<bool> {
         let mut inner = self.inner.lock().unwrap();
-        let (target, range) = (request.target.as_str(), request.range.as_deref());
+        let range = request.range.as_deref();
+        let target = request.target.split('?').next()?;
         inner
             .requests
-            .push(format!("{target} {}", range.unwrap_or("")));
+            .push(format!("{} {}", request.target, range.unwrap_or("")));
         let came = (request.host.clone(), request.token.clone());
         inner.tokens.push(came);
         let mut plain = |status: &str, headers: &str, body: &[u8]| {

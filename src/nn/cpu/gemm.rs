@@ -1,6 +1,7 @@
 //! Matrix products of slices, by the `gemm` crate. How many threads share one does not change a bit of it.
 
 use gemm::Parallelism;
+use rayon::prelude::*;
 
 use crate::nn::is_crowded;
 
@@ -109,19 +110,55 @@ pub fn scaled_product(factor: f32, a: Matrix, b: Matrix) -> Vec<f32> {
     fresh(factor, Pair { a, b }, None, None)
 }
 
+/// Elements of a result that stay in a core's cache while something is added to them.
+const CACHED: usize = 1 << 16;
+
 /// The product in new memory, which is not written before it is computed.
 fn fresh(factor: f32, pair: Pair, row: Option<&[f32]>, more: Option<Pair>) -> Vec<f32> {
     let (rows, columns) = (pair.a.rows, pair.b.columns);
-    let mut out = Vec::with_capacity(rows * columns);
-    let base = row.map_or(Base::Nothing, Base::Row);
-    // SAFETY: there is room for the result, which is written as a whole and not read before.
-    unsafe {
-        compute(factor, pair, base, out.as_mut_ptr(), columns, Threads::All);
-        out.set_len(rows * columns);
+    if let Some(row) = row {
+        assert_eq!(row.len(), columns, "a row with a product");
     }
     if let Some(more) = more {
-        more.add_to(&mut out);
+        let size = (more.a.rows, more.b.columns);
+        assert_eq!(size, (rows, columns), "products that are added up");
     }
+    let mut out = Vec::with_capacity(rows * columns);
+    let place = Shared(out.as_mut_ptr());
+    let place = &place;
+    let body = |from: usize, until: usize, threads: Threads| {
+        // SAFETY: there is room for these rows, which nobody else writes; each is written before it is read.
+        unsafe {
+            let out = place.0.add(from * columns);
+            let a = pair.a.some_rows(from, until);
+            if let Some(row) = row {
+                for i in 0..until - from {
+                    out.add(i * columns).copy_from(row.as_ptr(), columns);
+                }
+            }
+            let accumulate = row.is_some();
+            multiply_into(factor, a, pair.b, out, columns, accumulate, threads);
+            if let Some(Pair { a, b }) = more {
+                let a = a.some_rows(from, until);
+                multiply_into(1.0, a, b, out, columns, true, threads);
+            }
+        }
+    };
+    // Where the right matrix need not be packed, a part of the rows costs no more than its share.
+    let height = (CACHED / columns.max(1)).max(1);
+    let adds = row.is_some() || more.is_some();
+    if adds && pair.b.column_stride == 1 && rows > height {
+        let part = |i: usize| body(i * height, ((i + 1) * height).min(rows), Threads::One);
+        let parts = 0..rows.div_ceil(height);
+        match is_crowded() {
+            true => parts.for_each(part),
+            false => parts.into_par_iter().for_each(part),
+        }
+    } else {
+        body(0, rows, Threads::All);
+    }
+    // SAFETY: all rows are written.
+    unsafe { out.set_len(rows * columns) }
     out
 }
 
@@ -161,44 +198,7 @@ pub unsafe fn multiply_into(
     accumulate: bool,
     threads: Threads,
 ) {
-    let base = match accumulate {
-        true => Base::Out,
-        false => Base::Nothing,
-    };
-    // SAFETY: this function's contract.
-    unsafe { compute(factor, Pair { a, b }, base, out, stride, threads) }
-}
-
-/// What a product is added to.
-#[derive(Clone, Copy)]
-enum Base<'a> {
-    Nothing,
-    /// What is in the result's place.
-    Out,
-    /// The same row for all of the result's.
-    Row(&'a [f32]),
-}
-
-/// `out = factor · a·b + base`.
-///
-/// # Safety
-/// As for [`multiply_into`]; `out` is only read if it is the base.
-unsafe fn compute(
-    factor: f32,
-    Pair { a, b }: Pair,
-    base: Base,
-    out: *mut f32,
-    stride: usize,
-    threads: Threads,
-) {
     assert_eq!(a.columns, b.rows, "inner dimensions of a product");
-    if let Base::Row(row) = base {
-        assert_eq!(row.len(), b.columns, "a row with a product");
-        for i in 0..a.rows {
-            // SAFETY: this function's contract; the row is as long as the result's.
-            unsafe { out.add(i * stride).copy_from(row.as_ptr(), row.len()) }
-        }
-    }
     // Which thread computes a tile does not change its sums.
     let parallelism = match threads {
         Threads::All if !is_crowded() => Parallelism::Rayon(0),
@@ -213,7 +213,7 @@ unsafe fn compute(
             out,
             1,
             stride as isize,
-            !matches!(base, Base::Nothing),
+            accumulate,
             a.data.as_ptr(),
             a.column_stride as isize,
             a.row_stride as isize,

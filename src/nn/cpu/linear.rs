@@ -74,7 +74,7 @@ pub fn linear(
     let x_kept = detached(x)?;
     let weight_kept = match weight {
         Weight::Tensor(tensor) => Weight::Tensor(detached(tensor)?),
-        Weight::Half(_) => weight.clone(),
+        Weight::Twice { .. } | Weight::Half(_) => weight.clone(),
     };
     let (y, low) = {
         let x = values(&x_kept)?;
@@ -172,7 +172,14 @@ fn forward(
     });
     let w = Readable::of(weight)?;
     if let (Readable::Full(w), true) = (&w, rows > THIN) {
-        let w = Matrix::new(w, outputs, inputs).t();
+        let turned = match weight {
+            Weight::Twice { turned, .. } => Some(values(turned)?),
+            Weight::Tensor(_) | Weight::Half(_) => None,
+        };
+        let w = match &turned {
+            Some(turned) => Matrix::new(turned, inputs, outputs),
+            None => Matrix::new(w, outputs, inputs).t(),
+        };
         return Ok(product(Matrix::new(x, rows, inputs), w, bias, share));
     }
     let mut y = match bias {
@@ -235,7 +242,9 @@ enum Readable<'a> {
 impl<'a> Readable<'a> {
     fn of(weight: &'a Weight) -> Result<Self> {
         match weight {
-            Weight::Tensor(weight) => Ok(Readable::Full(values(weight)?)),
+            Weight::Tensor(weight) | Weight::Twice { weight, .. } => {
+                Ok(Readable::Full(values(weight)?))
+            }
             Weight::Half(half) => Ok(Readable::Half(half.bits()?, half.kind())),
         }
     }

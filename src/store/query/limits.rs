@@ -85,7 +85,10 @@ impl Meter {
         let grown = resident().unwrap_or(0).saturating_sub(self.before);
         if grown > memory.saturating_mul(2) {
             return Err(Error::invalid(
-                format!("query: it takes more memory than {} GiB", gibibytes(memory)),
+                format!(
+                    "query: it takes more memory than {:.2} GiB",
+                    gibibytes(memory)
+                ),
                 "ask for less at once, or allow more with --memory GIB",
             ));
         }

@@ -126,7 +126,7 @@ impl Optimizer for AdamW {
         let steps = entry(state, "step")?.to_vec1::<i64>()?;
         let slots = self.slots.iter();
         let loaded: Vec<Remembered<2>> = slots
-            .map(|slot| Remembered::load((&slot.name, &slot.variable), MOMENTS, state))
+            .map(|slot| Remembered::load((slot.name.as_str(), &slot.variable), MOMENTS, state))
             .collect::<Result<_>>()?;
         for (slot, moments) in self.slots.iter_mut().zip(loaded) {
             slot.moments = moments;

@@ -141,7 +141,7 @@ impl Optimizer for Muon {
     }
 
     fn load_state(&mut self, state: &BTreeMap<String, Tensor>) -> Result<()> {
-        let momentum = |slot: &Slot| {
+        let momentum = |slot: &Slot| -> Result<Tensor> {
             let shape = Shape::from(sides(&slot.variable));
             let momentum = remembered(state, &slot.name, MOMENTUM_BUFFER, &shape)?;
             Ok(momentum.to_device(slot.variable.device())?)

@@ -169,7 +169,7 @@ impl Optimizer for Prodigy {
     fn load_state(&mut self, state: &BTreeMap<String, Tensor>) -> Result<()> {
         let slots = self.slots.iter();
         let loaded: Vec<Remembered<4>> = slots
-            .map(|slot| Remembered::load((&slot.name, &slot.variable), KEPT, state))
+            .map(|slot| Remembered::load((slot.name.as_str(), &slot.variable), KEPT, state))
             .collect::<Result<_>>()?;
         let mut shared = [0.0; 4];
         for (name, value) in SHARED.into_iter().zip(&mut shared) {

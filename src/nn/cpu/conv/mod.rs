@@ -1,7 +1,5 @@
-//! Two-dimensional convolution: directly where the machine has the instructions, else as matrix products.
+//! Two-dimensional convolution as matrix products.
 
-mod direct;
-mod kernels;
 mod unfolded;
 
 use std::ops::Range;
@@ -10,7 +8,6 @@ use candle_core::{Result, Tensor};
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use self::kernels::Kernels;
 use super::{detached, simd, tensor, values};
 use crate::nn::ops::Padding;
 use crate::nn::vjp::record;
@@ -71,14 +68,6 @@ impl Geometry {
         self.rows * self.columns
     }
 
-    /// What the direct convolution runs on: None where a matrix product serves better.
-    fn kernels(&self, images: usize, outputs: usize) -> Option<Kernels> {
-        let work = images * outputs * self.pixels() * self.depth();
-        (self.kernel > 1 && work > 0)
-            .then(|| Kernels::all().next())
-            .flatten()
-    }
-
     /// The outputs i of `count` for which `i · stride + offset − before` is a pixel of `limit`.
     fn inside(&self, offset: usize, count: usize, limit: usize) -> Range<usize> {
         let from = self
@@ -118,7 +107,7 @@ pub fn conv2d(
     let y = {
         let bias = bias.map(detached).transpose()?;
         let bias = bias.as_ref().map(values).transpose()?;
-        forward(
+        unfolded::forward(
             &values(&x_kept)?,
             &values(&weight_kept)?,
             bias.as_deref(),
@@ -142,7 +131,7 @@ pub fn conv2d(
             gradients.push(tensor(dx, x_kept.shape())?);
         }
         if wanted.1 {
-            let dw = weight_gradient(&g, &values(&x_kept)?, outputs, &geometry);
+            let dw = unfolded::weight_gradient(&g, &values(&x_kept)?, outputs, &geometry);
             gradients.push(tensor(dw, weight_kept.shape())?);
         }
         if wanted.2 {
@@ -150,20 +139,6 @@ pub fn conv2d(
         }
         Ok(gradients)
     })
-}
-
-fn forward(
-    x: &[f32],
-    w: &[f32],
-    bias: Option<&[f32]>,
-    outputs: usize,
-    geometry: &Geometry,
-) -> Vec<f32> {
-    let images = x.len() / geometry.input().max(1);
-    match geometry.kernels(images, outputs) {
-        Some(kernels) => direct::forward(kernels, x, w, bias, outputs, geometry),
-        None => unfolded::forward(x, w, bias, outputs, geometry),
-    }
 }
 
 /// The convolution's transpose: at stride 1 a convolution with the weight turned around.
@@ -197,15 +172,7 @@ fn input_gradient(
         columns: geometry.width,
         ..*geometry
     };
-    forward(g, &turned, None, channels, &transposed)
-}
-
-fn weight_gradient(g: &[f32], x: &[f32], outputs: usize, geometry: &Geometry) -> Vec<f32> {
-    let images = x.len() / geometry.input().max(1);
-    match geometry.kernels(images, outputs) {
-        Some(kernels) => direct::weight_gradient(kernels, g, x, outputs, geometry),
-        None => unfolded::weight_gradient(g, x, outputs, geometry),
-    }
+    unfolded::forward(g, &turned, None, channels, &transposed)
 }
 
 fn channel_sums(g: &[f32], outputs: usize, geometry: &Geometry) -> Vec<f32> {
@@ -227,155 +194,4 @@ fn channel_sum(g: &[f32], channel: usize, channels: usize, pixels: usize) -> f32
         total += simd::sum(&image[channel * pixels..(channel + 1) * pixels], |v| v);
     }
     total
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-    use rand::SeedableRng;
-    use rand_chacha::ChaCha8Rng;
-    use rand_distr::{Distribution, StandardNormal};
-
-    use super::*;
-
-    /// A convolution with random values.
-    struct Case {
-        geometry: Geometry,
-        outputs: usize,
-        x: Vec<f32>,
-        w: Vec<f32>,
-        bias: Vec<f32>,
-        gradient: Vec<f32>,
-    }
-
-    impl Case {
-        fn new(geometry: Geometry, images: usize, outputs: usize) -> Self {
-            let mut random = ChaCha8Rng::seed_from_u64(images as u64);
-            let mut values = |count: usize| -> Vec<f32> {
-                let values = StandardNormal.sample_iter(&mut random);
-                values.take(count).collect()
-            };
-            Self {
-                geometry,
-                outputs,
-                x: values(images * geometry.input()),
-                w: values(outputs * geometry.depth()),
-                bias: values(outputs),
-                gradient: values(images * outputs * geometry.pixels()),
-            }
-        }
-
-        fn direct(&self, kernels: Kernels) -> [Vec<f32>; 2] {
-            let (bias, outputs, geometry) =
-                (Some(self.bias.as_slice()), self.outputs, &self.geometry);
-            [
-                direct::forward(kernels, &self.x, &self.w, bias, outputs, geometry),
-                direct::weight_gradient(kernels, &self.gradient, &self.x, outputs, geometry),
-            ]
-        }
-
-        fn unfolded(&self) -> [Vec<f32>; 2] {
-            let (bias, outputs, geometry) =
-                (Some(self.bias.as_slice()), self.outputs, &self.geometry);
-            [
-                unfolded::forward(&self.x, &self.w, bias, outputs, geometry),
-                unfolded::weight_gradient(&self.gradient, &self.x, outputs, geometry),
-            ]
-        }
-    }
-
-    fn bits(values: &[f32]) -> Vec<u32> {
-        values.iter().map(|v| v.to_bits()).collect()
-    }
-
-    /// Differences of at most 2e-5 of the root of the mean square.
-    fn assert_close(found: &[f32], wanted: &[f32], what: &str) {
-        assert_eq!(found.len(), wanted.len(), "{what}");
-        let squares: f32 = wanted.iter().map(|v| v * v).sum();
-        let bound = 2e-5 * (squares / wanted.len() as f32).sqrt().max(1e-2);
-        for (i, (a, b)) in found.iter().zip(wanted).enumerate() {
-            assert!((a - b).abs() <= bound, "{what}: {a} instead of {b} at {i}");
-        }
-    }
-
-    fn geometries() -> impl Strategy<Value = Geometry> {
-        let windows = prop::sample::select(vec![
-            (3, 1, Padding::Same(1)),
-            (3, 1, Padding::Same(0)),
-            (3, 2, Padding::Same(1)),
-            (3, 2, Padding::RightBottom),
-            (4, 2, Padding::Same(1)),
-            (5, 1, Padding::Same(2)),
-            (5, 3, Padding::Same(4)),
-            (2, 3, Padding::Same(0)),
-        ]);
-        let channels = prop::sample::select(vec![1, 3, 5, 32, 48]);
-        (channels, 1..20_usize, 1..36_usize, windows).prop_filter_map(
-            "a kernel that fits",
-            |(channels, height, width, (kernel, stride, padding))| {
-                Geometry::new((channels, height, width), kernel, stride, padding)
-            },
-        )
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..Default::default() })]
-
-        #[test]
-        fn the_direct_way_and_the_unfolded_one_agree(
-            geometry in geometries(),
-            images in 1..4_usize,
-            outputs in prop::sample::select(vec![1, 3, 6, 8, 12, 16, 32, 40, 48]),
-        ) {
-            let case = Case::new(geometry, images, outputs);
-            let wanted = case.unfolded();
-            let mut first = None;
-            for kernels in Kernels::all() {
-                let found = case.direct(kernels);
-                for (name, i) in [("result", 0), ("gradient of the weight", 1)] {
-                    let what = format!("{name}, {kernels:?}, {geometry:?}");
-                    assert_close(&found[i], &wanted[i], &what);
-                }
-                let first = first.get_or_insert_with(|| found.clone());
-                for (one, other) in first.iter().zip(&found) {
-                    prop_assert_eq!(bits(one), bits(other), "{:?}", kernels);
-                }
-            }
-        }
-
-        #[test]
-        fn a_turned_convolution_is_the_gradient_of_the_input(
-            geometry in geometries(),
-            images in 1..4_usize,
-            outputs in 1..40_usize,
-        ) {
-            let case = Case::new(geometry, images, outputs);
-            let found = input_gradient(&case.gradient, &case.w, outputs, images, &geometry);
-            let wanted = unfolded::input_gradient(&case.gradient, &case.w, outputs, images, &geometry);
-            assert_close(&found, &wanted, &format!("{geometry:?}"));
-        }
-    }
-
-    #[test]
-    fn the_direct_way_gives_the_same_bytes_on_any_number_of_threads() {
-        for (channels, outputs, size, images) in [(48, 40, 17, 9), (3, 32, 32, 2), (32, 3, 40, 1)] {
-            let planes = (channels, size, size);
-            let geometry = Geometry::new(planes, 3, 1, Padding::Same(1)).unwrap();
-            let case = Case::new(geometry, images, outputs);
-            for kernels in Kernels::all() {
-                let on = |threads: usize| {
-                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
-                    pool.build().unwrap().install(|| case.direct(kernels))
-                };
-                let one = on(1).map(|values| bits(&values));
-                for threads in [2, 3] {
-                    assert_eq!(
-                        one,
-                        on(threads).map(|values| bits(&values)),
-                        "{threads} threads"
-                    );
-                }
-            }
-        }
-    }
 }
