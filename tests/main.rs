@@ -35,6 +35,7 @@ mod optimizer;
 mod parity_ar;
 mod parity_chameleon;
 mod parity_diffusion;
+mod parity_flux;
 mod parity_sdxl;
 mod parts;
 mod photos;
@@ -55,7 +56,6 @@ mod text_tokenizers;
 mod torch_files;
 mod verify;
 mod watch;
-#[cfg(unix)]
 mod watch_shared;
 mod watch_trial;
 mod whose_store;

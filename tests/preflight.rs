@@ -272,27 +272,6 @@ fn ones_own_subjects_are_typed_with_run_check_graph_and_generate() {
 }
 
 #[test]
-fn a_model_that_cannot_be_used_is_not_offered_for_download() {
-    let listed = proxytune(&["models"]);
-    for line in listed
-        .out
-        .lines()
-        .filter(|line| line.contains("cannot be used yet"))
-    {
-        let name = line.split_whitespace().next().unwrap();
-        assert!(!line.contains("GB"), "{line}");
-        proxytune(&["models", "--download", name]).says(1, &["cannot be trained here", "hint: "]);
-        let told = proxytune(&["models", name]);
-        assert!(
-            told.out.contains("cannot be used yet") && !told.out.contains("--download"),
-            "{}",
-            told.out
-        );
-    }
-    assert!(listed.out.contains("cannot be used yet"), "{}", listed.out);
-}
-
-#[test]
 fn hints_fit_what_the_folder_is_for() {
     let place = Place::new();
     let empty = photos(&place, "empty", 0);
