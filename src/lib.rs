@@ -21,6 +21,8 @@
 //! Programs that use the crate as a library are in `examples/`: a run from code, a source of one's own, an adapter
 //! loaded and drawn with.
 
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used))]
+
 pub mod cli;
 pub mod config;
 pub mod console;

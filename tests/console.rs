@@ -128,12 +128,12 @@ fn sample_and_run_finish_their_work_when_nobody_reads() {
         "--prompt",
         "a dog",
         "--count",
-        "9",
+        "5",
     ]);
     sample.arg("--out").arg(&out);
     let status = sample.stdout(closed()).stderr(closed()).status().unwrap();
     assert_eq!(status.code(), Some(0));
-    assert_eq!(find(&out, &|name| name.ends_with(".png")).len(), 9);
+    assert_eq!(find(&out, &|name| name.ends_with(".png")).len(), 5);
     let mut run = place.command(&[
         "supervisor.steps=1",
         "proxies.count=2",
@@ -159,7 +159,7 @@ fn sample_into_a_full_output_draws_all_and_ends_with_an_error() {
         "--prompt",
         "a dog",
         "--count",
-        "6",
+        "5",
     ]);
     sample.arg("--out").arg(&out);
     let ended = sample
@@ -168,7 +168,7 @@ fn sample_into_a_full_output_draws_all_and_ends_with_an_error() {
         .output()
         .unwrap();
     assert_eq!(ended.status.code(), Some(1));
-    assert_eq!(find(&out, &|name| name.ends_with(".png")).len(), 6);
+    assert_eq!(find(&out, &|name| name.ends_with(".png")).len(), 5);
 }
 
 #[cfg(unix)]

@@ -1,5 +1,7 @@
 //! What the project promises, one module per behaviour. One binary: each of its own would link the whole store again.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 mod support;
 
 mod adapters;
@@ -58,4 +60,5 @@ mod verify;
 mod watch;
 mod watch_shared;
 mod watch_trial;
+#[cfg(unix)]
 mod whose_store;

@@ -84,13 +84,8 @@ fn what_run_refuses_at_once_check_refuses_in_the_same_words_and_nothing_is_made(
             "FLUX cannot be trained here",
         ),
         (
-            &[
-                "student.model=nano-lumina",
-                "student.resolution=48",
-                "supervisor.resolution=48",
-                "student.weight_decay=0.1",
-            ],
-            "a resolution of 48 pixels",
+            &["student.model=nano-lumina", "student.resolution=64"],
+            "an image of 64 pixels takes all 160 positions",
         ),
     ];
     for (overrides, part) in cases {

@@ -5,10 +5,15 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use proxytune::evaluation::metrics::Scores;
+use proxytune::store::{ProxyRow, Store};
+use proxytune::watch::chain::Recipe;
+use proxytune::watch::reconcile::reconcile;
 use proxytune::watch::scan::{Scan, Scanner, is_system, linked};
-use proxytune::watch::state::Home;
+use proxytune::watch::state::{Ended, Home, Published, State, Subject};
 use tempfile::TempDir;
 
+use crate::support::filled;
 use crate::support::{Running, SMOKE, Said, find, program, say};
 
 const FEW: [&str; 3] = [
@@ -77,8 +82,73 @@ impl Shared {
         say(command)
     }
 
-    fn learn(&self) -> Said {
-        self.watch(&["--store", self.store().to_str().unwrap()])
+    /// Lets the watch remember that everybody here is learnt, without learning anybody.
+    fn begin(&self) {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let home = Home::of(&self.photos()).unwrap();
+        let _lock = home.lock().unwrap();
+        let mut state = home.load().unwrap();
+        reconcile(&mut state, &self.scan());
+        let scores = Scores {
+            clip_i: 0.5,
+            clip_t: 0.5,
+            dino: 0.5,
+        };
+        let everybody = |subjects: &[Subject]| {
+            let scored = |subject: &Subject| (subject.id.clone(), scores);
+            subjects.iter().map(scored).collect()
+        };
+        for subject in &mut state.subjects {
+            subject.pending = None;
+            subject.learnt = Some(subject.look());
+            let copies = home.photos(&subject.id, &subject.look());
+            std::fs::create_dir_all(&copies).unwrap();
+            std::fs::write(copies.join("00.png"), "a copy").unwrap();
+        }
+        let number = state.next_number();
+        let run = home.runs().join(format!("run-{number:04}-0123abcd"));
+        for dir in [&run, &home.adapter(number)] {
+            std::fs::create_dir_all(dir).unwrap();
+        }
+        state.published = Some(Published {
+            number,
+            run: format!("runs/run-{number:04}-0123abcd"),
+            adapter: "a".repeat(64),
+            scores: everybody(&state.subjects),
+        });
+        state.history.push(Ended {
+            number,
+            subject: state.subjects[0].id.clone(),
+            init: None,
+            adapter: Some("a".repeat(64)),
+            scores: everybody(&state.subjects),
+            refused: None,
+            seconds: 1.0,
+        });
+        runtime.block_on(async {
+            let store = Store::open(self.store()).await.unwrap();
+            state.store = store.reference(home.path());
+            let proxies = state
+                .subjects
+                .iter()
+                .zip(0..)
+                .map(|(subject, number)| ProxyRow {
+                    subject: subject.id.clone(),
+                    ..filled::proxy(number)
+                });
+            let proxies: Vec<ProxyRow> = proxies.collect();
+            store
+                .proxies()
+                .await
+                .unwrap()
+                .append(&proxies)
+                .await
+                .unwrap();
+        });
+        // As the watch itself would, so that nothing is judged anew.
+        let recipe = Recipe::open(Path::new(SMOKE), &FEW.map(String::from), 25).unwrap();
+        state.use_settings(&recipe.settings(2.0).unwrap());
+        home.save(&state).unwrap();
     }
 
     fn remove(&self, subject: &str) -> Said {
@@ -232,7 +302,7 @@ fn pipes_sockets_and_devices_with_names_of_pictures_are_set_aside_without_being_
 fn a_state_that_somebody_else_wrote_is_refused_and_nothing_outside_is_touched() {
     let shared = Shared::new();
     shared.put("photos/dog/rex", "dog1");
-    shared.learn().says(0, &[]);
+    shared.begin();
     shared.put("victim", "cat1");
     let victim = find(&shared.at("victim"), &|_| true).len();
     let whole = std::fs::read(shared.home().join("state.json")).unwrap();
@@ -284,7 +354,7 @@ fn a_state_that_somebody_else_wrote_is_refused_and_nothing_outside_is_touched() 
     // Another store of the same person's is not that of the watch, whatever its path.
     let other = Shared::new();
     other.put("photos/dog/rex", "dog1");
-    other.learn().says(0, &[]);
+    other.begin();
     shared.edit(|state| state["store"]["path"] = other.store().to_str().into());
     shared.edit(|state| state["store"]["relative"] = other.store().to_str().into());
     shared.remove("rex").says(1, &["the store of the watch on"]);
@@ -299,7 +369,7 @@ fn a_state_that_somebody_else_wrote_is_refused_and_nothing_outside_is_touched() 
 fn deletion_and_writing_never_go_through_a_link() {
     let shared = Shared::new();
     shared.put("photos/dog/rex", "dog1");
-    shared.learn().says(0, &[]);
+    shared.begin();
     for folder in ["photos", "runs", "adapters"] {
         let (own, aside) = (shared.home().join(folder), shared.at("aside"));
         shared.put("victim/rex", "cat1");
@@ -354,7 +424,7 @@ fn a_subject_in_a_linked_folder_is_forgotten_and_what_stays_of_it_is_told() {
     for photo in find(&shared.at("elsewhere/tom"), &|_| true) {
         symlink(&photo, tom.join(photo.file_name().unwrap())).unwrap();
     }
-    shared.learn().says(0, &[]);
+    shared.begin();
     let said = shared.remove("tom");
     assert_eq!(said.code, Some(3), "{said:?}");
     assert!(!tom.exists() && shared.at("elsewhere/tom/00.png").is_file());
@@ -401,7 +471,7 @@ fn copies_that_systems_and_other_programs_keep_of_a_removed_subject_are_told_of(
     shared.put("photos/.Trash-1000/files", "dog1");
     shared.put("photos/dog/rex/@eaDir/00.png", "cat1");
     shared.put("photos/.Trash-1000/others", "cat1");
-    shared.learn().says(0, &[]);
+    shared.begin();
     let said = shared.remove("rex");
     assert_eq!(said.code, Some(3), "{said:?}");
     assert_eq!(
@@ -419,17 +489,17 @@ fn copies_that_systems_and_other_programs_keep_of_a_removed_subject_are_told_of(
 fn a_watch_knows_its_store_and_refuses_another() {
     let shared = Shared::new();
     shared.put("photos/dog/rex", "dog1");
-    shared.learn().says(0, &[]);
+    shared.put("photos/cat/mia", "cat1");
+    shared.begin();
     let other = shared.at("other");
     let said = shared.watch(&["--store", other.to_str().unwrap()]);
     let store = shared.store();
     said.says(1, &[store.to_str().unwrap(), other.to_str().unwrap()]);
     assert!(!other.exists());
     // Without --store it is the watch's own; the program would look for datasets/store.
-    shared.put("photos/cat/mia", "cat1");
     shared.watch(&[]).says(0, &[]);
-    let learnt = shared.state()["history"].as_array().unwrap().len();
-    assert_eq!(learnt, 2);
+    let noted = shared.state()["store"]["path"].clone();
+    assert_eq!(noted, store.to_str().unwrap());
     // Both are moved.
     let moved = tempfile::tempdir().unwrap();
     for name in ["photos", "store"] {
@@ -458,17 +528,12 @@ fn a_name_too_long_for_files_or_prompts_keeps_nobody_else_from_being_learnt() {
     shared.put(&format!("photos/dog/{long}"), "dog1");
     shared.put(&format!("photos/{class}/rex"), "cat1");
     shared.put("photos/cat/mia", "cat2");
-    shared.learn().says(0, &[]);
-    let state = shared.state();
-    let ids: Vec<&str> = state["subjects"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|subject| subject["id"].as_str().unwrap())
-        .collect();
+    let mut state = State::default();
+    reconcile(&mut state, &shared.scan());
+    let ids: Vec<&str> = state.subjects.iter().map(|s| s.id.as_str()).collect();
     assert_eq!(ids, ["mia", &long[..64]]);
-    assert_eq!(state["history"].as_array().unwrap().len(), 2);
-    let waiting = state["waiting"][format!("{class}/rex")].as_str().unwrap();
+    assert_eq!(state.queue().len(), 2);
+    let waiting = &state.waiting[&format!("{class}/rex")];
     assert!(waiting.contains("200 bytes of at most 64"), "{waiting}");
 }
 

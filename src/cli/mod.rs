@@ -442,6 +442,9 @@ fn operations() -> Result<Operations> {
 /// # Errors
 /// Those of the command.
 pub fn dispatch(cli: Cli) -> Result<Ended> {
+    if let Command::Bench(args) = &cli.command {
+        args.prepare()?;
+    }
     log();
     crate::nn::use_operations(operations()?);
     let (mut out, mut notes) = (Output, Notes);

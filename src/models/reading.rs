@@ -126,10 +126,20 @@ pub fn text_readers(
         }
         Family::Lumina => {
             let (tokenizer, format, positions) = chameleon::format(dir, resolution)?;
+            let length = positions.saturating_sub(format.tokens_beside_words(learns));
+            if length == 0 {
+                return Err(Error::invalid(
+                    format!(
+                        "an image of {} pixels takes all {positions} positions of the model",
+                        format.side()
+                    ),
+                    "choose a smaller resolution",
+                ));
+            }
             Ok(vec![TextReader {
                 name: "Chameleon",
                 tokenizer,
-                length: positions.saturating_sub(format.tokens_beside_words(learns)),
+                length,
                 frame: Frame::Request(format),
             }])
         }

@@ -4,11 +4,12 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use candle_core::{Tensor, TensorId};
 
 use super::Weight;
+use crate::stream::computing;
 
 thread_local! {
     static CONTEXT: RefCell<Context> = RefCell::default();
@@ -91,28 +92,9 @@ pub fn merged<T>(body: impl FnOnce() -> T) -> T {
     context.run(body)
 }
 
-/// Models that compute at the same time.
-static COMPUTING: AtomicUsize = AtomicUsize::new(0);
-
-/// Runs `body` as one of those that compute at the same time. Where they are as many as the processors, each operation
-/// stays on the thread that calls it: to cut it up would only make the models wait for one another. A result does not
-/// depend on how many there are.
-pub fn beside_others<T>(body: impl FnOnce() -> T) -> T {
-    struct Leave;
-    impl Drop for Leave {
-        fn drop(&mut self) {
-            COMPUTING.fetch_sub(1, Relaxed);
-        }
-    }
-    COMPUTING.fetch_add(1, Relaxed);
-    let _leave = Leave;
-    body()
-}
-
 /// Whether an operation had better stay on its thread.
 pub(super) fn is_crowded() -> bool {
-    CONTEXT.with_borrow(|context| context.alone)
-        || COMPUTING.load(Relaxed) >= rayon::current_num_threads()
+    CONTEXT.with_borrow(|context| context.alone) || computing() >= rayon::current_num_threads()
 }
 
 /// What computes the operations of layers in f32.
@@ -139,6 +121,7 @@ pub(super) fn only_candles() -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::stream::beside_others;
 
     #[test]
     fn as_many_as_there_are_threads_are_a_crowd() {

@@ -11,7 +11,9 @@ use crate::{Error, Result};
 /// How a trainable weight starts when no checkpoint gives it.
 #[derive(Debug, Clone, Copy)]
 pub enum Init {
+    /// 0 everywhere.
     Zeros,
+    /// 1 everywhere.
     Ones,
     /// This value everywhere.
     Constant(f64),

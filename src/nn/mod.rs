@@ -9,6 +9,8 @@
 //! - [`merged`] runs a closure in which small layers carry their adapters inside their weights: sampling uses it.
 //! - [`no_grad`] runs a closure without building a graph: sampling, encoding and evaluation use it.
 
+#![warn(missing_docs)]
+
 mod adapter;
 mod context;
 mod cpu;
@@ -32,9 +34,7 @@ mod weights;
 pub(crate) use adapter::seeded;
 pub use adapter::{Adapter, Factors, Lora, LoraConfig};
 use context::{Context, is_crowded, is_no_grad};
-pub use context::{
-    Operations, beside_others, is_recomputing, merged, no_grad, recomputing, use_operations,
-};
+pub use context::{Operations, is_recomputing, merged, no_grad, recomputing, use_operations};
 pub(crate) use cuda::optimizer as card_optimizer;
 pub(crate) use cuda::takes as card_takes;
 pub use init::Init;

@@ -27,6 +27,7 @@ pub enum Padding {
 /// What an attention's scores are masked with.
 #[derive(Debug, Clone)]
 pub enum Mask {
+    /// Every query sees every key.
     None,
     /// Query i of n sees key j of m when j ≤ i + (m − n).
     Causal,

@@ -211,11 +211,13 @@ impl std::fmt::Debug for HalfMatrix {
 /// The weight of a linear layer, or a table of vectors.
 #[derive(Debug, Clone)]
 pub enum Weight {
+    /// Frozen or trained, of any type and on any device.
     Tensor(Tensor),
-    /// Frozen, in f32 on the CPU: (outputs, inputs) and, as a product with many rows reads it in place, `turned`
-    /// (inputs, outputs).
+    /// Frozen, in f32 on the CPU, kept in both ways in which products read it in place.
     Twice {
+        /// (outputs, inputs)
         weight: Tensor,
+        /// (inputs, outputs)
         turned: Tensor,
     },
     /// Frozen, on the CPU.

@@ -199,6 +199,7 @@ impl Weights {
         &self.prefix
     }
 
+    /// Where the weights are, and what is computed with them.
     pub fn device(&self) -> &Device {
         &self.inner.device
     }

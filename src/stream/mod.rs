@@ -6,6 +6,7 @@
 //! ends, the stage drains and its output ends.
 
 mod channel;
+mod crowd;
 mod meter;
 mod progress;
 mod stages;
@@ -13,6 +14,7 @@ mod stop;
 mod worker;
 
 pub use channel::{Inlet, Outlet, channel};
+pub use crowd::{beside_others, computing};
 pub use meter::{Board, Meter, StageReport};
 pub use progress::Progress;
 pub use stages::{Downstream, Stages};

@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use tokio::sync::{mpsc, oneshot};
 
+use super::crowd::beside_others;
 use super::meter::Meter;
-use crate::nn::beside_others;
 use crate::{Error, Result};
 
 type Job<M> = Box<dyn FnOnce(&mut M) + Send>;

@@ -370,3 +370,194 @@ fn fits(
         }),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::optimizer::AdamWConfig;
+    use super::*;
+    use candle_core::Device;
+
+    struct Place {
+        dir: tempfile::TempDir,
+        variables: Vec<(String, Var)>,
+        optimizer: AdamW,
+    }
+
+    impl Place {
+        /// Two whole checkpoints, after 10 and 20 steps, whose weights say so.
+        fn new() -> Self {
+            let variable = Var::zeros((3, 5), candle_core::DType::F32, &Device::Cpu).unwrap();
+            let variables = vec![("layer.weight".to_string(), variable)];
+            let optimizer = AdamW::new(variables.clone(), AdamWConfig::default()).unwrap();
+            let place = Self {
+                dir: tempfile::tempdir().unwrap(),
+                variables,
+                optimizer,
+            };
+            for step in [10, 20] {
+                place.set(step as f32);
+                let (variables, optimizer) = (&place.variables, &place.optimizer);
+                place.own().save(step, variables, optimizer).unwrap();
+            }
+            place
+        }
+
+        fn own(&self) -> Checkpoints {
+            Checkpoints::new(self.dir.path(), "student a1b2")
+        }
+
+        fn newest(&self) -> PathBuf {
+            self.dir.path().join("checkpoint-000020")
+        }
+
+        fn set(&self, value: f32) {
+            let variable = &self.variables[0].1;
+            let filled = Tensor::full(value, variable.shape(), &Device::Cpu).unwrap();
+            variable.set(&filled).unwrap();
+        }
+
+        fn value(&self) -> f32 {
+            let values = self.variables[0].1.flatten_all().unwrap();
+            values.to_vec1::<f32>().unwrap()[7]
+        }
+
+        fn resume(&mut self) -> Resumed {
+            self.set(-1.0);
+            let own = self.own();
+            own.resume(&self.variables, &mut self.optimizer).unwrap()
+        }
+    }
+
+    fn flip(path: &Path, from_end: usize) {
+        let mut bytes = std::fs::read(path).unwrap();
+        let place = bytes.len() - 1 - from_end;
+        bytes[place] ^= 1;
+        std::fs::write(path, bytes).unwrap();
+    }
+
+    fn cut(path: &Path) {
+        let bytes = std::fs::read(path).unwrap();
+        std::fs::write(path, &bytes[..bytes.len() / 2]).unwrap();
+    }
+
+    fn replace(path: &Path, from: &str, to: &str) {
+        let text = std::fs::read_to_string(path).unwrap();
+        assert!(text.contains(from), "{text}");
+        std::fs::write(path, text.replace(from, to)).unwrap();
+    }
+
+    type Damage = (&'static str, fn(&Path));
+
+    /// What disks, kills and people do to a checkpoint's folder.
+    const DAMAGES: [Damage; 14] = [
+        ("a truncated optimizer", |dir| cut(&dir.join(OPTIMIZER))),
+        ("truncated weights", |dir| cut(&dir.join(WEIGHTS))),
+        ("a flipped bit in the weights", |dir| {
+            flip(&dir.join(WEIGHTS), 9)
+        }),
+        ("a flipped bit in the optimizer", |dir| {
+            flip(&dir.join(OPTIMIZER), 20)
+        }),
+        ("empty weights", |dir| {
+            std::fs::write(dir.join(WEIGHTS), "").unwrap()
+        }),
+        ("no weights", |dir| {
+            std::fs::remove_file(dir.join(WEIGHTS)).unwrap()
+        }),
+        ("no optimizer", |dir| {
+            std::fs::remove_file(dir.join(OPTIMIZER)).unwrap()
+        }),
+        ("no state", |dir| {
+            std::fs::remove_file(dir.join(STATE)).unwrap()
+        }),
+        ("an empty state", |dir| {
+            std::fs::write(dir.join(STATE), "").unwrap()
+        }),
+        ("broken JSON", |dir| cut(&dir.join(STATE))),
+        ("another identity", |dir| {
+            replace(&dir.join(STATE), "a1b2", "a1b3")
+        }),
+        ("another step", |dir| replace(&dir.join(STATE), "20", "10")),
+        ("a renamed field", |dir| {
+            replace(&dir.join(STATE), "files", "giles")
+        }),
+        ("nothing in it", |dir| {
+            std::fs::remove_dir_all(dir).unwrap();
+            std::fs::create_dir(dir).unwrap();
+        }),
+    ];
+
+    #[test]
+    fn whatever_happened_to_the_newest_checkpoint_the_one_before_is_gone_on_from() {
+        for (what, damage) in DAMAGES {
+            let mut place = Place::new();
+            damage(&place.newest());
+            let resumed = place.resume();
+            assert_eq!((resumed.step, place.value()), (Some(10), 10.0), "{what}");
+            let [(name, why)] = &resumed.damaged[..] else {
+                panic!("{what}: {resumed:?}");
+            };
+            assert!(
+                name == "checkpoint-000020" && !why.is_empty(),
+                "{what}: {why}"
+            );
+            // It is not in the way of what is written anew.
+            place.set(20.5);
+            place
+                .own()
+                .save(20, &place.variables, &place.optimizer)
+                .unwrap();
+            let resumed = place.resume();
+            assert_eq!((resumed.step, place.value()), (Some(20), 20.5), "{what}");
+            assert_eq!(resumed.damaged.len(), 0, "{what}");
+            let steps: Vec<usize> = place.own().list().unwrap().iter().map(|c| c.0).collect();
+            assert_eq!(steps, [10, 20], "{what}");
+        }
+    }
+
+    #[test]
+    fn where_no_checkpoint_is_whole_nothing_is_changed_and_all_are_named() {
+        let mut place = Place::new();
+        for name in ["checkpoint-000010", "checkpoint-000020"] {
+            flip(&place.dir.path().join(name).join(OPTIMIZER), 3);
+        }
+        let resumed = place.resume();
+        assert_eq!((resumed.step, resumed.damaged.len()), (None, 2));
+        assert_eq!((place.value(), place.optimizer.steps()), (-1.0, 0));
+        // Those of another training are whole, and not gone on from.
+        let mut place = Place::new();
+        let other = Checkpoints::new(place.dir.path(), "student ffff");
+        let resumed = other
+            .resume(&place.variables, &mut place.optimizer)
+            .unwrap();
+        assert_eq!((resumed.step, resumed.foreign), (None, 2));
+        assert_eq!(place.own().list().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn a_checkpoint_of_an_older_version_is_gone_on_from_and_its_damage_is_noticed_where_it_shows() {
+        let old = |dir: &Path| {
+            let text = r#"{"step": 20, "identity": "student a1b2"}"#;
+            std::fs::write(dir.join(STATE), text).unwrap();
+        };
+        let mut place = Place::new();
+        old(&place.newest());
+        assert_eq!(place.resume().step, Some(20));
+        cut(&place.newest().join(OPTIMIZER));
+        assert_eq!((place.resume().step, place.value()), (Some(10), 10.0));
+    }
+
+    #[test]
+    fn values_that_are_kept_for_an_evaluation_are_those_that_were_written() {
+        let place = Place::new();
+        let values = [(
+            "layer.weight".to_string(),
+            place.variables[0].1.as_tensor().clone(),
+        )];
+        place.own().keep_due(5, &values.into()).unwrap();
+        assert!(place.own().due(5).unwrap().is_some());
+        assert!(place.own().due(6).unwrap().is_none());
+        flip(&place.own().due_path(5), 4);
+        assert!(place.own().due(5).is_err());
+    }
+}

@@ -1,5 +1,6 @@
 //! `proxytune bench`: times on this machine, in the terms of the reference implementations.
 
+mod instructions;
 mod operations;
 mod step;
 mod table;
@@ -8,6 +9,7 @@ mod torch;
 use clap::{Args, Subcommand};
 
 use crate::Result;
+use instructions::Instructions;
 
 /// `proxytune bench`
 #[derive(Debug, Clone, Args)]
@@ -17,6 +19,9 @@ use crate::Result;
 pub struct BenchArgs {
     #[command(subcommand)]
     pub what: Bench,
+    /// avx2: measure as on a processor without AVX-512, on both sides
+    #[arg(long, global = true, default_value = "native")]
+    pub instructions: Instructions,
 }
 
 /// What is measured.
@@ -28,10 +33,20 @@ pub enum Bench {
     Table(table::TableArgs),
 }
 
+impl BenchArgs {
+    /// Settles what has to be settled before anything else happens in the process.
+    ///
+    /// # Errors
+    /// When `--instructions` asks for what cannot be had here.
+    pub(super) fn prepare(&self) -> Result<()> {
+        self.instructions.settle()
+    }
+}
+
 /// Measures and prints.
 pub(super) fn run(args: &BenchArgs) -> Result<()> {
     match &args.what {
-        Bench::Step(args) => step::run(args),
-        Bench::Table(args) => table::run(args),
+        Bench::Step(step) => step::run(step, args.instructions),
+        Bench::Table(table) => table::run(table, args.instructions),
     }
 }

@@ -10,6 +10,7 @@ use clap::{Args, ValueEnum};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use super::instructions::Instructions;
 use super::torch::{Torch, median, threads};
 use crate::cli::memory::{gibibytes, peak_memory};
 use crate::config::{Device, Dtype, Family, training_defaults};
@@ -103,7 +104,7 @@ impl Model {
 ///
 /// # Errors
 /// When the size is none that LlamaGen has, or torch's side cannot be run.
-pub(super) fn run(args: &StepArgs) -> Result<()> {
+pub(super) fn run(args: &StepArgs, instructions: Instructions) -> Result<()> {
     if args.size == 0 || !args.size.is_multiple_of(16) {
         return Err(Error::invalid(
             format!("images of {} pixels", args.size),
@@ -114,7 +115,10 @@ pub(super) fn run(args: &StepArgs) -> Result<()> {
     use_threads(threads);
     let mut bench = Bench::new(args)?;
     let mut torch = match (&args.torch, &args.source) {
-        (Some(python), Some(source)) => Some(start(args, python, source, threads)?),
+        (Some(python), Some(source)) => {
+            let variables = instructions.variables();
+            Some(start(args, (python, source), threads, variables)?)
+        }
         _ => None,
     };
     bench.step()?;
@@ -241,7 +245,12 @@ impl Bench {
 }
 
 /// Torch's side, which takes a step for each line `step` and tells its `peak` memory in bytes.
-fn start(args: &StepArgs, python: &Path, source: &Path, threads: usize) -> Result<Torch> {
+fn start(
+    args: &StepArgs,
+    (python, source): (&Path, &Path),
+    threads: usize,
+    variables: &[(&str, &str)],
+) -> Result<Torch> {
     let [layers, heads, dim] = args.model.sizes();
     let memory = match args.memory {
         Kept::Fit => "fit",
@@ -265,5 +274,5 @@ fn start(args: &StepArgs, python: &Path, source: &Path, threads: usize) -> Resul
     let settings = settings
         .into_iter()
         .flat_map(|(name, value)| [name.into(), value]);
-    Torch::start(python, &args.program, settings)
+    Torch::start(python, &args.program, settings, variables)
 }

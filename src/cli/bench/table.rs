@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use image::{Rgb, RgbImage};
 
+use super::instructions::Instructions;
 use super::operations::{Operation, operations};
 use super::torch::{Torch, median, threads};
 use crate::config;
@@ -57,7 +58,7 @@ struct Row {
 ///
 /// # Errors
 /// When a nano checkpoint is missing, or torch's side cannot be run or does not have the same rows.
-pub fn run(args: &TableArgs) -> Result<()> {
+pub(super) fn run(args: &TableArgs, instructions: Instructions) -> Result<()> {
     let threads = threads(args.threads);
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(threads)
@@ -68,7 +69,8 @@ pub fn run(args: &TableArgs) -> Result<()> {
     let mut torch = match &args.torch {
         Some(python) => {
             let serve = ["--serve".into(), threads.to_string().into()];
-            Some(Torch::start(python, &args.program, serve)?)
+            let variables = instructions.variables();
+            Some(Torch::start(python, &args.program, serve, variables)?)
         }
         None => None,
     };

@@ -16,7 +16,7 @@ pub(super) struct Torch {
 }
 
 impl Torch {
-    /// Starts `program` with `python`.
+    /// Starts `program` with `python`, and these variables in its environment.
     ///
     /// # Errors
     /// When there is no such Python.
@@ -24,10 +24,12 @@ impl Torch {
         python: &Path,
         program: &Path,
         args: impl IntoIterator<Item = OsString>,
+        variables: &[(&str, &str)],
     ) -> Result<Self> {
         let mut process = Command::new(python)
             .arg(program)
             .args(args)
+            .envs(variables.iter().copied())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
