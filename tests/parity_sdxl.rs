@@ -334,12 +334,8 @@ fn an_adapter_learns_is_saved_for_diffusers_and_comes_back() -> Result<()> {
     // Blocks that run again give equal gradients.
     let (kept, again) = (learnt(learner.as_mut())?, learnt(other.as_mut())?);
     assert!((kept.0 - again.0).abs() < 1e-6 * kept.0.abs());
-    for (one, two) in kept.1.iter().flatten().zip(again.1.iter().flatten()) {
-        assert!(
-            (one - two).abs() <= 1e-5 * (one.abs() + 1e-3),
-            "{one} {two}"
-        );
-    }
+    let flat = |gradients: Vec<Vec<f32>>| Tensor::new(gradients.concat(), &Device::Cpu);
+    assert_close(&flat(again.1)?, &flat(kept.1)?, 1e-4, "gradients");
     Ok(())
 }
 

@@ -295,11 +295,21 @@ fn published_checkpoints_give_equal_gradients_too() {
             Ok(logits.sqr()?.mean_all()?)
         })
     };
-    assert_eq!(run(true), run(false));
+    let ((loss, fit), (same, fast)) = (run(true), run(false));
+    assert_eq!(loss, same);
+    // What is kept for the way up has three readers, whose gradients are added up in another order.
+    for (name, fast) in fast {
+        let values = |bits: &[u32]| bits.iter().map(|b| f32::from_bits(*b)).collect::<Vec<_>>();
+        let (fit, fast) = (values(&fit[&name]), values(&fast));
+        let largest = fast.iter().fold(0f32, |m, v| m.max(v.abs()));
+        for (one, two) in fit.iter().zip(&fast) {
+            assert!((one - two).abs() <= 1e-5 * largest, "{name}: {one}, {two}");
+        }
+    }
 }
 
 #[test]
-fn a_unet_with_an_adapter_has_equal_gradients_to_the_bit() {
+fn a_unet_with_an_adapter_has_equal_gradients_but_for_the_order_of_sums() {
     let config = r#"{"block_out_channels": [8, 16], "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
         "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "layers_per_block": 1, "norm_num_groups": 4,
         "transformer_layers_per_block": [1, 2], "attention_head_dim": [1, 2], "cross_attention_dim": 12,
@@ -332,5 +342,15 @@ fn a_unet_with_an_adapter_has_equal_gradients_to_the_bit() {
             Ok(y.sqr()?.mean_all()?)
         })
     };
-    assert_eq!(run(true), run(false));
+    let ((loss, fit), (same, fast)) = (run(true), run(false));
+    assert_eq!(loss, same);
+    // What is kept for the way up has three readers, whose gradients are added up in another order.
+    for (name, fast) in fast {
+        let values = |bits: &[u32]| bits.iter().map(|b| f32::from_bits(*b)).collect::<Vec<_>>();
+        let (fit, fast) = (values(&fit[&name]), values(&fast));
+        let largest = fast.iter().fold(0f32, |m, v| m.max(v.abs()));
+        for (one, two) in fit.iter().zip(&fast) {
+            assert!((one - two).abs() <= 1e-5 * largest, "{name}: {one}, {two}");
+        }
+    }
 }
