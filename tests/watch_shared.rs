@@ -147,7 +147,7 @@ impl Shared {
         });
         // As the watch itself would, so that nothing is judged anew.
         let recipe = Recipe::open(Path::new(SMOKE), &FEW.map(String::from), 25).unwrap();
-        state.use_settings(&recipe.settings(2.0).unwrap());
+        state.use_settings(&recipe.settings(2.0));
         home.save(&state).unwrap();
     }
 

@@ -98,6 +98,7 @@ pub struct Config {
     /// Width of `encoder_hidden_states`.
     pub cross_attention_dim: PerLevel<usize>,
     /// Blocks of each transformer on the way down and in the middle: of each level, or of each transformer of each.
+    #[serde(deserialize_with = "depths")]
     pub transformer_layers_per_block: PerLevel<PerLevel<usize>>,
     /// The same on the way up, coarsest first; absent means those on the way down.
     pub reverse_transformer_layers_per_block: Option<Vec<PerLevel<usize>>>,
@@ -120,6 +121,22 @@ pub struct Config {
     /// What else the file says.
     #[serde(flatten)]
     pub others: BTreeMap<String, Value>,
+}
+
+/// One depth for all transformers, or one entry for each level: a list is never the depths of every level's transformers.
+fn depths<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> std::result::Result<PerLevel<PerLevel<usize>>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Depths {
+        All(usize),
+        Each(Vec<PerLevel<usize>>),
+    }
+    Ok(match Depths::deserialize(deserializer)? {
+        Depths::All(depth) => PerLevel::All(PerLevel::All(depth)),
+        Depths::Each(levels) => PerLevel::Each(levels),
+    })
 }
 
 /// A side, or the two equal sides that diffusers also takes.
