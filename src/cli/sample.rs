@@ -42,7 +42,8 @@ pub(super) fn sample(args: &SampleArgs, out: &mut impl Write) -> Result<Ended> {
         .chain(negative)
         .map(|prompt| prompt.as_str().into())
         .collect();
-    let ended = say_unread(&args.model, &read)?;
+    // Whoever typed the prompt is told what of it is not read; the pictures are what was asked for.
+    say_unread(&args.model, &read)?;
     files::create_dir(&args.out)?;
     let mut album = Album::open(args)?;
     let mut told = Ok(());
@@ -63,7 +64,7 @@ pub(super) fn sample(args: &SampleArgs, out: &mut impl Write) -> Result<Ended> {
     )?;
     console::note(costs);
     told?;
-    Ok(album.ended.and(ended))
+    Ok(album.ended)
 }
 
 /// A folder that takes pictures, each as soon as it is drawn, and never in the place of another file.
