@@ -121,6 +121,9 @@ fn every_pipeline_that_ships_resolves_and_says_what_it_is_for() {
     let mut seen = 0;
     for entry in std::fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
+        if path.extension().is_none_or(|extension| extension != "toml") {
+            continue;
+        }
         let text = std::fs::read_to_string(&path).unwrap();
         assert!(
             text.starts_with("# "),
@@ -288,7 +291,7 @@ fn an_override_that_looks_like_a_number_is_a_text_where_a_text_is_wanted() {
     for text in ["2024", "1e5", "0x10", "true", "inf", "2024-01-01", "007"] {
         let [name, class, token, images] = ["a2024", "class", "token", "images"];
         let set = |field: &str| format!("subject.{name}.{field}={text}");
-        let class = format!("subject.{name}.{class}=model {text}");
+        let class = format!("subject.{name}.{class}=robot");
         let resolved = resolve(MINIMAL, &[&set(images), &class, &set(token)]).unwrap();
         let subject = &resolved.subjects[1];
         assert_eq!(subject.token, text);
@@ -454,7 +457,10 @@ fn subjects_of_the_command_line_take_the_place_of_the_files() {
     ] {
         let subjects: Vec<String> = subjects.into_iter().map(String::from).collect();
         match with(&subjects) {
-            Err(Error::Config(faults)) => assert!(faults[0].contains(part), "{faults:?}"),
+            Err(Error::Config(faults)) => {
+                let named = faults.iter().any(|fault| fault.contains(part));
+                assert!(named, "{faults:?}");
+            }
             other => panic!("{other:?}"),
         }
     }
@@ -501,7 +507,9 @@ fn a_folder_of_classes_and_subjects_gives_each_a_name_and_a_token_of_its_own() {
         panic!("the photos lie a folder too high")
     };
     assert!(
-        faults[0].contains("dog holds photos, not folders of subjects"),
+        faults
+            .iter()
+            .any(|fault| fault.contains("dog holds photos, not folders of subjects")),
         "{faults:?}"
     );
 }

@@ -82,7 +82,8 @@ fn imports_run_downwards_only() {
         let inside = file.strip_prefix(root().join("src")).unwrap();
         let first = inside.components().next().unwrap().as_os_str();
         let room = first.to_string_lossy().trim_end_matches(".rs").to_string();
-        if ["lib", "main"].contains(&room.as_str()) {
+        // Everything may fail.
+        if ["lib", "main", "error"].contains(&room.as_str()) {
             continue;
         }
         let Some(floor) = floors.get(&room) else {

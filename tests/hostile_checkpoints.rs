@@ -373,7 +373,7 @@ fn a_pipe_or_an_endless_file_in_place_of_a_config_is_refused() {
         evaluate("--dino", &model).says(1, &[name]);
         std::fs::remove_file(&file).unwrap();
         std::fs::write(&file, vec![b' '; 17 << 20]).unwrap();
-        evaluate("--dino", &model).says(1, &[name, "larger than 16 MiB"]);
+        evaluate("--dino", &model).says(1, &[name, "at most 8 MiB are read"]);
         let deep = [vec![b'['; 100_000], vec![b']'; 100_000]].concat();
         std::fs::write(&file, deep).unwrap();
         evaluate("--dino", &model).says(1, &[name]);

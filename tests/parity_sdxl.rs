@@ -115,7 +115,18 @@ fn samplers_end_where_diffusers_end_for_every_prediction_and_number_of_steps() -
                 )?,
             };
             let want = &reference[&format!("{name}.{steps}.sample")];
-            assert_close(&sample, want, 1e-4, &format!("{name} in {steps} steps"));
+            // Where the signal is zero at first, σ is 4096, and f32 leaves four digits of its products.
+            let tolerance = if name.contains("zero-snr") {
+                1e-3
+            } else {
+                1e-4
+            };
+            assert_close(
+                &sample,
+                want,
+                tolerance,
+                &format!("{name} in {steps} steps"),
+            );
         }
     }
     Ok(())

@@ -84,7 +84,7 @@ fn what_is_too_long_for_chameleon_is_refused_beforehand() {
         "--out",
         out.to_str().unwrap(),
     ]);
-    said.says(2, &["Chameleon of nano-lumina takes", "in the snow"]);
+    said.says(2, &["Chameleon of nano-lumina takes", "is cut off"]);
     assert!(!out.exists());
 }
 

@@ -43,11 +43,14 @@ pub(super) fn evaluate(args: &EvaluateArgs, out: &mut impl Write) -> Result<Ende
     if args.compute.threads > 0 {
         use_threads(args.compute.threads);
     }
-    for dir in [Some(references), args.images.as_ref()]
-        .into_iter()
-        .flatten()
-    {
-        expect_photos(dir)?;
+    let folders = [
+        (Some(references), REFERENCES),
+        (args.images.as_ref(), PICTURES),
+    ];
+    for (dir, what) in folders {
+        if let Some(dir) = dir {
+            expect_photos(dir).map_err(|error| named(error, what))?;
+        }
     }
     let mut ended = Ended::Well;
     let [clip, dino] = evaluators(args.model.as_deref());
@@ -56,7 +59,7 @@ pub(super) fn evaluate(args: &EvaluateArgs, out: &mut impl Write) -> Result<Ende
     make_ready([clip, dino])?;
     let preparation = Preparation::read(&locate(clip)?, &locate(dino)?)?;
     let folder = references;
-    let references = photos(folder, "the subject's photos", &preparation, &mut ended)?;
+    let references = photos(folder, REFERENCES, &preparation, &mut ended)?;
     let paths: Vec<_> = references.iter().map(|photo| photo.path.clone()).collect();
     if args.images.as_deref() != Some(folder.as_path()) {
         note_side_files(folder, &paths, false, &mut ended)?;
@@ -69,7 +72,7 @@ pub(super) fn evaluate(args: &EvaluateArgs, out: &mut impl Write) -> Result<Ende
         note,
     } = match (&args.images, &args.model) {
         (Some(dir), _) => {
-            let photos = photos(dir, "pictures to score", &preparation, &mut ended)?;
+            let photos = photos(dir, PICTURES, &preparation, &mut ended)?;
             let paths: Vec<_> = photos.iter().map(|photo| photo.path.clone()).collect();
             note_side_files(dir, &paths, true, &mut ended)?;
             given(dir, photos, &args.token, class)?
@@ -131,6 +134,20 @@ pub(super) fn evaluate(args: &EvaluateArgs, out: &mut impl Write) -> Result<Ende
     Ok(ended)
 }
 
+const REFERENCES: &str = "the subject's photos";
+const PICTURES: &str = "pictures to score";
+
+/// `error` of a folder that was to hold `what`.
+fn named(error: Error, what: &str) -> Error {
+    match error {
+        Error::Invalid { what: fault, .. } => Error::invalid(
+            fault,
+            format!("name the folder with {what}, as JPEG, PNG or WebP"),
+        ),
+        other => other,
+    }
+}
+
 /// The usable pictures in `dir`, which are to be `what`, at the size of the evaluators' input; the others are named.
 fn photos(
     dir: &Path,
@@ -138,13 +155,8 @@ fn photos(
     preparation: &Preparation,
     ended: &mut Ended,
 ) -> Result<Vec<Photo<Prepared>>> {
-    let folder = folder(dir, |image| preparation.prepare(&image)).map_err(|error| match error {
-        Error::Invalid { what: fault, .. } => Error::invalid(
-            fault,
-            format!("name the folder with {what}, as JPEG, PNG or WebP"),
-        ),
-        other => other,
-    })?;
+    let folder = folder(dir, |image| preparation.prepare(&image));
+    let folder = folder.map_err(|error| named(error, what))?;
     for fault in &folder.set_aside {
         console::note(format!("warning: set aside: {fault}"));
         *ended = Ended::WithWarnings;

@@ -231,14 +231,14 @@ pub(super) async fn neighbours(
         && text.bytes().all(|byte| byte.is_ascii_hexdigit())
         && snapshot.is_key(&text.to_ascii_lowercase()).await?
     {
-        eprintln!(
+        console::note(format!(
             "hint: {text} is taken for a text, but a key begins so, too: give more of its digits if it is meant"
-        );
+        ));
     }
     let space = args.by.unwrap_or(wanted.usual_space());
     let mut ended = Ended::Well;
     for warning in wanted.unread(snapshot, space).await? {
-        eprintln!("warning: {warning}");
+        console::note(format!("warning: {warning}"));
         ended = Ended::WithWarnings;
     }
     let vector = wanted.embedding(snapshot, space).await?;

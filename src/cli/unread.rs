@@ -3,6 +3,7 @@
 use super::Ended;
 use super::models::make_ready;
 use crate::config::{family, locate};
+use crate::console;
 use crate::models::reading::{Prompt, TextReader, clip_reader, text_readers, unread};
 use crate::{Error, Result};
 
@@ -28,7 +29,7 @@ pub(super) fn say_unscored(clip: &str, texts: &[String]) -> Result<Ended> {
 fn say(model: &str, readers: &[TextReader], prompts: &[Prompt]) -> Result<Ended> {
     let found = unread(model, readers, prompts)?;
     for warning in &found.warnings {
-        eprintln!("warning: {warning}");
+        console::note(format!("warning: {warning}"));
     }
     let faults: Vec<String> = found
         .faults

@@ -243,6 +243,10 @@ impl<'a> Places<'a> {
     }
 }
 
+/// Parts of an override's path, at most: no field lies deeper than three, and tables in tables are followed one call deep
+/// each.
+const DEEPEST: usize = 16;
+
 /// Sets one value; tables on the way are made where they are missing.
 fn lay_over(root: &mut Table, text: &str) -> Result<(), Fault> {
     let place = Place::Override(text.to_string());
@@ -263,6 +267,12 @@ fn lay_over(root: &mut Table, text: &str) -> Result<(), Fault> {
             "name a field, such as student.steps",
         ));
     };
+    if keys.len() > DEEPEST {
+        return Err(fault(
+            format!("a path of {} parts", keys.len()),
+            "name a field, such as student.steps",
+        ));
+    }
     if keys.iter().any(|key| key.is_empty()) {
         return Err(fault(
             format!("{path:?} has an empty part"),

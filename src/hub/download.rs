@@ -412,10 +412,10 @@ pub fn drop_damaged(settings: &Settings, repo: &RepoId) -> Result<()> {
         .filter_map(|link| Some(std::fs::metadata(link).ok()?.len()))
         .sum();
     if bytes > TOLD_FROM {
-        eprintln!(
+        console::note(format!(
             "comparing {} of {repo} with their digests",
             human_bytes(bytes)
-        );
+        ));
     }
     for link in links {
         let Ok(blob) = link.canonicalize() else {
@@ -429,7 +429,10 @@ pub fn drop_damaged(settings: &Settings, repo: &RepoId) -> Result<()> {
         if let Some(digest) = digest.filter(|_| is_blob)
             && !digest.fits(&blob).map_err(Error::io(&blob))?
         {
-            eprintln!("{}: damaged, and therefore removed", link.display());
+            console::note(format!(
+                "{}: damaged, and therefore removed",
+                link.display()
+            ));
             remove(&blob).map_err(Error::io(&blob))?;
         }
     }

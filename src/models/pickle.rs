@@ -22,8 +22,10 @@ use crate::{Error, Result, files};
 const MAX_TABLE: u64 = 16 << 20;
 /// The most dimensions of a tensor.
 const MAX_RANK: usize = 8;
-/// Tensors that share a storage (T5 has its embeddings four times) may take so many times the file's size.
+/// Tensors that share a storage (T5 has its embeddings four times) may take so many times the file's size, and in a small
+/// file as much as costs nobody anything.
 const MAX_SHARING: u64 = 8;
+const ALWAYS: u64 = 64 << 20;
 
 /// The tensors of one file, which are read when asked for.
 pub struct Pickle {
@@ -213,7 +215,7 @@ fn bounded_sum(
     let bytes = tensors
         .values()
         .fold(0u64, |sum, place| sum.saturating_add(place.size()));
-    match bytes > length.saturating_mul(MAX_SHARING) {
+    match bytes > length.saturating_mul(MAX_SHARING).max(ALWAYS) {
         true => Err(format!(
             "its tensors would take {bytes} bytes, more than {MAX_SHARING} times the file"
         )),

@@ -30,6 +30,28 @@ pub struct TextTokenizer {
 #[derive(Deserialize)]
 struct Described {
     model: DescribedModel,
+    #[serde(default)]
+    post_processor: Value,
+}
+
+/// The first special token in a template of `post_processor` that it gives no ids for: putting it in would panic.
+fn unexplained(post_processor: &Value) -> Option<String> {
+    let nested = post_processor
+        .get("processors")
+        .and_then(Value::as_array)
+        .into_iter()
+        .flatten()
+        .find_map(unexplained);
+    let known = post_processor.get("special_tokens");
+    let templates = ["single", "pair"].map(|name| post_processor.get(name));
+    let pieces = templates.into_iter().flatten().filter_map(Value::as_array);
+    let mut tokens = pieces
+        .flatten()
+        .filter_map(|piece| piece.get("SpecialToken")?.get("id")?.as_str());
+    nested.or_else(|| {
+        let is_unknown = |token: &&str| known.and_then(|known| known.get(*token)).is_none();
+        tokens.find(is_unknown).map(String::from)
+    })
 }
 
 #[derive(Default, Deserialize)]
@@ -87,7 +109,15 @@ impl TextTokenizer {
             .with_truncation(None)
             .map_err(|e| fault(e.to_string()))?;
         tokenizer.with_padding(None);
-        let Described { model } = serde_json::from_slice(text).map_err(|e| fault(e.to_string()))?;
+        let Described {
+            model,
+            post_processor,
+        } = serde_json::from_slice(text).map_err(|e| fault(e.to_string()))?;
+        if let Some(token) = unexplained(&post_processor) {
+            return Err(fault(format!(
+                "its template has the special token {token:?}, of which no ids are given"
+            )));
+        }
         let unknown = match model.unk_token.as_str() {
             Some(token) => tokenizer.token_to_id(token),
             None => model.unk_id.as_u64().and_then(|id| id.try_into().ok()),

@@ -376,15 +376,15 @@ fn prompts_captions_and_metadata_of_any_content_are_read_or_refused() {
 #[test]
 fn states_of_watched_folders_of_any_content_are_read_or_refused() {
     let scores = r#"{"dog-rex": {"clip_i": 0.7, "clip_t": 0.2, "dino": 0.5}}"#;
-    let look = r#"{"class": "dog", "photos": ["00ff"]}"#;
+    let look = r#"{"class": "dog", "photos": ["00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff"]}"#;
     let state = format!(
         r#"{{"version": 1, "store": "store", "settings": "00", "subjects": [{{"id": "dog-rex", "folder": "dog/rex",
-        "class": "dog", "token": "sks", "photos": ["00ff"], "retired": false, "pending": 1, "learnt": {look},
+        "class": "dog", "token": "sks", "photos": ["00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff"], "retired": false, "pending": 1, "learnt": {look},
         "held": [{look}, "why"]}}], "tokens": ["sks"], "arrivals": 2, "waiting": {{"cat/max": "no photo"}},
         "set_aside": [{{"path": "dog/rex/a.gif", "reason": "GIF is not read"}}], "run": {{"number": 2, "subject":
         "dog-rex", "look": {look}, "pipeline": "seed = 1", "init": null, "started_us": 1}}, "published": {{"number": 1,
-        "run": "runs/1", "adapter": "aa", "scores": {scores}}}, "history": [{{"number": 1, "subject": "dog-rex", "init":
-        null, "adapter": "aa", "scores": {scores}, "refused": null, "seconds": 1.5}}]}}"#
+        "run": "runs/run-0001-dog-rex", "adapter": "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "scores": {scores}}}, "history": [{{"number": 1, "subject": "dog-rex", "init":
+        null, "adapter": "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "scores": {scores}, "refused": null, "seconds": 1.5}}]}}"#
     );
     let seeds = vec![state.into_bytes()];
     fuzz(reader("watch-state", "state.json", seeds, |folder| {

@@ -84,14 +84,17 @@ pub fn build_image_tokenizer(
         .into_iter()
         .map(|prefix| weights.pp(prefix))
         .find(|place| place.contains("encoder.conv_in.weight"))
-        .ok_or_else(|| {
-            Error::invalid(
-                format!("{} holds no image tokenizer", dir.display()),
-                format!(
-                    "place {VQ_CONFIG} and {VQ_PICKLE} of Meta's Chameleon in {}",
-                    dir.join(TOKENIZER).display()
-                ),
-            )
-        })?;
+        .ok_or_else(|| absent(dir))?;
     Ok((VqGan::encoder(&config, &root)?, weights))
+}
+
+/// That the checkpoint in `dir` has no image tokenizer.
+pub(super) fn absent(dir: &Path) -> Error {
+    Error::invalid(
+        format!("{} holds no image tokenizer", dir.display()),
+        format!(
+            "place {VQ_CONFIG} and {VQ_PICKLE} of Meta's Chameleon in {}",
+            dir.join(TOKENIZER).display()
+        ),
+    )
 }

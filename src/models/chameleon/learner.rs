@@ -94,7 +94,12 @@ pub fn format(dir: &Path, asked: Option<u32>) -> Result<(TextTokenizer, Format, 
     let sizes = files::tokenizer_config(dir)?;
     let text = files::text_tokenizer(dir)?;
     let side = resolution(&config, asked)?;
-    let format = format_of(&text, &config, &sizes, side)?;
+    let format = format_of(&text, &config, &sizes, side).map_err(|error| {
+        // Nothing told the sizes: they are those of the published model.
+        let given = config.vq_config.as_object().is_some_and(|o| !o.is_empty());
+        let told = files::tokenizer_dir(dir) != dir || given;
+        if told { error } else { files::absent(dir) }
+    })?;
     Ok((text, format, config.max_position_embeddings))
 }
 

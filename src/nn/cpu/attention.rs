@@ -1,5 +1,6 @@
 //! Attention whose memory is linear in the sequence: scores exist for one block of queries at a time and are computed
 //! again in the backward pass from the saved maximum and sum of each row (much as in Dao et al. 2022, arXiv 2205.14135).
+//! Where there are few keys, and a row of scores is not much longer than a query, the probabilities are kept instead.
 //!
 //! Both passes take exactly the same probabilities. A single log-sum-exp per row, as there, would be rounded to the
 //! size of the scores, and a row that has all but settled on one key then loses most of its gradient's digits.
@@ -10,7 +11,7 @@ use candle_core::{Result, Tensor};
 use multiversion::multiversion;
 use rayon::prelude::*;
 
-use super::gemm::{Matrix, Threads, multiply};
+use super::gemm::{Matrix, Shared, Threads, multiply};
 use super::{
     ALONE_PRODUCTS, Values, adjacent, detached, is_alone, simd, strided_values, tensor, values,
 };
@@ -20,6 +21,9 @@ use crate::nn::vjp::record;
 
 /// The most queries of one block.
 const BLOCK: usize = 64;
+
+/// Probabilities are kept for as many keys as this times the length of one.
+const KEPT: usize = 4;
 
 /// Queries of each block of `n`, the last of which may be smaller. Of two blocks the first is half or a little more, so
 /// that the second is not left with a few rows for all the keys: in whole tiles of the products, and in whole vectors
@@ -55,9 +59,17 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
     let kept = [adjacent(q)?, adjacent(k)?, adjacent(v)?];
     let rows = block_of(n);
     let wanted = [q.track_op(), k.track_op(), v.track_op()];
+    let keeps = wanted.contains(&true) && m <= KEPT * d;
     let mut y = vec![0.0; b * h * n * d];
     let mut norms = vec![Norm::default(); b * h * n];
+    // (b, h, n, m)
+    let mut probabilities = match keeps {
+        true => vec![0.0; b * h * n * m],
+        false => Vec::new(),
+    };
     {
+        let shared = Shared(probabilities.as_mut_ptr());
+        let shared = &shared;
         let [q, k, v] = call.heads(&kept)?;
         let mask = call.mask_values()?;
         let body = |scores: &mut Vec<f32>,
@@ -68,10 +80,18 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
             let queries = first..first + norms.len();
             let count = queries.len();
             let keys = call.keys(queries.end);
-            scores.resize(count * keys, 0.0);
-            call.scores(&q, &k, head, queries, scores);
+            let (scores, width) = if keeps {
+                let start = (head * n + first) * m;
+                // SAFETY: the rows of these queries lie within the vector, and no other block has them.
+                let own = unsafe { std::slice::from_raw_parts_mut(shared.0.add(start), count * m) };
+                (own, m)
+            } else {
+                scores.resize(count * keys, 0.0);
+                (scores.as_mut_slice(), keys)
+            };
+            call.scores(&q, &k, head, queries, (scores, width));
             softmax_rows(
-                scores,
+                (scores, width),
                 keys,
                 call.visible(first),
                 call.mask_rows(mask.as_deref(), head, first),
@@ -79,7 +99,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
             );
             multiply(
                 1.0,
-                Matrix::new(scores, count, keys),
+                Matrix::with_stride(scores, count, keys, width),
                 v.matrix(head, 0..keys),
                 y,
                 d,
@@ -134,15 +154,22 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
                 let g_rows = &g[range.start * d..range.end * d];
                 let g_rows = Matrix::new(g_rows, queries.len(), d);
                 let place = (head, queries.clone());
-                let saved = (norms.as_slice(), &*g);
-                call.slopes(
-                    [&q, &k, &v],
-                    mask.as_deref(),
-                    saved,
-                    place,
-                    (scores, slopes),
-                );
-                let probabilities = Matrix::new(scores, queries.len(), keys);
+                let probabilities = if keeps {
+                    let kept = &probabilities[range.start * m..range.end * m];
+                    call.products(&v, &g, &place, slopes);
+                    differentiate_kept(kept, m, slopes, keys);
+                    Matrix::with_stride(kept, queries.len(), keys, m)
+                } else {
+                    let saved = (norms.as_slice(), &*g);
+                    call.slopes(
+                        [&q, &k, &v],
+                        mask.as_deref(),
+                        saved,
+                        place,
+                        (scores, slopes),
+                    );
+                    Matrix::new(scores, queries.len(), keys)
+                };
                 let slopes = Matrix::new(slopes, queries.len(), keys);
                 multiply(
                     1.0,
@@ -298,7 +325,7 @@ impl Call {
         let keys = self.keys(queries.end);
         let rows = head * self.sizes.n + queries.start..head * self.sizes.n + queries.end;
         probabilities.resize(queries.len() * keys, 0.0);
-        self.scores(q, k, head, queries.clone(), probabilities);
+        self.scores(q, k, head, queries.clone(), (probabilities, keys));
         self.products(v, g, &(head, queries.clone()), slopes);
         differentiate_rows(
             (probabilities, slopes),
@@ -374,15 +401,22 @@ impl Call {
         sums
     }
 
-    /// scale · q·kᵀ for the queries and all the keys that one of them sees.
-    fn scores(&self, q: &Heads, k: &Heads, head: usize, queries: Range<usize>, scores: &mut [f32]) {
+    /// scale · q·kᵀ for the queries and all the keys that one of them sees, in rows `width` elements apart.
+    fn scores(
+        &self,
+        q: &Heads,
+        k: &Heads,
+        head: usize,
+        queries: Range<usize>,
+        (scores, width): (&mut [f32], usize),
+    ) {
         let keys = self.keys(queries.end);
         multiply(
             self.scale,
             q.matrix(head, queries),
             k.matrix(head, 0..keys).t(),
             scores,
-            keys,
+            width,
             false,
             Threads::One,
         );
@@ -452,14 +486,14 @@ struct Norm {
 
 #[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
 fn softmax_rows(
-    scores: &mut [f32],
+    (scores, width): (&mut [f32], usize),
     keys: usize,
     visible: Option<usize>,
     mask: Option<MaskRows>,
     norms: &mut [Norm],
 ) {
-    for (i, (row, norm)) in scores.chunks_exact_mut(keys).zip(norms).enumerate() {
-        let row = masked(i, row, visible, mask);
+    for (i, (row, norm)) in scores.chunks_exact_mut(width).zip(norms).enumerate() {
+        let row = masked(i, &mut row[..keys], visible, mask);
         // Rows are short: what is left after the last whole block is made one, of scores that add nothing.
         let (blocks, rest) = row.as_chunks_mut::<{ simd::LANES }>();
         let mut last = [f32::NEG_INFINITY; simd::LANES];
@@ -505,6 +539,19 @@ fn differentiate_rows(
         for s in row.iter_mut() {
             *s = simd::exp(*s - highest) * inverse;
         }
+        let product = simd::sum_pairs(row, slopes, |p, s| p * s);
+        for (p, slope) in row.iter().zip(slopes) {
+            *slope = *p * (*slope - product);
+        }
+    }
+}
+
+/// [`differentiate_rows`] with probabilities that were kept, in rows `width` elements apart.
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
+fn differentiate_kept(probabilities: &[f32], width: usize, slopes: &mut [f32], keys: usize) {
+    let rows = probabilities.chunks_exact(width);
+    for (row, slopes) in rows.zip(slopes.chunks_exact_mut(keys)) {
+        let row = &row[..keys];
         let product = simd::sum_pairs(row, slopes, |p, s| p * s);
         for (p, slope) in row.iter().zip(slopes) {
             *slope = *p * (*slope - product);
