@@ -405,6 +405,22 @@ fn a_pipeline_of_very_many_or_very_deep_keys_is_refused_at_once() {
 }
 
 #[test]
+fn an_override_of_very_many_parts_or_values_takes_the_memory_of_its_text() {
+    let deep = format!("{}=1", vec!["a"; 60_000].join("."));
+    let long = format!("student.steps=[{}]", "1,".repeat(60_000));
+    let tables = format!("student={{{}}}", "a.a.a.a={},".repeat(10_000));
+    for (text, what) in [
+        (deep, "60000 parts"),
+        (long, "student.steps"),
+        (tables, "student"),
+    ] {
+        let (mut faults, peak) = crate::support::memory::peak_of(|| faults(MINIMAL, &[&text]));
+        assert!(faults.remove(0).contains(what), "{what}");
+        assert!(peak < 200 << 20, "{what}: {} MiB", peak >> 20);
+    }
+}
+
+#[test]
 fn subjects_of_the_command_line_take_the_place_of_the_files() {
     let typed = [
         "rex=photos/rex:dog",

@@ -44,7 +44,7 @@ pub struct Reader {
     /// Makes the file's bytes of an input, for files in which something else than all of it is changed.
     pub wrap: fn(Vec<u8>) -> Vec<u8>,
     /// Reads the file in the folder; whether it was accepted.
-    pub read: fn(&Path) -> bool,
+    pub read: Box<dyn Fn(&Path) -> bool>,
 }
 
 fn number(variable: &str, default: u64) -> u64 {

@@ -45,7 +45,7 @@ impl Document {
     pub fn with_changes(text: &str, file: &str, changes: &Changes<'_>) -> Self {
         let (table, syntax, overriding) = tree::parse(text, file, changes);
         let start = Place::File {
-            file: file.to_string(),
+            file: file.into(),
             line: 1,
             column: 1,
         };

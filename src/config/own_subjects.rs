@@ -34,7 +34,7 @@ pub(super) fn lay_over(root: &mut Table, changes: &Changes<'_>, faults: &Faults)
             .push(entry(&name, Value::Table(subject), place));
     };
     for typed in changes.subjects {
-        let place = Place::Argument(format!("--subject {typed}"));
+        let place = Place::Argument(format!("--subject {typed}").into());
         match parse(typed, &place) {
             Some(subject) => add(subject, &place),
             None => faults.push(
@@ -45,7 +45,7 @@ pub(super) fn lay_over(root: &mut Table, changes: &Changes<'_>, faults: &Faults)
         }
     }
     if let Some(dir) = changes.subjects_dir {
-        let place = Place::Argument(format!("--subjects {}", dir.display()));
+        let place = Place::Argument(format!("--subjects {}", dir.display()).into());
         match in_folder(dir, &place) {
             Ok(found) => found.into_iter().for_each(|subject| add(subject, &place)),
             Err(what) => faults.push(
@@ -59,8 +59,8 @@ pub(super) fn lay_over(root: &mut Table, changes: &Changes<'_>, faults: &Faults)
         return;
     }
     let place = match changes.subjects.first() {
-        Some(typed) => Place::Argument(format!("--subject {typed}")),
-        None => Place::Argument("--subjects".to_string()),
+        Some(typed) => Place::Argument(format!("--subject {typed}").into()),
+        None => Place::Argument("--subjects".into()),
     };
     root.entries.retain(|entry| entry.key != "subject");
     root.entries
@@ -201,7 +201,7 @@ mod tests {
     use super::*;
 
     fn read(typed: &str) -> Option<(String, Vec<String>)> {
-        let (name, table) = parse(typed, &Place::Argument(String::new()))?;
+        let (name, table) = parse(typed, &Place::Argument("".into()))?;
         let fields = table
             .entries
             .iter()

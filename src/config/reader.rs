@@ -455,7 +455,7 @@ mod tests {
     #[test]
     fn of_very_many_faults_some_are_told_and_the_others_counted() {
         let faults = Faults::default();
-        let place = Place::Argument("here".to_string());
+        let place = Place::Argument("here".into());
         for number in 0..1_000_000 {
             faults.push(&place, number.to_string(), "none");
         }

@@ -1,6 +1,7 @@
 //! Prompt templates: files of them, and what may stand in them.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use super::limits::TEXT_BYTES;
 use super::prompts::{self, PromptList};
@@ -17,7 +18,7 @@ pub fn prompt_list(list: &str) -> Result<PromptList> {
     let faults = Faults::default();
     let name = At {
         value: list.to_string(),
-        place: Place::Argument(format!("--prompts {list}")),
+        place: Place::Argument(format!("--prompts {list}").into()),
     };
     let templates = read(&name, &faults);
     let lines = faults.into_lines();
@@ -63,9 +64,10 @@ pub(super) fn read(name: &At<String>, faults: &Faults) -> Option<PromptList> {
         }
     };
     let mut templates = Vec::new();
+    let file: Arc<str> = name.value.as_str().into();
     for (line, template) in prompts::lines(&text) {
         let place = Place::File {
-            file: name.value.clone(),
+            file: file.clone(),
             line,
             column: 1,
         };

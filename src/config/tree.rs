@@ -1,6 +1,7 @@
 //! A TOML document as values that know where they were typed, with overrides laid over it.
 
 use std::fmt;
+use std::sync::Arc;
 
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
@@ -8,19 +9,19 @@ use toml::de::{DeTable, DeValue};
 use super::own_subjects::{self, Changes};
 use super::reader::{Fault, Faults};
 
-/// Where a value was typed.
+/// Where a value was typed. Its text is shared by all values that stand there.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Place {
     /// A file's name with line and column, from 1; columns count characters.
     File {
-        file: String,
+        file: Arc<str>,
         line: usize,
         column: usize,
     },
     /// An override, as it was typed.
-    Override(String),
+    Override(Arc<str>),
     /// Another argument of the command line, as it was typed.
-    Argument(String),
+    Argument(Arc<str>),
 }
 
 impl fmt::Display for Place {
@@ -156,7 +157,7 @@ fn syntax_hint(message: &str) -> &'static str {
 /// Finds lines and columns in a text.
 struct Places<'a> {
     text: &'a str,
-    file: &'a str,
+    file: Arc<str>,
     line_starts: Vec<usize>,
     /// Characters before each block: a line may be as long as the file, and hold as many values.
     characters: Vec<usize>,
@@ -171,7 +172,7 @@ fn beginnings(bytes: &[u8]) -> usize {
 }
 
 impl<'a> Places<'a> {
-    fn new(text: &'a str, file: &'a str) -> Self {
+    fn new(text: &'a str, file: &str) -> Self {
         let after_newlines = text.match_indices('\n').map(|(at, _)| at + 1);
         let mut before = 0;
         let blocks = text.as_bytes().chunks(BLOCK).map(|block| {
@@ -180,7 +181,7 @@ impl<'a> Places<'a> {
         });
         Self {
             text,
-            file,
+            file: file.into(),
             line_starts: std::iter::once(0).chain(after_newlines).collect(),
             characters: std::iter::once(0).chain(blocks).collect(),
         }
@@ -198,7 +199,7 @@ impl<'a> Places<'a> {
         let offset = offset.min(self.text.len());
         let column = self.characters_before(offset) - self.characters_before(start);
         Place::File {
-            file: self.file.to_string(),
+            file: self.file.clone(),
             line,
             column: column + 1,
         }
@@ -243,13 +244,12 @@ impl<'a> Places<'a> {
     }
 }
 
-/// Parts of an override's path, at most: no field lies deeper than three, and tables in tables are followed one call deep
-/// each.
+/// The most parts of an override's path: four times those of any field.
 const DEEPEST: usize = 16;
 
 /// Sets one value; tables on the way are made where they are missing.
 fn lay_over(root: &mut Table, text: &str) -> Result<(), Fault> {
-    let place = Place::Override(text.to_string());
+    let place = Place::Override(text.into());
     let fault = |what: String, hint: &str| Fault {
         place: place.clone(),
         what,
@@ -269,7 +269,7 @@ fn lay_over(root: &mut Table, text: &str) -> Result<(), Fault> {
     };
     if keys.len() > DEEPEST {
         return Err(fault(
-            format!("a path of {} parts", keys.len()),
+            format!("the path has {} parts", keys.len()),
             "name a field, such as student.steps",
         ));
     }

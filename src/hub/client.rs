@@ -157,6 +157,15 @@ impl Headers {
     }
 }
 
+/// The files that `answer`, of the hub's interface, lists.
+pub(super) fn listing(answer: &[u8]) -> Result<Listing, Failure> {
+    let info: Info = serde_json::from_slice(answer).map_err(Failure::unlike)?;
+    let files = info.siblings.iter();
+    files
+        .map(|file| Ok((file.rfilename.clone(), file.listed()?)))
+        .collect()
+}
+
 fn text_in<'a>(headers: &'a HeaderMap, name: &str) -> Result<Option<&'a str>, Failure> {
     let Some(value) = headers.get(name) else {
         return Ok(None);
@@ -287,11 +296,7 @@ impl Client {
             }
             body.extend_from_slice(&bytes);
         }
-        let info: Info = serde_json::from_slice(&body).map_err(Failure::unlike)?;
-        let files = info.siblings.iter();
-        files
-            .map(|file| Ok((file.rfilename.clone(), file.listed()?)))
-            .collect()
+        listing(&body)
     }
 
     /// What the hub says of the file `path`, of which it also said `listed`.

@@ -16,6 +16,13 @@ pub use published::{ByHand, Found, Presence, Published, Repository, Wanted, gath
 pub use settings::Settings;
 pub use snapshot::{RepoId, Snapshot};
 
+/// The files that would be fetched of a repository of which the hub says `answer`; `None` when no hub says that.
+pub fn wanted_of(answer: &[u8]) -> Option<Vec<String>> {
+    let listing = client::listing(answer).ok()?;
+    let listed: Vec<String> = listing.into_keys().collect();
+    Some(snapshot::choose(&listed))
+}
+
 /// A size in words: `3.1 GB`, in powers of a thousand.
 pub fn human_bytes(bytes: u64) -> String {
     let units = ["B", "kB", "MB", "GB", "TB"];

@@ -1,6 +1,9 @@
 //! Text to token ids, by a `tokenizer.json` of Hugging Face's tokenizers, or by CLIP's `vocab.json` and `merges.txt`.
 
+use std::cell::Cell;
+use std::panic::{self, AssertUnwindSafe};
 use std::path::Path;
+use std::sync::Once;
 
 use candle_core::{Device, Tensor};
 use serde::Deserialize;
@@ -30,28 +33,6 @@ pub struct TextTokenizer {
 #[derive(Deserialize)]
 struct Described {
     model: DescribedModel,
-    #[serde(default)]
-    post_processor: Value,
-}
-
-/// The first special token in a template of `post_processor` that it gives no ids for: putting it in would panic.
-fn unexplained(post_processor: &Value) -> Option<String> {
-    let nested = post_processor
-        .get("processors")
-        .and_then(Value::as_array)
-        .into_iter()
-        .flatten()
-        .find_map(unexplained);
-    let known = post_processor.get("special_tokens");
-    let templates = ["single", "pair"].map(|name| post_processor.get(name));
-    let pieces = templates.into_iter().flatten().filter_map(Value::as_array);
-    let mut tokens = pieces
-        .flatten()
-        .filter_map(|piece| piece.get("SpecialToken")?.get("id")?.as_str());
-    nested.or_else(|| {
-        let is_unknown = |token: &&str| known.and_then(|known| known.get(*token)).is_none();
-        tokens.find(is_unknown).map(String::from)
-    })
 }
 
 #[derive(Default, Deserialize)]
@@ -104,20 +85,14 @@ impl TextTokenizer {
             path: path.to_path_buf(),
             faults: vec![format!("not a tokenizer: {what}")],
         };
-        let mut tokenizer = Tokenizer::from_bytes(text).map_err(|e| fault(e.to_string()))?;
+        let Described { model } = serde_json::from_slice(text).map_err(|e| fault(e.to_string()))?;
+        let mut tokenizer = guarded(|| Tokenizer::from_bytes(text)).map_err(fault)?;
         tokenizer
             .with_truncation(None)
             .map_err(|e| fault(e.to_string()))?;
         tokenizer.with_padding(None);
-        let Described {
-            model,
-            post_processor,
-        } = serde_json::from_slice(text).map_err(|e| fault(e.to_string()))?;
-        if let Some(token) = unexplained(&post_processor) {
-            return Err(fault(format!(
-                "its template has the special token {token:?}, of which no ids are given"
-            )));
-        }
+        // A word that it does not know may be an error to it; what it adds around a text may not.
+        guarded(|| Ok(tokenizer.encode("a", true).is_ok())).map_err(fault)?;
         let unknown = match model.unk_token.as_str() {
             Some(token) => tokenizer.token_to_id(token),
             None => model.unk_id.as_u64().and_then(|id| id.try_into().ok()),
@@ -127,7 +102,7 @@ impl TextTokenizer {
 
     /// The ids of `text`, its words cut so that with the special tokens they are at most `max_length`.
     pub fn ids(&self, text: &str, max_length: usize) -> Result<Vec<u32>> {
-        let failed = |e: tokenizers::Error| {
+        let failed = |e: String| {
             Error::invalid(
                 format!("text {text:?} cannot be tokenized: {e}"),
                 "use a plainer text",
@@ -142,10 +117,8 @@ impl TextTokenizer {
         }
         let mut encoding = self.encoding(text)?;
         encoding.truncate(max_length - special, 0, TruncationDirection::Right);
-        let encoding = self
-            .tokenizer
-            .post_process(encoding, None, true)
-            .map_err(failed)?;
+        let encoding = guarded(|| self.tokenizer.post_process(encoding, None, true));
+        let encoding = encoding.map_err(failed)?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -188,7 +161,7 @@ impl TextTokenizer {
 
     /// The tokens of `text` alone.
     fn encoding(&self, text: &str) -> Result<tokenizers::Encoding> {
-        self.tokenizer.encode(text, false).map_err(|e| {
+        guarded(|| self.tokenizer.encode(text, false)).map_err(|e| {
             Error::invalid(
                 format!("text {text:?} cannot be tokenized: {e}"),
                 "use a plainer text",
@@ -253,6 +226,33 @@ impl TextTokenizer {
     }
 }
 
+thread_local! {
+    /// Whether a panic of this thread is caught and told as an error.
+    static GUARDED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// What `work` comes to; a panic in it is an error, and nothing is printed. The tokenizers panic at parts of a
+/// `tokenizer.json` that contradict one another: a template with a token that it does not define, a damaged table of
+/// characters.
+fn guarded<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let told = panic::take_hook();
+        panic::set_hook(Box::new(move |panic| {
+            if !GUARDED.get() {
+                told(panic);
+            }
+        }));
+    });
+    GUARDED.set(true);
+    let done = panic::catch_unwind(AssertUnwindSafe(work));
+    GUARDED.set(false);
+    match done {
+        Ok(done) => done.map_err(|e| e.to_string()),
+        Err(_) => Err("its parts contradict one another".into()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -283,6 +283,28 @@ mod tests {
         std::fs::write(&path, json.to_string()).unwrap();
         let tokenizer = TextTokenizer::from_file(&path).unwrap();
         (directory, tokenizer)
+    }
+
+    /// Each of these is a panic in the tokenizers.
+    #[test]
+    fn a_tokenizer_that_contradicts_itself_is_refused() {
+        let (directory, _) = word_level();
+        let path = directory.path().join("tokenizer.json");
+        let right = std::fs::read_to_string(&path).unwrap();
+        for (part, other) in [
+            (r#"{"</s>":{"id""#, r#"{"</t>":{"id""#),
+            (r#"{"Sequence":{"id":"A""#, r#"{"Sequence":{"id":"B""#),
+            (r#""decoder":null"#, r#""decoder":nul"#),
+            (
+                r#"{"type":"Lowercase"}"#,
+                r#"{"type":"Precompiled","precompiled_charsmap":"AAA"}"#,
+            ),
+        ] {
+            assert!(right.contains(part), "{part} is not in {right}");
+            std::fs::write(&path, right.replace(part, other)).unwrap();
+            let error = TextTokenizer::from_file(&path).err().unwrap();
+            assert!(error.to_string().contains("not a tokenizer"), "{error}");
+        }
     }
 
     #[test]

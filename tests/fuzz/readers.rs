@@ -5,10 +5,14 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device};
 use proxytune::config::{Document, models, prompt_list};
 use proxytune::evaluation::captions::captions;
+use proxytune::evaluation::embed::ImageEmbedder;
+use proxytune::evaluation::embedders::{ClipEmbedder, DinoEmbedder};
 use proxytune::evaluation::preprocess::Preprocessing;
 use proxytune::files::{read_json, read_tensors};
+use proxytune::hub::wanted_of;
 use proxytune::images::{decode, square};
 use proxytune::models::checkpoint_files::WeightFiles;
+use proxytune::models::limits::read_config;
 use proxytune::models::lora_file::LoraFile;
 use proxytune::models::pickle::Pickle;
 use proxytune::models::tokenizer::TextTokenizer;
@@ -40,7 +44,7 @@ fn reader(
     name: &'static str,
     file: &'static str,
     seeds: Vec<Vec<u8>>,
-    read: fn(&Path) -> bool,
+    read: impl Fn(&Path) -> bool + 'static,
 ) -> Reader {
     Reader {
         name,
@@ -48,7 +52,7 @@ fn reader(
         seeds,
         beside: Vec::new(),
         wrap: as_it_is,
-        read,
+        read: Box::new(read),
     }
 }
 
@@ -164,16 +168,16 @@ fn pickles_in_torch_files_of_any_content_are_read_or_refused() {
 fn read_configs(folder: &Path) -> bool {
     let path = folder.join("config.json");
     let accepted = [
-        read_json::<clip::Config>(&path).is_ok(),
-        read_json::<clip::TextConfig>(&path).is_ok(),
+        read_config::<clip::Config>(&path).is_ok(),
+        read_config::<clip::TextConfig>(&path).is_ok(),
         vit::Config::read(folder).is_ok(),
-        read_json::<t5::Config>(&path).is_ok(),
-        read_json::<llamagen::gpt::Config>(&path).is_ok(),
-        read_json::<llamagen::vq::Config>(&path).is_ok(),
-        read_json::<sd3::Config>(&path).is_ok(),
-        read_json::<autoencoder::Config>(&path).is_ok(),
+        read_config::<t5::Config>(&path).is_ok(),
+        read_config::<llamagen::gpt::Config>(&path).is_ok(),
+        read_config::<llamagen::vq::Config>(&path).is_ok(),
+        read_config::<sd3::Config>(&path).is_ok(),
+        read_config::<autoencoder::Config>(&path).is_ok(),
         read_json::<proxytune::diffusion::SchedulerConfig>(&path).is_ok(),
-        read_json::<chameleon::Config>(&path).is_ok(),
+        read_config::<chameleon::Config>(&path).is_ok(),
         chameleon::files::tokenizer_config(folder).is_ok(),
         models::family(&folder.display().to_string()).is_ok(),
     ];
@@ -375,16 +379,17 @@ fn prompts_captions_and_metadata_of_any_content_are_read_or_refused() {
 
 #[test]
 fn states_of_watched_folders_of_any_content_are_read_or_refused() {
-    let scores = r#"{"dog-rex": {"clip_i": 0.7, "clip_t": 0.2, "dino": 0.5}}"#;
-    let look = r#"{"class": "dog", "photos": ["00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff"]}"#;
+    let scores = r#"{"rex": {"clip_i": 0.7, "clip_t": 0.2, "dino": 0.5}}"#;
+    let digest = "0123456789abcdef".repeat(4);
+    let look = format!(r#"{{"class": "dog", "photos": ["{digest}"]}}"#);
     let state = format!(
-        r#"{{"version": 1, "store": "store", "settings": "00", "subjects": [{{"id": "dog-rex", "folder": "dog/rex",
-        "class": "dog", "token": "sks", "photos": ["00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff00ff"], "retired": false, "pending": 1, "learnt": {look},
-        "held": [{look}, "why"]}}], "tokens": ["sks"], "arrivals": 2, "waiting": {{"cat/max": "no photo"}},
-        "set_aside": [{{"path": "dog/rex/a.gif", "reason": "GIF is not read"}}], "run": {{"number": 2, "subject":
-        "dog-rex", "look": {look}, "pipeline": "seed = 1", "init": null, "started_us": 1}}, "published": {{"number": 1,
-        "run": "runs/run-0001-dog-rex", "adapter": "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "scores": {scores}}}, "history": [{{"number": 1, "subject": "dog-rex", "init":
-        null, "adapter": "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "scores": {scores}, "refused": null, "seconds": 1.5}}]}}"#
+        r#"{{"version": 1, "store": "store", "settings": "00", "subjects": [{{"id": "rex", "folder": "dog/rex", "class":
+        "dog", "token": "sks", "photos": ["{digest}"], "retired": false, "pending": 1, "learnt": {look}, "held":
+        [{look}, "why"]}}], "tokens": ["sks"], "arrivals": 2, "waiting": {{"cat/max": "no photo"}}, "set_aside":
+        [{{"path": "dog/rex/a.gif", "reason": "GIF is not read"}}], "run": {{"number": 2, "subject": "rex", "look":
+        {look}, "pipeline": "seed = 1", "init": null, "started_us": 1}}, "published": {{"number": 1, "run":
+        "runs/run-0001-ab", "adapter": "{digest}", "scores": {scores}}}, "history": [{{"number": 1, "subject": "rex",
+        "init": null, "adapter": "{digest}", "scores": {scores}, "refused": null, "seconds": 1.5}}]}}"#
     );
     let seeds = vec![state.into_bytes()];
     fuzz(reader("watch-state", "state.json", seeds, |folder| {
@@ -393,5 +398,62 @@ fn states_of_watched_folders_of_any_content_are_read_or_refused() {
         std::fs::create_dir_all(&inside).unwrap();
         std::fs::rename(folder.join("state.json"), inside.join("state.json")).unwrap();
         Home::of(folder).unwrap().load().is_ok()
+    }));
+}
+
+/// The checkpoint `name` without its `config.json`.
+fn without_config(name: &str) -> Vec<(String, Vec<u8>)> {
+    let folder = format!("datasets/nano/checkpoints/{name}");
+    [
+        "model.safetensors",
+        "tokenizer.json",
+        "preprocessor_config.json",
+    ]
+    .iter()
+    .filter(|file| root().join(&folder).join(file).is_file())
+    .map(|file| (file.to_string(), seed(&format!("{folder}/{file}"))))
+    .collect()
+}
+
+/// A config is turned into layers only as far as it fits the weights.
+#[test]
+fn evaluators_with_configs_of_any_content_are_opened_or_refused() {
+    let picture = || image::RgbImage::new(40, 30);
+    let clip = move |folder: &Path| {
+        let opened = ClipEmbedder::load(folder, &Device::Cpu);
+        opened.is_ok_and(|clip| clip.images(&[picture()]).is_ok())
+    };
+    let dino = move |folder: &Path| {
+        let opened = DinoEmbedder::load(folder, &Device::Cpu);
+        opened.is_ok_and(|dino| dino.images(&[picture()]).is_ok())
+    };
+    let own = |name: &str| {
+        vec![seed(&format!(
+            "datasets/nano/checkpoints/{name}/config.json"
+        ))]
+    };
+    fuzz(Reader {
+        beside: without_config("clip"),
+        ..reader("clip", "config.json", own("clip"), clip)
+    });
+    fuzz(Reader {
+        beside: without_config("dino"),
+        ..reader("dino", "config.json", own("dino"), dino)
+    });
+}
+
+#[test]
+fn listings_of_a_hub_of_any_content_are_read_or_refused() {
+    let digest = "0123456789abcdef".repeat(4);
+    let listing = format!(
+        r#"{{"id": "owner/model", "sha": "{}", "siblings": [{{"rfilename": "config.json", "size": 20, "blobId": "{}"}},
+        {{"rfilename": "unet/model.safetensors", "size": 9, "lfs": {{"sha256": "{digest}", "size": 9, "pointerSize":
+        135}}}}]}}"#,
+        &digest[..40],
+        &digest[..40]
+    );
+    let seeds = vec![listing.into_bytes()];
+    fuzz(reader("hub-listing", "listing.json", seeds, |folder| {
+        wanted_of(&std::fs::read(folder.join("listing.json")).unwrap()).is_some()
     }));
 }
