@@ -118,20 +118,62 @@ fn others() -> Vec<(&'static str, String)> {
 
 /// The keys of version 1.
 const GOLDEN: [(&str, &str); 14] = [
-    ("supervisor", ""),
-    ("proxy", ""),
-    ("sample of the student", ""),
-    ("sample of the supervisor", ""),
-    ("settings", ""),
-    ("plan", ""),
-    ("supervisor with every option", ""),
-    ("plan with every option", ""),
-    ("photos", ""),
-    ("reference", ""),
-    ("drawing", ""),
-    ("student", ""),
-    ("checkpoint", ""),
-    ("evaluators", ""),
+    (
+        "supervisor",
+        "93932af94fa8e906c49f9784c36119232146879350e288771eecd0dfad28b56d",
+    ),
+    (
+        "proxy",
+        "e851698eec13dd07d35ce0136e5f430bf2383543dc8002c053598921a399e9ed",
+    ),
+    (
+        "sample of the student",
+        "76d533dad64b32ec78740b6cacb3e3b678344f90d3bdea958c13cba53043e08a",
+    ),
+    (
+        "sample of the supervisor",
+        "90b01edd0a30279f76a7086c5af6113b3d456f975dbff7bd844db09fe2094369",
+    ),
+    (
+        "settings",
+        "f7c68b18cd1dcc43d5f09da940a07ce26a5fb90f0a3e02027f23d935dcd131c8",
+    ),
+    (
+        "plan",
+        "97a23e6bf8f7326b8b698fa5f2e710379e56302ed1d407922744e0287bdca5c5",
+    ),
+    (
+        "supervisor with every option",
+        "b06547b465a65ecdb1d74f6ab93ce5d075fce5f9c9fbdd05b0868e38d4d6fb14",
+    ),
+    (
+        "plan with every option",
+        "250dc7e1ddfde36d3a713e9f5801334c5641977c6669cb7cf8ac2252b357a9f1",
+    ),
+    (
+        "photos",
+        "045a427df2110567f7c42f463e4d17ff8ffe81b2da60aad6045d95f80f342716",
+    ),
+    (
+        "reference",
+        "e6fd01e5b399dcbe08e1f49ceafd21074db68dd8ddd0ad206d0ac6470369336d",
+    ),
+    (
+        "drawing",
+        "109feee81ff88a4e4c4d5de219aa20da09b0f9ba4a4dd34374358e7c5a1a7bac",
+    ),
+    (
+        "student",
+        "085c8911207c729cbb35f69ca2a5411b24367b7d5f23f2cea8a3b023c293b0d0",
+    ),
+    (
+        "checkpoint",
+        "f96cf2e6cbb73fe217c4045676e12634479f73fb0baf406fcaea1dde4f1105a7",
+    ),
+    (
+        "evaluators",
+        "9f516d2a802ee2b1ce3e21cf37c62b08ea465ba5021bd49bedae335316201d62",
+    ),
 ];
 
 /// Every optional field of version 1 and every choice that is not the default.
