@@ -192,9 +192,8 @@ pub fn refuse_links(dir: &Path) -> Result<()> {
         return Err(link_in_the_way(dir));
     }
     for (_, path) in list(dir)? {
-        match path.is_dir() || path.is_symlink() {
-            true => refuse_links(&path)?,
-            false => {}
+        if path.is_dir() || path.is_symlink() {
+            refuse_links(&path)?;
         }
     }
     Ok(())

@@ -124,7 +124,7 @@ fn a_llamagen_of_absurd_sizes_is_refused_by_the_name_of_the_number() {
             ("n_layer", &[layers.clone(), json!(0)]),
             ("n_head", &[json!(0), large.clone()]),
             ("dim", &[json!(0), json!(130), large.clone()]),
-            ("vocab_size", &[large.clone()]),
+            ("vocab_size", std::slice::from_ref(&large)),
             ("block_size", &[json!(0), json!(1u64 << 40), large.clone()]),
             ("cls_token_num", &[json!(1u64 << 40)]),
             ("multiple_of", &[json!(0), large.clone()]),
@@ -142,7 +142,7 @@ fn a_llamagen_of_absurd_sizes_is_refused_by_the_name_of_the_number() {
             ("d_kv", &[json!(0), json!(1u64 << 40)]),
             ("relative_attention_num_buckets", &[json!(0), json!(1)]),
             ("relative_attention_max_distance", &[json!(0)]),
-            ("vocab_size", &[large.clone()]),
+            ("vocab_size", std::slice::from_ref(&large)),
         ],
         open,
     );
@@ -174,7 +174,7 @@ fn an_sd3_of_absurd_sizes_is_refused_by_the_name_of_the_number() {
             ("pos_embed_max_size", &[json!(0), json!(1u64 << 33)]),
             ("patch_size", &[json!(0), large.clone()]),
             ("sample_size", &[json!(0), json!(1u64 << 40)]),
-            ("joint_attention_dim", &[large.clone()]),
+            ("joint_attention_dim", std::slice::from_ref(&large)),
         ],
         open,
     );

@@ -72,7 +72,7 @@ fn a_prompt_that_loses_its_token_is_refused_before_anything_is_made() {
 #[test]
 fn what_is_too_long_for_chameleon_is_refused_beforehand() {
     let place = Place::new();
-    let long = vec![LONG; 5].join(" ");
+    let long = [LONG; 5].join(" ");
     let out = place.path().join("drawn");
     let prompt = format!("{long} in the snow");
     let said = proxytune(&[

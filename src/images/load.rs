@@ -63,12 +63,6 @@ pub fn load(path: &Path) -> Result<RgbImage> {
 /// passed over; a picture that cannot be used, or that `reduce` refuses, is set aside with its reason. Fails when `dir` cannot be listed or holds
 /// nothing usable.
 pub fn folder<T>(dir: &Path, reduce: impl Fn(RgbImage) -> Result<T>) -> Result<Folder<T>> {
-    if dir.is_file() {
-        return Err(Error::invalid(
-            format!("{} is not a folder", dir.display()),
-            "name the folder that the pictures lie in",
-        ));
-    }
     let paths = files_in(dir)?;
     let mut found = Folder {
         photos: Vec::new(),
@@ -102,6 +96,12 @@ pub fn expect_photos(dir: &Path) -> Result<()> {
 
 /// What lies in `dir` and is no folder, in the order of the names' bytes.
 fn files_in(dir: &Path) -> Result<Vec<PathBuf>> {
+    if dir.is_file() {
+        return Err(Error::invalid(
+            format!("{} is not a folder", dir.display()),
+            "name the folder that the pictures lie in",
+        ));
+    }
     let mut paths = Vec::new();
     for entry in std::fs::read_dir(dir).map_err(Error::io(dir))? {
         let path = entry.map_err(Error::io(dir))?.path();

@@ -420,7 +420,7 @@ impl Settings {
     fn targets(&self) -> Option<Vec<String>> {
         let chosen = ["exclude_modules", "layers_to_transform", "layers_pattern"];
         let is_set = |key: &&str| self.entries.get(*key).is_some_and(|value| !value.is_null());
-        if chosen.iter().any(|key| is_set(&key)) {
+        if chosen.iter().any(is_set) {
             return None;
         }
         let listed = self.entries.get("target_modules")?.as_array()?;

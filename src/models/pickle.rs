@@ -338,10 +338,8 @@ fn place(
 fn last_value(offset: usize, size: &[usize], stride: &[usize]) -> Option<u64> {
     if size.contains(&0) {
         // Sizes beside a zero would still be multiplied with one another.
-        let sizes = size.iter().filter(|size| **size > 0);
-        sizes.fold(Some(1u64), |product, size| {
-            product?.checked_mul(*size as u64)
-        })?;
+        let mut sizes = size.iter().filter(|size| **size > 0);
+        sizes.try_fold(1u64, |product, size| product.checked_mul(*size as u64))?;
         return Some(offset as u64);
     }
     let mut last = (offset as u64).checked_add(1)?;

@@ -128,7 +128,10 @@ mod tests {
             ("\"x\":".to_string() + &"[".repeat(100_000), 0),
         ] {
             let path = file(folder.path(), "bad", &format!("{{{inside}}}"), data);
-            let error = map(&[path.clone()]).err().expect(&inside).to_string();
+            let error = map(std::slice::from_ref(&path))
+                .err()
+                .expect(&inside)
+                .to_string();
             assert!(error.contains("not a whole safetensors file"), "{error}");
             assert!(error.contains(&path.display().to_string()), "{error}");
         }

@@ -120,6 +120,9 @@ pub struct Checkpoints {
     identity: String,
 }
 
+/// A folder that is called like a checkpoint, its step, and what its state says.
+type Found = (usize, PathBuf, Result<State, String>);
+
 impl Checkpoints {
     /// Checkpoints under `dir`, of the training that `identity` names.
     pub fn new(dir: impl Into<PathBuf>, identity: impl Into<String>) -> Self {
@@ -134,7 +137,7 @@ impl Checkpoints {
     }
 
     /// Every folder that is called like a checkpoint, by its step, oldest first, with what its state says.
-    fn all(&self) -> Result<Vec<(usize, PathBuf, Result<State, String>)>> {
+    fn all(&self) -> Result<Vec<Found>> {
         let mut found = Vec::new();
         for (_, path) in files::list(&self.dir)? {
             if let Some(step) = step_of(&path) {
@@ -152,7 +155,7 @@ impl Checkpoints {
     /// # Errors
     /// When the folder cannot be listed.
     pub fn list(&self) -> Result<Vec<(usize, PathBuf)>> {
-        let own = |(step, path, state): (usize, PathBuf, Result<State, String>)| {
+        let own = |(step, path, state): Found| {
             (state.ok()?.identity == self.identity).then_some((step, path))
         };
         Ok(self.all()?.into_iter().filter_map(own).collect())

@@ -86,7 +86,7 @@ pub fn inputs() -> impl Strategy<Value = (u32, Vec<Edit>)> {
 /// The input that (`pick`, `edits`) means. One in sixteen is nothing but random bytes.
 pub fn input(seeds: &[Vec<u8>], pick: u32, edits: &[Edit]) -> Vec<u8> {
     let mut bytes = seeds[pick as usize / 16 % seeds.len()].clone();
-    if pick % 16 == 0 {
+    if pick.is_multiple_of(16) {
         let (_, length, _, seed) = edits[0];
         bytes = vec![0; length as usize % 2048];
         ChaCha8Rng::seed_from_u64(seed).fill_bytes(&mut bytes);

@@ -162,7 +162,7 @@ def unlike_the_published():
         transformer_layers_per_block=[[2], [1, 2]], reverse_transformer_layers_per_block=[[1, 0, 2], 1],
         attention_head_dim=2, cross_attention_dim=7, use_linear_projection=False, flip_sin_to_cos=False, freq_shift=1,
         downsample_padding=0, act_fn="gelu", norm_eps=1e-3, time_embedding_dim=9, conv_in_kernel=5, conv_out_kernel=1,
-        addition_time_embed_dim=3, projection_class_embeddings_input_dim=6 * 3 + 4,
+        addition_time_embed_dim=5, projection_class_embeddings_input_dim=6 * 5 + 4,
     )
     model.save_pretrained(out / "model", max_shard_size="60KB")
     assert (out / "model/diffusion_pytorch_model.safetensors.index.json").exists()

@@ -26,16 +26,19 @@ fn count(bytes: isize) {
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count(layout.size() as isize);
+        // SAFETY: the caller keeps the contract of this very function.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         count(layout.size() as isize);
+        // SAFETY: the caller keeps the contract of this very function.
         unsafe { System.alloc_zeroed(layout) }
     }
 
     unsafe fn dealloc(&self, place: *mut u8, layout: Layout) {
         count(-(layout.size() as isize));
+        // SAFETY: the caller keeps the contract of this very function.
         unsafe { System.dealloc(place, layout) }
     }
 
@@ -43,6 +46,7 @@ unsafe impl GlobalAlloc for Counting {
         // The old and the new may both be there for a moment.
         count(size as isize);
         count(-(layout.size() as isize));
+        // SAFETY: the caller keeps the contract of this very function.
         unsafe { System.realloc(place, layout, size) }
     }
 }

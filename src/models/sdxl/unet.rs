@@ -7,6 +7,7 @@ use candle_core::Tensor;
 
 use super::block::{ResnetBlock, ResnetSettings, SpatialTransformer, TransformerSettings};
 use super::config::{Config, Level, MidBlock};
+use crate::models::encoder::Activation;
 use crate::models::timestep::{Sinusoid, TimestepEmbedding};
 use crate::nn::ops::Padding;
 use crate::nn::{Conv2d, GroupNorm, Weights, layout, ops};
@@ -116,8 +117,8 @@ impl UNet {
             cosines_first: config.flip_sin_to_cos,
             shift: config.freq_shift,
         };
-        let embedding = |inputs, name: &str| {
-            TimestepEmbedding::new(inputs, temb, config.act_fn, &weights.pp(name))
+        let embedding = |inputs, activation, name: &str| {
+            TimestepEmbedding::new(inputs, temb, activation, &weights.pp(name))
         };
         let kept = |inputs, outputs, kernel: usize, name: &str| {
             let padding = Padding::Same(kernel / 2);
@@ -128,9 +129,10 @@ impl UNet {
         Ok(Self {
             conv_in: kept(config.in_channels, finest, config.conv_in_kernel, "conv_in")?,
             time_proj: sinusoid(finest),
-            time_embedding: embedding(finest, "time_embedding")?,
+            time_embedding: embedding(finest, config.act_fn, "time_embedding")?,
             add_time_proj: sinusoid(size),
-            add_embedding: embedding(added, "add_embedding")?,
+            // `act_fn` has no say here (diffusers' `_set_add_embedding`).
+            add_embedding: embedding(added, Activation::Silu, "add_embedding")?,
             down_blocks: down_blocks(&levels.down, &config, settings, weights)?,
             mid_block: middle(&levels.down, levels.mid_depth, &config, settings, weights)?,
             up_blocks: up_blocks(&levels.up, &config, settings, weights)?,
