@@ -74,7 +74,7 @@ mod tests {
             (b"\xFE\xFF\0a", "UTF-16"),
             (b"a\0b\0", "UTF-16"),
             (b"a\nd\xF6g", "line 2 is not UTF-8: the text is Latin-1"),
-            (&[b'a'; 101], "more than 100 bytes"),
+            (&[b'a'; 101], "at most 100 bytes are read"),
         ] {
             let error = read(bytes).unwrap_err();
             let said = error.to_string();

@@ -478,6 +478,7 @@ mod tests {
             RunDir::open(out.path(), Path::new("dog.toml"), text, resolved, false).unwrap()
         };
         let id = open(&before).id().to_string();
+        std::fs::create_dir(out.path().join(&id).join(MADE[1])).unwrap();
         let again = open(&today);
         assert!(again.resumed && again.id() == id, "{}", again.id());
         let other = open(&resolved(&[

@@ -331,7 +331,7 @@ mod tests {
             (&b""[..], "byte 0 of the pickle: the pickle ends too early"),
             (b"\x80\x02", "byte 2"),
             (b"\x80\x02R.", "an operand is missing"),
-            (b"}K\x01s.", "an operand is missing"),
+            (b"}K\x01s.", "no dict to fill"),
             (b"(t(.", "an operand is missing"),
             (b"t.", "nothing is marked"),
             (b"}(K\x01u.", "what is no dict"),
