@@ -156,7 +156,10 @@ mod tests {
             assert!(error.contains(told), "{error}");
         }
         let error = map(&[folder.path().to_path_buf()]).err().unwrap();
-        assert!(error.to_string().contains("a folder, not a file"), "{error}");
+        assert!(
+            error.to_string().contains("a folder, not a file"),
+            "{error}"
+        );
     }
 
     #[test]
