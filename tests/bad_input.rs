@@ -11,25 +11,10 @@ use lance::dataset::InsertBuilder;
 use proxytune::files;
 use proxytune::store::{Columns, SCHEMA_VERSION};
 
-use crate::support::{PROXIES, Place, Said, say};
+use crate::support::{PROXIES, Place, Said, copy_tree, say};
 
 const PHOTOS: &str = "datasets/nano/subjects/dog1";
 const STUDENT: &str = "datasets/nano/checkpoints/llamagen";
-
-fn copy(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let (path, to) = (
-            entry.as_ref().unwrap().path(),
-            to.join(entry.unwrap().file_name()),
-        );
-        if path.is_dir() {
-            copy(&path, &to);
-        } else {
-            std::fs::copy(&path, &to).unwrap();
-        }
-    }
-}
 
 /// The beginning of a PNG of `side` x `side` pixels, with nothing behind its header.
 fn png_header(side: u32) -> Vec<u8> {
@@ -70,7 +55,7 @@ fn images(dir: &Path) -> String {
 fn bad_photos_are_set_aside_by_name_the_run_goes_on_and_the_exit_code_says_so() {
     let place = Place::new();
     let photos = place.path().join("photos");
-    copy(Path::new(PHOTOS), &photos);
+    copy_tree(Path::new(PHOTOS), &photos);
     bad_photos(&photos);
     let said = say(place.command(&[
         &images(&photos),
@@ -132,7 +117,7 @@ fn a_folder_with_nothing_usable_stops_the_run_before_it_starts() {
 /// A copy of the student's checkpoint, to be damaged.
 fn student(place: &Place) -> (PathBuf, String) {
     let dir = place.path().join("llamagen");
-    copy(Path::new(STUDENT), &dir);
+    copy_tree(Path::new(STUDENT), &dir);
     let model = format!("student.model={}", dir.display());
     (dir, model)
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::support::{Said, say};
+use crate::support::{Said, copy_tree, say};
 
 const NANO: &str = "datasets/nano/checkpoints";
 
@@ -61,25 +61,12 @@ fn evaluate(option: &str, model: &Path) -> Said {
     ])
 }
 
-fn copy(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let path = entry.unwrap().path();
-        let target = to.join(path.file_name().unwrap());
-        if path.is_dir() {
-            copy(&path, &target);
-        } else {
-            std::fs::copy(&path, &target).unwrap();
-        }
-    }
-}
-
 /// A copy of a nano checkpoint.
 fn checkpoint(name: &str) -> (tempfile::TempDir, PathBuf) {
     let folder = tempfile::tempdir().unwrap();
     let model = folder.path().join(name);
     let nano = Path::new(env!("CARGO_MANIFEST_DIR")).join(NANO);
-    copy(&nano.join(name), &model);
+    copy_tree(&nano.join(name), &model);
     (folder, model)
 }
 

@@ -366,7 +366,7 @@ fn a_store_of_version_1_has_all_that_its_pipeline_comes_to_today() {
         place.path().join("store"),
     );
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    proxytune::files::copy_dir(&root.join(folder).join("store"), &store).unwrap();
+    support::copy_tree(&root.join(folder).join("store"), &store);
     let adapters = || {
         let entries = std::fs::read_dir(store.join("adapters")).unwrap();
         entries

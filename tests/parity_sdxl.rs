@@ -20,6 +20,8 @@ use proxytune::training::optimizer::{AdamWConfig, OptimizerConfig};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
+use crate::support::copy_tree;
+
 /// As diffusers' scripts have it.
 const ADAMW: OptimizerConfig = OptimizerConfig::AdamW(AdamWConfig {
     beta1: 0.9,
@@ -433,7 +435,7 @@ fn the_denoiser_is_told_the_size_of_the_photo() -> Result<()> {
 fn the_faults_of_all_components_are_reported_at_once() {
     let place = tempfile::tempdir().unwrap();
     let model = place.path().join("model");
-    copy(&pipeline("sdxl-euler"), &model);
+    copy_tree(&pipeline("sdxl-euler"), &model);
     let edit = |file: &str, key: &str, value: serde_json::Value| {
         let path = model.join(file);
         let text = std::fs::read_to_string(&path).unwrap();
@@ -457,19 +459,5 @@ fn the_faults_of_all_components_are_reported_at_once() {
         "encoder.layers.2",
     ] {
         assert!(error.contains(part), "{part}: {error}");
-    }
-}
-
-fn copy(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let path = entry.unwrap().path();
-        let target = to.join(path.file_name().unwrap());
-        match path.is_dir() {
-            true => copy(&path, &target),
-            false => {
-                std::fs::copy(&path, &target).unwrap();
-            }
-        }
     }
 }

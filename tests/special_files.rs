@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use crate::support::{Place, Running, program};
+use crate::support::{Place, Running, copy_tree, program};
 
 const DOG: &str = "datasets/nano/subjects/dog1";
 /// Longer than any of these commands takes.
@@ -121,19 +121,6 @@ fn prompts_captions_and_metadata_that_are_no_files_are_refused() {
             let (code, said) = ended(command);
             assert!(code.is_some_and(|code| code > 0), "{said}");
             assert!(said.contains(name) && said.contains(word), "{said}");
-        }
-    }
-}
-
-/// Copies the files below `from`.
-fn copy_tree(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let (from, to) = (entry.path(), to.join(entry.file_name()));
-        match from.is_dir() {
-            true => copy_tree(&from, &to),
-            false => drop(std::fs::copy(&from, &to).unwrap()),
         }
     }
 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use crate::support::filled;
-use crate::support::{Place, SMOKE, Said, program, say};
+use crate::support::{Place, SMOKE, Said, copy_tree, program, say};
 
 const SMALL: [&str; 2] = ["direct.enabled=false", "evaluation.every=0"];
 
@@ -28,24 +28,9 @@ fn completed() -> Place {
     });
     let place = Place::new();
     for name in ["store", "runs"] {
-        copy(&made.path().join(name), &place.path().join(name));
+        copy_tree(&made.path().join(name), &place.path().join(name));
     }
     place
-}
-
-fn copy(from: &Path, to: &Path) {
-    std::fs::create_dir(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let (from, to) = (entry.path(), to.join(entry.file_name()));
-        match entry.file_type().unwrap() {
-            kind if kind.is_dir() => copy(&from, &to),
-            kind if kind.is_symlink() => {
-                std::os::unix::fs::symlink(std::fs::read_link(&from).unwrap(), to).unwrap();
-            }
-            _ => drop(std::fs::copy(&from, &to).unwrap()),
-        }
-    }
 }
 
 #[tokio::test]

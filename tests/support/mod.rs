@@ -24,6 +24,23 @@ pub const SMOKE: &str = "pipelines/nano-smoke.toml";
 /// Proxies that it plans.
 pub const PROXIES: usize = 12;
 
+/// Copies what lies in the folder `from`, at any depth, to the folder `to`; links stay links.
+pub fn copy_tree(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let (from, to) = (entry.path(), to.join(entry.file_name()));
+        match entry.file_type().unwrap() {
+            kind if kind.is_dir() => copy_tree(&from, &to),
+            #[cfg(unix)]
+            kind if kind.is_symlink() => {
+                std::os::unix::fs::symlink(std::fs::read_link(&from).unwrap(), to).unwrap();
+            }
+            _ => drop(std::fs::copy(&from, &to).unwrap()),
+        }
+    }
+}
+
 /// A store and a place for run directories that vanish with this value.
 pub struct Place {
     dir: TempDir,
