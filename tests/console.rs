@@ -115,22 +115,24 @@ fn standard_error_that_nobody_reads_or_that_is_full_changes_nothing() {
     }
 }
 
+/// Draws five pictures to `out`.
+#[cfg(unix)]
+fn five_dogs(out: &Path) -> Command {
+    let mut sample = program();
+    let model = ["sample", "--model", "nano-llamagen"];
+    sample
+        .args(model)
+        .args(["--prompt", "a dog", "--count", "5"]);
+    sample.arg("--out").arg(out);
+    sample
+}
+
 #[cfg(unix)]
 #[test]
 fn sample_and_run_finish_their_work_when_nobody_reads() {
     let place = Place::new();
     let out = place.path().join("out");
-    let mut sample = program();
-    sample.args([
-        "sample",
-        "--model",
-        "nano-llamagen",
-        "--prompt",
-        "a dog",
-        "--count",
-        "5",
-    ]);
-    sample.arg("--out").arg(&out);
+    let mut sample = five_dogs(&out);
     let status = sample.stdout(closed()).stderr(closed()).status().unwrap();
     assert_eq!(status.code(), Some(0));
     assert_eq!(find(&out, &|name| name.ends_with(".png")).len(), 5);
@@ -151,17 +153,7 @@ fn sample_and_run_finish_their_work_when_nobody_reads() {
 fn sample_into_a_full_output_draws_all_and_ends_with_an_error() {
     let place = Place::new();
     let out = place.path().join("out");
-    let mut sample = program();
-    sample.args([
-        "sample",
-        "--model",
-        "nano-llamagen",
-        "--prompt",
-        "a dog",
-        "--count",
-        "5",
-    ]);
-    sample.arg("--out").arg(&out);
+    let mut sample = five_dogs(&out);
     let ended = sample
         .stdout(full())
         .stderr(Stdio::piped())

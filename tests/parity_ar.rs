@@ -46,6 +46,30 @@ fn t5_encoder_equals_transformers_with_gradients_for_every_weight() {
     }
 }
 
+/// A second implementation, on texts longer and shorter than those of the golden cases.
+#[test]
+fn t5_encoder_equals_that_of_candle_transformers() {
+    use candle_transformers::models::t5::T5EncoderModel;
+    for name in ["gated-gelu", "relu"] {
+        let case = case("t5", name);
+        let weights = frozen(&case);
+        let ours = t5::T5Encoder::new(&config(&case), &weights).unwrap();
+        let tensors = load(case.join("model/model.safetensors"));
+        let tensors = tensors.into_iter().collect();
+        let vb = candle_nn::VarBuilder::from_tensors(tensors, DType::F32, &CPU);
+        let mut theirs = T5EncoderModel::load(vb, &config(&case)).unwrap();
+        for length in [1u32, 3, 70] {
+            let ids: Vec<u32> = (0..length).map(|i| (i * 7 + 3) % 33).collect();
+            let ids = Tensor::new(ids, &CPU).unwrap().unsqueeze(0).unwrap();
+            assert_close(
+                name,
+                &ours.forward(&ids, &ids.ones_like().unwrap()).unwrap(),
+                &theirs.forward(&ids).unwrap(),
+            );
+        }
+    }
+}
+
 #[test]
 fn padding_does_not_change_what_t5_says_of_a_text() {
     let case = case("t5", "gated-gelu");

@@ -6,7 +6,7 @@ use candle_core::{Device, Tensor};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 
-use super::{TrainingDraw, noise};
+use super::TrainingDraw;
 use crate::{Error, Result};
 
 /// `scheduler/scheduler_config.json` of such a model, whichever sampler it names; the defaults are diffusers'.
@@ -325,15 +325,10 @@ impl Ddpm {
         generator: &mut impl Rng,
         device: &Device,
     ) -> Result<TrainingDraw> {
-        let (b, c, h, w) = latents_shape;
-        let mut indices = Vec::with_capacity(b);
-        let mut rows = Vec::with_capacity(b);
-        for _ in 0..b {
-            indices.push(generator.random_range(0..self.alphas_cumprod.len()));
-            rows.push(noise((1, c, h, w), generator, device)?);
-        }
-        let noise = Tensor::cat(&rows, 0)?;
-        Ok(TrainingDraw { indices, noise })
+        let count = self.alphas_cumprod.len();
+        TrainingDraw::each(latents_shape, generator, device, |generator| {
+            generator.random_range(0..count)
+        })
     }
 
     /// The loss of a batch: the mean over all elements of the squared difference of what the model gives and what

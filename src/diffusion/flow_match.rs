@@ -113,6 +113,26 @@ pub struct TrainingDraw {
 }
 
 impl TrainingDraw {
+    /// For each sample of `latents_shape` (b, c, h, w) what `index` draws, then its noise.
+    ///
+    /// # Errors
+    /// None that a caller can cause.
+    pub(super) fn each<R: Rng>(
+        (b, c, h, w): (usize, usize, usize, usize),
+        generator: &mut R,
+        device: &Device,
+        index: impl Fn(&mut R) -> usize,
+    ) -> Result<Self> {
+        let mut indices = Vec::with_capacity(b);
+        let mut rows = Vec::with_capacity(b);
+        for _ in 0..b {
+            indices.push(index(generator));
+            rows.push(noise((1, c, h, w), generator, device)?);
+        }
+        let noise = Tensor::cat(&rows, 0)?;
+        Ok(Self { indices, noise })
+    }
+
     /// Those of some samples.
     ///
     /// # Errors
@@ -269,6 +289,26 @@ impl FlowMatchEuler {
         Ok((sample + (velocity * difference)?)?)
     }
 
+    /// Follows the flow from `noise` (b, c, h, w), f32, to latents: `velocity` gives what the model says of the latents
+    /// at a σ. `tokens` is what the model makes of a picture, for the shift.
+    ///
+    /// # Errors
+    /// Those of [`FlowMatchEuler::sigmas`] and of `velocity`.
+    pub fn follow(
+        &self,
+        noise: &Tensor,
+        num_inference_steps: usize,
+        tokens: usize,
+        mut velocity: impl FnMut(&Tensor, f32) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        let mut latents = noise.clone();
+        for pair in self.sigmas(num_inference_steps, tokens)?.windows(2) {
+            let velocity = velocity(&latents, pair[0])?.to_dtype(noise.dtype())?;
+            latents = self.step(&velocity, &latents, pair[0], pair[1])?;
+        }
+        Ok(latents)
+    }
+
     /// Draws the level and the noise of each sample of `latents_shape` (b, c, h, w): for one sample after another, u by
     /// `density`, index ⌊u · n⌋ into the descending table, then its noise.
     pub fn draw(
@@ -278,11 +318,8 @@ impl FlowMatchEuler {
         generator: &mut impl Rng,
         device: &Device,
     ) -> Result<TrainingDraw> {
-        let (b, c, h, w) = latents_shape;
         let count = self.table.len();
-        let mut indices = Vec::with_capacity(b);
-        let mut rows = Vec::with_capacity(b);
-        for _ in 0..b {
+        TrainingDraw::each(latents_shape, generator, device, |generator| {
             let u = match density {
                 Density::LogitNormal => {
                     let normal: f64 = StandardNormal.sample(generator);
@@ -290,11 +327,8 @@ impl FlowMatchEuler {
                 }
                 Density::Uniform => generator.random::<f64>(),
             };
-            indices.push(((u * count as f64) as usize).min(count - 1));
-            rows.push(noise((1, c, h, w), generator, device)?);
-        }
-        let noise = Tensor::cat(&rows, 0)?;
-        Ok(TrainingDraw { indices, noise })
+            ((u * count as f64) as usize).min(count - 1)
+        })
     }
 
     /// The loss of a batch: the mean over all elements of the squared difference that `form` names (the weighting of

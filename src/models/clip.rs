@@ -7,7 +7,7 @@ use candle_core::{D, Tensor};
 use serde::Deserialize;
 
 use super::encoder::{Activation, Layer, Names, Projections, Sizes, with_class_token};
-use super::limits::{CHANNELS, HEADS, LAYERS, Limited, Limits, POSITIONS, SIDE, VOCABULARY, WIDTH};
+use super::limits::{CHANNELS, Limited, Limits, POSITIONS, SIDE, VOCABULARY, WIDTH};
 use crate::nn::ops::Padding;
 use crate::nn::{Conv2d, Embedding, Init, LayerNorm, Linear, Mask, Weights, parameter};
 use crate::{Error, Result};
@@ -123,31 +123,29 @@ impl Default for Config {
 impl Limited for TextConfig {
     fn limit(&self, limits: &mut Limits) {
         limits.within("vocab_size", self.vocab_size, &VOCABULARY);
-        limits.within("hidden_size", self.hidden_size, &WIDTH);
-        limits.within("intermediate_size", self.intermediate_size, &WIDTH);
+        limits.encoder(
+            [self.hidden_size, self.intermediate_size],
+            self.num_hidden_layers,
+            self.num_attention_heads,
+            self.layer_norm_eps,
+        );
         limits.within("projection_dim", self.projection_dim, &WIDTH);
-        limits.within("num_hidden_layers", self.num_hidden_layers, &LAYERS);
-        let heads = ("num_attention_heads", self.num_attention_heads);
-        limits.within(heads.0, heads.1, &HEADS);
-        limits.multiple("hidden_size", self.hidden_size, heads);
         let positions = self.max_position_embeddings;
         limits.within("max_position_embeddings", positions, &POSITIONS);
-        limits.from_zero("layer_norm_eps", self.layer_norm_eps);
     }
 }
 
 impl Limited for VisionConfig {
     fn limit(&self, limits: &mut Limits) {
-        limits.within("hidden_size", self.hidden_size, &WIDTH);
-        limits.within("intermediate_size", self.intermediate_size, &WIDTH);
-        limits.within("num_hidden_layers", self.num_hidden_layers, &LAYERS);
-        let heads = ("num_attention_heads", self.num_attention_heads);
-        limits.within(heads.0, heads.1, &HEADS);
-        limits.multiple("hidden_size", self.hidden_size, heads);
+        limits.encoder(
+            [self.hidden_size, self.intermediate_size],
+            self.num_hidden_layers,
+            self.num_attention_heads,
+            self.layer_norm_eps,
+        );
         limits.within("num_channels", self.num_channels, &CHANNELS);
         limits.within("image_size", self.image_size, &SIDE);
         limits.within("patch_size", self.patch_size, &(1..=self.image_size));
-        limits.from_zero("layer_norm_eps", self.layer_norm_eps);
     }
 }
 

@@ -70,6 +70,17 @@ impl Limits {
         }
     }
 
+    /// What transformers calls these sizes of an encoder: the widths `hidden_size` and `intermediate_size`,
+    /// `num_hidden_layers`, `num_attention_heads`, `layer_norm_eps`.
+    pub fn encoder(&mut self, [hidden, inner]: [usize; 2], layers: usize, heads: usize, eps: f64) {
+        self.within("hidden_size", hidden, &WIDTH);
+        self.within("intermediate_size", inner, &WIDTH);
+        self.within("num_hidden_layers", layers, &LAYERS);
+        self.within("num_attention_heads", heads, &HEADS);
+        self.multiple("hidden_size", hidden, ("num_attention_heads", heads));
+        self.from_zero("layer_norm_eps", eps);
+    }
+
     /// `value` must be a share that leaves something, as dropout.
     pub fn share(&mut self, name: &str, value: f64) {
         if !(0.0..1.0).contains(&value) {

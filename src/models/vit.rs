@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use super::checkpoint_files;
 use super::encoder::{Activation, Layer, Names, Projections, Sizes, with_class_token};
-use super::limits::{CHANNELS, HEADS, LAYERS, Limited, Limits, SIDE, WIDTH};
+use super::limits::{CHANNELS, Limited, Limits, SIDE};
 use crate::files::read_json;
 use crate::nn::ops::{self, Padding};
 use crate::nn::{Conv2d, Init, LayerNorm, Mask, Weights, parameter};
@@ -64,18 +64,17 @@ impl Default for Config {
 
 impl Limited for Config {
     fn limit(&self, limits: &mut Limits) {
-        limits.within("hidden_size", self.hidden_size, &WIDTH);
-        limits.within("intermediate_size", self.intermediate_size, &WIDTH);
-        limits.within("num_hidden_layers", self.num_hidden_layers, &LAYERS);
-        let heads = ("num_attention_heads", self.num_attention_heads);
-        limits.within(heads.0, heads.1, &HEADS);
-        limits.multiple("hidden_size", self.hidden_size, heads);
+        limits.encoder(
+            [self.hidden_size, self.intermediate_size],
+            self.num_hidden_layers,
+            self.num_attention_heads,
+            self.layer_norm_eps,
+        );
         limits.within("num_channels", self.num_channels, &CHANNELS);
         let (image, patch) = (self.image_size, self.patch_size);
         limits.all_within("image_size", &[image.height, image.width], &SIDE);
         limits.within("patch_size", patch.height, &(1..=image.height));
         limits.within("patch_size", patch.width, &(1..=image.width));
-        limits.from_zero("layer_norm_eps", self.layer_norm_eps);
     }
 }
 

@@ -188,10 +188,6 @@ impl Denoiser for FluxDenoiser {
         self.text.encode(prompts, max_sequence_length)
     }
 
-    fn unconditional(&self, max_sequence_length: Option<usize>) -> Result<Conditioning> {
-        self.text.encode(&[String::new()], max_sequence_length)
-    }
-
     fn draw(
         &self,
         latents_shape: (usize, usize, usize, usize),
@@ -238,20 +234,12 @@ impl Denoiser for FluxDenoiser {
             let (b, _, h, w) = noise.dims4()?;
             let guidance = negative.map_or(1.0, |(_, scale)| scale);
             let tokens = (h / PACKED) * (w / PACKED);
-            let mut latents = noise.clone();
-            for pair in self
-                .schedule
-                .sigmas(num_inference_steps, tokens)?
-                .windows(2)
-            {
-                let (sigma, next) = (pair[0], pair[1]);
-                let timestep = Tensor::full(sigma, b, noise.device())?;
-                let velocity = self
-                    .velocity(&latents, &timestep, guidance, conditioning)?
-                    .to_dtype(noise.dtype())?;
-                latents = self.schedule.step(&velocity, &latents, sigma, next)?;
-            }
-            Ok(latents)
+            let velocity = |latents: &Tensor, sigma| {
+                let sigma = Tensor::full(sigma, b, noise.device())?;
+                self.velocity(latents, &sigma, guidance, conditioning)
+            };
+            self.schedule
+                .follow(noise, num_inference_steps, tokens, velocity)
         })
     }
 }

@@ -138,8 +138,10 @@ pub trait Denoiser: Sized + Send + Sync {
         max_sequence_length: Option<usize>,
     ) -> Result<Conditioning>;
 
-    /// What stands for no prompt, one row.
-    fn unconditional(&self, max_sequence_length: Option<usize>) -> Result<Conditioning>;
+    /// What stands for no prompt, one row: the empty one, unless a family has something else.
+    fn unconditional(&self, max_sequence_length: Option<usize>) -> Result<Conditioning> {
+        self.encode(&[String::new()], max_sequence_length)
+    }
 
     /// Noise levels and noise for latents of a shape, sample by sample.
     fn draw(
@@ -160,10 +162,14 @@ pub trait Denoiser: Sized + Send + Sync {
     ) -> Result<Tensor>;
 
     /// `latents` (b, c, h, w) as diffusers' pipeline hands them over: packed for FLUX, else as they are.
-    fn handed_over(&self, latents: &Tensor) -> Result<Tensor>;
+    fn handed_over(&self, latents: &Tensor) -> Result<Tensor> {
+        Ok(latents.clone())
+    }
 
     /// Undoes [`Denoiser::handed_over`] for latents of `height`×`width`.
-    fn taken_over(&self, latents: &Tensor, height: usize, width: usize) -> Result<Tensor>;
+    fn taken_over(&self, latents: &Tensor, _height: usize, _width: usize) -> Result<Tensor> {
+        Ok(latents.clone())
+    }
 
     /// Latents of the shape of `noise` (b, c, h, w), f32, scaled as the network sees them, for pictures framed alike. With
     /// `negative`, as many rows and a guidance scale, every step is guided. Records no graph.

@@ -133,10 +133,6 @@ impl Denoiser for Mmdit {
         self.text.encode(prompts, max_sequence_length)
     }
 
-    fn unconditional(&self, max_sequence_length: Option<usize>) -> Result<Conditioning> {
-        self.text.encode(&[String::new()], max_sequence_length)
-    }
-
     fn draw(
         &self,
         latents_shape: (usize, usize, usize, usize),
@@ -160,14 +156,6 @@ impl Denoiser for Mmdit {
                 let Conditioning { context, pooled } = conditioning;
                 self.transformer.forward(&noisy, timesteps, context, pooled)
             })
-    }
-
-    fn handed_over(&self, latents: &Tensor) -> Result<Tensor> {
-        Ok(latents.clone())
-    }
-
-    fn taken_over(&self, latents: &Tensor, _height: usize, _width: usize) -> Result<Tensor> {
-        Ok(latents.clone())
     }
 
     fn denoise(

@@ -27,22 +27,19 @@ pub fn denoise(
         };
         let rows = both.context.dim(0)?;
         let dtype = both.context.dtype();
-        let mut latents = noise.clone();
         let patch = transformer.config().patch_size.max(1);
         let tokens = (noise.dim(2)? / patch) * (noise.dim(3)? / patch);
-        for pair in schedule.sigmas(num_inference_steps, tokens)?.windows(2) {
-            let (sigma, next) = (pair[0], pair[1]);
+        schedule.follow(noise, num_inference_steps, tokens, |latents, sigma| {
             let timestep = Tensor::full(schedule.timestep(sigma), rows, noise.device())?;
-            let copies = vec![&latents; rows / b.max(1)];
+            let copies = vec![latents; rows / b.max(1)];
             let input = Tensor::cat(&copies, 0)?.to_dtype(dtype)?;
             let velocity = transformer.forward(&input, &timestep, &both.context, &both.pooled)?;
-            let velocity = velocity.to_dtype(noise.dtype())?;
-            let velocity = match negative {
-                Some((_, guidance_scale)) => guide(&velocity, guidance_scale)?,
-                None => velocity,
-            };
-            latents = schedule.step(&velocity, &latents, sigma, next)?;
-        }
-        Ok(latents)
+            match negative {
+                Some((_, guidance_scale)) => {
+                    guide(&velocity.to_dtype(noise.dtype())?, guidance_scale)
+                }
+                None => Ok(velocity),
+            }
+        })
     })
 }

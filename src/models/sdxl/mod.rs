@@ -169,14 +169,6 @@ impl Denoiser for SdxlDenoiser {
         })
     }
 
-    fn handed_over(&self, latents: &Tensor) -> Result<Tensor> {
-        Ok(latents.clone())
-    }
-
-    fn taken_over(&self, latents: &Tensor, _height: usize, _width: usize) -> Result<Tensor> {
-        Ok(latents.clone())
-    }
-
     fn denoise(
         &self,
         noise: &Tensor,
