@@ -1,16 +1,18 @@
 //! Files that are either wholly there or not at all: written aside, synced, renamed.
 
+mod json;
 mod open;
+mod tensors;
 pub mod text;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Component, Path, PathBuf};
 
-use candle_core::{DType, Device, Tensor};
-
+pub use self::json::{read_json, read_text, read_text_if_there};
 pub use self::open::{LISTS, SETTINGS, TENSORS, copy, open, read};
+pub use self::tensors::{read_tensors, values_digest, write_tensors};
 use crate::{Error, Result};
 
 /// Where the file or folder `path` is written before it takes its place.
@@ -421,57 +423,6 @@ pub fn copy_dir(from: &Path, to: &Path) -> Result<()> {
     })
 }
 
-/// Writes `tensors` as safetensors with `metadata` in the header (beside `format: pt`, which readers expect).
-pub fn write_tensors(
-    path: &Path,
-    tensors: &BTreeMap<String, Tensor>,
-    metadata: &[(&str, String)],
-) -> Result<()> {
-    let mut header: HashMap<String, String> =
-        HashMap::from([("format".to_string(), "pt".to_string())]);
-    header.extend(
-        metadata
-            .iter()
-            .map(|(key, value)| (key.to_string(), value.clone())),
-    );
-    let tensors = tensors
-        .iter()
-        .map(|(name, tensor)| Ok((name.clone(), tensor.to_device(&Device::Cpu)?.contiguous()?)))
-        .collect::<Result<Vec<_>>>()?;
-    let bytes = safetensors::serialize(
-        tensors.iter().map(|(name, tensor)| (name, tensor)),
-        Some(header),
-    )
-    .map_err(|e| Error::Checkpoint {
-        path: path.to_path_buf(),
-        faults: vec![e.to_string()],
-    })?;
-    write(path, &bytes)
-}
-
-/// Values of a tensor that are hashed at once: as many bytes as the hash takes at its full speed.
-const HASHED_AT_ONCE: usize = 1 << 16;
-
-/// Digest of named tensors: names, shapes and f32 values.
-pub fn values_digest(tensors: &BTreeMap<String, Tensor>) -> Result<String> {
-    let mut hasher = blake3::Hasher::new();
-    for (name, tensor) in tensors {
-        hasher.update(&(name.len() as u64).to_le_bytes());
-        hasher.update(name.as_bytes());
-        for dim in tensor.dims() {
-            hasher.update(&(*dim as u64).to_le_bytes());
-        }
-        let values = tensor.flatten_all()?.to_dtype(DType::F32)?;
-        let mut bytes = Vec::new();
-        for values in values.to_vec1::<f32>()?.chunks(HASHED_AT_ONCE) {
-            bytes.clear();
-            bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
-            hasher.update(&bytes);
-        }
-    }
-    Ok(hasher.finalize().to_hex().to_string())
-}
-
 fn content(path: &Path) -> Result<blake3::Hash> {
     let mut content = blake3::Hasher::new();
     open(path)
@@ -512,109 +463,9 @@ pub fn digest_dir(dir: &Path) -> Result<String> {
     Ok(hasher.finalize().to_hex().to_string())
 }
 
-/// The text of the regular file at `path`, of at most `most` bytes.
-///
-/// # Errors
-/// Those of [`read`]; a file that is not UTF-8.
-pub fn read_text(path: &Path, most: u64) -> Result<String> {
-    let bytes = read(path, most).map_err(Error::io(path))?;
-    String::from_utf8(bytes).map_err(|_| {
-        let source = std::io::Error::new(
-            std::io::ErrorKind::InvalidData,
-            "the file is no text: it is not UTF-8",
-        );
-        Error::io(path)(source)
-    })
-}
-
-/// The same, or `None` where there is no such file.
-///
-/// # Errors
-/// Those of [`read_text`].
-pub fn read_text_if_there(path: &Path, most: u64) -> Result<Option<String>> {
-    match read_text(path, most) {
-        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        read => read.map(Some),
-    }
-}
-
-/// Reads a JSON file of at most [`SETTINGS`] bytes. `Infinity`, `-Infinity` and `NaN`, which Python writes though JSON has
-/// no such numbers, are read as null.
-///
-/// # Errors
-/// Those of [`read_text`]; when it is no JSON of a `T`.
-pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
-    let text = without_numbers_of_python(read_text(path, SETTINGS)?);
-    serde_json::from_str(&text).map_err(|e| Error::Checkpoint {
-        path: path.to_path_buf(),
-        faults: vec![e.to_string()],
-    })
-}
-
-fn without_numbers_of_python(text: String) -> String {
-    const NUMBERS: [&str; 3] = ["-Infinity", "Infinity", "NaN"];
-    if !NUMBERS.iter().any(|number| text.contains(number)) {
-        return text;
-    }
-    let (mut kept, mut rest) = (String::with_capacity(text.len()), text.as_str());
-    let (mut quoted, mut escaped) = (false, false);
-    while let Some(c) = rest.chars().next() {
-        if !quoted && let Some(number) = NUMBERS.iter().find(|number| rest.starts_with(**number)) {
-            kept.push_str("null");
-            rest = &rest[number.len()..];
-            continue;
-        }
-        (quoted, escaped) = match (c, escaped) {
-            ('"', false) => (!quoted, false),
-            ('\\', false) => (quoted, true),
-            _ => (quoted, false),
-        };
-        kept.push(c);
-        rest = &rest[c.len_utf8()..];
-    }
-    kept
-}
-
-/// All tensors of a safetensors file, and its header's metadata.
-pub fn read_tensors(path: &Path) -> Result<(BTreeMap<String, Tensor>, BTreeMap<String, String>)> {
-    let bytes = read(path, TENSORS).map_err(Error::io(path))?;
-    let fault = |e: String| Error::Checkpoint {
-        path: path.to_path_buf(),
-        faults: vec![e],
-    };
-    let (_, header) = safetensors::SafeTensors::read_metadata(&bytes)
-        .map_err(|e| fault(format!("not a safetensors file: {e}")))?;
-    let metadata = header
-        .metadata()
-        .clone()
-        .unwrap_or_default()
-        .into_iter()
-        .collect();
-    let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu)?
-        .into_iter()
-        .collect();
-    Ok((tensors, metadata))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn json_as_python_writes_it_is_read() {
-        let place = tempfile::tempdir().unwrap();
-        let path = place.path().join("config.json");
-        std::fs::write(
-            &path,
-            r#"{"a": -Infinity, "b": [NaN, Infinity], "c": "NaN \"Infinity\"", "d": 1}"#,
-        )
-        .unwrap();
-        let read: serde_json::Value = read_json(&path).unwrap();
-        let expected = serde_json::json!({
-            "a": null, "b": [null, null], "c": "NaN \"Infinity\"", "d": 1,
-        });
-        assert_eq!(read, expected);
-    }
 
     fn folder(dir: &Path, text: &str) -> Result<()> {
         write_dir(dir, |aside| {
