@@ -183,7 +183,15 @@ fn an_optimizer_continues_from_its_state_and_refuses_what_is_not_finite() {
             assert!(error.to_string().contains(part.as_str()), "{error}");
         }
         for (name, tensor) in second.state().unwrap() {
-            let bits = |x: &Tensor| format!("{:?}", x.flatten_all().unwrap().to_string());
+            let bits = |x: &Tensor| -> Vec<u64> {
+                let values = x
+                    .flatten_all()
+                    .unwrap()
+                    .to_dtype(candle_core::DType::F64)
+                    .unwrap();
+                let values = values.to_vec1::<f64>().unwrap();
+                values.into_iter().map(f64::to_bits).collect()
+            };
             assert_eq!(bits(&tensor), bits(&kept[&name]), "{optimizer:?} {name}");
         }
     }
@@ -320,6 +328,7 @@ fn farthest(folder: &Path, component: &str) -> f64 {
             let way: Vec<f64> = theirs.iter().zip(&start).map(|(a, b)| a - b).collect();
             // Nothing has moved before a warm-up's second step, and what has moved by less than rounding is no measure.
             let rounding = 1e-7 * norm(&start);
+            assert!(norm(&apart).is_finite(), "{name}");
             farthest = farthest.max((norm(&apart) - rounding).max(0.0) / norm(&way).max(1e-12));
         }
     }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 use proxytune::Result;
-use proxytune::diffusion::{FlowMatchEuler, LossForm, SchedulerConfig, TrainingDraw};
+use proxytune::diffusion::{FlowMatchEuler, LossForm, SchedulerConfig, Spacing, TrainingDraw};
 use proxytune::models::autoencoder::{self, AutoencoderKl};
 use proxytune::models::sd3::{
     self, Conditioning, LORA_TARGETS, SampleSettings, Sd3, Sd3Transformer,
@@ -330,7 +330,7 @@ fn the_schedule_equals_diffusers_to_the_bit() -> Result<()> {
             want(format!("training.{shift:?}"))?
         );
         for steps in [1, 4, 28] {
-            let sigmas = schedule.sigmas(steps, 0)?;
+            let sigmas = schedule.sigmas(steps, 0, Spacing::Table)?;
             assert_eq!(sigmas, want(format!("sigmas.{shift:?}.{steps}"))?);
             let timesteps: Vec<f32> = sigmas[..steps]
                 .iter()
@@ -338,7 +338,7 @@ fn the_schedule_equals_diffusers_to_the_bit() -> Result<()> {
                 .collect();
             assert_eq!(timesteps, want(format!("timesteps.{shift:?}.{steps}"))?);
         }
-        assert!(schedule.sigmas(0, 0).is_err());
+        assert!(schedule.sigmas(0, 0, Spacing::Table).is_err());
     }
     Ok(())
 }
@@ -350,7 +350,7 @@ fn a_step_and_both_forms_of_the_loss_equal_diffusers() -> Result<()> {
         shift: 3.0,
         ..SchedulerConfig::default()
     })?;
-    let sigmas = schedule.sigmas(28, 0)?;
+    let sigmas = schedule.sigmas(28, 0, Spacing::Table)?;
     let (sample, velocity) = (&reference["step.sample"], &reference["step.velocity"]);
     let stepped = schedule.step(velocity, sample, sigmas[11], sigmas[12])?;
     assert_close(&stepped, &reference["step.output"], 1e-6, "step");

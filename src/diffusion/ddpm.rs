@@ -7,6 +7,7 @@ use rand::Rng;
 use serde::{Deserialize, Serialize};
 
 use super::TrainingDraw;
+use super::flow_match::MOST_TIMESTEPS;
 use crate::{Error, Result};
 
 /// `scheduler/scheduler_config.json` of such a model, whichever sampler it names; the defaults are diffusers'.
@@ -178,7 +179,14 @@ impl Default for DiscreteConfig {
 fn finite<'de, D: serde::Deserializer<'de>>(
     deserializer: D,
 ) -> std::result::Result<Option<f64>, D::Error> {
-    Ok(serde_json::Value::deserialize(deserializer)?.as_f64())
+    match serde_json::Value::deserialize(deserializer)? {
+        serde_json::Value::Null => Ok(None),
+        serde_json::Value::String(text) if text.trim_start().starts_with("-inf") => Ok(None),
+        other => match other.as_f64() {
+            Some(number) => Ok(Some(number)),
+            None => Err(serde::de::Error::custom(format!("{other} is no number"))),
+        },
+    }
 }
 
 impl DiscreteConfig {
@@ -190,16 +198,16 @@ impl DiscreteConfig {
             ("use_lu_lambdas", self.use_lu_lambdas),
             ("use_flow_sigmas", self.use_flow_sigmas),
             ("thresholding", self.thresholding),
-            ("another timestep_type", self.timestep_type != "discrete"),
+            ("timestep_type", self.timestep_type != "discrete"),
         ];
         if let Some((name, _)) = unsupported.iter().find(|(_, is_set)| *is_set) {
             return Err(Error::invalid(
                 format!("scheduler_config.json sets {name}, which is not supported"),
-                "Stable Diffusion XL is published without it",
+                "remove it from scheduler/scheduler_config.json: Stable Diffusion XL is published without it",
             ));
         }
         let betas = self.trained_betas.as_ref().map(Vec::len);
-        if self.num_train_timesteps < 2
+        if !(2..=MOST_TIMESTEPS).contains(&self.num_train_timesteps)
             || betas.is_some_and(|count| count != self.num_train_timesteps)
         {
             return Err(Error::invalid(
@@ -208,7 +216,30 @@ impl DiscreteConfig {
                     self.num_train_timesteps,
                     betas.map_or("no".to_string(), |count| count.to_string())
                 ),
-                "num_train_timesteps is at least 2, and there are as many trained_betas, if any",
+                format!(
+                    "num_train_timesteps is from 2 to {MOST_TIMESTEPS}, and there are as many trained_betas, if any"
+                ),
+            ));
+        }
+        let trained = self
+            .trained_betas
+            .iter()
+            .flatten()
+            .map(|beta| f64::from(*beta));
+        let mut betas = [self.beta_start, self.beta_end].into_iter().chain(trained);
+        if let Some(beta) = betas.find(|beta| !(*beta > 0.0 && *beta < 1.0)) {
+            return Err(Error::invalid(
+                format!("scheduler_config.json has a beta of {beta}"),
+                "beta_start, beta_end and trained_betas are above 0 and below 1",
+            ));
+        }
+        if self.steps_offset >= self.num_train_timesteps {
+            return Err(Error::invalid(
+                format!(
+                    "scheduler_config.json has a steps_offset of {}",
+                    self.steps_offset
+                ),
+                "it is below num_train_timesteps: Stable Diffusion XL has 1",
             ));
         }
         Ok(())

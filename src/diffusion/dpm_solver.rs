@@ -61,7 +61,7 @@ pub fn dpm_solver_2m(
     Ok(sample)
 }
 
-fn check(config: &DiscreteConfig) -> Result<()> {
+pub(super) fn check(config: &DiscreteConfig) -> Result<()> {
     let fits = config.algorithm_type == "dpmsolver++"
         && config.solver_type == "midpoint"
         && matches!(config.solver_order, 1 | 2);

@@ -12,7 +12,7 @@ use super::noise;
 use crate::{Error, Result};
 
 /// A table is made of them; all published schedules have 1000.
-const MOST_TIMESTEPS: usize = 1 << 20;
+pub(super) const MOST_TIMESTEPS: usize = 1 << 20;
 
 /// `scheduler/scheduler_config.json`; the defaults are diffusers'.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -78,6 +78,16 @@ pub enum TimeShift {
     Exponential,
     /// Not supported.
     Linear,
+}
+
+/// How a pipeline spaces the levels of its sampler, before they are moved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Spacing {
+    /// Evenly between the ends of the training table, which `shift` has moved already: what published samples of SD3
+    /// were made with.
+    Table,
+    /// Evenly from 1 to 1/steps (`FluxPipeline`).
+    Inverse,
 }
 
 /// How training draws its noise levels.
@@ -174,7 +184,7 @@ impl FlowMatchEuler {
         if let Some((name, _)) = unsupported.iter().find(|(_, is_set)| *is_set) {
             return Err(Error::invalid(
                 format!("scheduler_config.json sets {name}, which is not supported"),
-                "Stable Diffusion 3, 3.5 and FLUX.1 are published without it",
+                "set it to false, or remove it: Stable Diffusion 3, 3.5 and FLUX.1 are published without it",
             ));
         }
         let steps = config.num_train_timesteps;
@@ -188,6 +198,19 @@ impl FlowMatchEuler {
                     config.shift
                 ),
                 format!("num_train_timesteps must be from 1 to {MOST_TIMESTEPS} and shift above 0"),
+            ));
+        }
+        let sizes = (config.base_image_seq_len, config.max_image_seq_len);
+        let shifts = [config.base_shift, config.max_shift];
+        if config.use_dynamic_shifting
+            && (sizes.0 >= sizes.1 || !shifts.iter().all(|s| s.is_finite()))
+        {
+            return Err(Error::invalid(
+                format!(
+                    "a schedule that is shifted from {} to {} tokens",
+                    sizes.0, sizes.1
+                ),
+                "max_image_seq_len must be above base_image_seq_len, and base_shift and max_shift numbers",
             ));
         }
         // in f32 like the reference, so that the tables are equal to the bit
@@ -209,10 +232,14 @@ impl FlowMatchEuler {
     }
 
     /// The levels of a sampler of `num_inference_steps` steps on an image of `tokens` patches: as many, then 0. They are
-    /// spaced evenly between the ends of the training table, which is shifted already, and shifted once more: what
-    /// diffusers does, and what published samples of SD3 were made with. With dynamic shifting they are spaced evenly
-    /// from 1 to 1/steps and moved by the image's size, as `FluxPipeline` has it. Fails for 0 steps.
-    pub fn sigmas(&self, num_inference_steps: usize, tokens: usize) -> Result<Vec<f32>> {
+    /// spaced as the pipeline spaces them, then moved: by the image's size where the schedule says so, else by its
+    /// `shift`. Fails for 0 steps.
+    pub fn sigmas(
+        &self,
+        num_inference_steps: usize,
+        tokens: usize,
+        spacing: Spacing,
+    ) -> Result<Vec<f32>> {
         let (Some(&first), Some(&last), true) = (
             self.table.first(),
             self.table.last(),
@@ -223,45 +250,39 @@ impl FlowMatchEuler {
                 "take at least one step",
             ));
         };
-        if self.config.use_dynamic_shifting {
-            return Ok(self.moved_by_size(num_inference_steps, tokens));
-        }
         let steps = self.config.num_train_timesteps as f64;
-        let (start, stop) = (f64::from(first) * steps, f64::from(last) * steps);
-        let gaps = num_inference_steps - 1;
-        let shift = self.config.shift;
-        let level = |i: usize| {
-            let t = match i {
-                0 => start,
-                _ if i == gaps => stop,
-                _ => start + (stop - start) / gaps as f64 * i as f64,
-            };
-            let sigma = t / steps;
-            (shift * sigma / (1.0 + (shift - 1.0) * sigma)) as f32
+        // Timesteps for the one, levels for the other, as the reference computes them.
+        let (start, stop, unit) = match spacing {
+            Spacing::Table => (f64::from(first) * steps, f64::from(last) * steps, steps),
+            Spacing::Inverse => (1.0, 1.0 / num_inference_steps as f64, 1.0),
         };
-        Ok((0..num_inference_steps).map(level).chain([0.0]).collect())
+        let gaps = num_inference_steps - 1;
+        let even = |i: usize| match i {
+            0 => start,
+            _ if i == gaps => stop,
+            _ => start + (stop - start) / gaps as f64 * i as f64,
+        };
+        let levels = (0..num_inference_steps).map(|i| match spacing {
+            Spacing::Table => self.moved(even(i) / unit, tokens) as f32,
+            // In f32, as the pipeline hands them over.
+            Spacing::Inverse => self.moved(f64::from(even(i) as f32), tokens) as f32,
+        });
+        Ok(levels.chain([0.0]).collect())
     }
 
-    fn moved_by_size(&self, num_inference_steps: usize, tokens: usize) -> Vec<f32> {
+    /// `sigma` moved towards noise.
+    fn moved(&self, sigma: f64, tokens: usize) -> f64 {
         let config = &self.config;
+        if !config.use_dynamic_shifting {
+            return config.shift * sigma / (1.0 + (config.shift - 1.0) * sigma);
+        }
         let (least, most) = (
             config.base_image_seq_len as f64,
             config.max_image_seq_len as f64,
         );
         let slope = (config.max_shift - config.base_shift) / (most - least);
-        let mu = tokens as f64 * slope + config.base_shift - slope * least;
-        let moved = mu.exp() as f32;
-        let n = num_inference_steps;
-        let level = |i: usize| {
-            let end = 1.0 / n as f64;
-            let even = match i {
-                _ if n == 1 => 1.0,
-                _ if i + 1 == n => end,
-                _ => 1.0 + (end - 1.0) / (n - 1) as f64 * i as f64,
-            };
-            moved / (moved + (1.0 / even as f32 - 1.0))
-        };
-        (0..n).map(level).chain([0.0]).collect()
+        let moved = (tokens as f64 * slope + config.base_shift - slope * least).exp();
+        moved / (moved + (1.0 / sigma - 1.0))
     }
 
     /// The timestep that the model is told at noise level `sigma`: `σ · num_train_timesteps`.
@@ -299,10 +320,14 @@ impl FlowMatchEuler {
         noise: &Tensor,
         num_inference_steps: usize,
         tokens: usize,
+        spacing: Spacing,
         mut velocity: impl FnMut(&Tensor, f32) -> Result<Tensor>,
     ) -> Result<Tensor> {
         let mut latents = noise.clone();
-        for pair in self.sigmas(num_inference_steps, tokens)?.windows(2) {
+        for pair in self
+            .sigmas(num_inference_steps, tokens, spacing)?
+            .windows(2)
+        {
             let velocity = velocity(&latents, pair[0])?.to_dtype(noise.dtype())?;
             latents = self.step(&velocity, &latents, pair[0], pair[1])?;
         }
@@ -421,11 +446,27 @@ mod tests {
             use_dynamic_shifting: true,
             ..SchedulerConfig::default()
         })?;
-        let expected = [1.0000000, 0.8492348, 0.6524894, 0.3849447, 0.0000000];
-        let levels = schedule.sigmas(4, 1024)?;
-        assert_eq!(levels.len(), 5);
-        for (level, expected) in levels.iter().zip(expected) {
-            assert!((level - expected).abs() < 1e-6, "{levels:?}");
+        let unmoved = FlowMatchEuler::new(SchedulerConfig::default())?;
+        for (schedule, spacing, expected) in [
+            (
+                &schedule,
+                Spacing::Inverse,
+                [1.0, 0.8492348, 0.6524894, 0.3849447, 0.0],
+            ),
+            // SD3's pipeline with the same schedule.
+            (
+                &schedule,
+                Spacing::Table,
+                [1.0, 0.7899539, 0.4849674, 0.0018760, 0.0],
+            ),
+            // FLUX.1-schnell.
+            (&unmoved, Spacing::Inverse, [1.0, 0.75, 0.5, 0.25, 0.0]),
+        ] {
+            let levels = schedule.sigmas(4, 1024, spacing)?;
+            assert_eq!(levels.len(), 5);
+            for (level, expected) in levels.iter().zip(expected) {
+                assert!((level - expected).abs() < 1e-6, "{levels:?}");
+            }
         }
         // Training does not move them.
         assert_eq!(schedule.training_sigmas()[499], 0.501);

@@ -1,7 +1,10 @@
 //! The noise levels that samplers of discrete diffusion models step through, in the numbers of diffusers.
 //! σ = √((1 − ᾱ) / ᾱ) is the noise beside a sample of its own variance.
 
-use super::ddpm::{DiscreteConfig, FinalSigma, Interpolation, SamplerKind, TimestepSpacing};
+use super::ddpm::{
+    BetaSchedule, DiscreteConfig, FinalSigma, Interpolation, SamplerKind, TimestepSpacing,
+};
+use super::dpm_solver;
 use crate::{Error, Result};
 
 /// What [`DiscreteConfig::levels`] gives.
@@ -16,6 +19,16 @@ pub struct Levels {
 }
 
 impl DiscreteConfig {
+    /// Fails where [`DiscreteConfig::check`] does, and where pictures cannot be drawn with the config's sampler.
+    pub fn check_sampler(&self) -> Result<()> {
+        self.check()?;
+        match self.class_name {
+            SamplerKind::EulerDiscreteScheduler => Ok(()),
+            SamplerKind::DPMSolverMultistepScheduler => dpm_solver::check(self),
+            SamplerKind::Other => Err(unknown_sampler()),
+        }
+    }
+
     /// The levels of `num_inference_steps` steps of the config's sampler.
     ///
     /// # Errors
@@ -34,12 +47,7 @@ impl DiscreteConfig {
             SamplerKind::DPMSolverMultistepScheduler => {
                 self.dpm_levels(&table, num_inference_steps)?
             }
-            SamplerKind::Other => {
-                return Err(Error::invalid(
-                    "scheduler_config.json names a sampler that is not known here",
-                    "set _class_name to EulerDiscreteScheduler or DPMSolverMultistepScheduler",
-                ));
-            }
+            SamplerKind::Other => return Err(unknown_sampler()),
         };
         sigmas.push(match self.final_sigmas_type {
             FinalSigma::Zero => 0.0,
@@ -115,7 +123,10 @@ impl DiscreteConfig {
             let sigmas = self.karras(ends, steps);
             let timesteps = sigmas
                 .iter()
-                .map(|&sigma| timestep(table, sigma).round_ties_even() as f32)
+                .map(|&sigma| match self.beta_schedule {
+                    BetaSchedule::SquaredcosCapV2 => timestep(table, sigma).trunc() as f32,
+                    _ => timestep(table, sigma).round_ties_even() as f32,
+                })
                 .collect();
             return Ok((timesteps, sigmas));
         }
@@ -162,6 +173,13 @@ impl DiscreteConfig {
             .map(|i| (first + i as f64 / gaps * (last - first)).powf(RHO))
             .collect()
     }
+}
+
+fn unknown_sampler() -> Error {
+    Error::invalid(
+        "scheduler_config.json names a sampler that is not known here",
+        "set _class_name to EulerDiscreteScheduler or DPMSolverMultistepScheduler",
+    )
 }
 
 /// Timesteps from the last, `start`, down by `count / steps`.

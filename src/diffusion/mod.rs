@@ -17,7 +17,9 @@ pub use ddpm::{
 };
 pub use dpm_solver::dpm_solver_2m;
 pub use euler::euler;
-pub use flow_match::{Density, FlowMatchEuler, LossForm, SchedulerConfig, TimeShift, TrainingDraw};
+pub use flow_match::{
+    Density, FlowMatchEuler, LossForm, SchedulerConfig, Spacing, TimeShift, TrainingDraw,
+};
 pub use guidance::guide;
 pub use levels::Levels;
 

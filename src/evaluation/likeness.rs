@@ -44,6 +44,12 @@ impl Like {
         if path.is_file() {
             return Ok(Like::Image(path.to_path_buf()));
         }
+        if std::fs::metadata(path).is_ok_and(|found| !found.is_dir()) {
+            return Err(Error::invalid(
+                format!("{typed} is a pipe, a socket or a device, not a file"),
+                "give a picture's file, the digits of a proxy's key, or a text in quotes",
+            ));
+        }
         if images::is_photo_name(path) {
             return Err(Error::invalid(
                 format!("there is no picture {typed}"),

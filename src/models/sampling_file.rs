@@ -5,6 +5,7 @@ use std::path::Path;
 
 use crate::config::{AutoregressiveSampling, DiffusionSampling, Family, Kind, Sampling};
 use crate::console::shown;
+use crate::files::{SETTINGS, read_text_if_there};
 use crate::{Error, Result, files};
 
 /// The file's name.
@@ -29,16 +30,15 @@ pub fn read(place: &Path, family: Family) -> Result<Option<Sampling>> {
         false => place.parent().unwrap_or(place),
     };
     let path = folder.join(SAMPLING);
-    if !path.is_file() {
-        return Ok(None);
-    }
     let fault = |what: String| {
         Error::invalid(
             format!("{}: {what}", shown(&path)),
-            "delete the file: pictures are then drawn with the model's defaults",
+            "is it the adapter of another kind of model? Else delete the file: pictures are then drawn with the model's defaults",
         )
     };
-    let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+    let Some(text) = read_text_if_there(&path, SETTINGS)? else {
+        return Ok(None);
+    };
     let sampling = match family.kind() {
         Kind::Autoregressive => {
             serde_json::from_str::<AutoregressiveSampling>(&text).map(Sampling::Autoregressive)

@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
+use proxytune::config::Family;
 use proxytune::config::{Document, models, prompt_list};
+use proxytune::diffusion::{Ddpm, DiscreteConfig, FlowMatchEuler, SchedulerConfig, Spacing};
 use proxytune::evaluation::captions::captions;
 use proxytune::evaluation::embed::ImageEmbedder;
 use proxytune::evaluation::embedders::{ClipEmbedder, DinoEmbedder};
@@ -15,8 +17,9 @@ use proxytune::models::checkpoint_files::WeightFiles;
 use proxytune::models::limits::read_config;
 use proxytune::models::lora_file::LoraFile;
 use proxytune::models::pickle::Pickle;
+use proxytune::models::sampling_file;
 use proxytune::models::tokenizer::TextTokenizer;
-use proxytune::models::{autoencoder, chameleon, clip, llamagen, sd3, t5, vit};
+use proxytune::models::{autoencoder, chameleon, clip, flux, llamagen, sd3, sdxl, t5, vit};
 use proxytune::nn::Weights;
 use proxytune::watch::state::Home;
 
@@ -175,8 +178,9 @@ fn read_configs(folder: &Path) -> bool {
         read_config::<llamagen::gpt::Config>(&path).is_ok(),
         read_config::<llamagen::vq::Config>(&path).is_ok(),
         read_config::<sd3::Config>(&path).is_ok(),
+        read_config::<sdxl::Config>(&path).is_ok(),
+        read_config::<flux::Config>(&path).is_ok(),
         read_config::<autoencoder::Config>(&path).is_ok(),
-        read_json::<proxytune::diffusion::SchedulerConfig>(&path).is_ok(),
         read_config::<chameleon::Config>(&path).is_ok(),
         chameleon::files::tokenizer_config(folder).is_ok(),
         models::family(&folder.display().to_string()).is_ok(),
@@ -193,7 +197,6 @@ fn configs_of_any_content_are_read_or_refused() {
         "datasets/nano/checkpoints/llamagen/t5/config.json",
         "datasets/nano/checkpoints/llamagen/vq/config.json",
         "datasets/nano/checkpoints/lumina/config.json",
-        "datasets/nano/checkpoints/sd3/scheduler/scheduler_config.json",
         "datasets/nano/checkpoints/sd3/text_encoder/config.json",
         "datasets/nano/checkpoints/sd3/transformer/config.json",
         "datasets/nano/checkpoints/sd3/vae/config.json",
@@ -201,8 +204,86 @@ fn configs_of_any_content_are_read_or_refused() {
         "tests/golden/chameleon/own-norm-for-each-head/model/config.json",
         "tests/golden/dino/timm-names/model/config.json",
         "tests/golden/sd3-transformer/sd35/model/config.json",
+        "tests/golden/sdxl-unet/unlike-the-published/model/config.json",
+        "tests/golden/flux-transformer/dev/model/config.json",
     ]);
     fuzz(reader("configs", "config.json", seeds, read_configs));
+}
+
+/// Schedules become tables.
+#[test]
+fn schedules_of_any_content_are_read_or_refused() {
+    let seeds = seeds(&[
+        "datasets/nano/checkpoints/sd3/scheduler/scheduler_config.json",
+        "tests/golden/text-to-image/flux/model/scheduler/scheduler_config.json",
+        "tests/golden/text-to-image/sdxl-dpm/model/scheduler/scheduler_config.json",
+        "tests/golden/text-to-image/sdxl-euler/model/scheduler/scheduler_config.json",
+    ]);
+    let name = "scheduler_config.json";
+    fuzz(reader("schedule", name, seeds, move |folder| {
+        let path = folder.join(name);
+        let discrete = |config: DiscreteConfig| {
+            Ddpm::new(&config).is_ok() && config.check_sampler().is_ok() && config.levels(4).is_ok()
+        };
+        let flow = |config: SchedulerConfig| {
+            let schedule = FlowMatchEuler::new(config);
+            schedule.is_ok_and(|schedule| schedule.sigmas(4, 64, Spacing::Table).is_ok())
+        };
+        let accepted = [
+            read_json::<DiscreteConfig>(&path).is_ok_and(discrete),
+            read_json::<SchedulerConfig>(&path).is_ok_and(flow),
+        ];
+        accepted.contains(&true)
+    }));
+}
+
+/// A config is turned into layers only as far as it fits the weights.
+#[test]
+fn denoisers_with_configs_of_any_content_are_opened_or_refused() {
+    let weights = |case: &str| {
+        let folder = root().join("tests/golden").join(case).join("model");
+        let files = WeightFiles::find(&folder, "diffusion_pytorch_model").unwrap();
+        files.open(DType::F32, &Device::Cpu).unwrap()
+    };
+    let own = |case: &str| seeds(&[&format!("tests/golden/{case}/model/config.json")]);
+    let (unet, transformer) = (
+        "sdxl-unet/three-levels",
+        "flux-transformer/without-guidance",
+    );
+    let tensors = weights(unet);
+    fuzz(reader("unet", "config.json", own(unet), move |folder| {
+        let config = read_config::<sdxl::Config>(&folder.join("config.json"));
+        config.is_ok_and(|config| {
+            let weights = tensors.clone();
+            sdxl::UNet::new(config, &weights).is_ok() && weights.finish().is_ok()
+        })
+    }));
+    let tensors = weights(transformer);
+    fuzz(reader(
+        "flux",
+        "config.json",
+        own(transformer),
+        move |folder| {
+            let config = read_config::<flux::Config>(&folder.join("config.json"));
+            config.is_ok_and(|config| {
+                let weights = tensors.clone();
+                flux::FluxTransformer::new(config, &weights).is_ok() && weights.finish().is_ok()
+            })
+        },
+    ));
+}
+
+#[test]
+fn sampling_notes_of_any_content_are_read_or_refused() {
+    let seeds = [
+        r#"{"guidance_scale": 2.0, "top_k": 100, "top_p": 1.0, "temperature": 1.0}"#,
+        r#"{"num_inference_steps": 28, "guidance_scale": 3.5, "negative_prompt": "blurry"}"#,
+    ];
+    let seeds = seeds.map(|text| text.as_bytes().to_vec()).into();
+    fuzz(reader("sampling", "sampling.json", seeds, |folder| {
+        let read = |family| sampling_file::read(folder, family).is_ok();
+        [read(Family::LlamaGen), read(Family::Sdxl)].contains(&true)
+    }));
 }
 
 #[test]

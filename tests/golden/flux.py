@@ -106,10 +106,10 @@ def t5_tokenizer(folder):
     return T5TokenizerFast.from_pretrained(folder)
 
 
-def pipeline(seed):
+def pipeline(seed, name, guidance_embeds, **schedule):
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    out = sdxl.case("text-to-image", "flux")
+    out = sdxl.case("text-to-image", name)
     clip_tokenizer = sdxl.tokenizer(out / "tokenizers" / "clip", "<|endoftext|>")
     tokenizer_2 = t5_tokenizer(out / "tokenizers" / "t5")
     clip = CLIPTextModel(
@@ -131,11 +131,11 @@ def pipeline(seed):
     ).eval()
     transformer = FluxTransformer2DModel(
         patch_size=1, in_channels=8, num_layers=1, num_single_layers=2, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=10, pooled_projection_dim=6, guidance_embeds=True, axes_dims_rope=(2, 4, 2),
+        joint_attention_dim=10, pooled_projection_dim=6, guidance_embeds=guidance_embeds, axes_dims_rope=(2, 4, 2),
     ).eval()
     for part in [clip, t5, vae, transformer]:
         sdxl.randomise(part, generator)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    scheduler = FlowMatchEulerDiscreteScheduler(**schedule)
     made = FluxPipeline(
         scheduler=scheduler, vae=vae, text_encoder=clip, tokenizer=clip_tokenizer, text_encoder_2=t5,
         tokenizer_2=tokenizer_2, transformer=transformer,
@@ -221,12 +221,17 @@ def training_step(made, generator):
 
 
 def pipeline_cases():
-    made, out, generator = pipeline(61)
+    made, out, generator = pipeline(61, "flux", True, shift=3.0, use_dynamic_shifting=True)
     prompts = ["a photo of sks dog", "the cat!! on a beach, a dog. a dog"]
     size = dict(height=16, width=24, num_inference_steps=20)
     text_to_image(made, out, generator, "default", prompt=prompts, guidance_scale=3.5, **size)
     text_to_image(made, out, generator, "short", prompt=prompts, guidance_scale=1.0, max_sequence_length=8, **size)
     training_step(made, generator)
+    # As schnell: few steps at levels that no size moves, and no guidance at all.
+    made, out, generator = pipeline(62, "flux-schnell", False, shift=1.0)
+    settings = dict(height=16, width=24, guidance_scale=0.0, max_sequence_length=256)
+    text_to_image(made, out, generator, "four-steps", prompt=prompts, num_inference_steps=4, **settings)
+    text_to_image(made, out, generator, "one-step", prompt=prompts, num_inference_steps=1, **settings)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ use super::latent_diffusion::{
     Conditioning, Denoiser, DiffusionLearner, Framing, LatentDiffusion, multiple_of,
 };
 use super::limits::read_config;
-use crate::diffusion::{Density, FlowMatchEuler, LossForm, TrainingDraw};
+use crate::diffusion::{Density, FlowMatchEuler, LossForm, Spacing, TrainingDraw};
 use crate::files::read_json;
 use crate::nn::{self, Weights};
 use crate::{Error, Result};
@@ -111,16 +111,21 @@ pub fn text_encoders(directory: &Path) -> Result<Vec<(&'static str, PathBuf, usi
 /// # Errors
 /// When it cannot draw such images, or its configs cannot be read.
 pub fn resolution(directory: &Path, asked: Option<usize>) -> Result<usize> {
-    let config: Config = read_config(&directory.join("transformer/config.json"))?;
+    let config = config(directory)?;
     let vae: autoencoder::Config = read_config(&directory.join("vae/config.json"))?;
     let own = vae.downscale().saturating_mul(config.side());
     multiple_of(vae.downscale() * PACKED, asked.unwrap_or(own))
 }
 
-impl Flux {
-    /// The denoiser.
-    pub fn transformer(&self) -> &FluxTransformer {
-        &self.denoiser.transformer
+/// The transformer's config; the pipeline's positions have three coordinates.
+fn config(directory: &Path) -> Result<Config> {
+    let config: Config = read_config(&directory.join("transformer/config.json"))?;
+    match config.axes_dims_rope.len() {
+        3 => Ok(config),
+        other => Err(Error::invalid(
+            format!("axes_dims_rope of {other} widths"),
+            "FLUX.1 has three: a position is an index, a row and a column",
+        )),
     }
 }
 
@@ -158,7 +163,7 @@ impl Denoiser for FluxDenoiser {
     const BUFFERS: &'static [&'static str] = &[];
 
     fn open(directory: &Path, weights: &Weights, opened: &mut Vec<Weights>) -> Result<Self> {
-        let config: Config = read_config(&directory.join("transformer/config.json"))?;
+        let config = config(directory)?;
         let scheduler = read_json(&directory.join("scheduler/scheduler_config.json"))?;
         Ok(Self {
             text: TextEncoders::open(directory, weights, opened)?,
@@ -238,8 +243,13 @@ impl Denoiser for FluxDenoiser {
                 let sigma = Tensor::full(sigma, b, noise.device())?;
                 self.velocity(latents, &sigma, guidance, conditioning)
             };
-            self.schedule
-                .follow(noise, num_inference_steps, tokens, velocity)
+            self.schedule.follow(
+                noise,
+                num_inference_steps,
+                tokens,
+                Spacing::Inverse,
+                velocity,
+            )
         })
     }
 }

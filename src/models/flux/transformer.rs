@@ -137,7 +137,7 @@ impl Config {
                     self.attention_head_dim
                 ),
             )
-        } else if axes.iter().any(|width| !width.is_multiple_of(2)) || self.inner_dim() == 0 {
+        } else if axes.iter().any(|width| !width.is_multiple_of(2)) {
             (
                 format!("axes_dims_rope {axes:?}"),
                 "channels are turned in pairs".to_string(),
@@ -174,10 +174,14 @@ impl Rotation {
         }
         let half: usize = axes.iter().sum::<usize>() / 2;
         let (mut cos, mut sin) = (Vec::with_capacity(n * half), Vec::with_capacity(n * half));
+        let frequencies = |&width: &usize| -> Vec<f64> {
+            let of = |pair| THETA.powf(-((2 * pair) as f64) / width as f64);
+            (0..width / 2).map(of).collect()
+        };
+        let frequencies: Vec<Vec<f64>> = axes.iter().map(frequencies).collect();
         for position in ids.to_dtype(DType::F32)?.to_vec2::<f32>()? {
-            for (&coordinate, &width) in position.iter().zip(axes) {
-                for pair in 0..width / 2 {
-                    let frequency = THETA.powf(-((2 * pair) as f64) / width as f64);
+            for (&coordinate, frequencies) in position.iter().zip(&frequencies) {
+                for frequency in frequencies {
                     let angle = f64::from(coordinate) * frequency;
                     cos.push(angle.cos() as f32);
                     sin.push(angle.sin() as f32);

@@ -41,7 +41,6 @@ pub struct Mmdit {
     text: TextEncoders,
     transformer: Sd3Transformer,
     schedule: FlowMatchEuler,
-    loss_form: LossForm,
     dtype: DType,
 }
 
@@ -78,24 +77,6 @@ pub fn transformer_files(directory: &Path) -> Result<Vec<PathBuf>> {
     network_files::<Mmdit>(directory)
 }
 
-impl Sd3 {
-    /// The same model with another form of the training loss.
-    pub fn with_loss_form(mut self, loss_form: LossForm) -> Self {
-        self.denoiser.loss_form = loss_form;
-        self
-    }
-
-    /// The denoiser.
-    pub fn transformer(&self) -> &Sd3Transformer {
-        &self.denoiser.transformer
-    }
-
-    /// The schedule.
-    pub fn schedule(&self) -> &FlowMatchEuler {
-        &self.denoiser.schedule
-    }
-}
-
 impl Denoiser for Mmdit {
     const NAME: &'static str = "SD3";
     const COMPONENT: &'static str = "transformer";
@@ -108,7 +89,6 @@ impl Denoiser for Mmdit {
             text: TextEncoders::open(directory, &config, weights, opened)?,
             transformer: Sd3Transformer::new(config, weights)?,
             schedule: FlowMatchEuler::new(scheduler)?,
-            loss_form: LossForm::default(),
             dtype: weights.dtype(),
         })
     }
@@ -151,7 +131,7 @@ impl Denoiser for Mmdit {
         draw: &TrainingDraw,
     ) -> Result<Tensor> {
         self.schedule
-            .loss(latents, draw, self.loss_form, |noisy, timesteps| {
+            .loss(latents, draw, LossForm::default(), |noisy, timesteps| {
                 let noisy = noisy.to_dtype(self.dtype)?;
                 let Conditioning { context, pooled } = conditioning;
                 self.transformer.forward(&noisy, timesteps, context, pooled)

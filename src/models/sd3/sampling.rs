@@ -4,7 +4,7 @@ use candle_core::Tensor;
 
 use super::{Conditioning, Sd3Transformer};
 use crate::Result;
-use crate::diffusion::{FlowMatchEuler, guide};
+use crate::diffusion::{FlowMatchEuler, Spacing, guide};
 use crate::nn;
 
 /// Follows the flow from `noise` (b, c, h, w), f32, to latents of the same shape, scaled as the model sees them, in
@@ -29,17 +29,24 @@ pub fn denoise(
         let dtype = both.context.dtype();
         let patch = transformer.config().patch_size.max(1);
         let tokens = (noise.dim(2)? / patch) * (noise.dim(3)? / patch);
-        schedule.follow(noise, num_inference_steps, tokens, |latents, sigma| {
-            let timestep = Tensor::full(schedule.timestep(sigma), rows, noise.device())?;
-            let copies = vec![latents; rows / b.max(1)];
-            let input = Tensor::cat(&copies, 0)?.to_dtype(dtype)?;
-            let velocity = transformer.forward(&input, &timestep, &both.context, &both.pooled)?;
-            match negative {
-                Some((_, guidance_scale)) => {
-                    guide(&velocity.to_dtype(noise.dtype())?, guidance_scale)
+        schedule.follow(
+            noise,
+            num_inference_steps,
+            tokens,
+            Spacing::Table,
+            |latents, sigma| {
+                let timestep = Tensor::full(schedule.timestep(sigma), rows, noise.device())?;
+                let copies = vec![latents; rows / b.max(1)];
+                let input = Tensor::cat(&copies, 0)?.to_dtype(dtype)?;
+                let velocity =
+                    transformer.forward(&input, &timestep, &both.context, &both.pooled)?;
+                match negative {
+                    Some((_, guidance_scale)) => {
+                        guide(&velocity.to_dtype(noise.dtype())?, guidance_scale)
+                    }
+                    None => Ok(velocity),
                 }
-                None => Ok(velocity),
-            }
-        })
+            },
+        )
     })
 }

@@ -49,11 +49,6 @@ impl Sdxl {
         self.denoiser.training = self.denoiser.training.with_snr_gamma(gamma);
         self
     }
-
-    /// The denoiser.
-    pub fn unet(&self) -> &UNet {
-        &self.denoiser.unet
-    }
 }
 
 /// Side in pixels of the square images that the checkpoint in `directory` draws: what is `asked` for, or its own.
@@ -63,6 +58,8 @@ impl Sdxl {
 pub fn resolution(directory: &Path, asked: Option<usize>) -> Result<usize> {
     let config: Config = read_config(&directory.join("unet/config.json"))?;
     let vae: autoencoder::Config = read_config(&directory.join("vae/config.json"))?;
+    let sampling: DiscreteConfig = read_json(&directory.join("scheduler/scheduler_config.json"))?;
+    sampling.check_sampler()?;
     let own = vae.downscale().saturating_mul(config.side());
     multiple_of(vae.downscale(), asked.unwrap_or(own))
 }
@@ -98,6 +95,7 @@ impl Denoiser for SdxlDenoiser {
         let config: Config = read_config(&directory.join("unet/config.json"))?;
         let sampling: DiscreteConfig =
             read_json(&directory.join("scheduler/scheduler_config.json"))?;
+        sampling.check_sampler()?;
         Ok(Self {
             text: TextEncoders::open(directory, weights, opened)?,
             unet: UNet::new(config, weights)?,

@@ -74,11 +74,6 @@ impl Prodigy {
         })
     }
 
-    /// The estimate of the rate so far, which multiplies the learning rate.
-    pub fn d(&self) -> f64 {
-        self.d
-    }
-
     /// The next estimate, from the two sums over all tensors.
     fn estimate(&mut self, numerator: f64, denominator: f64) {
         let own = &self.config.own;
