@@ -94,6 +94,7 @@ impl Error {
                 std::io::ErrorKind::InvalidInput | std::io::ErrorKind::IsADirectory => {
                     Some("give a file: what a pipe or a device says can be saved as one".into())
                 }
+                std::io::ErrorKind::FileTooLarge => Some(format!("is {} the right file?", shown(path))),
                 std::io::ErrorKind::NotFound => Some("check the path; relative paths start at the working directory".into()),
                 _ => None,
             },

@@ -2,6 +2,7 @@
 
 mod json;
 mod open;
+pub mod system;
 mod tensors;
 pub mod text;
 
@@ -44,16 +45,26 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     if let Some(parent) = path.parent() {
         create_dir(parent)?;
     }
+    let mut aside = Aside::create(path)?;
+    aside.file().write_all(bytes).map_err(Error::io(path))?;
+    aside.finish()
+}
+
+/// The new file in which what is to be the file `path` is written, and where it is. What a killed process left there, or
+/// a link that somebody laid out, is not written through.
+pub(crate) fn create_aside(path: &Path) -> Result<(File, PathBuf)> {
     let temporary = aside(path);
-    // What a killed process left there, or a link that somebody laid out, is not written through.
-    match std::fs::remove_file(&temporary) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io(path)(e)),
-        _ => {}
+    remove_file(&temporary)?;
+    let file = File::create_new(&temporary).map_err(Error::io(path))?;
+    Ok((file, temporary))
+}
+
+/// Removes the file or link `path`, if it is there.
+pub(crate) fn remove_file(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path)(e)),
+        _ => Ok(()),
     }
-    File::create_new(&temporary)
-        .and_then(|mut file| file.write_all(bytes))
-        .map_err(Error::io(path))?;
-    into_place(&temporary, path)
 }
 
 /// Makes the finished file `aside` the file `path`.
@@ -66,9 +77,10 @@ pub(crate) fn into_place(aside: &Path, path: &Path) -> Result<()> {
 /// Writes `bytes` as the new file `path`, wholly or not at all; false, and nothing is changed, if something of that name
 /// is there already.
 pub fn write_new(path: &Path, bytes: &[u8]) -> Result<bool> {
-    let temporary = aside(path);
-    let written = std::fs::write(&temporary, bytes)
-        .and_then(|()| File::open(&temporary)?.sync_all())
+    let (mut file, temporary) = create_aside(path)?;
+    let written = file
+        .write_all(bytes)
+        .and_then(|()| file.sync_all())
         .and_then(|()| give_new_name(&temporary, path));
     // After a rename there is none any more.
     let _ = std::fs::remove_file(&temporary);
@@ -117,8 +129,7 @@ pub struct Aside {
 impl Aside {
     /// A new file that is to become `path`, in a folder that exists.
     pub fn create(path: &Path) -> Result<Self> {
-        let temporary = aside(path);
-        let file = File::create(&temporary).map_err(Error::io(path))?;
+        let (file, temporary) = create_aside(path)?;
         Ok(Self {
             file,
             temporary,
@@ -214,14 +225,9 @@ fn link_in_the_way(link: &Path) -> Error {
 /// Those of [`within`]; when something cannot be deleted.
 pub fn remove_within(root: &Path, path: &Path) -> Result<()> {
     within(root, path)?;
-    let removed = match path.symlink_metadata() {
-        Ok(found) if found.is_dir() => std::fs::remove_dir_all(path),
-        Ok(_) => std::fs::remove_file(path),
-        Err(e) => Err(e),
-    };
-    match removed {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path)(e)),
-        _ => Ok(()),
+    match path.symlink_metadata() {
+        Ok(found) if found.is_dir() => remove_dir(path),
+        _ => remove_file(path),
     }
 }
 
@@ -244,7 +250,7 @@ pub fn fill_dir(dir: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()
 }
 
 /// Removes the folder `path`, if it is there.
-fn remove_dir(path: &Path) -> Result<()> {
+pub(crate) fn remove_dir(path: &Path) -> Result<()> {
     match std::fs::remove_dir_all(path) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path)(e)),
         _ => Ok(()),
@@ -328,12 +334,7 @@ pub fn link(link: &Path, to: &Path) -> Result<()> {
         ));
     }
     let temporary = aside(link);
-    match std::fs::remove_file(&temporary) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            return Err(Error::io(&temporary)(e));
-        }
-        _ => {}
-    }
+    remove_file(&temporary)?;
     std::os::unix::fs::symlink(to, &temporary).map_err(Error::io(&temporary))?;
     std::fs::rename(&temporary, link).map_err(Error::io(link))
 }

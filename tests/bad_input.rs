@@ -180,7 +180,7 @@ fn a_tensor_of_the_wrong_shape_is_named_with_both_shapes() {
         .set_len(length / 2)
         .unwrap();
     let said = run_with(&place, &model);
-    said.says(1, &[&file.display().to_string(), "hint: "]);
+    said.says(2, &[&file.display().to_string(), "hint: "]);
 }
 
 #[tokio::test]

@@ -77,6 +77,31 @@ fn three_seeds_leave_three_pictures_that_know_how_they_were_drawn() {
 }
 
 #[test]
+fn options_that_the_model_does_not_draw_with_are_refused() {
+    let place = Place::new();
+    for (model, option, value) in [
+        ("nano-sd3", "--top-k", "5"),
+        ("nano-sd3", "--temperature", "1"),
+        ("nano-llamagen", "--negative-prompt", "blurry"),
+        ("nano-llamagen", "--num-inference-steps", "3"),
+        ("nano-lumina", "--guidance-interval", "3"),
+    ] {
+        let mut command = program();
+        command.args([
+            "sample", "--prompt", "a dog", "--model", model, option, value,
+        ]);
+        command.arg("--out").arg(place.path());
+        say(command).says(
+            1,
+            &[
+                &format!("{option} has no effect on a"),
+                "hint: leave it out",
+            ],
+        );
+    }
+}
+
+#[test]
 fn evaluate_finds_the_prompts_of_what_sample_drew() {
     let place = Place::new();
     let out = place.path().join("out");

@@ -79,7 +79,7 @@ fn check_and_run_refuse_pipelines_that_are_no_files() {
             let mut command = program();
             command.arg(verb).arg(&file);
             let (code, said) = ended(command);
-            assert!(code.is_some_and(|code| code > 0), "{said}");
+            assert!(matches!(code, Some(1 | 2)), "{said}");
             assert!(said.contains(word) && said.contains("hint: "), "{said}");
         }
     }
@@ -101,7 +101,7 @@ fn prompts_captions_and_metadata_that_are_no_files_are_refused() {
         ]);
         command.arg("--prompts").arg(&file);
         let (code, said) = ended(command);
-        assert!(code.is_some_and(|code| code > 0), "{said}");
+        assert!(matches!(code, Some(1 | 2)), "{said}");
         assert!(said.contains(word), "{said}");
     }
     for name in ["metadata.jsonl", "00.txt"] {
@@ -119,7 +119,7 @@ fn prompts_captions_and_metadata_that_are_no_files_are_refused() {
             ]);
             command.arg(file.parent().unwrap());
             let (code, said) = ended(command);
-            assert!(code.is_some_and(|code| code > 0), "{said}");
+            assert!(matches!(code, Some(1 | 2)), "{said}");
             assert!(said.contains(name) && said.contains(word), "{said}");
         }
     }
@@ -145,7 +145,7 @@ fn checkpoints_and_adapters_with_pipes_in_them_are_refused() {
             .arg(place.path().join("out"));
         command.arg("--model").arg(&model);
         let (code, said) = ended(command);
-        assert!(code.is_some_and(|code| code > 0), "{name}: {said}");
+        assert!(matches!(code, Some(1 | 2)), "{name}: {said}");
     }
     for name in ["adapter_config.json", "adapter_model.safetensors"] {
         let place = Place::new();
@@ -164,6 +164,6 @@ fn checkpoints_and_adapters_with_pipes_in_them_are_refused() {
             .args(["--model", "nano-llamagen", "--adapter"])
             .arg(&adapter);
         let (code, said) = ended(command);
-        assert!(code.is_some_and(|code| code > 0), "{name}: {said}");
+        assert!(matches!(code, Some(1 | 2)), "{name}: {said}");
     }
 }

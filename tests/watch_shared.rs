@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use proxytune::evaluation::metrics::Scores;
+use proxytune::files::system::is_system;
 use proxytune::store::{ProxyRow, Store};
 use proxytune::watch::chain::Recipe;
 use proxytune::watch::reconcile::reconcile;
-use proxytune::watch::scan::{Scan, Scanner, is_system, linked};
+use proxytune::watch::scan::{Scan, Scanner, linked};
 use proxytune::watch::state::{Ended, Home, Published, State, Subject};
 use tempfile::TempDir;
 

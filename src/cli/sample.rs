@@ -11,7 +11,7 @@ use super::memory::{gibibytes, peak_memory};
 use super::models::make_ready;
 use super::unread::say_unread;
 use super::{ComputeArgs, Ended, SampleArgs, SamplingArgs, block_on, output_failed};
-use crate::config::{Kind, sampling_defaults};
+use crate::config::{Kind, draws_with, sampling_defaults};
 use crate::console::{self, escaped, shown};
 use crate::evaluation::captions::SAMPLES;
 use crate::images::encode_png_with;
@@ -230,6 +230,25 @@ fn sampling(opening: &Opening, adapter: Option<&Path>, args: &SamplingArgs) -> R
             format!("the defaults of {}", opening.family),
         ),
     };
+    for (option, is_given) in [
+        ("num_inference_steps", args.num_inference_steps.is_some()),
+        ("negative_prompt", args.negative_prompt.is_some()),
+        ("top_k", args.top_k.is_some()),
+        ("top_p", args.top_p.is_some()),
+        ("temperature", args.temperature.is_some()),
+        ("guidance_interval", args.guidance_interval.is_some()),
+    ] {
+        if is_given && !draws_with(opening.family, option) {
+            return Err(Error::invalid(
+                format!(
+                    "--{} has no effect on a {} model",
+                    option.replace('_', "-"),
+                    opening.family
+                ),
+                "leave it out",
+            ));
+        }
+    }
     let mut sampling = Sampling::student(&noted);
     sampling.guidance_scale = args.guidance_scale.unwrap_or(sampling.guidance_scale);
     sampling.num_inference_steps = args

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::reader::Faults;
 use super::tree::{Entry, Node, Place, Table, Value};
+use crate::files::system::is_system;
 use crate::images::is_photo_name;
 
 /// What the command line changes in a pipeline file.
@@ -140,7 +141,7 @@ fn in_folder(dir: &Path, place: &Place) -> Result<Vec<(String, Table)>, String> 
                 .to_str()
                 .ok_or_else(|| format!("the name of {} is not UTF-8", path.display()))?;
             let is_free = |name: &str| found.iter().all(|(taken, _)| taken != name);
-            let name = free_name(&plain_name(&last_part(&path)), is_free);
+            let name = free_name(&plain_name(&last_part(&path), NAME), is_free);
             let class = class_of(&last_part(&class));
             found.push((name, subject(images, &class, None, place)));
         }
@@ -158,9 +159,7 @@ fn entries(dir: &Path) -> Result<Vec<PathBuf>, String> {
     for entry in std::fs::read_dir(dir).map_err(failed)? {
         let path = entry.map_err(failed)?.path();
         let name = last_part(&path);
-        let is_own = name.starts_with(['.', '$', '@', '#', '~'])
-            || ["lost+found", "System Volume Information"].contains(&name.as_str());
-        if !is_own {
+        if !name.starts_with('.') && !is_system(&name) {
             paths.push(path);
         }
     }
@@ -179,12 +178,18 @@ pub fn class_of(folder: &str) -> String {
     words.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// A folder's name in letters that every table and file system takes, and no longer than they take.
-pub fn plain_name(folder: &str) -> String {
-    let is_plain = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
+/// The most bytes of a name that a folder gives: a number may be added.
+const NAME: usize = super::limits::NAME_BYTES - 10;
+
+/// Whether every table and file system takes `c` in a name.
+pub fn is_plain(c: char) -> bool {
+    c.is_ascii_alphanumeric() || "_-.".contains(c)
+}
+
+/// A folder's name in plain letters, `most` bytes of it.
+pub fn plain_name(folder: &str, most: usize) -> String {
     let plain = folder.chars().map(|c| if is_plain(c) { c } else { '-' });
-    // A number may be added.
-    plain.take(super::limits::NAME_BYTES - 10).collect()
+    plain.take(most).collect()
 }
 
 /// `name`, or with a number where it is not free.

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{Error, ErrorKind, Read, Result};
 use std::path::Path;
 
-/// The most bytes of settings and texts (pipelines, configs, captions, prompts, states): 8 MiB. The largest that
+/// The most bytes of settings and texts that programs write (configs, resolved pipelines, states): 8 MiB. The largest that
 /// people publish have a tenth of that, and as JSON in memory it stays below 1 GiB whatever it says.
 pub const SETTINGS: u64 = 8 << 20;
 

@@ -13,7 +13,7 @@ use super::digest::Digest;
 use super::names::is_repository_path;
 use super::progress::Meter;
 use super::published::{Presence, Published, is_index, link_file, shards_named};
-use super::snapshot::{RepoId, Snapshot, choose};
+use super::snapshot::{RepoId, Snapshot, choose, is_settings};
 use super::{Settings, human_bytes};
 use crate::console;
 use crate::files;
@@ -104,17 +104,12 @@ pub fn download_repository(
         is_of_use(&folder)?;
     }
     hub.get_all(&weights)?;
-    let folder = folder().unwrap_or_default();
-    for path in few.iter().filter(|path| is_index(path)) {
-        hub.get_all(&shards_named(path, &folder.join(path))?)?;
+    if let Some(folder) = folder() {
+        for path in few.iter().filter(|path| is_index(path)) {
+            hub.get_all(&shards_named(path, &folder.join(path))?)?;
+        }
     }
     Ok(())
-}
-
-/// Whether `path` is a file of settings, an index or a tokenizer: small.
-fn is_settings(path: &str) -> bool {
-    let ends = [".json", ".txt", ".model", ".yaml"];
-    ends.iter().any(|end| path.ends_with(end))
 }
 
 /// One repository of the hub.
@@ -417,15 +412,15 @@ pub fn drop_damaged(settings: &Settings, repo: &RepoId) -> Result<()> {
             human_bytes(bytes)
         ));
     }
+    // Links of a snapshot may lead anywhere: only what lies in its own repository is judged.
+    let blobs = repo.folder(settings).join("blobs").canonicalize().ok();
     for link in links {
         let Ok(blob) = link.canonicalize() else {
             continue;
         };
         let name = blob.file_name().unwrap_or_default().to_string_lossy();
         let digest = Digest::sha256(&name).or_else(|| Digest::git_blob(&name));
-        let is_blob = blob
-            .parent()
-            .is_some_and(|folder| folder.ends_with("blobs"));
+        let is_blob = blob.parent() == blobs.as_deref();
         if let Some(digest) = digest.filter(|_| is_blob)
             && !digest.fits(&blob).map_err(Error::io(&blob))?
         {

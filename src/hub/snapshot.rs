@@ -157,6 +157,12 @@ fn has_whole_weights(folder: &Path) -> bool {
         })
 }
 
+/// Whether `path` is a file of settings, an index or a tokenizer: small.
+pub(super) fn is_settings(path: &str) -> bool {
+    let ends = [".json", ".txt", ".model", ".yaml"];
+    ends.iter().any(|end| path.ends_with(end))
+}
+
 /// Which files of a repository with these `paths` loading may want: settings, tokenizers, and of each component's
 /// weights the first kind of safetensors, whole or in shards, full precision or half, or torch's own.
 pub fn choose(paths: &[String]) -> Vec<String> {
@@ -169,13 +175,9 @@ pub fn choose(paths: &[String]) -> Vec<String> {
     }
     let mut chosen = Vec::new();
     for (folder, names) in folders {
-        let is_settings = |name: &str| {
-            let ends = [".json", ".txt", ".model", ".yaml"];
-            ends.iter().any(|end| name.ends_with(end)) && !is_index(name)
-        };
         let mut picked: Vec<String> = names
             .iter()
-            .filter(|name| is_settings(name))
+            .filter(|name| is_settings(name) && !is_index(name))
             .cloned()
             .collect();
         // Beside the components of a pipeline lie whole checkpoints in other layouts.

@@ -1,9 +1,7 @@
 //! The weight files of a checkpoint's folder, whatever their kind: safetensors, whole or in shards, or torch's own
 //! files, which are converted once and then memory-mapped like the others.
 
-use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
@@ -113,43 +111,6 @@ pub fn open(
     WeightFiles::find(folder, stem)?.open(precision, device)
 }
 
-/// The longest header of a safetensors file, as its own library has it.
-const LONGEST_HEADER: u64 = 100 << 20;
-
-/// The names and shapes of all tensors of safetensors `files`, from their headers alone.
-///
-/// # Errors
-/// When a file is no safetensors file.
-pub fn shapes(files: &[PathBuf]) -> Result<Vec<(String, Vec<u64>)>> {
-    let mut found = Vec::new();
-    for path in files {
-        let mut file = crate::files::open(path).map_err(Error::io(path))?;
-        let bytes = file.metadata().map_err(Error::io(path))?.len();
-        let mut length = [0; 8];
-        file.read_exact(&mut length).map_err(Error::io(path))?;
-        let length = u64::from_le_bytes(length);
-        if length > LONGEST_HEADER.min(bytes) {
-            return Err(fault(
-                path,
-                "not a safetensors file: its header is too long",
-            ));
-        }
-        let mut header = Vec::new();
-        let read = file.take(length).read_to_end(&mut header);
-        read.map_err(Error::io(path))?;
-        let header: BTreeMap<String, Value> = serde_json::from_slice(&header)
-            .map_err(|e| fault(path, format!("not a safetensors file: {e}")))?;
-        for (name, tensor) in header {
-            let shape = tensor.get("shape").and_then(Value::as_array);
-            let shape = shape.into_iter().flatten().filter_map(Value::as_u64);
-            if name != "__metadata__" {
-                found.push((name, shape.collect()));
-            }
-        }
-    }
-    Ok(found)
-}
-
 /// The files that an index of shards names, all of them there.
 pub fn shards(index: &Path) -> Result<Vec<PathBuf>> {
     let files: Vec<PathBuf> = shard_names(index)?
@@ -198,10 +159,7 @@ pub fn converted(source: &Path, made: &Path) -> Result<PathBuf> {
         target.display()
     );
     // Without its record a file that is half-way replaced counts as none.
-    match std::fs::remove_file(&record) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io(&record)(e)),
-        _ => {}
-    }
+    files::remove_file(&record)?;
     Pickle::open(&whole)?.convert(&target)?;
     files::write(&record, format!("{origin:#}\n").as_bytes())?;
     Ok(target)

@@ -78,7 +78,12 @@ impl Parts {
                 .into_iter()
                 .find_map(|end| Some((name.strip_suffix(end)?, end)));
             let twice = if let Some((layer, end)) = factor {
-                if !is_finite(&tensor)? {
+                if !tensor.dtype().is_float() {
+                    faults.push(format!(
+                        "{told} holds {}, no factors",
+                        tensor.dtype().as_str()
+                    ));
+                } else if !is_finite(&tensor)? {
                     faults.push(format!("{told} holds numbers that are not finite"));
                 }
                 let side = match end {
@@ -286,11 +291,23 @@ struct Settings {
 impl Settings {
     fn find(file: &Path, metadata: &BTreeMap<String, String>) -> Result<Self> {
         let path = file.with_file_name(PEFT_CONFIG);
-        if path.is_file() {
+        if path.symlink_metadata().is_ok() {
             let entries = files::read_json(&path)?;
             return Ok(Self { path, entries });
         }
         let path = file.to_path_buf();
+        let is_peft = [PEFT_WEIGHTS, PEFT_PICKLE]
+            .map(|name| file.ends_with(name))
+            .contains(&true);
+        if is_peft {
+            return Err(Error::invalid(
+                format!(
+                    "{} has no {PEFT_CONFIG} beside it, which says its alpha",
+                    shown(file)
+                ),
+                "copy it from where the adapter was trained",
+            ));
+        }
         let Some(text) = metadata.get(METADATA) else {
             let entries = Map::new();
             return Ok(Self { path, entries });
@@ -499,6 +516,9 @@ mod tests {
             .into_iter()
             .map(|(name, tensor)| (format!("base_model.model.{name}"), tensor));
         files::write_tensors(&path, &tensors.collect(), &[]).unwrap();
+        let error = LoraFile::read(&path).err().unwrap().to_string();
+        assert!(error.contains("no adapter_config.json"), "{error}");
+        files::write(&place.path().join(PEFT_CONFIG), b"{}").unwrap();
         let file = LoraFile::read(&path).unwrap();
         assert_eq!(file.whole.keys().collect::<Vec<_>>(), ["lm_head.weight"]);
         let check = |at: &str, base: Tensor| {

@@ -37,6 +37,7 @@ use rand_chacha::ChaCha8Rng;
 use self::checkpoint_files::WeightFiles;
 use self::latent_diffusion::Framing;
 use crate::config::{self, Dtype, Family, Memory};
+use crate::nn::map_safetensors;
 use crate::nn::{Adapter, LoraConfig, Weights};
 use crate::{Error, Result};
 
@@ -317,7 +318,7 @@ pub fn linear_layers(
         return Ok(None);
     };
     let mut layers = Vec::new();
-    for (name, shape) in checkpoint_files::shapes(&files)? {
+    for (name, view) in map_safetensors(&files)?.tensors() {
         let layer = name.strip_suffix(".weight");
         let is_table = |layer: &&str| {
             ["tok_embeddings", "embed_tokens"]
@@ -326,7 +327,7 @@ pub fn linear_layers(
         };
         layers.extend(
             layer
-                .filter(|layer| shape.len() == 2 && !is_table(layer))
+                .filter(|layer| view.shape().len() == 2 && !is_table(layer))
                 .map(String::from),
         );
     }

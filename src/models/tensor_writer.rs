@@ -52,8 +52,8 @@ impl TensorWriter {
         let mut header = Value::Object(header).to_string().into_bytes();
         // Values begin at a multiple of eight bytes.
         header.resize(header.len().next_multiple_of(8), b' ');
-        let aside = files::aside(path);
-        let mut file = BufWriter::new(File::create(&aside).map_err(Error::io(path))?);
+        let (file, aside) = files::create_aside(path)?;
+        let mut file = BufWriter::new(file);
         file.write_all(&(header.len() as u64).to_le_bytes())
             .and_then(|()| file.write_all(&header))
             .map_err(Error::io(path))?;

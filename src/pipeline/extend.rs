@@ -7,11 +7,12 @@ use std::sync::Arc;
 
 use super::RunDir;
 use super::prepare::StudentOrigin;
-use crate::Result;
+use super::run_dir::{COMPLETE, RESOLVED};
 use crate::config::{Document, Resolved, Source};
 use crate::plan::Plan;
 use crate::stages::Context;
 use crate::training::{Checkpoints, optimizer::learning_rate_factor};
+use crate::{Result, files};
 
 /// The checkpoints of the student of a run in `dir`.
 pub(super) fn checkpoints(dir: &Path, source: Source, identity: &str) -> Checkpoints {
@@ -43,7 +44,7 @@ pub(super) fn go_on(
     }
     let mut shorter: Option<(Resolved, RunDirName)> = None;
     for (name, path) in dir.siblings()? {
-        let Ok(text) = std::fs::read_to_string(path.join("resolved.toml")) else {
+        let Ok(text) = files::read_text(&path.join(RESOLVED), files::SETTINGS) else {
             continue;
         };
         let Ok(old) = Document::parse(&text, &name, &[]).resolve() else {
@@ -52,7 +53,7 @@ pub(super) fn go_on(
         let is_longest = shorter
             .as_ref()
             .is_none_or(|(other, _)| old.student.training.steps > other.student.training.steps);
-        if path.join("complete.json").is_file() && is_longest && has_fewer_steps(&old, new) {
+        if path.join(COMPLETE).is_file() && is_longest && has_fewer_steps(&old, new) {
             shorter = Some((old, (name, path)));
         }
     }

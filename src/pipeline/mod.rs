@@ -20,7 +20,7 @@ pub use self::preflight::{Obstacle, Preflight, preflight};
 pub use self::prepare::Purpose;
 pub use self::prepare::{device, evaluations, opening_for, sampler_opening, use_threads};
 pub use self::run_dir::RunDir;
-pub(crate) use self::run_dir::lock;
+pub(crate) use self::run_dir::{RESOLVED, ending_in, lock};
 use self::topology::Topology;
 use crate::config::{Document, Resolved};
 use crate::console;

@@ -10,9 +10,9 @@ use crate::stages::report::Ending;
 use crate::store::{Store, StoreRef};
 use crate::{Error, Result, files};
 
-const RESOLVED: &str = "resolved.toml";
+pub(crate) const RESOLVED: &str = "resolved.toml";
 const PIPELINE: &str = "pipeline.toml";
-const COMPLETE: &str = "complete.json";
+pub(crate) const COMPLETE: &str = "complete.json";
 const STORE: &str = crate::store::identity::FILE;
 /// What a run makes; one that has none of it got nowhere.
 const MADE: [&str; 5] = [COMPLETE, "checkpoints", "supervisor", "student", "direct"];
@@ -80,7 +80,7 @@ impl RunDir {
             changes_since_last(out, &stem, resolved)?
         };
         files::create_dir(&path)?;
-        let lock = lock(&path)?;
+        let lock = lock(&path, || running(&path))?;
         if !resumed {
             files::write(&path.join(PIPELINE), text.as_bytes())?;
             files::write(&path.join(RESOLVED), resolved.as_bytes())?;
@@ -113,7 +113,7 @@ impl RunDir {
             .unwrap_or_default()
             .to_string_lossy()
             .into_owned();
-        let lock = lock(&path)?;
+        let lock = lock(&path, || running(&path))?;
         Ok(Self {
             path,
             id,
@@ -217,20 +217,13 @@ impl RunDir {
 
     /// The summary of a run that has ended well.
     pub fn summary(&self) -> Result<String> {
-        let path = self.path.join(COMPLETE);
-        crate::files::read_text(&path, crate::files::LISTS).map_err(|_| {
-            Error::invalid(
-                format!("{} has not run to its end", self.path.display()),
-                "run its pipeline again: it continues where it stopped",
-            )
-        })
+        summary_in(&self.path)?.ok_or_else(|| not_ended(&self.path))
     }
 
     /// What the run came to when it last ended well; `None` when it has not, or a version with another layout of the
     /// summary noted it.
     pub fn ending(&self) -> Option<Ending> {
-        let summary = self.is_complete().then(|| self.summary().ok()).flatten();
-        serde_json::from_str(&summary?).ok()
+        serde_json::from_str(&summary_in(&self.path).ok()??).ok()
     }
 
     /// The run's name: the directory's last part, and what rows of the store call it.
@@ -262,11 +255,44 @@ impl RunDir {
     }
 }
 
+/// The summary of the run in `dir`, if it has ended well. It lists every sample: [`files::LISTS`] is room for half a
+/// million.
+fn summary_in(dir: &Path) -> Result<Option<String>> {
+    files::read_text_if_there(&dir.join(COMPLETE), files::LISTS)
+}
+
+fn not_ended(dir: &Path) -> Error {
+    Error::invalid(
+        format!("{} has not run to its end", dir.display()),
+        "run its pipeline again: it continues where it stopped",
+    )
+}
+
+/// What the run in `dir` came to.
+///
+/// # Errors
+/// When it has not run to its end, or the summary is another version's.
+pub(crate) fn ending_in(dir: &Path) -> Result<Ending> {
+    let summary = summary_in(dir)?.ok_or_else(|| not_ended(dir))?;
+    serde_json::from_str(&summary).map_err(|e| Error::Checkpoint {
+        path: dir.join(COMPLETE),
+        faults: vec![e.to_string()],
+    })
+}
+
+fn running(path: &Path) -> Error {
+    Error::invalid(
+        format!("{}: another process is running this", path.display()),
+        "wait for it; `run --new` starts another, and `generate` wants another --shard for every process",
+    )
+}
+
 /// How long to wait for a lock: a process that was killed may hold it for a moment more.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// Locks the directory `path` for this process, and removes what killed ones left half-written in it.
-pub(crate) fn lock(path: &Path) -> Result<File> {
+/// Locks the directory `path` for this process, and removes what killed ones left half-written in it. `busy` says that
+/// another process has it.
+pub(crate) fn lock(path: &Path, busy: impl FnOnce() -> Error) -> Result<File> {
     let name = path.join("lock");
     // Opening a pipe would wait for somebody at its other end, and a link leads elsewhere.
     if name.symlink_metadata().is_ok_and(|found| !found.is_file()) {
@@ -293,10 +319,7 @@ pub(crate) fn lock(path: &Path) -> Result<File> {
                 std::thread::sleep(Duration::from_millis(50));
             }
             Err(std::fs::TryLockError::WouldBlock) => {
-                return Err(Error::invalid(
-                    format!("{}: another process is running this", path.display()),
-                    "wait for it; `run --new` starts another, and `generate` wants another --shard for every process",
-                ));
+                return Err(busy());
             }
             Err(std::fs::TryLockError::Error(e)) => return Err(Error::io(&name)(e)),
         }
@@ -350,7 +373,7 @@ fn runs_of(out: &Path, stem: &str) -> Result<Vec<(SystemTime, String, PathBuf)>>
 /// fields that there were not when it was written.
 fn run_that_means(out: &Path, stem: &str, resolved: &str) -> Result<Option<String>> {
     for (_, name, file) in runs_of(out, stem)? {
-        let text = std::fs::read_to_string(&file).map_err(Error::io(&file))?;
+        let text = files::read_text(&file, files::SETTINGS)?;
         let read = Document::parse(&text, RESOLVED, &[]).resolve();
         if read
             .and_then(|read| read.to_toml())

@@ -440,8 +440,6 @@ fn safe(name: &str) -> String {
     if safe.starts_with('.') || safe.is_empty() {
         safe.insert(0, '_');
     }
-    while safe.len() > NAME {
-        safe.pop();
-    }
+    safe.truncate(safe.floor_char_boundary(NAME));
     safe
 }

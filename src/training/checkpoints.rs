@@ -71,7 +71,8 @@ impl State {
     /// why it is damaged.
     fn read(dir: &Path) -> Result<Self, String> {
         let fault = |what: String| format!("{STATE}: {what}");
-        let text = std::fs::read_to_string(dir.join(STATE)).map_err(|e| fault(e.to_string()))?;
+        let text = files::read_text(&dir.join(STATE), files::SETTINGS);
+        let text = text.map_err(|e| fault(e.to_string()))?;
         let state: Self = serde_json::from_str(&text).map_err(|e| fault(e.to_string()))?;
         let by_older_version = state.digest.is_empty() && state.files.is_empty();
         if !by_older_version && state.digest != state.seal() {

@@ -9,7 +9,7 @@ use crate::evaluation::report::{ModelScores, Report};
 use crate::pipeline::{self, Outcome};
 use crate::plan::reference_key;
 use crate::stages::Method;
-use crate::stages::report::{Ending, label};
+use crate::stages::report::label;
 use crate::store::{Columns, Store};
 use crate::{Error, Result, files};
 
@@ -99,7 +99,7 @@ pub async fn dino_before(
         .into_iter()
         .filter_map(|row| row?.dino_embedding)
         .collect();
-    let ending: Ending = files::read_json(&home.path().join(&published.run).join("complete.json"))?;
+    let ending = pipeline::ending_in(&home.path().join(&published.run))?;
     let student = ending
         .evaluated
         .iter()

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::scan::{Folder, Scan};
 use super::state::{State, Subject};
+use crate::config::own_subjects::{self, is_plain};
 use crate::config::prompts::RARE_TOKENS;
 
 /// Bytes of a subject's name that are taken from its folder's: it becomes part of the names of files, which systems
@@ -160,14 +161,8 @@ fn too_few(folder: &Folder) -> String {
     )
 }
 
-/// The class's folder as a prompt says it: "stuffed_animal" is a stuffed animal.
 fn class_of(path: &str) -> String {
-    let class = path.split('/').next().unwrap_or_default();
-    class
-        .replace(['{', '}', '_'], " ")
-        .split_whitespace()
-        .collect::<Vec<_>>()
-        .join(" ")
+    own_subjects::class_of(path.split('/').next().unwrap_or_default())
 }
 
 /// Why a subject with this token cannot be one of this class: no prompt could say it.
@@ -185,10 +180,6 @@ fn class_fault(class: &str, token: &str) -> Option<String> {
     is_token.then(|| format!("its class's folder is called like its token, {token}"))
 }
 
-fn is_plain(c: char) -> bool {
-    c.is_ascii_alphanumeric() || "_-.".contains(c)
-}
-
 /// Whether `text` is a name that we give a subject. Earlier versions gave longer ones.
 pub fn is_id(text: &str) -> bool {
     !text.is_empty() && text.len() <= 200 && !text.starts_with('.') && text.chars().all(is_plain)
@@ -197,17 +188,8 @@ pub fn is_id(text: &str) -> bool {
 /// The folder's name in letters that every table and file system takes, with a number if it is taken.
 fn new_id(subjects: &[Subject], path: &str) -> String {
     let name = path.rsplit('/').next().unwrap_or_default();
-    let plain: String = name
-        .chars()
-        .map(|c| if is_plain(c) { c } else { '-' })
-        .take(NAME)
-        .collect();
-    let is_free = |id: &String| subjects.iter().all(|subject| subject.id != *id);
-    let numbered = (2..).map(|number| format!("{plain}-{number}"));
-    std::iter::once(plain.clone())
-        .chain(numbered)
-        .find(is_free)
-        .unwrap_or(plain)
+    let is_free = |id: &str| subjects.iter().all(|subject| subject.id != id);
+    own_subjects::free_name(&own_subjects::plain_name(name, NAME), is_free)
 }
 
 #[cfg(test)]

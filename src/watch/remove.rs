@@ -6,9 +6,11 @@ use std::time::{Duration, Instant};
 
 use super::publish::switch;
 use super::reconcile::reconcile;
-use super::scan::{Scanner, is_system};
+use super::scan::Scanner;
 use super::state::{Home, State, Subject};
+use crate::files::system::is_system;
 use crate::images::{is_other_picture, is_photo_name};
+use crate::pipeline::RESOLVED;
 use crate::{Error, Result, files};
 
 /// A subject of a watch that is to be removed, and the watch, which cannot run meanwhile.
@@ -30,11 +32,7 @@ impl Leaving {
     /// read.
     pub fn find(dir: &Path, name: &str) -> Result<Self> {
         let home = Home::of(dir)?;
-        home.refuse_links()?;
-        let lock = home.lock().map_err(|error| match error {
-            Error::Invalid { what, .. } => Error::invalid(what, "stop the watch first"),
-            other => other,
-        })?;
+        let lock = home.lock_or("stop the watch first")?;
         let state = home.load()?;
         let mut today = state.clone();
         let scan = Scanner::new(&home.watched, Duration::ZERO).scan(&[], Instant::now())?;
@@ -360,7 +358,7 @@ fn names(text: &str, id: &str) -> bool {
 
 /// Whether the run in `dir` had the subject `id`.
 fn knows(dir: &Path, id: &str) -> Result<bool> {
-    let path = dir.join("resolved.toml");
+    let path = dir.join(RESOLVED);
     let text = files::read_text_if_there(&path, files::SETTINGS)?;
     Ok(text.is_some_and(|text| names(&text, id)))
 }

@@ -415,17 +415,22 @@ impl Home {
     /// # Errors
     /// When another process watches here, the folder cannot be written, or one of the watch's own is a link.
     pub fn lock(&self) -> Result<File> {
+        self.lock_or("see how it is doing with: proxytune watch --status DIR")
+    }
+
+    /// The same, with another hint where a process watches here.
+    ///
+    /// # Errors
+    /// Those of [`Home::lock`].
+    pub fn lock_or(&self, hint: &str) -> Result<File> {
         self.refuse_links()?;
         files::create_dir(&self.path)?;
-        pipeline::lock(&self.path).map_err(|error| match error {
-            Error::Invalid { .. } => Error::invalid(
-                format!(
-                    "{} is being watched by another process",
-                    self.watched.display()
-                ),
-                "see how it is doing with: proxytune watch --status DIR",
-            ),
-            other => other,
+        pipeline::lock(&self.path, || {
+            let watched = self.watched.display();
+            Error::invalid(
+                format!("{watched} is being watched by another process"),
+                hint,
+            )
         })
     }
 

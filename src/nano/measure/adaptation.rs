@@ -56,10 +56,7 @@ pub async fn rows(context: &Context, file: &Path, runs: usize) -> Result<Vec<Row
     for number in 0..runs {
         console::note(format!("adaptation {} of {runs}", number + 1));
         let measured = run(context, file, &folder, number).await;
-        let removed = match std::fs::remove_dir_all(&folder) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io(&folder)(e)),
-            _ => Ok(()),
-        };
+        let removed = crate::files::remove_dir(&folder);
         // What stopped the run comes before what is wrong with its leftovers.
         for (pairs, pair) in pairs.iter_mut().zip(measured?) {
             pairs.push(pair);

@@ -12,6 +12,7 @@ use super::files;
 use super::settings::Training;
 use crate::config::Optimizer;
 use crate::console;
+use crate::files::{LISTS, read_text_if_there};
 use crate::training::TrainingLoop;
 use crate::{Error, Result};
 
@@ -97,13 +98,12 @@ pub struct Course<'a> {
 impl Course<'_> {
     /// The notes of earlier sessions; empty if there are none.
     pub fn notes(&self) -> Result<Notes> {
-        match std::fs::read(&self.notes) {
-            Ok(bytes) => serde_json::from_slice(&bytes).map_err(|e| Error::Invalid {
+        match read_text_if_there(&self.notes, LISTS)? {
+            Some(text) => serde_json::from_str(&text).map_err(|e| Error::Invalid {
                 what: format!("{}: {e}", self.notes.display()),
                 hint: Some("remove the file to count from zero again".into()),
             }),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Notes::default()),
-            Err(e) => Err(Error::io(&self.notes)(e)),
+            None => Ok(Notes::default()),
         }
     }
 

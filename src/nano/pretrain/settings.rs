@@ -6,6 +6,7 @@ use serde::Deserialize;
 
 use super::checks;
 use crate::config::Optimizer;
+use crate::config::limits::TEXT_BYTES;
 use crate::training::optimizer::{AdamWConfig, OptimizerConfig};
 use crate::{Error, Result};
 
@@ -293,7 +294,7 @@ pub struct Chameleon {
 impl Settings {
     /// Reads the file; the error names the line and column of what is wrong.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
+        let text = crate::files::text::read(path, TEXT_BYTES)?;
         Self::parse(&text).map_err(|e| match e {
             Error::Config(faults) => Error::Config(
                 faults
