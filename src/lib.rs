@@ -45,3 +45,7 @@ pub mod verify;
 pub mod watch;
 
 pub use error::{Error, Result};
+
+/// Bytes of stack of a thread that runs commands: a condition of as many operations as a query may have
+/// ([`store::query`]) is planned by recursion, a debug build's frames included.
+pub const STACK: usize = 64 << 20;

@@ -24,7 +24,16 @@ fn main() -> ExitCode {
             return cli::explain(&usage).map_or_else(failed, |()| ExitCode::from(code));
         }
     };
-    match cli::dispatch(cli) {
+    // The main thread's stack is the system's choice.
+    let work = std::thread::Builder::new()
+        .stack_size(proxytune::STACK)
+        .spawn(|| cli::dispatch(cli));
+    let ended = work.map_err(Error::io("a thread for the command"));
+    let ended = ended.and_then(|work| {
+        work.join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    });
+    match ended {
         Ok(cli::Ended::Well) => ExitCode::SUCCESS,
         Ok(cli::Ended::WithWarnings) => ExitCode::from(EXIT_WITH_WARNINGS),
         Err(error) => failed(error),

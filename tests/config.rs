@@ -102,6 +102,7 @@ fn the_resolved_file_reads_back_as_itself() {
             "student.negative_prompt=blurry",
             "student.rank=4",
         ],
+        vec!["supervisor.model=flux.1-dev", "supervisor.rank=4"],
         vec![
             "evaluation.prompts=[\"a {token} {class}\", \"ein {class}\"]",
             "supervisor.device=cuda:1",
@@ -249,6 +250,18 @@ fn columns_count_characters_and_not_bytes() {
             .iter()
             .any(|fault| fault.starts_with("test.toml:2:13: unknown field student.ü")),
         "{faults:#?}"
+    );
+}
+
+#[test]
+fn a_negative_prompt_for_flux_has_no_effect() {
+    let fault = only_fault(&[
+        "supervisor.model=flux.1-dev",
+        "proxies.negative_prompt=blurry",
+    ]);
+    assert!(
+        fault.contains("proxies.negative_prompt has no effect"),
+        "{fault}"
     );
 }
 

@@ -179,7 +179,8 @@ fn type_in_words(of: &str, choices: &BTreeMap<String, String>) -> String {
         "f64" => "number".into(),
         "bool" => "true or false".into(),
         "String" | "PathBuf" => "text".into(),
-        "Vec<String" | "Vec<String>" => "list of texts".into(),
+        "Vec<String" => "list of texts".into(),
+        "Vec<Subject" => "tables".into(),
         "PromptList" => "text or list of texts".into(),
         "Device" => "`\"cpu\"`, `\"cuda\"`, `\"cuda:N\"`".into(),
         other => choices

@@ -264,7 +264,7 @@ fn an_option_that_came_later_changes_no_key_before_it_is_used() {
 }
 
 #[test]
-fn every_setting_of_a_training_is_in_the_keys_of_what_it_makes() {
+fn every_setting_of_a_supervisors_training_is_in_its_key() {
     let mut seen = BTreeSet::from([supervisor(&with(&[])).newest().clone()]);
     let prodigy = [
         "supervisor.optimizer=prodigy",

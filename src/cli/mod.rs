@@ -521,6 +521,7 @@ fn log() {
 fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
+        .thread_stack_size(crate::STACK)
         .enable_all()
         .build()
         .map_err(Error::io("threads for the streams"))?;

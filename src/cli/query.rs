@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 
 use super::{Ended, StoreArgs, at_least_one, block_on, output_failed};
+use crate::config::limits::{ABOVE_ZERO, TEXT_BYTES};
 use crate::console::{self, Output, Watched};
 use crate::evaluation::likeness::Like;
 use crate::files::Aside;
@@ -63,10 +64,10 @@ pub struct QueryArgs {
 #[derive(Debug, Clone, Args)]
 pub struct LimitArgs {
     /// Give up when a query has no whole answer after so long
-    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = above_zero)]
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = ABOVE_ZERO.parser())]
     pub timeout: f64,
     /// Memory that a query may take
-    #[arg(long, value_name = "GIB", default_value = "1", value_parser = above_zero)]
+    #[arg(long, value_name = "GIB", default_value = "1", value_parser = ABOVE_ZERO.parser())]
     pub memory: f64,
 }
 
@@ -76,13 +77,6 @@ impl LimitArgs {
             time: Duration::try_from_secs_f64(self.timeout).unwrap_or(Duration::MAX),
             memory: (self.memory * (1u64 << 30) as f64) as u64,
         }
-    }
-}
-
-fn above_zero(text: &str) -> std::result::Result<f64, String> {
-    match text.parse() {
-        Ok(number) if number > 0.0 && f64::is_finite(number) => Ok(number),
-        _ => Err("a number above 0 is needed".to_string()),
     }
 }
 
@@ -165,8 +159,16 @@ async fn answer(args: &QueryArgs) -> Result<Ended> {
     let typed = match args.sql.as_deref() {
         Some("-") => {
             let mut text = String::new();
-            let read = std::io::stdin().read_to_string(&mut text);
+            let read = std::io::stdin()
+                .take(TEXT_BYTES + 1)
+                .read_to_string(&mut text);
             read.map_err(Error::io("standard input"))?;
+            if text.len() as u64 > TEXT_BYTES {
+                return Err(Error::invalid(
+                    format!("standard input has more than {TEXT_BYTES} bytes"),
+                    "give one query",
+                ));
+            }
             Some(text)
         }
         other => other.map(str::to_string),

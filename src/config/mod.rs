@@ -30,6 +30,7 @@ pub use models::{Family, Kind, family};
 pub use own_subjects::Changes;
 pub use prompts::PromptList;
 pub(crate) use reader::did_you_mean;
+pub use resolve::draws_with;
 pub use resolved::*;
 pub use templates::prompt_list;
 pub use training::training_defaults;

@@ -69,23 +69,43 @@ pub fn fill_without_token(template: &str, class: &str) -> String {
     filled.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// `text` without the word `token`, in whatever case: "a dog on the beach" of "a sks dog on the beach". The token may be
-/// spelt in any characters (`<new1>`, `[V]`); punctuation around it goes with it, and so does the 's after it.
+/// `text` without `token`, in whatever case: "a dog on the beach" of "a sks dog on the beach". The token may be spelt in
+/// any characters (`<new1>`, `[V]`); punctuation between it and other words goes with it ("a sks-dog"), and so does the
+/// 's after it.
 pub fn without_token(text: &str, token: &str) -> String {
     let token = token.to_lowercase();
-    let is_token = |word: &str| {
-        let word = word.to_lowercase();
-        let is_plain = |part: &str| !part.contains(char::is_alphanumeric);
-        word.match_indices(&token).any(|(at, _)| {
-            let after = &word[at + token.len()..];
-            let owned = ["'s", "\u{2019}s"]
-                .iter()
-                .find_map(|s| after.strip_prefix(s));
-            is_plain(&word[..at]) && is_plain(owned.unwrap_or(after))
-        })
+    let kept = |word: &str| -> Option<String> {
+        let small = word.to_lowercase();
+        let is_letter = |c: Option<char>| c.is_some_and(char::is_alphanumeric);
+        // A letter beside it: it is part of another word.
+        let is_own = |(at, _): &(usize, &str)| {
+            let (before, after) = (&small[..*at], &small[at + token.len()..]);
+            !is_letter(before.chars().next_back()) && !is_letter(after.chars().next())
+        };
+        let Some((at, _)) = small.match_indices(&token).find(is_own) else {
+            return Some(word.to_string());
+        };
+        // Where small letters take other numbers of bytes, the word is kept in them.
+        let word = if small.len() == word.len() && word.is_char_boundary(at) {
+            word
+        } else {
+            &small
+        };
+        let (before, after) = (word.get(..at)?, word.get(at + token.len()..)?);
+        let owned = ["'s", "\u{2019}s"].iter().find_map(|s| {
+            let rest = after.strip_prefix(s)?;
+            (!is_letter(rest.chars().next())).then_some(rest)
+        });
+        let is_mark = |c: char| !c.is_alphanumeric();
+        let parts = [
+            before.trim_end_matches(is_mark),
+            owned.unwrap_or(after).trim_start_matches(is_mark),
+        ];
+        let parts: Vec<&str> = parts.into_iter().filter(|part| !part.is_empty()).collect();
+        (!parts.is_empty()).then(|| parts.join(" "))
     };
-    let words = text.split_whitespace().filter(|word| !is_token(word));
-    words.collect::<Vec<_>>().join(" ")
+    let words: Vec<String> = text.split_whitespace().filter_map(kept).collect();
+    words.join(" ")
 }
 
 /// The most bytes of a token: any tokenizer has as many.
@@ -159,5 +179,6 @@ mod tests {
             "a a big dog"
         );
         assert_eq!(fill_without_token("x{token}y {class}", "dog"), "x y dog");
+        assert_eq!(without_token("a sks-dog, a dog-sks", "sks"), "a dog, a dog");
     }
 }

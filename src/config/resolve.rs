@@ -289,6 +289,54 @@ fn diffusion_sampling(typed: &typed::Sampling, family: Family) -> DiffusionSampl
     }
 }
 
+/// Faults of what is said of drawing in `section` and has no effect on a model of `family`.
+fn no_effect_of_sampling(section: &str, typed: &typed::Sampling, family: Family, faults: &Faults) {
+    let negative = typed.negative_prompt.as_ref();
+    for (field, place) in [
+        (
+            "num_inference_steps",
+            typed.num_inference_steps.as_ref().map(|at| &at.place),
+        ),
+        // Resolved files say that there is none.
+        (
+            "negative_prompt",
+            negative
+                .filter(|at| family != Family::Flux || !at.value.is_empty())
+                .map(|at| &at.place),
+        ),
+        ("top_k", typed.top_k.as_ref().map(|at| &at.place)),
+        ("top_p", typed.top_p.as_ref().map(|at| &at.place)),
+        (
+            "temperature",
+            typed.temperature.as_ref().map(|at| &at.place),
+        ),
+        (
+            "guidance_interval",
+            typed.guidance_interval.as_ref().map(|at| &at.place),
+        ),
+    ] {
+        if let Some(place) = place.filter(|_| !draws_with(family, field)) {
+            faults.push(
+                place,
+                format!("{section}.{field} has no effect on a {family} model"),
+                "remove the line",
+            );
+        }
+    }
+}
+
+/// Whether models of `family` draw with the setting `field`.
+pub fn draws_with(family: Family, field: &str) -> bool {
+    match field {
+        "num_inference_steps" => family.kind() == Kind::Diffusion,
+        // FLUX was distilled: there is no second prediction to lead away from.
+        "negative_prompt" => family.kind() == Kind::Diffusion && family != Family::Flux,
+        "top_k" | "top_p" | "temperature" => family.kind() == Kind::Autoregressive,
+        "guidance_interval" => family == Family::LlamaGen,
+        _ => true,
+    }
+}
+
 fn resolve_proxies(typed: &typed::Proxies, family: Family, faults: &Faults) -> Proxies {
     let prompts = typed.prompts.as_ref().map(|list| {
         list.value
@@ -296,6 +344,7 @@ fn resolve_proxies(typed: &typed::Proxies, family: Family, faults: &Faults) -> P
             .for_each(|template| templates::check(template, Token::Required, faults));
         list.value.iter().map(|at| at.value.clone()).collect()
     });
+    no_effect_of_sampling("proxies", &typed.sampling, family, faults);
     Proxies {
         count: or(&typed.count, 100),
         batch_size: or(&typed.batch_size, 4),
@@ -317,50 +366,10 @@ fn resolve_student(
         faults,
     )?;
     let sampling = &typed.sampling;
-    let no_effect = |place: &Place, field: &str| {
-        faults.push(
-            place,
-            format!("student.{field} has no effect on a {family} model"),
-            "remove the line",
-        );
-    };
+    no_effect_of_sampling("student", sampling, family, faults);
     let resolved_sampling = if family.kind() == Kind::Diffusion {
-        for (place, field) in [
-            (sampling.top_k.as_ref().map(|at| &at.place), "top_k"),
-            (sampling.top_p.as_ref().map(|at| &at.place), "top_p"),
-            (
-                sampling.temperature.as_ref().map(|at| &at.place),
-                "temperature",
-            ),
-            (
-                sampling.guidance_interval.as_ref().map(|at| &at.place),
-                "guidance_interval",
-            ),
-        ] {
-            place.into_iter().for_each(|place| no_effect(place, field));
-        }
         Sampling::Diffusion(diffusion_sampling(sampling, family))
     } else {
-        for (place, field) in [
-            (
-                sampling.num_inference_steps.as_ref().map(|at| &at.place),
-                "num_inference_steps",
-            ),
-            (
-                sampling.negative_prompt.as_ref().map(|at| &at.place),
-                "negative_prompt",
-            ),
-            (
-                sampling
-                    .guidance_interval
-                    .as_ref()
-                    .filter(|_| family != Family::LlamaGen)
-                    .map(|at| &at.place),
-                "guidance_interval",
-            ),
-        ] {
-            place.into_iter().for_each(|place| no_effect(place, field));
-        }
         let default = defaults::autoregressive_sampling(family);
         Sampling::Autoregressive(AutoregressiveSampling {
             guidance_scale: or(&sampling.guidance_scale, default.guidance_scale),

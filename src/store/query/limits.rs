@@ -3,6 +3,9 @@
 use std::time::{Duration, Instant};
 
 use datafusion::error::DataFusionError;
+use datafusion::sql::sqlparser::dialect::GenericDialect;
+use datafusion::sql::sqlparser::keywords::Keyword;
+use datafusion::sql::sqlparser::tokenizer::{Token, Tokenizer};
 use tokio::task::JoinHandle;
 
 use crate::store::columns::broken;
@@ -31,6 +34,48 @@ impl QueryLimits {
     /// Bytes that may be put on disk.
     pub(super) fn disk(&self) -> u64 {
         self.memory.saturating_mul(4)
+    }
+}
+
+/// The most operations of one query. The engine calls itself once for each, and its threads have stacks for four times
+/// as many: see [`crate::STACK`].
+const OPERATIONS: usize = 1000;
+
+/// Fails where `sql` has more operations than can be planned.
+pub(super) fn check_operations(sql: &str) -> Result<()> {
+    // What is no SQL at all is told by the parser.
+    let tokens = Tokenizer::new(&GenericDialect {}, sql)
+        .tokenize()
+        .unwrap_or_default();
+    let words = [
+        Keyword::AND,
+        Keyword::OR,
+        Keyword::NOT,
+        Keyword::UNION,
+        Keyword::EXCEPT,
+        Keyword::INTERSECT,
+        Keyword::JOIN,
+        Keyword::CASE,
+        Keyword::WHEN,
+        Keyword::BETWEEN,
+        Keyword::LIKE,
+        Keyword::ILIKE,
+        Keyword::IS,
+        Keyword::IN,
+    ];
+    let is_operation = |token: &&Token| match token {
+        Token::Word(word) => words.contains(&word.keyword),
+        Token::Comma | Token::Whitespace(_) | Token::Period | Token::SemiColon => false,
+        Token::Number(..) | Token::SingleQuotedString(_) | Token::LParen | Token::RParen => false,
+        _ => true,
+    };
+    let count = tokens.iter().filter(is_operation).count();
+    match count <= OPERATIONS {
+        true => Ok(()),
+        false => Err(Error::invalid(
+            format!("query: it has {count} operations, at most {OPERATIONS} are planned"),
+            "ask with IN (…), which may list any number of values, or in several queries",
+        )),
     }
 }
 

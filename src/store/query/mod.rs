@@ -263,6 +263,7 @@ impl Snapshot {
         Box::pin(async move {
             let explain = |e| explained(e, Some(self));
             let state = self.context.state();
+            limits::check_operations(sql)?;
             let dialect = state.config().options().sql_parser.dialect;
             let statement = state.sql_to_statement(sql, &dialect).map_err(explain)?;
             if !is_query(&statement) {
