@@ -1,8 +1,10 @@
 //! Files that are either wholly there or not at all: written aside, synced, renamed.
 
+pub mod gguf;
 mod json;
 mod open;
 pub mod system;
+pub mod tensor_headers;
 mod tensors;
 pub mod text;
 

@@ -383,11 +383,7 @@ fn a_step_and_both_forms_of_the_loss_equal_diffusers() -> Result<()> {
 }
 
 fn open_pipeline(directory: &Path) -> Result<Sd3> {
-    let weights = Weights::from_files(
-        &sd3::transformer_files(directory)?,
-        DType::F32,
-        &Device::Cpu,
-    )?;
+    let weights = sd3::transformer_files(directory)?.open(DType::F32, &Device::Cpu)?;
     Sd3::open(directory, &weights)
 }
 
@@ -525,7 +521,7 @@ fn an_adapter_learns_from_the_training_loss_and_without_one_there_is_no_graph() 
         0,
     ));
     let files = sd3::transformer_files(&directory)?;
-    let weights = Weights::from_files(&files, DType::F32, &Device::Cpu)?;
+    let weights = files.open(DType::F32, &Device::Cpu)?;
     let model = Sd3::open(&directory, &weights.with_adapter(adapter.clone()))?;
     let images = Tensor::rand(-1f32, 1f32, (2, 3, 12, 12), &Device::Cpu)?;
     let (mean, logvar) = model.encode_images(&images)?;

@@ -177,7 +177,7 @@ fn adapted() -> Result<(Sdxl, Arc<Adapter>)> {
         proxytune::models::adapters::AdapterFile::read(&golden("sdxl-training/epsilon/adapter"))?;
     let adapter = Arc::new(Adapter::new(file.config(), 0));
     let files = network_files::<SdxlDenoiser>(&directory)?;
-    let weights = Weights::from_files(&files, DType::F32, &Device::Cpu)?;
+    let weights = files.open(DType::F32, &Device::Cpu)?;
     let model = Sdxl::open(&directory, &weights.with_adapter(adapter.clone()))?;
     adapter.load(&file.tensors)?;
     Ok((model, adapter))
@@ -402,7 +402,7 @@ fn no_prompt_is_zeros_or_what_the_encoders_say_of_nothing_as_the_checkpoint_has_
     for (model, zeros) in [("sdxl-euler", true), ("sdxl-dpm", false)] {
         let directory = pipeline(model);
         let files = network_files::<SdxlDenoiser>(&directory)?;
-        let weights = Weights::from_files(&files, DType::F32, &Device::Cpu)?;
+        let weights = files.open(DType::F32, &Device::Cpu)?;
         let model = Sdxl::open(&directory, &weights)?;
         let none = model.condition("")?;
         let sum = |t: &Tensor| t.abs()?.sum_all()?.to_scalar::<f32>();

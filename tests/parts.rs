@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use proxytune::config::{Dtype, Family, Memory, training_defaults};
 use proxytune::models::sd3::{self, Sd3};
 use proxytune::models::{Example, Learner, Lesson, Opening, Tuning, open};
-use proxytune::nn::{Adapter, LoraConfig, Weights, backward};
+use proxytune::nn::{Adapter, LoraConfig, backward};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
@@ -169,7 +169,7 @@ fn a_diffusion_batch_in_parts_has_the_draws_and_the_loss_of_the_whole() {
 
     let adapter = Arc::new(Adapter::new(lora(Family::Sd3), 3));
     let files = sd3::transformer_files(&dir).unwrap();
-    let weights = Weights::from_files(&files, DType::F32, &Device::Cpu).unwrap();
+    let weights = files.open(DType::F32, &Device::Cpu).unwrap();
     let model = Sd3::open(&dir, &weights.with_adapter(adapter.clone())).unwrap();
     disturb(&adapter.variables());
     let (means, logvars): (Vec<Tensor>, Vec<Tensor>) = batch

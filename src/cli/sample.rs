@@ -336,8 +336,11 @@ pub(super) fn draw(
         let board = Board::default();
         let meter = board.meter("sample", "images");
         let start = Instant::now();
+        let mut prompts: Vec<String> = requests.iter().map(|one| one.prompt.clone()).collect();
+        prompts.push(sampling.negative_prompt.clone());
         let worker = Worker::spawn("sample", move || {
-            let learner = open(&opening)?;
+            let mut learner = open(&opening)?;
+            learner.foresee(&prompts)?;
             if let Some(dir) = &adapter {
                 restore(&learner.variables(), &learner.read(dir)?, dir)?;
             }

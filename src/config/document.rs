@@ -3,13 +3,13 @@
 use std::path::Path;
 
 use super::limits::TEXT_BYTES;
-use super::models;
 use super::own_subjects::Changes;
 use super::reader::Faults;
 use super::resolve::pipeline;
 use super::resolved::Resolved;
 use super::tree::{self, Place, Table};
 use super::typed;
+use super::{models, parts};
 use crate::files::text;
 use crate::hub::RepoId;
 use crate::{Error, Result};
@@ -119,7 +119,9 @@ impl Document {
         .flatten()
         .map(|at| at.value.as_str())
         .filter(|name| {
-            let is_here = models::known(name).is_some() || Path::new(name).is_dir();
+            let is_here = models::known(name).is_some()
+                || Path::new(name).is_dir()
+                || parts::is_named(Path::new(name));
             !is_here && RepoId::parse(name).is_some()
         })
         .collect()

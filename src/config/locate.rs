@@ -3,14 +3,15 @@
 
 use std::path::{Path, PathBuf};
 
-use super::models::{Family, KnownModel, family_of, known, known_names};
+use super::models::{Family, KnownModel, family_in, known, known_names};
+use super::parts;
 use crate::hub::{self, Presence, Published, RepoId, Settings, Snapshot, human_bytes};
 use crate::{Error, Result};
 
 /// How much of a model is on this machine.
 #[derive(Debug, Clone)]
 pub struct Whereabouts {
-    /// What to load, when everything is there.
+    /// What to load, when everything is there: a folder, or a single file.
     pub folder: Option<PathBuf>,
     /// Bytes that are there.
     pub bytes: u64,
@@ -22,7 +23,10 @@ impl Whereabouts {
     fn here(folder: &Path) -> Self {
         Self {
             folder: Some(folder.to_path_buf()),
-            bytes: bytes_below(folder),
+            bytes: match std::fs::metadata(folder) {
+                Ok(file) if file.is_file() => file.len(),
+                _ => bytes_below(folder),
+            },
             presence: None,
         }
     }
@@ -47,7 +51,7 @@ fn bytes_below(folder: &Path) -> u64 {
         .sum()
 }
 
-/// What is there of the model called `name`: a directory, a known model, or `owner/name` on the hub, with or without
+/// What is there of the model called `name`: a directory or a single file, a known model, or `owner/name` on the hub, with or without
 /// `@revision`. Nothing is asked of the hub. Known models are looked for in their directory, below the working
 /// directory and then above the program's own file, and in the hub's cache.
 ///
@@ -62,9 +66,9 @@ pub fn look_for(name: &str) -> Result<Whereabouts> {
             Some(published) => look_for_published(model, published),
         };
     }
-    let directory = Path::new(name);
-    if directory.is_dir() {
-        return Ok(Whereabouts::here(directory));
+    let place = Path::new(name);
+    if place.is_dir() || parts::is_named(place) {
+        return Ok(Whereabouts::here(place));
     }
     match RepoId::parse(name) {
         Some(repo) => Ok(match Snapshot::find(&Settings::from_env()?, &repo) {
@@ -126,7 +130,7 @@ pub fn make_present(name: &str) -> Result<PathBuf> {
         (None, _) => {
             if let Some(repo) = RepoId::parse(name) {
                 // A damaged config is found before the weights come.
-                let is_readable = |folder: &Path| family_of(folder).map(drop);
+                let is_readable = |folder: &Path| family_in(folder).map(drop);
                 hub::download_repository(&settings, &repo, is_readable)?;
             }
         }

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use super::parts::Parts;
 use crate::hub::{Published, catalogue};
 use crate::{Error, Result};
 
@@ -218,20 +219,21 @@ pub fn family(name: &str) -> Result<Family> {
         Some(folder) => folder,
         None => return Err(super::locate::absent_repository(name)),
     };
-    family_of(directory)?.ok_or_else(|| {
+    family_in(directory)?.ok_or_else(|| {
         Error::invalid(
             format!("{name}: the layout tells no known model family"),
             "a checkpoint directory has a model_index.json (diffusers), or a config.json with model_type \
-             (transformers) or cls_token_num (LlamaGen), or LlamaGen's t2i_*.pt",
+             (transformers) or cls_token_num (LlamaGen), or LlamaGen's t2i_*.pt, or a single file of SDXL, SD3 or \
+             FLUX.1 (safetensors or GGUF)",
         )
     })
 }
 
-/// The family that the layout of the checkpoint in `directory` tells.
+/// The family that the layout of the checkpoint in `directory` tells; a single file tells it too.
 ///
 /// # Errors
 /// When a file that would tell it cannot be read.
-pub(super) fn family_of(directory: &Path) -> Result<Option<Family>> {
+pub fn family_in(directory: &Path) -> Result<Option<Family>> {
     let read = |file: &str| -> Result<Option<serde_json::Value>> {
         let path = directory.join(file);
         path.exists()
@@ -255,7 +257,7 @@ pub(super) fn family_of(directory: &Path) -> Result<Option<Family>> {
         (_, Some("vit")) => Some(Family::Dino),
         _ if has("cls_token_num") => Some(Family::LlamaGen),
         (None, None) if has_published_llamagen(directory) => Some(Family::LlamaGen),
-        _ => None,
+        _ => Parts::find(directory)?.map(|parts| parts.family),
     })
 }
 

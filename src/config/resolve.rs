@@ -7,6 +7,7 @@ use super::direct;
 use super::effect::{first_idle, unlike};
 use super::limits;
 use super::models::{self, Family, Kind};
+use super::parts;
 use super::prompts::PromptList;
 use super::reader::{At, Faults, did_you_mean};
 use super::resolved::*;
@@ -207,8 +208,9 @@ fn family(
             None
         }
         Err(error) => {
+            let place = Path::new(&model.value);
             let names_a_place =
-                Path::new(&model.value).is_dir() || RepoId::parse(&model.value).is_some();
+                place.is_dir() || parts::is_named(place) || RepoId::parse(&model.value).is_some();
             let hint = if names_a_place {
                 error.hint().unwrap_or_default()
             } else {

@@ -10,7 +10,7 @@ use candle_core::{DType, Device, Tensor};
 use safetensors::View;
 use serde_json::json;
 
-use super::checkpoint_files::WeightFiles;
+use super::checkpoint_files::{Layout, WeightFiles};
 use super::llamagen;
 use super::lora_file::LoraFile;
 use super::lora_fit::changed;
@@ -198,7 +198,11 @@ fn backbone(dir: &Path, family: Family, resolution: Option<u32>) -> Result<Backb
         }
     };
     let inside = dir.join(folder);
-    let files = WeightFiles::find(&inside, stem)?.into_safetensors()?;
+    let files = match family {
+        Family::Lumina => WeightFiles::find(&inside, stem)?,
+        _ => Layout::open(dir)?.weights(folder)?,
+    };
+    let files = files.into_safetensors()?;
     let weights: BTreeSet<PathBuf> = files.iter().cloned().collect();
     let others = below(dir)?.into_iter().filter(|(from, _)| {
         let name = from.file_name().unwrap_or_default().to_string_lossy();

@@ -34,10 +34,9 @@ use candle_core::{Device, Tensor, Var};
 use image::RgbImage;
 use rand_chacha::ChaCha8Rng;
 
-use self::checkpoint_files::WeightFiles;
+use self::checkpoint_files::{Layout, WeightFiles};
 use self::latent_diffusion::Framing;
 use crate::config::{self, Dtype, Family, Memory};
-use crate::nn::map_safetensors;
 use crate::nn::{Adapter, LoraConfig, Weights};
 use crate::{Error, Result};
 
@@ -145,6 +144,16 @@ pub trait Learner: Send {
     /// The mean loss of a batch, a scalar with its graph, whose gradients are [`crate::nn::backward`]'s to compute. All
     /// randomness (noise, timesteps, dropout) comes from `generator`.
     fn loss(&mut self, batch: &[Lesson], generator: &mut ChaCha8Rng) -> Result<Tensor>;
+
+    /// Told every prompt that is to come, a model keeps what its text encoders say of each and lets go of the encoders,
+    /// which may be larger than the rest; a prompt that comes nevertheless opens them again. Nothing happens in a model
+    /// that reads prompts as it draws.
+    ///
+    /// # Errors
+    /// When a prompt cannot be read.
+    fn foresee(&mut self, _prompts: &[String]) -> Result<()> {
+        Ok(())
+    }
 
     /// Draws one image for each request, without a graph.
     fn generate(&mut self, requests: &[Request], sampling: &Sampling) -> Result<Vec<RgbImage>>;
@@ -310,15 +319,15 @@ pub fn linear_layers(
             } else {
                 "transformer"
             };
-            WeightFiles::find(&dir.join(part), "diffusion_pytorch_model")?
+            Layout::open(dir)?.weights(part)?
         }
         Family::Clip | Family::Dino => return Ok(None),
     };
-    let WeightFiles::Safetensors(files) = files else {
+    let Some(shapes) = files.shapes()? else {
         return Ok(None);
     };
     let mut layers = Vec::new();
-    for (name, view) in map_safetensors(&files)?.tensors() {
+    for (name, shape) in shapes {
         let layer = name.strip_suffix(".weight");
         let is_table = |layer: &&str| {
             ["tok_embeddings", "embed_tokens"]
@@ -327,7 +336,7 @@ pub fn linear_layers(
         };
         layers.extend(
             layer
-                .filter(|layer| view.shape().len() == 2 && !is_table(layer))
+                .filter(|layer| shape.len() == 2 && !is_table(layer))
                 .map(String::from),
         );
     }

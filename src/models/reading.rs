@@ -102,7 +102,7 @@ pub fn text_readers(
         Family::Sd3 | Family::Sdxl | Family::Flux => {
             let encoders = match family {
                 Family::Flux => flux::text_encoders(dir)?,
-                Family::Sdxl => described_clips(dir)?,
+                Family::Sdxl => described_clips(&Layout::open(dir)?)?,
                 _ => sd3::text_encoders(dir)?,
             };
             let readers = encoders.into_iter().map(|(name, folder, length)| {

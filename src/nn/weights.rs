@@ -5,17 +5,17 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{DType, Device, Shape, Tensor, Var};
 
 use super::adapter::{Adapter, Lora};
 use super::init::{Init, draw};
-use super::mapped::map;
 use super::precision::{HalfKind, HalfMatrix, Precision, Weight};
+use super::quantised::QuantisedMatrix;
+use super::tensor_files::{Rename, Stored, TensorFiles};
 use crate::{Error, Result};
 
 enum Source {
-    Files(Arc<MmapedSafetensors>),
+    Files(TensorFiles),
     Memory(Mutex<HashMap<String, Held>>),
     Nothing,
 }
@@ -108,14 +108,25 @@ impl Weights {
         }
     }
 
-    /// Frozen weights, memory-mapped from safetensors `files` (all shards of one checkpoint). `precision` is a type or
-    /// [`Precision::AsStored`]; on the CPU matrices in half precision are not copied where the files have them so.
+    /// Frozen weights, memory-mapped from `files` of safetensors (all shards of one checkpoint) or GGUF. `precision` is a
+    /// type or [`Precision::AsStored`]; on the CPU matrices in half precision are not copied where the files have them so.
+    /// Matrices that a GGUF file has in blocks of few bits stay as they are whatever it is.
     pub fn from_files(
         files: &[PathBuf],
         precision: impl Into<Precision>,
         device: &Device,
     ) -> Result<Self> {
-        let (source, path) = open(files)?;
+        Self::from_renamed(files, None, precision, device)
+    }
+
+    /// [`Weights::from_files`] for models that call the tensors as `rename` says.
+    pub fn from_renamed(
+        files: &[PathBuf],
+        rename: Option<&Rename>,
+        precision: impl Into<Precision>,
+        device: &Device,
+    ) -> Result<Self> {
+        let (source, path) = open(files, rename)?;
         Ok(Self::new(
             source,
             &path,
@@ -155,10 +166,20 @@ impl Weights {
     /// Trainable f32 weights; those that `files` hold start from there (`files` may be empty), the others are drawn by
     /// a generator seeded with `seed` and their name.
     pub fn trainable(files: &[PathBuf], seed: u64, device: &Device) -> Result<Self> {
+        Self::trainable_renamed(files, None, seed, device)
+    }
+
+    /// [`Weights::trainable`] for models that call the tensors as `rename` says.
+    pub fn trainable_renamed(
+        files: &[PathBuf],
+        rename: Option<&Rename>,
+        seed: u64,
+        device: &Device,
+    ) -> Result<Self> {
         let (source, path) = if files.is_empty() {
             (Source::Nothing, PathBuf::from("(new)"))
         } else {
-            open(files)?
+            open(files, rename)?
         };
         let precision = Precision::In(DType::F32);
         Ok(Self::new(
@@ -234,7 +255,7 @@ impl Weights {
 
     fn shape(&self, full: &str) -> Option<Vec<usize>> {
         match &self.inner.source {
-            Source::Files(files) => files.get(full).ok().map(|view| view.shape().to_vec()),
+            Source::Files(files) => files.shape(full),
             Source::Memory(tensors) => lock(tensors).get(full).map(Held::dims),
             Source::Nothing => None,
         }
@@ -252,12 +273,32 @@ impl Weights {
     }
 
     /// Like [`Weights::get`] for the matrix (rows, columns) of a linear layer or a table, which may be kept in half
-    /// precision.
+    /// precision or in blocks of few bits.
     pub fn matrix(&self, shape: (usize, usize), name: &str, init: Init) -> Result<Weight> {
+        if let Some(packed) = self.packed(shape, name)? {
+            return Ok(Weight::Quantised(packed));
+        }
         match self.half(shape, name, init)? {
             Some(half) => Ok(Weight::Half(half)),
             None => Ok(Weight::Tensor(self.get(shape, name, init)?)),
         }
+    }
+
+    /// The matrix `name`, if it is there with `shape`, frozen, and kept in blocks.
+    fn packed(&self, shape: (usize, usize), name: &str) -> Result<Option<QuantisedMatrix>> {
+        let (full, inner) = (self.name(name), &self.inner);
+        let packed = match &inner.source {
+            Source::Files(files)
+                if !inner.trainable && files.shape(&full) == Some(vec![shape.0, shape.1]) =>
+            {
+                files.packed(&full, &inner.device)?
+            }
+            _ => None,
+        };
+        if packed.is_some() {
+            self.note(full, shape.0 * shape.1);
+        }
+        Ok(packed)
     }
 
     /// The matrix `name`, if it is there (or drawn) with `shape` and kept in half precision.
@@ -272,9 +313,12 @@ impl Weights {
             (Some(dims), _) if dims != [shape.0, shape.1] => None,
             (Some(_), Source::Memory(tensors)) => half_in(&mut lock(tensors), &full, kept)?,
             (Some(_), Source::Files(files)) => {
-                let stored = DType::try_from(files.get(&full)?.dtype())?;
-                match kept(stored) {
-                    Some(kind) => Some(read_half(files, &full, stored, kind)?),
+                let kind = match files.stored(&full) {
+                    Some(Stored::Plain(stored)) => kept(stored),
+                    Some(Stored::Packed(_) | Stored::Unknown) | None => None,
+                };
+                match kind {
+                    Some(kind) => Some(read_half(files, &full, kind)?),
                     None => None,
                 }
             }
@@ -307,7 +351,7 @@ impl Weights {
             (Some(dims), _) if dims.as_slice() == shape.dims() => match &inner.source {
                 Source::Files(files) => files
                     .load(&full, &inner.device)
-                    .and_then(|tensor| tensor.to_dtype(inner.dtype))
+                    .and_then(|tensor| Ok(tensor.to_dtype(inner.dtype)?))
                     .map_err(|e| self.fault(format!("{full} cannot be read: {e}")))?,
                 Source::Memory(tensors) => match &lock(tensors)[&full] {
                     Held::Tensor(tensor) => {
@@ -432,7 +476,7 @@ impl Weights {
     /// All names in the checkpoint, sorted.
     pub fn names(&self) -> Vec<String> {
         let mut names: Vec<String> = match &self.inner.source {
-            Source::Files(files) => files.tensors().into_iter().map(|(name, _)| name).collect(),
+            Source::Files(files) => files.names().cloned().collect(),
             Source::Memory(tensors) => lock(tensors).keys().cloned().collect(),
             Source::Nothing => Vec::new(),
         };
@@ -443,7 +487,7 @@ impl Weights {
     /// The tensor `full` of the checkpoint, on the CPU and in the type that it is kept in, if it is there.
     pub fn stored(&self, full: &str) -> Result<Option<Tensor>> {
         Ok(match &self.inner.source {
-            Source::Files(files) if files.get(full).is_ok() => {
+            Source::Files(files) if files.shape(full).is_some() => {
                 Some(files.load(full, &Device::Cpu)?)
             }
             Source::Memory(tensors) => match lock(tensors).get(full) {
@@ -480,24 +524,17 @@ fn joined(path: &str, name: &str) -> String {
     }
 }
 
-fn open(files: &[PathBuf]) -> Result<(Source, PathBuf)> {
+fn open(files: &[PathBuf], rename: Option<&Rename>) -> Result<(Source, PathBuf)> {
     let path = files.first().cloned().unwrap_or_default();
-    Ok((Source::Files(Arc::new(map(files)?)), path))
+    Ok((Source::Files(TensorFiles::open(files, rename)?), path))
 }
 
 /// A matrix of `files` in half precision: in place where it has that type already, else a rounded copy.
-fn read_half(
-    files: &Arc<MmapedSafetensors>,
-    name: &str,
-    stored: DType,
-    kind: HalfKind,
-) -> Result<HalfMatrix> {
-    if HalfKind::of(stored) == Some(kind)
-        && let Some(mapped) = HalfMatrix::mapped(files, name, kind)?
-    {
-        return Ok(mapped);
+fn read_half(files: &TensorFiles, name: &str, kind: HalfKind) -> Result<HalfMatrix> {
+    match files.half(name, kind)? {
+        Some(mapped) => Ok(mapped),
+        None => HalfMatrix::new(&files.load(name, &Device::Cpu)?, kind),
     }
-    HalfMatrix::new(&files.load(name, &Device::Cpu)?, kind)
 }
 
 /// The matrix `name` of tensors in memory, if it is to be kept in half precision: rounded at the first call.
@@ -526,11 +563,7 @@ fn elements_in(source: &Source) -> usize {
     };
     let add = |all: usize, more: usize| all.saturating_add(more);
     match source {
-        Source::Files(files) => {
-            let tensors = files.tensors();
-            let sizes = tensors.iter().map(|(_, view)| product(view.shape()));
-            sizes.fold(0, add)
-        }
+        Source::Files(files) => files.shapes().map(|dims| product(&dims)).fold(0, add),
         Source::Memory(tensors) => {
             let tensors = lock(tensors);
             tensors
@@ -545,13 +578,7 @@ fn elements_in(source: &Source) -> usize {
 /// The type of the first matrix by name: what the checkpoint is stored in.
 fn stored_dtype(source: &Source) -> Option<DType> {
     match source {
-        Source::Files(files) => {
-            let mut matrices: Vec<_> = files.tensors();
-            matrices.retain(|(_, view)| view.shape().len() == 2);
-            matrices.sort_by(|(one, _), (two, _)| one.cmp(two));
-            let (_, first) = matrices.first()?;
-            DType::try_from(first.dtype()).ok()
-        }
+        Source::Files(files) => files.dtype(),
         Source::Memory(tensors) => {
             let tensors = lock(tensors);
             let matrices = tensors.iter().filter_map(|(name, held)| match held {

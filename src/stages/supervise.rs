@@ -222,6 +222,23 @@ async fn train(
         .await?;
     let learnt = context.subject(subject);
     let prompt = config::prompts::fill(&settings.prompt, &learnt.token, &learnt.class);
+    let mut foreseen = vec![
+        prompt.clone(),
+        String::new(),
+        sampling.negative_prompt.clone(),
+    ];
+    foreseen.extend(
+        settings
+            .prior_preservation
+            .iter()
+            .map(|prior| config::prompts::fill_without_token(&prior.prompt, &learnt.class)),
+    );
+    course
+        .worker
+        .call(&course.meter, move |trainee| {
+            trainee.learner().foresee(&foreseen)
+        })
+        .await?;
     // Class images come from the model as it was, so they are drawn before a checkpoint is restored.
     let class = match &settings.prior_preservation {
         Some(prior) => {

@@ -1,7 +1,7 @@
 //! synthesize: supervisors make proxies, in planned batches that are always made whole. A batch whose proxies are all
 //! in the store is passed on as it is.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use async_stream::try_stream;
@@ -20,6 +20,15 @@ pub(super) fn batch_claim(keys: &[String]) -> String {
     const DIGITS: usize = 3;
     let first = keys.first().and_then(|key| key.get(..DIGITS));
     format!("batches/{}", first.unwrap_or_default())
+}
+
+/// Every prompt that whoever draws proxies, and is scored, will be asked for.
+fn prompts(context: &Context, sampling: &Sampling) -> Vec<String> {
+    let proxies = context.plan.proxies().iter().map(|proxy| &proxy.prompt);
+    let scored = context.plan.samples().iter().map(|sample| &sample.prompt);
+    let all = proxies.chain(scored).chain([&sampling.negative_prompt]);
+    let distinct: BTreeSet<&String> = all.collect();
+    distinct.into_iter().cloned().collect()
 }
 
 /// Draws batch `number` of the plan.
@@ -42,12 +51,14 @@ pub(super) async fn draw(
         })
         .collect();
     let sampling = Sampling::diffusion(&proxies.sampling);
+    let foreseen = prompts(context, &sampling);
     let adapter = supervisor.adapter.clone();
     painter
         .get()
         .await?
         .call(meter, move |learner| {
             restore(&learner.variables(), &learner.read(&adapter)?, &adapter)?;
+            learner.foresee(&foreseen)?;
             learner.generate(&requests, &sampling)
         })
         .await

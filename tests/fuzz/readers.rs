@@ -20,7 +20,7 @@ use proxytune::models::pickle::Pickle;
 use proxytune::models::sampling_file;
 use proxytune::models::tokenizer::TextTokenizer;
 use proxytune::models::{autoencoder, chameleon, clip, flux, llamagen, sd3, sdxl, t5, vit};
-use proxytune::nn::Weights;
+use proxytune::nn::{Init, Weights};
 use proxytune::watch::state::Home;
 
 use super::{Reader, fuzz};
@@ -99,6 +99,41 @@ fn safetensors_of_any_content_are_read_or_refused() {
         seeds,
         |folder| read_safetensors(&folder.join("model.safetensors")),
     ));
+}
+
+#[test]
+fn gguf_files_of_any_content_are_read_or_refused() {
+    let whole = seed("tests/golden/single-file/kinds/kinds.gguf");
+    // The headers alone have room for more faults than the numbers behind them.
+    let small = {
+        let mut small = b"GGUF".to_vec();
+        small.extend(3u32.to_le_bytes());
+        small.extend([1u64, 1].map(u64::to_le_bytes).concat());
+        small.extend(4u64.to_le_bytes());
+        small.extend(b"name");
+        small.extend(8u32.to_le_bytes());
+        small.extend(4u64.to_le_bytes());
+        small.extend(b"flux");
+        small.extend(6u64.to_le_bytes());
+        small.extend(b"weight");
+        small.extend(2u32.to_le_bytes());
+        small.extend([32u64, 2].map(u64::to_le_bytes).concat());
+        small.extend(8u32.to_le_bytes());
+        small.extend(0u64.to_le_bytes());
+        small.extend([7; 30 + 68]);
+        small
+    };
+    fuzz(reader("gguf", "model.gguf", vec![small, whole], |folder| {
+        let path = folder.join("model.gguf");
+        let Ok(weights) = Weights::from_files(&[path], DType::F32, &Device::Cpu) else {
+            return false;
+        };
+        let read = |name: String| weights.stored(&name).is_ok_and(|tensor| tensor.is_some());
+        let names = weights.names();
+        let read = names.into_iter().filter(|name| !name.is_empty()).map(read);
+        let packed = weights.matrix((2, 32), "weight", Init::Zeros);
+        read.fold(true, |all, one| all & one) && packed.is_ok()
+    }));
 }
 
 /// A safetensors file with this header and some values.

@@ -15,12 +15,11 @@ use rand_chacha::ChaCha8Rng;
 
 use self::text::TextEncoders;
 use super::autoencoder;
+use super::checkpoint_files::Layout;
 use super::latent_diffusion::{
-    Conditioning, Denoiser, DiffusionLearner, Framing, LatentDiffusion, multiple_of,
+    Conditioning, Denoiser, DiffusionLearner, Framing, LatentDiffusion, multiple_of, opened,
 };
-use super::limits::read_config;
 use crate::diffusion::{Density, FlowMatchEuler, LossForm, Spacing, TrainingDraw};
-use crate::files::read_json;
 use crate::nn::{self, Weights};
 use crate::{Error, Result};
 
@@ -38,7 +37,7 @@ const TRAINING_GUIDANCE: f64 = 1.0;
 
 /// The transformer with its text encoders and its schedule.
 pub struct FluxDenoiser {
-    text: TextEncoders,
+    text: Option<TextEncoders>,
     transformer: FluxTransformer,
     schedule: FlowMatchEuler,
     dtype: DType,
@@ -103,7 +102,7 @@ fn image_positions(height: usize, width: usize, device: &Device) -> Result<Tenso
 /// # Errors
 /// When the config of CLIP cannot be read.
 pub fn text_encoders(directory: &Path) -> Result<Vec<(&'static str, PathBuf, usize)>> {
-    text::described(directory)
+    text::described(&Layout::open(directory)?)
 }
 
 /// Side in pixels of the square images that the checkpoint in `directory` draws: what is `asked` for, or its own.
@@ -111,15 +110,16 @@ pub fn text_encoders(directory: &Path) -> Result<Vec<(&'static str, PathBuf, usi
 /// # Errors
 /// When it cannot draw such images, or its configs cannot be read.
 pub fn resolution(directory: &Path, asked: Option<usize>) -> Result<usize> {
-    let config = config(directory)?;
-    let vae: autoencoder::Config = read_config(&directory.join("vae/config.json"))?;
+    let layout = Layout::open(directory)?;
+    let config = config(&layout)?;
+    let vae: autoencoder::Config = layout.config("vae")?;
     let own = vae.downscale().saturating_mul(config.side());
     multiple_of(vae.downscale() * PACKED, asked.unwrap_or(own))
 }
 
 /// The transformer's config; the pipeline's positions have three coordinates.
-fn config(directory: &Path) -> Result<Config> {
-    let config: Config = read_config(&directory.join("transformer/config.json"))?;
+fn config(layout: &Layout) -> Result<Config> {
+    let config: Config = layout.config("transformer")?;
     match config.axes_dims_rope.len() {
         3 => Ok(config),
         other => Err(Error::invalid(
@@ -162,15 +162,32 @@ impl Denoiser for FluxDenoiser {
     const COMPONENT: &'static str = "transformer";
     const BUFFERS: &'static [&'static str] = &[];
 
-    fn open(directory: &Path, weights: &Weights, opened: &mut Vec<Weights>) -> Result<Self> {
-        let config = config(directory)?;
-        let scheduler = read_json(&directory.join("scheduler/scheduler_config.json"))?;
+    fn open(layout: &Layout, weights: &Weights, opened: &mut Vec<Weights>) -> Result<Self> {
+        let config = config(layout)?;
         Ok(Self {
-            text: TextEncoders::open(directory, weights, opened)?,
+            text: Some(TextEncoders::open(layout, weights, opened)?),
             transformer: FluxTransformer::new(config, weights)?,
-            schedule: FlowMatchEuler::new(scheduler)?,
+            schedule: FlowMatchEuler::new(layout.scheduler()?)?,
             dtype: weights.dtype(),
         })
+    }
+
+    fn close_text(&mut self) {
+        self.text = None;
+    }
+
+    fn has_text(&self) -> bool {
+        self.text.is_some()
+    }
+
+    fn open_text(
+        &mut self,
+        layout: &Layout,
+        weights: &Weights,
+        opened: &mut Vec<Weights>,
+    ) -> Result<()> {
+        self.text = Some(TextEncoders::open(layout, weights, opened)?);
+        Ok(())
     }
 
     fn channels(&self) -> usize {
@@ -190,7 +207,7 @@ impl Denoiser for FluxDenoiser {
         prompts: &[String],
         max_sequence_length: Option<usize>,
     ) -> Result<Conditioning> {
-        self.text.encode(prompts, max_sequence_length)
+        opened(&self.text)?.encode(prompts, max_sequence_length)
     }
 
     fn draw(

@@ -1,7 +1,7 @@
 //! A latent diffusion model as a [`Learner`].
 
-use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{Tensor, Var};
@@ -10,7 +10,7 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
 use super::{Conditioning, Denoiser, Framing, LatentDiffusion, network_files};
-use crate::files::{SETTINGS, read_text};
+use crate::models::checkpoint_files::Layout;
 use crate::models::{Example, Learner, Lesson, Opening, Request, Sampling, Tuning, adapters};
 use crate::nn::{Adapter, Weights, mean_over_parts, merged, recomputing};
 use crate::{Error, Result, images};
@@ -18,9 +18,13 @@ use crate::{Error, Result, images};
 /// Examples of a small model that are differentiated at once: its batches are small, and two keep a processor busy.
 const AT_ONCE: usize = 2;
 
+/// What the encoders say of so many prompts is kept at most: 8 MB each of FLUX's in f32.
+const MOST_FORESEEN: usize = 256;
+
 /// The denoiser with what it needs to learn and to draw.
 pub struct DiffusionLearner<D> {
     model: LatentDiffusion<D>,
+    dir: PathBuf,
     known: HashMap<String, Conditioning>,
     weights: Weights,
     adapter: Option<Arc<Adapter>>,
@@ -32,24 +36,22 @@ pub struct DiffusionLearner<D> {
 }
 
 impl<D: Denoiser> DiffusionLearner<D> {
-    /// Opens the checkpoint in `opening.dir`, in diffusers' layout.
+    /// Opens the checkpoint in `opening.dir`, in diffusers' layout or in single files.
     pub fn open(opening: &Opening) -> Result<Self> {
         let files = network_files::<D>(&opening.dir)?;
         let weights = match opening.tuning {
-            Tuning::Full => Weights::trainable(&files, opening.seed, &opening.device)?,
-            Tuning::Lora(_) | Tuning::Frozen => {
-                Weights::from_files(&files, opening.dtype, &opening.device)?
-            }
+            Tuning::Full => files.open_trainable(opening.seed, &opening.device)?,
+            Tuning::Lora(_) | Tuning::Frozen => files.open(opening.dtype, &opening.device)?,
         };
         let (weights, adapter) = opening.attach(weights);
         let model = LatentDiffusion::<D>::open(&opening.dir, &weights)?;
         let side = opening
             .resolution
             .map_or(model.resolution(), |side| side as usize);
-        let config = opening.dir.join(D::COMPONENT).join("config.json");
-        let config_text = read_text(&config, SETTINGS)?;
+        let config_text = Layout::open(&opening.dir)?.config_text(D::COMPONENT)?;
         Ok(Self {
             model,
+            dir: opening.dir.clone(),
             known: HashMap::new(),
             recomputes: opening.recomputes(&weights),
             at_once: opening.at_once(&weights, AT_ONCE),
@@ -64,6 +66,7 @@ impl<D: Denoiser> DiffusionLearner<D> {
     fn condition(&mut self, prompts: &[&str]) -> Result<Conditioning> {
         for &prompt in prompts {
             if !self.known.contains_key(prompt) {
+                self.model.open_text(&self.dir, &self.weights)?;
                 let conditioning = self.model.condition(prompt)?;
                 self.known.insert(prompt.to_string(), conditioning);
             }
@@ -142,6 +145,18 @@ impl<D: Denoiser> Learner for DiffusionLearner<D> {
                 })
             },
         )
+    }
+
+    fn foresee(&mut self, prompts: &[String]) -> Result<()> {
+        let distinct: BTreeSet<&str> = prompts.iter().map(String::as_str).collect();
+        if distinct.len() > MOST_FORESEEN {
+            return Ok(());
+        }
+        for prompt in distinct {
+            self.condition(&[prompt])?;
+        }
+        self.model.denoiser.close_text();
+        Ok(())
     }
 
     fn generate(&mut self, requests: &[Request], sampling: &Sampling) -> Result<Vec<RgbImage>> {

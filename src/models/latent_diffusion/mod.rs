@@ -7,15 +7,14 @@ pub(super) mod text;
 pub use learner::DiffusionLearner;
 
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use rand_chacha::ChaCha8Rng;
 
 use super::autoencoder::{self, AutoencoderKl};
-use super::checkpoint_files::{self, WeightFiles};
+use super::checkpoint_files::{Layout, WeightFiles};
 use super::finish_all;
-use super::limits::read_config;
 use crate::diffusion::{self, TrainingDraw};
 use crate::nn::{self, Weights};
 use crate::{Error, Result};
@@ -107,6 +106,17 @@ pub(super) fn multiple_of(unit: usize, side: usize) -> Result<usize> {
     }
 }
 
+/// The text encoders, which are to be open.
+///
+/// # Errors
+/// When they are closed.
+pub(super) fn opened<T>(text: &Option<T>) -> Result<&T> {
+    text.as_ref().ok_or_else(|| Error::Invalid {
+        what: "a prompt for text encoders that are closed".into(),
+        hint: None,
+    })
+}
+
 /// What a family adds to the autoencoder: text encoders, the network that denoises, and its schedule. The adapter, if
 /// any, is on the network alone.
 pub trait Denoiser: Sized + Send + Sync {
@@ -117,9 +127,23 @@ pub trait Denoiser: Sized + Send + Sync {
     /// Variables of a network whose own weights are trained in which nothing is learnt.
     const BUFFERS: &'static [&'static str];
 
-    /// Opens all but the autoencoder of `directory`, with the network's `weights`. What else is opened is added to
-    /// `opened`, for faults to be reported together.
-    fn open(directory: &Path, weights: &Weights, opened: &mut Vec<Weights>) -> Result<Self>;
+    /// Opens all but the autoencoder of the model that lies as `layout` says, with the network's `weights`. What else is
+    /// opened is added to `opened`, for faults to be reported together.
+    fn open(layout: &Layout, weights: &Weights, opened: &mut Vec<Weights>) -> Result<Self>;
+
+    /// Lets go of the text encoders, until [`Denoiser::open_text`].
+    fn close_text(&mut self);
+
+    /// Whether the text encoders are open.
+    fn has_text(&self) -> bool;
+
+    /// Opens the text encoders again, as [`Denoiser::open`] did.
+    fn open_text(
+        &mut self,
+        layout: &Layout,
+        weights: &Weights,
+        opened: &mut Vec<Weights>,
+    ) -> Result<()>;
 
     /// Channels of the latents.
     fn channels(&self) -> usize;
@@ -192,30 +216,40 @@ pub struct LatentDiffusion<D> {
 
 /// The weight files of the network of a family in `directory`, for [`LatentDiffusion::open`]. Fails where there are
 /// none.
-pub fn network_files<D: Denoiser>(directory: &Path) -> Result<Vec<PathBuf>> {
-    WeightFiles::find(&directory.join(D::COMPONENT), "diffusion_pytorch_model")?.into_safetensors()
+pub fn network_files<D: Denoiser>(directory: &Path) -> Result<WeightFiles> {
+    Layout::open(directory)?.weights(D::COMPONENT)
 }
 
 impl<D: Denoiser> LatentDiffusion<D> {
-    /// Opens `directory`, in diffusers' layout. `weights` are those of [`network_files`], frozen, with an adapter, or
+    /// Opens the model at `directory`, in diffusers' layout or in single files (see [`Layout`]). `weights` are those of [`network_files`], frozen, with an adapter, or
     /// trainable; their precision and device are those of the text encoders too, while the autoencoder computes in f32,
     /// in which half precision would overflow. Everything that is missing or misshapen in any component is reported at
     /// once.
     pub fn open(directory: &Path, weights: &Weights) -> Result<Self> {
         let device = weights.device().clone();
-        let vae = directory.join("vae");
-        let vae_config: autoencoder::Config = read_config(&vae.join("config.json"))?;
-        let vae_weights =
-            checkpoint_files::open(&vae, "diffusion_pytorch_model", DType::F32, &device)?;
+        let layout = Layout::open(directory)?;
+        let vae_config: autoencoder::Config = layout.config("vae")?;
+        let vae_weights = layout.weights("vae")?.open(DType::F32, &device)?;
         let mut opened = vec![weights.clone(), vae_weights.clone()];
         let model = Self {
-            denoiser: D::open(directory, weights, &mut opened)?,
+            denoiser: D::open(&layout, weights, &mut opened)?,
             vae: AutoencoderKl::new(vae_config, &vae_weights)?,
             device,
         };
         weights.expect_no_others();
         finish_all(directory, &opened)?;
         Ok(model)
+    }
+
+    /// Opens the text encoders of the model at `directory` again where they were closed.
+    pub(super) fn open_text(&mut self, directory: &Path, weights: &Weights) -> Result<()> {
+        if self.denoiser.has_text() {
+            return Ok(());
+        }
+        let mut opened = Vec::new();
+        let layout = Layout::open(directory)?;
+        self.denoiser.open_text(&layout, weights, &mut opened)?;
+        finish_all(directory, &opened)
     }
 
     /// The autoencoder.

@@ -21,12 +21,11 @@ use rand_chacha::ChaCha8Rng;
 
 use self::text::TextEncoders;
 use super::autoencoder;
+use super::checkpoint_files::{Layout, WeightFiles};
 use super::latent_diffusion::{
-    Denoiser, DiffusionLearner, Framing, LatentDiffusion, network_files,
+    Denoiser, DiffusionLearner, Framing, LatentDiffusion, network_files, opened,
 };
-use super::limits::read_config;
 use crate::diffusion::{Density, FlowMatchEuler, LossForm, TrainingDraw};
-use crate::files::read_json;
 use crate::nn::Weights;
 use crate::{Error, Result};
 
@@ -38,7 +37,7 @@ pub type Sd3Learner = DiffusionLearner<Mmdit>;
 
 /// The transformer with its text encoders and its schedule.
 pub struct Mmdit {
-    text: TextEncoders,
+    text: Option<TextEncoders>,
     transformer: Sd3Transformer,
     schedule: FlowMatchEuler,
     dtype: DType,
@@ -50,7 +49,7 @@ pub struct Mmdit {
 /// # Errors
 /// When `model_index.json` or the config of an encoder cannot be read.
 pub fn text_encoders(directory: &Path) -> Result<Vec<(&'static str, PathBuf, usize)>> {
-    text::described(directory)
+    text::described(&Layout::open(directory)?)
 }
 
 /// Side in pixels of the square images that the checkpoint in `directory` draws: what is `asked` for, or its own.
@@ -58,8 +57,9 @@ pub fn text_encoders(directory: &Path) -> Result<Vec<(&'static str, PathBuf, usi
 /// # Errors
 /// When it cannot draw such images, or its configs cannot be read.
 pub fn resolution(directory: &Path, asked: Option<usize>) -> Result<usize> {
-    let config: Config = read_config(&directory.join("transformer/config.json"))?;
-    let vae: autoencoder::Config = read_config(&directory.join("vae/config.json"))?;
+    let layout = Layout::open(directory)?;
+    let config: Config = layout.config("transformer")?;
+    let vae: autoencoder::Config = layout.config("vae")?;
     let unit = vae.downscale().saturating_mul(config.patch_size);
     let most = unit.saturating_mul(config.pos_embed_max_size);
     let side = asked.unwrap_or(vae.downscale().saturating_mul(config.sample_size));
@@ -73,7 +73,7 @@ pub fn resolution(directory: &Path, asked: Option<usize>) -> Result<usize> {
 }
 
 /// The weight files of the transformer of `directory`, for [`Sd3::open`]. Fails where there are none.
-pub fn transformer_files(directory: &Path) -> Result<Vec<PathBuf>> {
+pub fn transformer_files(directory: &Path) -> Result<WeightFiles> {
     network_files::<Mmdit>(directory)
 }
 
@@ -82,15 +82,37 @@ impl Denoiser for Mmdit {
     const COMPONENT: &'static str = "transformer";
     const BUFFERS: &'static [&'static str] = &["pos_embed.pos_embed"];
 
-    fn open(directory: &Path, weights: &Weights, opened: &mut Vec<Weights>) -> Result<Self> {
-        let config: Config = read_config(&directory.join("transformer/config.json"))?;
-        let scheduler = read_json(&directory.join("scheduler/scheduler_config.json"))?;
+    fn open(layout: &Layout, weights: &Weights, opened: &mut Vec<Weights>) -> Result<Self> {
+        let config: Config = layout.config("transformer")?;
         Ok(Self {
-            text: TextEncoders::open(directory, &config, weights, opened)?,
+            text: Some(TextEncoders::open(layout, &config, weights, opened)?),
             transformer: Sd3Transformer::new(config, weights)?,
-            schedule: FlowMatchEuler::new(scheduler)?,
+            schedule: FlowMatchEuler::new(layout.scheduler()?)?,
             dtype: weights.dtype(),
         })
+    }
+
+    fn close_text(&mut self) {
+        self.text = None;
+    }
+
+    fn has_text(&self) -> bool {
+        self.text.is_some()
+    }
+
+    fn open_text(
+        &mut self,
+        layout: &Layout,
+        weights: &Weights,
+        opened: &mut Vec<Weights>,
+    ) -> Result<()> {
+        self.text = Some(TextEncoders::open(
+            layout,
+            self.transformer.config(),
+            weights,
+            opened,
+        )?);
+        Ok(())
     }
 
     fn channels(&self) -> usize {
@@ -110,7 +132,7 @@ impl Denoiser for Mmdit {
         prompts: &[String],
         max_sequence_length: Option<usize>,
     ) -> Result<Conditioning> {
-        self.text.encode(prompts, max_sequence_length)
+        opened(&self.text)?.encode(prompts, max_sequence_length)
     }
 
     fn draw(

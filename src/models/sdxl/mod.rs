@@ -20,11 +20,11 @@ use rand_chacha::ChaCha8Rng;
 
 use self::text::TextEncoders;
 use super::autoencoder;
-use super::latent_diffusion::multiple_of;
-use super::latent_diffusion::{Conditioning, Denoiser, DiffusionLearner, Framing, LatentDiffusion};
-use super::limits::read_config;
+use super::checkpoint_files::Layout;
+use super::latent_diffusion::{
+    Conditioning, Denoiser, DiffusionLearner, Framing, LatentDiffusion, multiple_of, opened,
+};
 use crate::diffusion::{Ddpm, DiscreteConfig, TrainingDraw};
-use crate::files::read_json;
 use crate::nn::Weights;
 use crate::{Error, Result};
 
@@ -36,7 +36,7 @@ pub type SdxlLearner = DiffusionLearner<SdxlDenoiser>;
 
 /// The U-Net with its text encoders and its schedule.
 pub struct SdxlDenoiser {
-    text: TextEncoders,
+    text: Option<TextEncoders>,
     unet: UNet,
     sampling: DiscreteConfig,
     training: Ddpm,
@@ -56,9 +56,10 @@ impl Sdxl {
 /// # Errors
 /// When it cannot draw such images, or its configs cannot be read.
 pub fn resolution(directory: &Path, asked: Option<usize>) -> Result<usize> {
-    let config: Config = read_config(&directory.join("unet/config.json"))?;
-    let vae: autoencoder::Config = read_config(&directory.join("vae/config.json"))?;
-    let sampling: DiscreteConfig = read_json(&directory.join("scheduler/scheduler_config.json"))?;
+    let layout = Layout::open(directory)?;
+    let config: Config = layout.config("unet")?;
+    let vae: autoencoder::Config = layout.config("vae")?;
+    let sampling: DiscreteConfig = layout.scheduler()?;
     sampling.check_sampler()?;
     let own = vae.downscale().saturating_mul(config.side());
     multiple_of(vae.downscale(), asked.unwrap_or(own))
@@ -91,18 +92,35 @@ impl Denoiser for SdxlDenoiser {
     const COMPONENT: &'static str = "unet";
     const BUFFERS: &'static [&'static str] = &[];
 
-    fn open(directory: &Path, weights: &Weights, opened: &mut Vec<Weights>) -> Result<Self> {
-        let config: Config = read_config(&directory.join("unet/config.json"))?;
-        let sampling: DiscreteConfig =
-            read_json(&directory.join("scheduler/scheduler_config.json"))?;
+    fn open(layout: &Layout, weights: &Weights, opened: &mut Vec<Weights>) -> Result<Self> {
+        let config: Config = layout.config("unet")?;
+        let sampling: DiscreteConfig = layout.scheduler()?;
         sampling.check_sampler()?;
         Ok(Self {
-            text: TextEncoders::open(directory, weights, opened)?,
+            text: Some(TextEncoders::open(layout, weights, opened)?),
             unet: UNet::new(config, weights)?,
             training: Ddpm::new(&sampling)?,
             sampling,
             dtype: weights.dtype(),
         })
+    }
+
+    fn close_text(&mut self) {
+        self.text = None;
+    }
+
+    fn has_text(&self) -> bool {
+        self.text.is_some()
+    }
+
+    fn open_text(
+        &mut self,
+        layout: &Layout,
+        weights: &Weights,
+        opened: &mut Vec<Weights>,
+    ) -> Result<()> {
+        self.text = Some(TextEncoders::open(layout, weights, opened)?);
+        Ok(())
     }
 
     fn channels(&self) -> usize {
@@ -123,7 +141,7 @@ impl Denoiser for SdxlDenoiser {
         max_sequence_length: Option<usize>,
     ) -> Result<Conditioning> {
         fixed(max_sequence_length)?;
-        let conditioning = self.text.encode(prompts)?;
+        let conditioning = opened(&self.text)?.encode(prompts)?;
         let pooled = conditioning.pooled.dim(1)?;
         if pooled != self.unet.text_embeds_dim() {
             return Err(Error::invalid(
@@ -139,7 +157,7 @@ impl Denoiser for SdxlDenoiser {
 
     fn unconditional(&self, max_sequence_length: Option<usize>) -> Result<Conditioning> {
         fixed(max_sequence_length)?;
-        self.text.unconditional()
+        opened(&self.text)?.unconditional()
     }
 
     fn draw(

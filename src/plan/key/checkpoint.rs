@@ -4,6 +4,7 @@ use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use super::Digest;
+use crate::config::parts::Parts;
 use crate::{Error, Result};
 
 /// Above this size only a file's beginning and end are read.
@@ -25,7 +26,10 @@ pub fn checkpoint_digest(directory: &Path) -> Result<String> {
         directory.file_name(),
     ) {
         (true, Some(parent), Some(name)) => {
-            files.push(PathBuf::from(name));
+            match Parts::find(directory)? {
+                Some(parts) => list_parts(&parts, &mut files)?,
+                None => files.push(PathBuf::from(name)),
+            }
             parent
         }
         _ => {
@@ -34,6 +38,7 @@ pub fn checkpoint_digest(directory: &Path) -> Result<String> {
         }
     };
     files.sort();
+    files.dedup();
     if files.is_empty() {
         return Err(Error::Checkpoint {
             path: directory.to_path_buf(),
@@ -57,10 +62,28 @@ pub fn checkpoint_digest(directory: &Path) -> Result<String> {
     Ok(digest.finish())
 }
 
+/// The files of a diffusion model whose network is a single file: what lies beside it may be of other models.
+fn list_parts(parts: &Parts, files: &mut Vec<PathBuf>) -> Result<()> {
+    let own = parts
+        .files
+        .iter()
+        .filter_map(|part| part.path.strip_prefix(&parts.folder).ok());
+    files.extend(own.map(Path::to_path_buf));
+    let components = parts.family.components().iter().map(|(name, _, _)| *name);
+    let folders = ["scheduler", "tokenizer", "tokenizer_2", "tokenizer_3"];
+    for name in components.chain(folders) {
+        if parts.folder.join(name).is_dir() {
+            list(&parts.folder, Path::new(name), files)?;
+        }
+    }
+    Ok(())
+}
+
 fn list(root: &Path, inside: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
-    const COUNT: [&str; 10] = [
+    const COUNT: [&str; 11] = [
         "json",
         "safetensors",
+        "gguf",
         "pt",
         "pth",
         "ckpt",
