@@ -14,7 +14,7 @@ use proxytune::diffusion::{
 use proxytune::models::latent_diffusion::{Conditioning, Framing, network_files};
 use proxytune::models::sdxl::{Sdxl, SdxlDenoiser};
 use proxytune::models::{Example, Learner, Lesson, Opening, Request, Sampling, Tuning, open};
-use proxytune::nn::{Adapter, LoraConfig, Weights, backward, recomputing};
+use proxytune::nn::{Adapter, LoraConfig, backward, recomputing};
 use proxytune::training::TrainingLoop;
 use proxytune::training::optimizer::{AdamWConfig, OptimizerConfig};
 use rand::SeedableRng;

@@ -166,12 +166,11 @@ impl Parts {
     /// # Errors
     /// When a file cannot be read, or the folder has several networks.
     pub fn find(place: &Path) -> Result<Option<Self>> {
-        let named = place.is_file();
-        let folder = match named {
-            true => place.parent().unwrap_or(Path::new("")),
-            false if place.join("model_index.json").exists() => return Ok(None),
-            false => place,
-        };
+        let named = place.is_file().then_some(place);
+        if named.is_none() && place.join("model_index.json").exists() {
+            return Ok(None);
+        }
+        let folder = &named.map_or(place.to_path_buf(), folder_of);
         let mut found: Vec<PartFile> = Vec::new();
         let mut candidates = Vec::new();
         for below in BESIDE {
@@ -189,9 +188,9 @@ impl Parts {
         let is_network = |file: &&PartFile| matches!(file.part, Part::Denoiser(_));
         let networks: Vec<&PartFile> = found.iter().filter(is_network).collect();
         let network = match named {
-            true => networks.into_iter().find(|file| file.path == place),
-            false if networks.len() > 1 => return Err(several(place, &networks)),
-            false => networks.into_iter().next(),
+            Some(place) => networks.into_iter().find(|file| is_same(&file.path, place)),
+            None if networks.len() > 1 => return Err(several(place, &networks)),
+            None => networks.into_iter().next(),
         };
         let Some(network) = network.cloned() else {
             return Ok(None);
@@ -228,6 +227,28 @@ impl Parts {
         let (_, part, _) = components.clone().find(|(name, _, _)| *name == component)?;
         self.files.iter().find(|file| file.part == *part)
     }
+}
+
+/// Where a model is whose network is the file at `path`: its folder, or the one around where that is for networks alone.
+fn folder_of(path: &Path) -> PathBuf {
+    let folder = match path.parent() {
+        Some(folder) if folder != Path::new("") => folder,
+        _ => Path::new("."),
+    };
+    let name = folder.file_name().unwrap_or_default().to_string_lossy();
+    match (BESIDE.contains(&&*name), folder.parent()) {
+        (true, Some(around)) if around != Path::new("") => around.to_path_buf(),
+        (true, Some(_)) => PathBuf::from("."),
+        _ => folder.to_path_buf(),
+    }
+}
+
+/// Whether both paths are of one file.
+fn is_same(one: &Path, other: &Path) -> bool {
+    one == other
+        || one
+            .canonicalize()
+            .is_ok_and(|one| other.canonicalize().is_ok_and(|other| one == other))
 }
 
 fn several(folder: &Path, networks: &[&PartFile]) -> Error {

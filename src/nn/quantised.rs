@@ -20,11 +20,31 @@ use crate::Result;
 /// Rows that are unpacked by one thread at a time.
 const ROWS: usize = 16;
 
+/// What blocks lie in on the CPU.
+#[derive(Clone)]
+pub(super) enum Bytes {
+    /// A mapped file.
+    Mapped(Arc<Mmap>),
+    /// Memory.
+    Held(Arc<Vec<u8>>),
+}
+
+impl std::ops::Deref for Bytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Bytes::Mapped(file) => file,
+            Bytes::Held(bytes) => bytes,
+        }
+    }
+}
+
 /// Where the blocks lie.
 #[derive(Clone)]
 enum Blocks {
-    /// On the CPU: parts of a mapped file, one after another, each some whole rows.
-    Mapped(Arc<Mmap>, Vec<Range<usize>>),
+    /// On the CPU: parts of these bytes, one after another, each some whole rows.
+    Here(Bytes, Vec<Range<usize>>),
     /// On a card.
     Card(Arc<QTensor>),
 }
@@ -39,12 +59,30 @@ pub struct QuantisedMatrix {
 }
 
 impl QuantisedMatrix {
+    /// The numbers of `matrix` packed as `kind`, on the CPU.
+    ///
+    /// # Errors
+    /// When rows are not whole blocks.
+    pub fn pack(matrix: &Tensor, kind: GgmlDType) -> Result<Self> {
+        let dims = matrix.dims2()?;
+        let packed = QTensor::quantize(matrix, kind)?;
+        let bytes = packed.data()?.into_owned();
+        let parts = std::iter::once(0..bytes.len()).collect();
+        Self::new(
+            &Bytes::Held(Arc::new(bytes)),
+            parts,
+            kind,
+            dims,
+            &Device::Cpu,
+        )
+    }
+
     /// The matrix (`rows`, `columns`) whose rows lie in `parts` of `file`, one after another, on `device`.
     ///
     /// # Errors
     /// When the parts are not as long as the matrix, or do not lie where blocks can.
     pub(super) fn new(
-        file: &Arc<Mmap>,
+        file: &Bytes,
         parts: Vec<Range<usize>>,
         kind: GgmlDType,
         (rows, columns): (usize, usize),
@@ -65,7 +103,7 @@ impl QuantisedMatrix {
             });
         }
         let blocks = match device.is_cpu() {
-            true => Blocks::Mapped(file.clone(), parts),
+            true => Blocks::Here(file.clone(), parts),
             false => {
                 let bytes = match parts.as_slice() {
                     [one] => Cow::Borrowed(&file[one.clone()]),
@@ -105,7 +143,7 @@ impl QuantisedMatrix {
 
     /// Unpacks the values from number `start` on into `out`; both are whole blocks. On the CPU alone.
     pub(super) fn unpack(&self, start: usize, out: &mut [f32]) -> candle_core::Result<()> {
-        let Blocks::Mapped(file, parts) = &self.blocks else {
+        let Blocks::Here(file, parts) = &self.blocks else {
             candle_core::bail!("a matrix on a card was to be unpacked on the CPU");
         };
         let bytes_of = |elements: usize| elements / self.block() * self.kind.type_size();

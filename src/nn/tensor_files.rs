@@ -13,7 +13,7 @@ use memmap2::Mmap;
 
 use super::mapped;
 use super::precision::{HalfKind, HalfMatrix, MappedBytes};
-use super::quantised::{QuantisedMatrix, unpack};
+use super::quantised::{Bytes, QuantisedMatrix, unpack};
 use crate::files::tensor_headers::{gguf_header, is_gguf, map};
 use crate::{Error, Result};
 
@@ -223,7 +223,8 @@ impl TensorFiles {
         let row = columns / kind.block_size() * kind.type_size();
         let parts = located.rows().into_iter();
         let parts = parts.map(|part| bytes.start + part.start * row..bytes.start + part.end * row);
-        QuantisedMatrix::new(file, parts.collect(), kind, (rows, columns), device).map(Some)
+        let bytes = Bytes::Mapped(file.clone());
+        QuantisedMatrix::new(&bytes, parts.collect(), kind, (rows, columns), device).map(Some)
     }
 }
 

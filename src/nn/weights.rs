@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Shape, Tensor, Var};
 
 use super::adapter::{Adapter, Lora};
@@ -18,6 +19,8 @@ enum Source {
     Files(TensorFiles),
     Memory(Mutex<HashMap<String, Held>>),
     Nothing,
+    /// Nothing, and what is drawn is packed so.
+    Blocks(GgmlDType),
 }
 
 /// A tensor in memory, as it is kept.
@@ -163,6 +166,19 @@ impl Weights {
         )
     }
 
+    /// [`Weights::drawn`] with matrices in blocks of `kind`, where their rows are whole blocks, on the CPU.
+    pub fn drawn_in_blocks(seed: u64, kind: GgmlDType) -> Self {
+        let path = Path::new("(drawn)");
+        let how = (false, Some(seed));
+        Self::new(
+            Source::Blocks(kind),
+            path,
+            DType::F32.into(),
+            &Device::Cpu,
+            how,
+        )
+    }
+
     /// Trainable f32 weights; those that `files` hold start from there (`files` may be empty), the others are drawn by
     /// a generator seeded with `seed` and their name.
     pub fn trainable(files: &[PathBuf], seed: u64, device: &Device) -> Result<Self> {
@@ -257,7 +273,7 @@ impl Weights {
         match &self.inner.source {
             Source::Files(files) => files.shape(full),
             Source::Memory(tensors) => lock(tensors).get(full).map(Held::dims),
-            Source::Nothing => None,
+            Source::Nothing | Source::Blocks(_) => None,
         }
     }
 
@@ -287,11 +303,16 @@ impl Weights {
     /// The matrix `name`, if it is there with `shape`, frozen, and kept in blocks.
     fn packed(&self, shape: (usize, usize), name: &str) -> Result<Option<QuantisedMatrix>> {
         let (full, inner) = (self.name(name), &self.inner);
-        let packed = match &inner.source {
-            Source::Files(files)
+        let packed = match (&inner.source, inner.seed) {
+            (Source::Files(files), _)
                 if !inner.trainable && files.shape(&full) == Some(vec![shape.0, shape.1]) =>
             {
                 files.packed(&full, &inner.device)?
+            }
+            (Source::Blocks(kind), Some(seed)) if shape.1.is_multiple_of(kind.block_size()) => {
+                let init = Init::fan_in(shape.1);
+                let drawn = draw(&shape.into(), init, seed, &full, &inner.device)?;
+                Some(QuantisedMatrix::pack(&drawn, *kind)?)
             }
             _ => None,
         };
@@ -329,7 +350,7 @@ impl Weights {
                 }
                 _ => None,
             },
-            (Some(_), Source::Nothing) => None,
+            (Some(_), Source::Nothing | Source::Blocks(_)) => None,
         };
         if half.is_some() {
             self.note(full, elements);
@@ -359,7 +380,9 @@ impl Weights {
                     }
                     Held::Half(half) => half.to_tensor()?,
                 },
-                Source::Nothing => Tensor::zeros(&shape, inner.dtype, &inner.device)?,
+                Source::Nothing | Source::Blocks(_) => {
+                    Tensor::zeros(&shape, inner.dtype, &inner.device)?
+                }
             },
             (Some(dims), _) => {
                 lock(&inner.faults).push(format!(
@@ -403,7 +426,8 @@ impl Weights {
         let inner = &self.inner;
         let made = inner.made.load(Relaxed).saturating_add(elements);
         inner.made.store(made, Relaxed);
-        if made <= inner.most_made || matches!(inner.source, Source::Nothing) {
+        let limited = !matches!(inner.source, Source::Nothing | Source::Blocks(_));
+        if made <= inner.most_made || !limited {
             return Ok(());
         }
         self.finish()?;
@@ -478,7 +502,7 @@ impl Weights {
         let mut names: Vec<String> = match &self.inner.source {
             Source::Files(files) => files.names().cloned().collect(),
             Source::Memory(tensors) => lock(tensors).keys().cloned().collect(),
-            Source::Nothing => Vec::new(),
+            Source::Nothing | Source::Blocks(_) => Vec::new(),
         };
         names.sort();
         names
@@ -495,7 +519,7 @@ impl Weights {
                 Some(Held::Half(half)) => Some(half.to_tensor()?.to_dtype(half.kind().dtype())?),
                 None => None,
             },
-            Source::Files(_) | Source::Nothing => None,
+            Source::Files(_) | Source::Nothing | Source::Blocks(_) => None,
         })
     }
 
@@ -571,7 +595,7 @@ fn elements_in(source: &Source) -> usize {
                 .map(|held| product(&held.dims()))
                 .fold(0, add)
         }
-        Source::Nothing => 0,
+        Source::Nothing | Source::Blocks(_) => 0,
     }
 }
 
@@ -589,6 +613,6 @@ fn stored_dtype(source: &Source) -> Option<DType> {
                 .min_by_key(|(name, _)| *name)
                 .map(|(_, dtype)| dtype)
         }
-        Source::Nothing => None,
+        Source::Nothing | Source::Blocks(_) => None,
     }
 }

@@ -20,17 +20,24 @@ const READ_PART: u64 = 16 << 20;
 /// When the folder or a file in it cannot be read, or there is no file.
 pub fn checkpoint_digest(directory: &Path) -> Result<String> {
     let mut files = Vec::new();
+    let parts;
     let directory = match (
         directory.is_file(),
         directory.parent(),
         directory.file_name(),
     ) {
         (true, Some(parent), Some(name)) => {
-            match Parts::find(directory)? {
-                Some(parts) => list_parts(&parts, &mut files)?,
-                None => files.push(PathBuf::from(name)),
+            parts = Parts::find(directory)?;
+            match &parts {
+                Some(parts) => {
+                    list_parts(parts, &mut files)?;
+                    &parts.folder
+                }
+                None => {
+                    files.push(PathBuf::from(name));
+                    parent
+                }
             }
-            parent
         }
         _ => {
             list(directory, Path::new(""), &mut files)?;
