@@ -5,10 +5,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use candle_core::{DType, Tensor};
-use proxytune::config::Family;
 use proxytune::config::models::family_in;
+use proxytune::config::{Dtype, Family, Memory};
 use proxytune::models::checkpoint_files::{Layout, WeightFiles};
-use proxytune::models::{autoencoder, flux, sd3, sdxl, t5};
+use proxytune::models::{
+    Opening, Request, Sampling, Tuning, autoencoder, flux, open as open_learner, sd3, sdxl, t5,
+};
 use proxytune::nn::Weights;
 
 use crate::support::golden::{CPU, difference};
@@ -457,4 +459,71 @@ fn a_model_in_a_single_file_is_found_by_its_path_and_trained_as_a_whole() {
     let theirs: Tensor = theirs.stored(name).unwrap().unwrap();
     let theirs = theirs.to_dtype(DType::F32).unwrap();
     assert_eq!(difference(variable.as_tensor(), &theirs), 0.0);
+}
+
+#[test]
+fn text_encoders_are_let_go_of_once_every_prompt_is_foreseen() {
+    let sampling = Sampling {
+        guidance_scale: 3.0,
+        num_inference_steps: 2,
+        negative_prompt: "rain".into(),
+        top_k: 0,
+        top_p: 1.0,
+        temperature: 1.0,
+        guidance_interval: None,
+    };
+    for (case, family) in [
+        (FLUX, Family::Flux),
+        (SDXL, Family::Sdxl),
+        (SD3, Family::Sd3),
+    ] {
+        let place = tempfile::tempdir().unwrap();
+        copy(&golden(case.pipeline), place.path());
+        let opening = Opening {
+            dir: place.path().to_path_buf(),
+            name: "tiny".into(),
+            family,
+            resolution: (family == Family::Flux).then_some(16),
+            tuning: Tuning::Frozen,
+            seed: 0,
+            device: CPU,
+            dtype: Dtype::F32,
+            memory: Memory::Auto,
+            dropout: 0.0,
+            condition_dropout: 0.0,
+        };
+        let request = |prompt: &str| Request {
+            prompt: prompt.into(),
+            seed: 3,
+        };
+        let requests = ["a dog", "a cat"].map(request);
+        let expected = open_learner(&opening)
+            .unwrap()
+            .generate(&requests, &sampling)
+            .unwrap();
+        let mut learner = open_learner(&opening).unwrap();
+        let prompts = ["a dog", "a cat", "rain"].map(String::from);
+        learner.foresee(&prompts).unwrap();
+        let encoder = place.path().join("text_encoder/model.safetensors");
+        let aside = place.path().join("text_encoder/aside");
+        std::fs::rename(&encoder, &aside).unwrap();
+        assert_eq!(
+            learner.generate(&requests, &sampling).unwrap(),
+            expected,
+            "{family}"
+        );
+        let new = [request("a house")];
+        let error = learner.generate(&new, &sampling).unwrap_err().to_string();
+        assert!(error.contains("text_encoder"), "{error}");
+        std::fs::rename(&aside, &encoder).unwrap();
+        let expected = open_learner(&opening)
+            .unwrap()
+            .generate(&new, &sampling)
+            .unwrap();
+        assert_eq!(
+            learner.generate(&new, &sampling).unwrap(),
+            expected,
+            "{family}"
+        );
+    }
 }
