@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 
+use super::checkpoint_files::Layout;
 use super::latent_diffusion::text::described_clips;
 use super::tokenizer::TextTokenizer;
 use super::{chameleon, clip, flux, llamagen, sd3};

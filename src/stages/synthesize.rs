@@ -25,7 +25,12 @@ pub(super) fn batch_claim(keys: &[String]) -> String {
 /// Every prompt that whoever draws proxies, and is scored, will be asked for.
 fn prompts(context: &Context, sampling: &Sampling) -> Vec<String> {
     let proxies = context.plan.proxies().iter().map(|proxy| &proxy.prompt);
-    let scored = context.plan.samples().iter().map(|sample| &sample.prompt);
+    let scored = context
+        .plan
+        .evaluation()
+        .images
+        .iter()
+        .map(|image| &image.prompt);
     let all = proxies.chain(scored).chain([&sampling.negative_prompt]);
     let distinct: BTreeSet<&String> = all.collect();
     distinct.into_iter().cloned().collect()

@@ -306,7 +306,7 @@ impl Names {
                 .looked_up(UNET, name, dims)
                 .or_else(|| self.unet(name, dims)),
             Part::Vae => self.vae(name, dims),
-            // What SD3 and FLUX take of CLIP-L has no projection, whatever the file has.
+            // Neither SD3 nor FLUX projects what CLIP-L says, whatever its file has.
             Part::ClipL if name.starts_with("text_projection") => Some(Vec::new()),
             Part::ClipL | Part::ClipG => self.looked_up(CLIP, name, dims),
             Part::T5 => self.looked_up(T5, name, dims),
