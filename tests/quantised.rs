@@ -8,6 +8,7 @@ use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
 use candle_core::{DType, Tensor, Var};
 use proxytune::files::gguf::{self, READ};
 use proxytune::models::flux::{Condition, Config, FluxTransformer, LORA_TARGETS};
+use proxytune::models::t5::T5Encoder;
 use proxytune::nn::{
     Adapter, Cut, Embedding, Form, Init, Linear, LoraConfig, Precision, Weight, Weights, backward,
 };
@@ -181,15 +182,17 @@ fn flux() -> Config {
     }
 }
 
-/// A FLUX of random weights: in Q8_0 in a file, and in f32, as they are and as Q8_0 leaves them.
-fn random_flux(place: &Path) -> (PathBuf, HashMap<String, Tensor>, HashMap<String, Tensor>) {
-    let new = Weights::trainable(&[], 0, &CPU).unwrap();
-    FluxTransformer::new(flux(), &new).unwrap();
+/// Random weights for a model that took `new` ones: in Q8_0 in a file, and in f32, as they are and as Q8_0 leaves them.
+fn packed(
+    new: &Weights,
+    path: &Path,
+    factor: f64,
+) -> (HashMap<String, Tensor>, HashMap<String, Tensor>) {
     let (mut packed, mut exact, mut rounded) = (Vec::new(), HashMap::new(), HashMap::new());
     for (name, variable) in new.variables() {
         let width = *variable.dims().last().unwrap();
         let scale = if variable.dims().len() == 2 {
-            (width as f64).powf(-0.5)
+            factor * (width as f64).powf(-0.5)
         } else {
             0.3
         };
@@ -203,9 +206,8 @@ fn random_flux(place: &Path) -> (PathBuf, HashMap<String, Tensor>, HashMap<Strin
         exact.insert(name.clone(), tensor);
         packed.push((name, quantised));
     }
-    let path = place.join("flux1-dev-Q8_0.gguf");
-    let mut file = std::fs::File::create(&path).unwrap();
-    let architecture = gguf_file::Value::String("flux".into());
+    let mut file = std::fs::File::create(path).unwrap();
+    let architecture = gguf_file::Value::String("any".into());
     let tensors: Vec<_> = packed
         .iter()
         .map(|(name, tensor)| (name.as_str(), tensor))
@@ -216,13 +218,16 @@ fn random_flux(place: &Path) -> (PathBuf, HashMap<String, Tensor>, HashMap<Strin
         &tensors,
     )
     .unwrap();
-    (path, exact, rounded)
+    (exact, rounded)
 }
 
 #[test]
 fn a_flux_in_q8_0_draws_and_learns_as_its_unpacked_weights_do() {
     let place = tempfile::tempdir().unwrap();
-    let (path, exact, rounded) = random_flux(place.path());
+    let path = place.path().join("flux1-dev-Q8_0.gguf");
+    let new = Weights::trainable(&[], 0, &CPU).unwrap();
+    FluxTransformer::new(flux(), &new).unwrap();
+    let (exact, rounded) = packed(&new, &path, 1.0);
     let packed = Weights::from_files(&[path], Precision::AsStored, &CPU).unwrap();
     let (n, m) = (12, 5);
     let (x, context, pooled) = (random((2, n, 32)), random((2, m, 32)), random((2, 32)));
@@ -272,6 +277,37 @@ fn a_flux_in_q8_0_draws_and_learns_as_its_unpacked_weights_do() {
     // Q8_0 rounds by up to a 254th of a block's largest number.
     let apart = difference(&packed.0, &exact.0);
     assert!(apart > 1e-5 && apart < 2e-2, "{apart}");
+}
+
+#[test]
+fn a_t5_in_q8_0_says_what_that_of_candle_transformers_does() {
+    use candle_transformers::models::quantized_t5::{T5EncoderModel, VarBuilder};
+    let config = serde_json::json!({
+        "vocab_size": 64, "d_model": 64, "d_kv": 32, "d_ff": 96, "num_layers": 2, "num_heads": 2,
+        "relative_attention_num_buckets": 32, "dropout_rate": 0.1, "layer_norm_epsilon": 1e-6,
+        "initializer_factor": 1.0, "feed_forward_proj": "gated-gelu", "is_encoder_decoder": false,
+        "pad_token_id": 0, "eos_token_id": 1,
+    });
+    let place = tempfile::tempdir().unwrap();
+    let path = place.path().join("t5-Q8_0.gguf");
+    let new = Weights::trainable(&[], 1, &CPU).unwrap();
+    let own = serde_json::from_value(config.clone()).unwrap();
+    T5Encoder::new(&own, &new).unwrap();
+    let (_, rounded) = packed(&new, &path, 0.5);
+    let ids = Tensor::new(&[[5u32, 63, 0, 7, 7, 2, 40, 1, 33, 12]], &CPU).unwrap();
+    let run = |weights: Weights| {
+        let model = T5Encoder::new(&own, &weights).unwrap();
+        weights.finish().unwrap();
+        model.forward(&ids, &ids.ones_like().unwrap()).unwrap()
+    };
+    let ours = run(Weights::from_files(std::slice::from_ref(&path), DType::F32, &CPU).unwrap());
+    let unpacked = run(Weights::from_tensors(rounded, DType::F32, &CPU));
+    assert!(difference(&ours, &unpacked) < 1e-5);
+    // candle's products round what goes in to 8 bits too.
+    let vb = VarBuilder::from_gguf(&path, &CPU).unwrap();
+    let mut theirs = T5EncoderModel::load(vb, &serde_json::from_value(config).unwrap()).unwrap();
+    let apart = difference(&ours, &theirs.forward(&ids).unwrap());
+    assert!(apart < 3e-2, "{apart}");
 }
 
 /// A GGUF file of version 3 with these counts of tensors and entries, and what follows.
