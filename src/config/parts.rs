@@ -79,6 +79,7 @@ const SIGNS: [(Part, &[&str], &[&str]); 10] = [
         &[
             "conditioner.embedders.0.transformer.",
             "text_encoders.clip_l.transformer.",
+            "cond_stage_model.transformer.",
         ],
     ),
     (
@@ -87,6 +88,7 @@ const SIGNS: [(Part, &[&str], &[&str]); 10] = [
         &[
             "conditioner.embedders.1.model.",
             "text_encoders.clip_g.transformer.",
+            "cond_stage_model.1.transformer.",
         ],
     ),
     (Part::T5, T5, &["text_encoders.t5xxl.transformer.", ""]),
