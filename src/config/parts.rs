@@ -225,8 +225,8 @@ impl Parts {
 
     /// The file with diffusers' `component` of the model, if it is there.
     pub fn component(&self, component: &str) -> Option<&PartFile> {
-        let components = self.family.components().iter();
-        let (_, part, _) = components.clone().find(|(name, _, _)| *name == component)?;
+        let mut components = self.family.components().iter();
+        let (_, part, _) = components.find(|(name, _, _)| *name == component)?;
         self.files.iter().find(|file| file.part == *part)
     }
 }
@@ -238,7 +238,8 @@ fn folder_of(path: &Path) -> PathBuf {
         _ => Path::new("."),
     };
     let name = folder.file_name().unwrap_or_default().to_string_lossy();
-    match (BESIDE.contains(&&*name), folder.parent()) {
+    let is_beside = !name.is_empty() && BESIDE.contains(&&*name);
+    match (is_beside, folder.parent()) {
         (true, Some(around)) if around != Path::new("") => around.to_path_buf(),
         (true, Some(_)) => PathBuf::from("."),
         _ => folder.to_path_buf(),
@@ -284,8 +285,8 @@ pub fn parts_of(path: &Path) -> Result<Vec<PartFile>> {
             continue;
         }
         let here = prefixes.iter().find_map(|prefix| {
-            let mut shapes = signs.iter().map(|sign| at(format!("{prefix}{sign}")));
-            Some((prefix, shapes.find_map(|shape| shape)?))
+            let shapes = signs.iter().map(|sign| at(format!("{prefix}{sign}")));
+            Some((prefix, shapes.flatten().next()?))
         });
         let Some((prefix, shape)) = here else {
             continue;

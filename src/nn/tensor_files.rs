@@ -232,7 +232,7 @@ impl Located {
     /// The rows that it has of the file's tensor.
     fn rows(&self) -> Vec<Range<usize>> {
         match self.cut.rows.is_empty() {
-            true => vec![0..self.dims.first().copied().unwrap_or(1)],
+            true => std::iter::once(0..self.dims.first().copied().unwrap_or(1)).collect(),
             false => self.cut.rows.clone(),
         }
     }

@@ -88,9 +88,9 @@ pub enum Kept {
 }
 
 enum Network {
-    Sdxl(UNet),
-    Sd3(Sd3Transformer),
-    Flux(FluxTransformer),
+    Sdxl(Box<UNet>),
+    Sd3(Box<Sd3Transformer>),
+    Flux(Box<FluxTransformer>),
 }
 
 impl Model {
@@ -103,19 +103,20 @@ impl Model {
     }
 
     fn open(self, weights: &Weights) -> Result<Network> {
+        let sd3 = |config| Sd3Transformer::new(config, weights);
         Ok(match self {
-            Model::Sdxl => Network::Sdxl(UNet::new(sdxl_config()?, weights)?),
-            Model::Sd3Medium => Network::Sd3(Sd3Transformer::new(sd3_config(24, None), weights)?),
+            Model::Sdxl => Network::Sdxl(Box::new(UNet::new(sdxl_config()?, weights)?)),
+            Model::Sd3Medium => Network::Sd3(Box::new(sd3(sd3_config(24, None))?)),
             Model::Sd35Large => {
                 let norm = Some(sd3::QkNorm::RmsNorm);
-                Network::Sd3(Sd3Transformer::new(sd3_config(38, norm), weights)?)
+                Network::Sd3(Box::new(sd3(sd3_config(38, norm))?))
             }
             Model::Flux1Dev => {
                 let config = flux::Config {
                     guidance_embeds: true,
                     ..flux::Config::default()
                 };
-                Network::Flux(FluxTransformer::new(config, weights)?)
+                Network::Flux(Box::new(FluxTransformer::new(config, weights)?))
             }
         })
     }

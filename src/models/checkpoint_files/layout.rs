@@ -164,8 +164,8 @@ impl Layout {
 
     fn part<'a>(&self, parts: &'a Parts, component: &str) -> Result<&'a PartFile> {
         parts.component(component).ok_or_else(|| {
-            let components = parts.family.components().iter();
-            let part = components.clone().find(|(name, _, _)| *name == component);
+            let mut components = parts.family.components().iter();
+            let part = components.find(|(name, _, _)| *name == component);
             let name = part.map_or(component, |(_, part, _)| part.name());
             let from = part.map_or("", |(_, part, _)| published(parts.family, *part));
             Error::invalid(
