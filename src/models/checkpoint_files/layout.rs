@@ -56,13 +56,19 @@ impl Layout {
         }
     }
 
-    /// Whether the model has diffusers' `component`.
+    /// Whether the model has diffusers' `component`, or cannot do without: then opening it says what is missing.
     ///
     /// # Errors
     /// When `model_index.json` cannot be read.
     pub fn has(&self, component: &str) -> Result<bool> {
         match &self.parts {
-            Some(parts) => Ok(self.has_weights(component) || parts.component(component).is_some()),
+            Some(parts) => {
+                let mut components = parts.family.components().iter();
+                let known = components.find(|(name, _, _)| *name == component);
+                let is_needed = known.is_some_and(|(_, _, can_do_without)| !can_do_without);
+                let there = || parts.component(component).is_some();
+                Ok(is_needed || self.has_weights(component) || there())
+            }
             None => {
                 let index: Value = read_json(&self.folder.join("model_index.json"))?;
                 // `[null, null]` stands for none.
