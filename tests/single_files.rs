@@ -12,6 +12,7 @@ use proxytune::models::{
     Opening, Request, Sampling, Tuning, autoencoder, flux, open as open_learner, sd3, sdxl, t5,
 };
 use proxytune::nn::Weights;
+use proxytune::plan::checkpoint_digest;
 
 use crate::support::golden::{CPU, difference};
 use crate::support::{program, say};
@@ -533,4 +534,28 @@ fn text_encoders_are_let_go_of_once_every_prompt_is_foreseen() {
             "{family}"
         );
     }
+}
+
+#[test]
+fn the_digest_of_a_single_file_is_that_of_all_parts_that_its_model_has() {
+    let place = folder(&FLUX, true);
+    let file = place.path().join("flux1-dev.safetensors");
+    let digest = || checkpoint_digest(&file).unwrap();
+    let before = digest();
+    std::fs::write(place.path().join("notes.json"), "{}").unwrap();
+    let other = golden("single-file/sd35/sd3.5_medium.safetensors");
+    std::fs::copy(other, place.path().join("sd3.5_medium.safetensors")).unwrap();
+    assert_eq!(digest(), before);
+    let tokenizer = place.path().join("tokenizer/tokenizer_config.json");
+    let text = std::fs::read_to_string(&tokenizer).unwrap();
+    std::fs::write(&tokenizer, format!("{text} ")).unwrap();
+    let changed = digest();
+    assert_ne!(changed, before);
+    std::fs::copy(
+        golden("single-file/flux-gguf/t5-v1_1-xxl-encoder-F16.gguf"),
+        place.path().join("t5.gguf"),
+    )
+    .unwrap();
+    std::fs::remove_file(place.path().join("t5xxl_fp16.safetensors")).unwrap();
+    assert_ne!(digest(), changed);
 }
