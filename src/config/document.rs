@@ -3,15 +3,15 @@
 use std::path::Path;
 
 use super::limits::TEXT_BYTES;
+use super::models;
 use super::own_subjects::Changes;
 use super::reader::Faults;
 use super::resolve::pipeline;
 use super::resolved::Resolved;
 use super::tree::{self, Place, Table};
 use super::typed;
-use super::{models, parts};
 use crate::files::text;
-use crate::hub::RepoId;
+use crate::hub::{RepoId, parts};
 use crate::{Error, Result};
 
 /// A pipeline file that has been read but not yet given a meaning; it remembers where everything was typed.

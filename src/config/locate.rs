@@ -4,8 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use super::models::{Family, KnownModel, family_in, known, known_names};
-use super::parts;
-use crate::hub::{self, Presence, Published, RepoId, Settings, Snapshot, human_bytes};
+use crate::hub::{self, Presence, Published, RepoId, Settings, Snapshot, human_bytes, parts};
 use crate::{Error, Result};
 
 /// How much of a model is on this machine.

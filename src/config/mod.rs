@@ -12,7 +12,6 @@ pub mod limits;
 pub mod locate;
 pub mod models;
 pub mod own_subjects;
-pub mod parts;
 pub mod prompts;
 mod reader;
 mod resolve;

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::parts::Parts;
+use crate::hub::parts::{Network, Parts};
 use crate::hub::{Published, catalogue};
 use crate::{Error, Result};
 
@@ -257,7 +257,11 @@ pub fn family_in(directory: &Path) -> Result<Option<Family>> {
         (_, Some("vit")) => Some(Family::Dino),
         _ if has("cls_token_num") => Some(Family::LlamaGen),
         (None, None) if has_published_llamagen(directory) => Some(Family::LlamaGen),
-        _ => Parts::find(directory)?.map(|parts| parts.family),
+        _ => Parts::find(directory)?.map(|parts| match parts.network {
+            Network::Sdxl => Family::Sdxl,
+            Network::Sd3 => Family::Sd3,
+            Network::Flux => Family::Flux,
+        }),
     })
 }
 

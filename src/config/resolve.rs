@@ -7,7 +7,6 @@ use super::direct;
 use super::effect::{first_idle, unlike};
 use super::limits;
 use super::models::{self, Family, Kind};
-use super::parts;
 use super::prompts::PromptList;
 use super::reader::{At, Faults, did_you_mean};
 use super::resolved::*;
@@ -17,7 +16,7 @@ use super::training::{check_dtype, training, training_defaults};
 use super::tree::Place;
 use super::typed::{self, Typed};
 use crate::files;
-use crate::hub::RepoId;
+use crate::hub::{RepoId, parts};
 
 pub(super) fn place_of<'a, T>(typed: &'a Typed<T>, otherwise: &'a Place) -> &'a Place {
     typed.as_ref().map_or(otherwise, |at| &at.place)

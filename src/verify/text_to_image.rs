@@ -8,7 +8,7 @@ use super::reference::Inputs;
 use super::runners::{Opened, Output, Place, Runner};
 use crate::config::Family;
 use crate::config::models::family_in;
-use crate::config::parts::Parts;
+use crate::hub::parts::Parts;
 use crate::models::flux::FluxDenoiser;
 use crate::models::latent_diffusion::{Denoiser, LatentDiffusion, network_files};
 use crate::models::sd3::Mmdit;

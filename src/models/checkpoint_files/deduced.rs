@@ -4,8 +4,7 @@
 use serde_json::{Value, json};
 
 use super::names::Names;
-use crate::config::Family;
-use crate::config::parts::Part;
+use crate::hub::parts::{Network, Part};
 
 /// Width of an attention head where no tensor tells it.
 const HEAD: usize = 64;
@@ -51,10 +50,10 @@ impl Shapes {
     }
 
     /// The config of diffusers or transformers for `part` of a model of `family`.
-    pub fn config(&self, part: Part, family: Family) -> Value {
+    pub fn config(&self, part: Part, family: Network) -> Value {
         match part {
-            Part::Denoiser(Family::Flux) => self.flux(),
-            Part::Denoiser(Family::Sd3) => self.sd3(),
+            Part::Denoiser(Network::Flux) => self.flux(),
+            Part::Denoiser(Network::Sd3) => self.sd3(),
             Part::Denoiser(_) => self.sdxl(),
             Part::Vae => self.vae(family),
             Part::ClipL => self.clip("quick_gelu"),
@@ -151,15 +150,15 @@ impl Shapes {
         })
     }
 
-    fn vae(&self, family: Family) -> Value {
+    fn vae(&self, family: Network) -> Value {
         let levels = self.count("encoder.down_blocks.");
         let width = |level: usize| {
             let conv = format!("encoder.down_blocks.{level}.resnets.0.conv1.weight");
             self.size(&conv, 0)
         };
         let (scale, shift) = match family {
-            Family::Flux => (0.3611, Some(0.1159)),
-            Family::Sd3 => (1.5305, Some(0.0609)),
+            Network::Flux => (0.3611, Some(0.1159)),
+            Network::Sd3 => (1.5305, Some(0.0609)),
             _ => (0.13025, None),
         };
         json!({
@@ -216,14 +215,14 @@ impl Shapes {
 }
 
 /// `scheduler_config.json` of a `family`, as it is published.
-pub fn scheduler(family: Family) -> Value {
+pub fn scheduler(family: Network) -> Value {
     match family {
-        Family::Flux => json!({
+        Network::Flux => json!({
             "_class_name": "FlowMatchEulerDiscreteScheduler",
             "shift": 3.0,
             "use_dynamic_shifting": true,
         }),
-        Family::Sd3 => json!({
+        Network::Sd3 => json!({
             "_class_name": "FlowMatchEulerDiscreteScheduler",
             "shift": 3.0,
         }),

@@ -9,10 +9,9 @@ use serde_json::Value;
 use super::deduced::{self, Shapes};
 use super::names::Names;
 use super::{WeightFiles, fault};
-use crate::config::Family;
-use crate::config::parts::{Part, PartFile, Parts};
 use crate::files::tensor_headers::tensors_in;
 use crate::files::{SETTINGS, read_json, read_text};
+use crate::hub::parts::{Network, Part, PartFile, Parts};
 use crate::models::limits::{Limited, read_config};
 use crate::{Error, Result};
 
@@ -63,7 +62,7 @@ impl Layout {
     pub fn has(&self, component: &str) -> Result<bool> {
         match &self.parts {
             Some(parts) => {
-                let mut components = parts.family.components().iter();
+                let mut components = parts.network.components().iter();
                 let known = components.find(|(name, _, _)| *name == component);
                 let is_needed = known.is_some_and(|(_, _, can_do_without)| !can_do_without);
                 let there = || parts.component(component).is_some();
@@ -133,7 +132,7 @@ impl Layout {
         let file = self.part(parts, component)?;
         let tensors = tensors_in(&file.path)?;
         let names = Names::of(file.part, &file.prefix, &tensors);
-        let config = Shapes::new(&tensors, &names).config(file.part, parts.family);
+        let config = Shapes::new(&tensors, &names).config(file.part, parts.network);
         Ok(Some((config, file.path.clone())))
     }
 
@@ -149,7 +148,7 @@ impl Layout {
     pub fn scheduler<T: DeserializeOwned>(&self) -> Result<T> {
         let path = self.folder.join("scheduler/scheduler_config.json");
         match &self.parts {
-            Some(parts) if !path.is_file() => self.typed(deduced::scheduler(parts.family), &path),
+            Some(parts) if !path.is_file() => self.typed(deduced::scheduler(parts.network), &path),
             _ => read_json(&path),
         }
     }
@@ -170,15 +169,15 @@ impl Layout {
 
     fn part<'a>(&self, parts: &'a Parts, component: &str) -> Result<&'a PartFile> {
         parts.component(component).ok_or_else(|| {
-            let mut components = parts.family.components().iter();
+            let mut components = parts.network.components().iter();
             let part = components.find(|(name, _, _)| *name == component);
             let name = part.map_or(component, |(_, part, _)| part.name());
-            let from = part.map_or("", |(_, part, _)| published(parts.family, *part));
+            let from = part.map_or("", |(_, part, _)| published(parts.network, *part));
             Error::invalid(
                 format!(
                     "{}: {name} of {} is missing",
                     self.folder.display(),
-                    parts.family
+                    parts.network.family()
                 ),
                 format!("place {from} beside the model, or {component}/ as diffusers has it"),
             )
@@ -199,7 +198,7 @@ impl Layout {
                 ),
                 format!(
                     "copy {name}/ (vocab.json and merges.txt, or tokenizer.json, and tokenizer_config.json) from {}",
-                    repository(parts.family)
+                    repository(parts.network)
                 ),
             )),
             _ => Ok(folder),
@@ -216,19 +215,19 @@ fn stem(component: &str) -> &'static str {
 }
 
 /// Where the diffusers layout of a family is published.
-fn repository(family: Family) -> &'static str {
+fn repository(family: Network) -> &'static str {
     match family {
-        Family::Flux => "black-forest-labs/FLUX.1-dev",
-        Family::Sd3 => "stabilityai/stable-diffusion-3-medium-diffusers",
+        Network::Flux => "black-forest-labs/FLUX.1-dev",
+        Network::Sd3 => "stabilityai/stable-diffusion-3-medium-diffusers",
         _ => "stabilityai/stable-diffusion-xl-base-1.0",
     }
 }
 
 /// A file with a part that others have not inside, and where it is published.
-fn published(family: Family, part: Part) -> &'static str {
+fn published(family: Network, part: Part) -> &'static str {
     match (part, family) {
-        (Part::Vae, Family::Flux) => "ae.safetensors (black-forest-labs/FLUX.1-dev)",
-        (Part::Vae, Family::Sd3) => {
+        (Part::Vae, Network::Flux) => "ae.safetensors (black-forest-labs/FLUX.1-dev)",
+        (Part::Vae, Network::Sd3) => {
             "the autoencoder (vae/ of stabilityai/stable-diffusion-3-medium-diffusers)"
         }
         (Part::Vae, _) => "sdxl_vae.safetensors (stabilityai/sdxl-vae)",

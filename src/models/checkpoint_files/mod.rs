@@ -17,9 +17,9 @@ use candle_core::Device;
 use serde_json::{Value, json};
 
 use super::pickle::Pickle;
-use crate::config::parts::{PartFile, parts_of};
 use crate::files::tensor_headers::{is_gguf, tensors_in};
 use crate::files::{self, read_json};
+use crate::hub::parts::{PartFile, parts_of};
 use crate::hub::{Settings, shard_names};
 use crate::nn::{Precision, Weights};
 use crate::{Error, Result};

@@ -2,8 +2,7 @@
 //! transformers do. Reference: `single_file_utils.py` and `scripts/convert_*` of diffusers, `tensor_mapping.py` of
 //! llama.cpp.
 
-use crate::config::Family;
-use crate::config::parts::Part;
+use crate::hub::parts::{Network, Part};
 use crate::nn::{Cut, Form};
 
 /// How a tensor of a single file becomes those of diffusers.
@@ -300,8 +299,8 @@ impl Names {
             return Vec::new();
         };
         let found = match self.part {
-            Part::Denoiser(Family::Flux) => self.looked_up(FLUX, name, dims),
-            Part::Denoiser(Family::Sd3) => self.looked_up(SD3, name, dims),
+            Part::Denoiser(Network::Flux) => self.looked_up(FLUX, name, dims),
+            Part::Denoiser(Network::Sd3) => self.looked_up(SD3, name, dims),
             Part::Denoiser(_) => self
                 .looked_up(UNET, name, dims)
                 .or_else(|| self.unet(name, dims)),

@@ -4,7 +4,7 @@ use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use super::Digest;
-use crate::config::parts::Parts;
+use crate::hub::parts::Parts;
 use crate::{Error, Result};
 
 /// Above this size only a file's beginning and end are read.
@@ -76,7 +76,7 @@ fn list_parts(parts: &Parts, files: &mut Vec<PathBuf>) -> Result<()> {
         .iter()
         .filter_map(|part| part.path.strip_prefix(&parts.folder).ok());
     files.extend(own.map(Path::to_path_buf));
-    let components = parts.family.components().iter().map(|(name, _, _)| *name);
+    let components = parts.network.components().iter().map(|(name, _, _)| *name);
     let folders = ["scheduler", "tokenizer", "tokenizer_2", "tokenizer_3"];
     for name in components.chain(folders) {
         if parts.folder.join(name).is_dir() {

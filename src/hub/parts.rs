@@ -3,15 +3,25 @@
 
 use std::path::{Path, PathBuf};
 
-use super::models::Family;
 use crate::files::tensor_headers::{is_gguf, tensors_in};
 use crate::{Error, Result, files};
 
+/// The network of a family of models.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Network {
+    /// Stable Diffusion XL's U-Net.
+    Sdxl,
+    /// The transformer of Stable Diffusion 3 and 3.5.
+    Sd3,
+    /// FLUX.1's transformer.
+    Flux,
+}
+
 /// A part of a model, which diffusers has in a folder of its own.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Part {
-    /// The network of a family.
-    Denoiser(Family),
+    /// The network that denoises.
+    Denoiser(Network),
     /// The first CLIP of all families.
     ClipL,
     /// The second CLIP of SDXL and SD3.
@@ -34,7 +44,7 @@ pub struct PartFile {
 /// The parts of one model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Parts {
-    pub family: Family,
+    pub network: Network,
     /// Where it was found: the folder, also where a file was named.
     pub folder: PathBuf,
     pub files: Vec<PartFile>,
@@ -54,17 +64,17 @@ const BESIDE: [&str; 7] = [
 /// By which tensor a part is known, and what may stand before it in a file.
 const SIGNS: [(Part, &[&str], &[&str]); 10] = [
     (
-        Part::Denoiser(Family::Sdxl),
+        Part::Denoiser(Network::Sdxl),
         &["label_emb.0.0.weight"],
         NETWORK,
     ),
     (
-        Part::Denoiser(Family::Sd3),
+        Part::Denoiser(Network::Sd3),
         &["joint_blocks.0.x_block.attn.qkv.weight"],
         NETWORK,
     ),
     (
-        Part::Denoiser(Family::Flux),
+        Part::Denoiser(Network::Flux),
         &["double_blocks.0.img_attn.qkv.weight"],
         NETWORK,
     ),
@@ -121,7 +131,7 @@ impl Part {
     /// What the part is called to people.
     pub fn name(self) -> &'static str {
         match self {
-            Part::Denoiser(Family::Sdxl) => "the U-Net",
+            Part::Denoiser(Network::Sdxl) => "the U-Net",
             Part::Denoiser(_) => "the transformer",
             Part::ClipL => "CLIP-L",
             Part::ClipG => "CLIP-G",
@@ -131,30 +141,38 @@ impl Part {
     }
 }
 
-impl Family {
+impl Network {
+    /// What its family is called to people.
+    pub fn family(self) -> &'static str {
+        match self {
+            Network::Sdxl => "SDXL",
+            Network::Sd3 => "SD3",
+            Network::Flux => "FLUX",
+        }
+    }
+
     /// diffusers' folders of the parts that single files hold for this family, and whether it can do without.
     pub fn components(self) -> &'static [(&'static str, Part, bool)] {
         match self {
-            Family::Sdxl => &[
-                ("unet", Part::Denoiser(Family::Sdxl), false),
+            Network::Sdxl => &[
+                ("unet", Part::Denoiser(Network::Sdxl), false),
                 ("vae", Part::Vae, false),
                 ("text_encoder", Part::ClipL, false),
                 ("text_encoder_2", Part::ClipG, false),
             ],
-            Family::Sd3 => &[
-                ("transformer", Part::Denoiser(Family::Sd3), false),
+            Network::Sd3 => &[
+                ("transformer", Part::Denoiser(Network::Sd3), false),
                 ("vae", Part::Vae, false),
                 ("text_encoder", Part::ClipL, false),
                 ("text_encoder_2", Part::ClipG, false),
                 ("text_encoder_3", Part::T5, true),
             ],
-            Family::Flux => &[
-                ("transformer", Part::Denoiser(Family::Flux), false),
+            Network::Flux => &[
+                ("transformer", Part::Denoiser(Network::Flux), false),
                 ("vae", Part::Vae, false),
                 ("text_encoder", Part::ClipL, false),
                 ("text_encoder_2", Part::T5, false),
             ],
-            Family::LlamaGen | Family::Lumina | Family::Clip | Family::Dino => &[],
         }
     }
 }
@@ -197,7 +215,7 @@ impl Parts {
         let Some(network) = network.cloned() else {
             return Ok(None);
         };
-        let Part::Denoiser(family) = network.part else {
+        let Part::Denoiser(kind) = network.part else {
             return Ok(None);
         };
         let holds_networks: Vec<PathBuf> = found
@@ -217,7 +235,7 @@ impl Parts {
             }
         }
         Ok(Some(Self {
-            family,
+            network: kind,
             folder: folder.to_path_buf(),
             files,
         }))
@@ -225,7 +243,7 @@ impl Parts {
 
     /// The file with diffusers' `component` of the model, if it is there.
     pub fn component(&self, component: &str) -> Option<&PartFile> {
-        let mut components = self.family.components().iter();
+        let mut components = self.network.components().iter();
         let (_, part, _) = components.find(|(name, _, _)| *name == component)?;
         self.files.iter().find(|file| file.part == *part)
     }
