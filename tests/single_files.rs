@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use candle_core::{DType, Tensor};
-use proxytune::config::models::family_in;
-use proxytune::config::{Dtype, Family, Memory};
+use proxytune::config::{DiffusionSampling, Dtype, Memory, Sampling};
 use proxytune::models::checkpoint_files::{Layout, WeightFiles};
+use proxytune::models::registry::family_of;
 use proxytune::models::{
-    Opening, Request, Sampling, Tuning, autoencoder, flux, open as open_learner, sd3, sdxl, t5,
+    LearnerOptions, Request, Tuning, autoencoder, family, flux, locate, open as open_learner, sd3,
+    sdxl, t5,
 };
 use proxytune::nn::Weights;
 use proxytune::plan::checkpoint_digest;
@@ -241,7 +242,7 @@ fn configs_that_single_files_lack_are_deduced_from_shapes() {
         )
     };
     assert_eq!(told(&found), told(&expected));
-    assert_eq!(family_in(place.path()).unwrap(), Some(Family::Sdxl));
+    assert_eq!(family_of(place.path()).unwrap(), Some(sdxl::FAMILY));
 }
 
 /// A safetensors file with tensors of these shapes, in bf16, whose numbers take no place on the disk.
@@ -450,8 +451,8 @@ fn a_model_in_a_single_file_is_found_by_its_path_and_trained_as_a_whole() {
     let place = folder(&SDXL, true);
     let file = place.path().join("sd_xl_base_1.0.safetensors");
     let name = file.display().to_string();
-    assert_eq!(proxytune::config::family(&name).unwrap(), Family::Sdxl);
-    assert_eq!(proxytune::config::locate(&name).unwrap(), file);
+    assert_eq!(family(&name).unwrap(), sdxl::FAMILY);
+    assert_eq!(locate(&name).unwrap(), file);
     let layout = Layout::open(&file).unwrap();
     let weights = layout
         .weights("unet")
@@ -471,27 +472,23 @@ fn a_model_in_a_single_file_is_found_by_its_path_and_trained_as_a_whole() {
 
 #[test]
 fn text_encoders_are_let_go_of_once_every_prompt_is_foreseen() {
-    let sampling = Sampling {
+    let sampling = Sampling::Diffusion(DiffusionSampling {
         guidance_scale: 3.0,
         num_inference_steps: 2,
         negative_prompt: "rain".into(),
-        top_k: 0,
-        top_p: 1.0,
-        temperature: 1.0,
-        guidance_interval: None,
-    };
+    });
     for (case, family) in [
-        (FLUX, Family::Flux),
-        (SDXL, Family::Sdxl),
-        (SD3, Family::Sd3),
+        (FLUX, flux::FAMILY),
+        (SDXL, sdxl::FAMILY),
+        (SD3, sd3::FAMILY),
     ] {
         let place = tempfile::tempdir().unwrap();
         copy(&golden(case.pipeline), place.path());
-        let opening = Opening {
+        let opening = LearnerOptions {
             dir: place.path().to_path_buf(),
             name: "tiny".into(),
             family,
-            resolution: (family == Family::Flux).then_some(16),
+            resolution: (family == flux::FAMILY).then_some(16),
             tuning: Tuning::Frozen,
             seed: 0,
             device: CPU,

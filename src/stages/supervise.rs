@@ -12,7 +12,7 @@ use futures::{Stream, StreamExt};
 use super::train::Course;
 use super::{Context, Supervisor, references::at_resolution};
 use crate::config;
-use crate::models::{Lesson, Opening, Request, Sampling, sampling_file};
+use crate::models::{LearnerOptions, Lesson, Request, sampling_file};
 use crate::plan::Versions;
 use crate::store::Claim;
 use crate::stream::Meter;
@@ -58,7 +58,7 @@ const LOOK: Duration = Duration::from_millis(200);
 /// nothing else is left. Should the other be killed, its checkpoints are in the store and the next one goes on.
 pub fn supervise(
     context: Arc<Context>,
-    opening: Opening,
+    opening: LearnerOptions,
     input: impl Stream<Item = (usize, String)> + Send,
     meter: Meter,
 ) -> impl Stream<Item = Result<Supervisor>> + Send {
@@ -251,7 +251,7 @@ async fn train(
                     seed,
                 })
                 .collect();
-            let sampling = Sampling::diffusion(sampling);
+            let sampling = config::Sampling::Diffusion(sampling.clone());
             let mut examples = Vec::new();
             for requests in requests.chunks(settings.training.batch_size) {
                 if context.stop.requested() {

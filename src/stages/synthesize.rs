@@ -10,7 +10,8 @@ use image::RgbImage;
 
 use super::{Checkpoint, Context, Lazy, Method, ProxyBatch, Supervisor, ended_early};
 use crate::Result;
-use crate::models::{Request, Sampling};
+use crate::config::Sampling;
+use crate::models::Request;
 use crate::stream::{Downstream, Meter, Outlet};
 use crate::training::restore;
 
@@ -23,7 +24,7 @@ pub(super) fn batch_claim(keys: &[String]) -> String {
 }
 
 /// Every prompt that whoever draws proxies, and is scored, will be asked for.
-fn prompts(context: &Context, sampling: &Sampling) -> Vec<String> {
+fn prompts(context: &Context, negative: &String) -> Vec<String> {
     let proxies = context.plan.proxies().iter().map(|proxy| &proxy.prompt);
     let scored = context
         .plan
@@ -31,7 +32,7 @@ fn prompts(context: &Context, sampling: &Sampling) -> Vec<String> {
         .images
         .iter()
         .map(|image| &image.prompt);
-    let all = proxies.chain(scored).chain([&sampling.negative_prompt]);
+    let all = proxies.chain(scored).chain([negative]);
     let distinct: BTreeSet<&String> = all.collect();
     distinct.into_iter().cloned().collect()
 }
@@ -55,8 +56,8 @@ pub(super) async fn draw(
             seed: proxy.seed,
         })
         .collect();
-    let sampling = Sampling::diffusion(&proxies.sampling);
-    let foreseen = prompts(context, &sampling);
+    let sampling = Sampling::Diffusion(proxies.sampling.clone());
+    let foreseen = prompts(context, &proxies.sampling.negative_prompt);
     let adapter = supervisor.adapter.clone();
     painter
         .get()

@@ -6,13 +6,13 @@ use serde::de::DeserializeOwned;
 
 use super::reference::Inputs;
 use super::runners::{Opened, Output, Place, Runner};
-use crate::config::Family;
-use crate::config::models::family_in;
 use crate::hub::parts::Parts;
 use crate::models::flux::FluxDenoiser;
 use crate::models::latent_diffusion::{Denoiser, LatentDiffusion, network_files};
+use crate::models::registry::family_of;
 use crate::models::sd3::Mmdit;
 use crate::models::sdxl::SdxlDenoiser;
+use crate::models::{flux, sd3, sdxl};
 use crate::{Error, Result, nn};
 
 /// The file that says which pipeline a folder holds.
@@ -24,10 +24,10 @@ pub(super) fn is_in(place: &Path) -> bool {
 }
 
 pub(super) fn open(place: &Place) -> Opened {
-    match family_in(&place.folder)? {
-        Some(Family::Sdxl) => of::<SdxlDenoiser>(place),
-        Some(Family::Sd3) => of::<Mmdit>(place),
-        Some(Family::Flux) => of::<FluxDenoiser>(place),
+    match family_of(&place.folder)? {
+        Some(family) if family == sdxl::FAMILY => of::<SdxlDenoiser>(place),
+        Some(family) if family == sd3::FAMILY => of::<Mmdit>(place),
+        Some(family) if family == flux::FAMILY => of::<FluxDenoiser>(place),
         _ => Err(Error::invalid(
             format!(
                 "{} is no pipeline that is known here",

@@ -11,7 +11,7 @@ use serde_json::json;
 
 use super::torch::{median, threads};
 use crate::cli::memory::{gibibytes, peak_memory};
-use crate::config::{Dtype, Family, training_defaults};
+use crate::config::{Dtype, Family};
 use crate::console;
 use crate::models::flux::{self, FluxTransformer};
 use crate::models::sd3::{self, Sd3Transformer};
@@ -96,9 +96,9 @@ enum Network {
 impl Model {
     fn family(self) -> Family {
         match self {
-            Model::Sdxl => Family::Sdxl,
-            Model::Sd3Medium | Model::Sd35Large => Family::Sd3,
-            Model::Flux1Dev => Family::Flux,
+            Model::Sdxl => sdxl::FAMILY,
+            Model::Sd3Medium | Model::Sd35Large => sd3::FAMILY,
+            Model::Flux1Dev => flux::FAMILY,
         }
     }
 
@@ -211,7 +211,7 @@ pub(super) fn run(args: &DenoiserArgs) -> Result<()> {
     }
     use_threads(threads(args.threads));
     let (b, side) = (args.batch_size, args.size / 8);
-    let settings = training_defaults(args.model.family());
+    let settings = args.model.family().training();
     let adapter = Arc::new(Adapter::new(
         LoraConfig {
             rank: settings.rank,

@@ -102,6 +102,14 @@ impl WeightFiles {
         }
     }
 
+    /// The files.
+    pub fn paths(&self) -> &[PathBuf] {
+        match self {
+            Self::Safetensors(files) | Self::Pickles(files) => files,
+            Self::Part(PartFile { path, .. }) | Self::Gguf(path) => std::slice::from_ref(path),
+        }
+    }
+
     /// All of it as safetensors files under the models' own names: torch's are converted, unless that has been done
     /// before.
     ///

@@ -11,7 +11,9 @@ use rand_chacha::ChaCha8Rng;
 
 use super::{Conditioning, Denoiser, Framing, LatentDiffusion, network_files};
 use crate::models::checkpoint_files::Layout;
-use crate::models::{Example, Learner, Lesson, Opening, Request, Sampling, Tuning, adapters};
+use crate::models::{
+    Example, Learner, LearnerOptions, Lesson, Request, Sampling, Tuning, adapters,
+};
 use crate::nn::{Adapter, Weights, mean_over_parts, merged, recomputing};
 use crate::{Error, Result, images};
 
@@ -37,7 +39,7 @@ pub struct DiffusionLearner<D> {
 
 impl<D: Denoiser> DiffusionLearner<D> {
     /// Opens the checkpoint in `opening.dir`, in diffusers' layout or in single files.
-    pub fn open(opening: &Opening) -> Result<Self> {
+    pub fn open(opening: &LearnerOptions) -> Result<Self> {
         let files = network_files::<D>(&opening.dir)?;
         let weights = match opening.tuning {
             Tuning::Full => files.open_trainable(opening.seed, &opening.device)?,
@@ -160,6 +162,7 @@ impl<D: Denoiser> Learner for DiffusionLearner<D> {
     }
 
     fn generate(&mut self, requests: &[Request], sampling: &Sampling) -> Result<Vec<RgbImage>> {
+        let sampling = sampling.diffusion()?;
         let prompts: Vec<&str> = requests
             .iter()
             .map(|request| request.prompt.as_str())
