@@ -51,8 +51,8 @@ fn bytes_below(folder: &Path) -> u64 {
         .sum()
 }
 
-/// What is there of the model called `name`: a directory or a single file, a known model, or `owner/name` on the hub, with or without
-/// `@revision`. Nothing is asked of the hub. Known models are looked for in their directory, below the working
+/// What is there of the model called `name`: a directory or a single file, a known model, or `owner/name` on the hub, with
+/// or without `@revision`. Nothing is asked of the hub. Known models are looked for in their directory, below the working
 /// directory and then above the program's own file, and in the hub's cache.
 ///
 /// # Errors
@@ -133,7 +133,7 @@ pub fn make_present(name: &str) -> Result<PathBuf> {
         (None, _) => {
             if let Some(repo) = RepoId::parse(name) {
                 // A damaged config is found before the weights come.
-                let is_readable = |folder: &Path| family_in(folder).map(drop);
+                let is_readable = |folder: &Path| family_of(folder).map(drop);
                 hub::download_repository(&settings, &repo, is_readable)?;
             }
         }
