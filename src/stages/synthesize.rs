@@ -24,17 +24,13 @@ pub(super) fn batch_claim(keys: &[String]) -> String {
 }
 
 /// Every prompt that whoever draws proxies, and is scored, will be asked for.
-fn prompts(context: &Context, negative: &String) -> Vec<String> {
-    let proxies = context.plan.proxies().iter().map(|proxy| &proxy.prompt);
-    let scored = context
-        .plan
-        .evaluation()
-        .images
-        .iter()
-        .map(|image| &image.prompt);
-    let all = proxies.chain(scored).chain([negative]);
-    let distinct: BTreeSet<&String> = all.collect();
-    distinct.into_iter().cloned().collect()
+fn prompts(context: &Context, negative: &str) -> Vec<String> {
+    let proxies = context.plan.proxies().iter();
+    let scored = context.plan.evaluation().images.iter();
+    let mut distinct = BTreeSet::from([negative]);
+    distinct.extend(proxies.map(|proxy| proxy.prompt.as_str()));
+    distinct.extend(scored.map(|image| image.prompt.as_str()));
+    distinct.into_iter().map(String::from).collect()
 }
 
 /// Draws batch `number` of the plan.
