@@ -31,7 +31,7 @@ pub fn checkpoint_digest(directory: &Path) -> Result<String> {
             match &parts {
                 Some(parts) => {
                     list_parts(parts, &mut files)?;
-                    &parts.folder
+                    parts.folder.as_path()
                 }
                 None => {
                     files.push(PathBuf::from(name));
