@@ -399,7 +399,8 @@ fn gguf_files_that_lie_are_refused_with_what_is_wrong() {
     // Cut anywhere, the file of all kinds is refused by its name.
     let whole = std::fs::read(golden("kinds.gguf")).unwrap();
     let place = tempfile::tempdir().unwrap();
-    for length in [0, 3, 20, 100, 500, whole.len() - 1] {
+    // A file may be padded to a multiple of the alignment behind its last tensor.
+    for length in [0, 3, 20, 100, 500, whole.len() - 64] {
         let path = place.path().join("cut.gguf");
         std::fs::write(&path, &whole[..length]).unwrap();
         let error = Weights::from_files(&[path], DType::F32, &CPU)
