@@ -27,6 +27,7 @@ mod joins;
 mod keys;
 mod layouts;
 mod llamagen_published;
+mod lora_layouts;
 mod lumina;
 mod merged_adapters;
 mod nano;

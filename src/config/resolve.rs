@@ -261,23 +261,66 @@ fn resolve_supervisor(typed: &typed::Supervisor, faults: &Faults) -> Option<Supe
     }
     let default = training_defaults(family);
     check_dtype(&typed.dtype, &typed.training, "supervisor", faults);
-    Some(Supervisor {
+    let own = ("supervisor", family);
+    let mut supervisor = Supervisor {
         model: model.value.clone(),
         family,
         device: or(&typed.device, Device::Cpu),
         dtype: or(&typed.dtype, Dtype::Auto),
         resolution: resolution(&typed.resolution, &model.value, faults),
-        prompt: or(&typed.prompt, "a {token} {class}".to_string()),
-        training: training(
-            ("supervisor", family),
-            &typed.training,
-            &default,
-            None,
-            false,
+        adapter: typed.adapter.as_ref().map(|at| at.value.clone().into()),
+        adapter_digest: digest(
+            ("supervisor.adapter", &typed.adapter),
+            &typed.adapter_digest,
+            "name the file or folder of an adapter",
             faults,
         ),
+        prompt: or(&typed.prompt, SUPERVISOR_PROMPT.to_string()),
+        training: training(own, &typed.training, &default, None, false, faults),
         prior_preservation,
-    })
+    };
+    if let Some(adapter) = &typed.adapter {
+        no_effect_of_learning(
+            typed,
+            &adapter.place,
+            supervisor.training != default,
+            faults,
+        );
+        supervisor.training = default;
+        supervisor.prompt = SUPERVISOR_PROMPT.to_string();
+        supervisor.prior_preservation = None;
+    }
+    Some(supervisor)
+}
+
+/// The caption of references where nothing is typed.
+const SUPERVISOR_PROMPT: &str = "a {token} {class}";
+
+/// Reports what is said of how a supervisor learns whose adapter is given, at `switch`; `trains` says whether its training
+/// is another than the default.
+fn no_effect_of_learning(typed: &typed::Supervisor, switch: &Place, trains: bool, faults: &Faults) {
+    let training = typed.training.places();
+    let prior = typed.prior_preservation.as_ref().map(|prior| &prior.place);
+    let prompt = unlike(&typed.prompt, &SUPERVISOR_PROMPT.to_string());
+    for (what, place) in [
+        (
+            "how the supervisor learns",
+            first_idle(Some(switch), training).filter(|_| trains),
+        ),
+        ("supervisor.prompt", first_idle(Some(switch), prompt)),
+        (
+            "[supervisor.prior_preservation]",
+            first_idle(Some(switch), prior),
+        ),
+    ] {
+        if let Some(place) = place {
+            faults.push(
+                place,
+                format!("{what} has no effect with supervisor.adapter, which is learnt already"),
+                "remove it, or remove supervisor.adapter",
+            );
+        }
+    }
 }
 
 fn diffusion_sampling(typed: &typed::Sampling, family: Family) -> DiffusionSampling {
@@ -390,7 +433,12 @@ fn resolve_student(
         resolution: resolution(&typed.resolution, &model.value, faults),
         source,
         init: typed.init.as_ref().map(|at| at.value.clone().into()),
-        init_digest: init_digest(typed, faults),
+        init_digest: digest(
+            ("student.init", &typed.init),
+            &typed.init_digest,
+            "name the folder of a trained student, such as student in a run's directory",
+            faults,
+        ),
         training: training(
             ("student", family),
             &typed.training,
@@ -414,28 +462,33 @@ fn resolve_student(
     })
 }
 
-/// The digest of the adapter that the student starts from: as it was typed or, where it was not, as its files are now.
-fn init_digest(typed: &typed::Student, faults: &Faults) -> Option<String> {
-    let Some(init) = &typed.init else {
-        if let Some(digest) = &typed.init_digest {
+/// The digest of the adapter that `field` names: as it was typed or, where it was not, as its files are now.
+fn digest(
+    (field, path): (&str, &Typed<String>),
+    typed: &Typed<String>,
+    hint: &str,
+    faults: &Faults,
+) -> Option<String> {
+    let Some(path) = path else {
+        if let Some(digest) = typed {
             faults.push(
                 &digest.place,
-                "student.init_digest has no effect without student.init",
+                format!("{field}_digest has no effect without {field}"),
                 "remove the line",
             );
         }
         return None;
     };
-    if let Some(digest) = &typed.init_digest {
+    if let Some(digest) = typed {
         return Some(digest.value.clone());
     }
-    match files::digest_dir(Path::new(&init.value)) {
+    match files::digest_of(Path::new(&path.value)) {
         Ok(digest) => Some(digest),
         Err(error) => {
             faults.push(
-                &init.place,
-                format!("student.init cannot be read: {error}"),
-                "name the folder of a trained student, such as student in a run's directory",
+                &path.place,
+                format!("{field} cannot be read: {error}"),
+                hint,
             );
             None
         }

@@ -13,6 +13,8 @@ pub mod limits;
 pub mod llamagen;
 pub mod lora_file;
 mod lora_fit;
+pub mod lora_names;
+pub mod lora_write;
 pub mod merge;
 pub mod pickle;
 pub mod reading;
@@ -38,7 +40,7 @@ use self::checkpoint_files::WeightFiles;
 use self::latent_diffusion::Framing;
 use crate::config::{self, Dtype, Family, Memory};
 use crate::nn::map_safetensors;
-use crate::nn::{Adapter, LoraConfig, Weights};
+use crate::nn::{Adapter, Factors, LoraConfig, Weights};
 use crate::{Error, Result};
 
 /// What a backbone learns from one image, in its own terms.
@@ -177,10 +179,12 @@ pub fn snapshot(variables: &[(String, Var)]) -> Result<BTreeMap<String, Tensor>>
 }
 
 /// What of a model is trained.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub enum Tuning {
     /// A LoRA adapter.
     Lora(LoraConfig),
+    /// An adapter that is there, by layer: each has a rank and scale of its own, and convolutions may be among them.
+    Given(Arc<BTreeMap<String, Factors>>),
     /// All weights of the backbone.
     Full,
     /// Nothing.
@@ -241,6 +245,11 @@ impl Opening {
                 let adapter = Arc::new(Adapter::new(config.clone(), self.seed));
                 (weights.with_adapter(adapter.clone()), Some(adapter))
             }
+            Tuning::Given(layers) => {
+                let layers = (**layers).clone();
+                let adapter = Arc::new(Adapter::from_factors(layers, str::to_string));
+                (weights.with_adapter(adapter.clone()), Some(adapter))
+            }
             Tuning::Full | Tuning::Frozen => (weights, None),
         }
     }
@@ -291,16 +300,16 @@ pub fn resolution(family: Family, dir: &Path, asked: Option<u32>) -> Result<u32>
     }
 }
 
-/// The paths of the linear layers of the backbone of the checkpoint in `dir`, as its file names them; `None` where only
-/// opening it would tell.
+/// The layers that an adapter may join, linear ones and convolutions, of the backbone of the checkpoint in `dir`: their
+/// paths, as its file names them, with the shapes of their weights; `None` where only opening it would tell.
 ///
 /// # Errors
 /// When its weights are missing or damaged.
-pub fn linear_layers(
+pub fn layers(
     family: Family,
     dir: &Path,
     resolution: Option<u32>,
-) -> Result<Option<Vec<String>>> {
+) -> Result<Option<BTreeMap<String, Vec<usize>>>> {
     let files = match family {
         Family::LlamaGen => llamagen::Files::find(dir, resolution)?.backbone()?,
         Family::Lumina => WeightFiles::find(dir, "model")?,
@@ -317,7 +326,7 @@ pub fn linear_layers(
     let WeightFiles::Safetensors(files) = files else {
         return Ok(None);
     };
-    let mut layers = Vec::new();
+    let mut layers = BTreeMap::new();
     for (name, view) in map_safetensors(&files)?.tensors() {
         let layer = name.strip_suffix(".weight");
         let is_table = |layer: &&str| {
@@ -325,11 +334,8 @@ pub fn linear_layers(
                 .iter()
                 .any(|table| layer.ends_with(table))
         };
-        layers.extend(
-            layer
-                .filter(|layer| view.shape().len() == 2 && !is_table(layer))
-                .map(String::from),
-        );
+        let layer = layer.filter(|layer| view.shape().len() > 1 && !is_table(layer));
+        layers.extend(layer.map(|layer| (layer.to_string(), view.shape().to_vec())));
     }
     Ok(Some(layers))
 }

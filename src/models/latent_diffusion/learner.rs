@@ -37,7 +37,7 @@ impl<D: Denoiser> DiffusionLearner<D> {
         let files = network_files::<D>(&opening.dir)?;
         let weights = match opening.tuning {
             Tuning::Full => Weights::trainable(&files, opening.seed, &opening.device)?,
-            Tuning::Lora(_) | Tuning::Frozen => {
+            Tuning::Lora(_) | Tuning::Given(_) | Tuning::Frozen => {
                 Weights::from_files(&files, opening.dtype, &opening.device)?
             }
         };
