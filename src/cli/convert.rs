@@ -128,18 +128,8 @@ pub(super) fn convert(args: &ConvertArgs, out: &mut impl Write) -> Result<()> {
 /// The adapter at `path`, all of whose parts can be written elsewhere.
 fn read(path: &Path) -> Result<LoraFile> {
     let file = LoraFile::read(path)?;
-    let whole: Vec<&str> = file.whole.keys().map(String::as_str).collect();
-    if whole.is_empty() {
-        return Ok(file);
-    }
-    Err(Error::invalid(
-        format!(
-            "{} has whole weights beside its factors: {}",
-            shown(path),
-            whole.join(", ")
-        ),
-        "proxytune merge compares them with the model's, and works the adapter into it",
-    ))
+    file.check_alone()?;
+    Ok(file)
 }
 
 /// The family that the names of all `files` tell.

@@ -144,25 +144,16 @@ fn check_carried(file: &LoraFile, ranks: &BTreeMap<String, usize>) -> Result<()>
             .filter(|layer| !file.layers.contains_key(*layer))
             .map(|layer| format!("{layer} is a target here, and not adapted by it")),
     );
-    let hint = match (faults.is_empty(), file.whole.is_empty()) {
-        (true, true) => return Ok(()),
-        (true, false) => {
-            "proxytune merge works other adapters into a checkpoint, which sample --model takes"
-        }
-        (false, _) => "set rank and targets to those that the adapter was trained with",
-    };
-    faults.extend(
-        file.whole
-            .keys()
-            .map(|name| format!("{name} is a whole weight")),
-    );
+    if faults.is_empty() {
+        return file.check_alone();
+    }
     Err(Error::invalid(
         format!(
             "{}: another adapter is wanted: {}",
             shown(&file.path),
             brief(&faults)
         ),
-        hint,
+        "set rank and targets to those that the adapter was trained with",
     ))
 }
 

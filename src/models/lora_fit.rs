@@ -120,17 +120,15 @@ impl LoraFile {
         ))
     }
 
-    /// [`LoraFile::check_fit`], and without whole weights beside the factors: for an adapter that is drawn with.
+    /// Fails where there are whole weights beside the factors, which only a merge can compare with the model's.
     ///
     /// # Errors
-    /// Its.
-    pub fn check_given(&self, places: &BTreeMap<String, Vec<usize>>) -> Result<()> {
-        self.check_fit(places)?;
-        let whole = self
-            .whole
-            .keys()
-            .map(|name| format!("{name} is a whole weight"));
-        let faults: Vec<String> = whole.collect();
+    /// With their names.
+    pub fn check_alone(&self) -> Result<()> {
+        let whole = self.whole.keys();
+        let faults: Vec<String> = whole
+            .map(|name| format!("{name} is a whole weight"))
+            .collect();
         if faults.is_empty() {
             return Ok(());
         }

@@ -312,7 +312,10 @@ impl Role<'_> {
             return;
         };
         if let Some(Adapter::Given(path)) = self.adapter {
-            let fits = LoraFile::read(path).and_then(|file| file.check_given(&places));
+            let fits = LoraFile::read(path).and_then(|file| {
+                file.check_fit(&places)?;
+                file.check_alone()
+            });
             found.take(&[self.name, "adapter"], fits);
             return;
         }

@@ -333,7 +333,9 @@ fn given(path: &std::path::Path, digest: Option<&str>) -> Result<Tuning> {
             "restore it, or take adapter_digest out of the pipeline file and start a new run",
         ));
     }
-    Ok(Tuning::Given(Arc::new(LoraFile::read(path)?.folded()?)))
+    let file = LoraFile::read(path)?;
+    file.check_alone()?;
+    Ok(Tuning::Given(Arc::new(file.folded()?)))
 }
 
 /// How a student is opened for drawing: as for training, without dropout.
@@ -458,7 +460,11 @@ pub fn opening_for(model: &str, adapter: Option<&std::path::Path>, on: Device) -
     let tuning = match adapter {
         None => Tuning::Frozen,
         Some(dir) if dir.join(CHECKPOINT_WEIGHTS).is_file() => Tuning::Full,
-        Some(path) => Tuning::Given(Arc::new(LoraFile::read(path)?.layers)),
+        Some(path) => {
+            let file = LoraFile::read(path)?;
+            file.check_alone()?;
+            Tuning::Given(Arc::new(file.layers))
+        }
     };
     Ok(Opening {
         dir: locate(model)?,
