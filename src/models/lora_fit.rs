@@ -14,7 +14,21 @@ use crate::{Error, Result};
 const TOLD: usize = 24;
 
 /// How adapters are named that other programs write, by a part of the names, and what to do with them.
-const KINDS: [(&str, &str); 17] = [
+const KINDS: [(&str, &str); 18] = [
+    ("hada_", "this is LoHa of LyCORIS; only LoRA can be applied"),
+    ("lokr_", "this is LoKr of LyCORIS; only LoRA can be applied"),
+    (".oft_", "this is OFT; only LoRA can be applied"),
+    (
+        ".lora_mid",
+        "this is LoCon with a core tensor; only LoRA can be applied",
+    ),
+    ("dora_scale", "this is DoRA; only LoRA can be applied"),
+    (
+        "lora_magnitude_vector",
+        "this is DoRA; only LoRA can be applied",
+    ),
+    (".diff ", DIFFERENCES),
+    (".diff_b", DIFFERENCES),
     ("lora_te", TEXT),
     ("text_encoder", TEXT),
     ("text_model.", TEXT),
@@ -26,34 +40,12 @@ const KINDS: [(&str, &str); 17] = [
         "lora_transformer_",
         "these are kohya's names, of no layer of SD3 or FLUX.1: name the model that it was trained with",
     ),
-    ("hada_", "this is LoHa of LyCORIS; only LoRA can be applied"),
-    ("lokr_", "this is LoKr of LyCORIS; only LoRA can be applied"),
-    ("oft_", "this is OFT; only LoRA can be applied"),
-    (
-        "lora_mid",
-        "this is LoCon with a core tensor; only LoRA can be applied",
-    ),
-    ("dora_scale", "this is DoRA; only LoRA can be applied"),
-    (
-        "lora_magnitude_vector",
-        "this is DoRA; only LoRA can be applied",
-    ),
-    (
-        ".diff",
-        "these are whole differences, no factors; only LoRA can be applied",
-    ),
     (
         "single_transformer_blocks.",
         "its layers are those of FLUX: name the model that it was trained with",
     ),
-    (
-        "down_blocks.",
-        "its layers are those of the UNet of SD or SDXL: name the model that it was trained with",
-    ),
-    (
-        "up_blocks.",
-        "its layers are those of the UNet of SD or SDXL: name the model that it was trained with",
-    ),
+    ("down_blocks.", UNET),
+    ("up_blocks.", UNET),
     (
         "transformer_blocks.",
         "its layers are those of a transformer of diffusers, as SD3's: name the model that it was trained with",
@@ -63,6 +55,9 @@ const KINDS: [(&str, &str); 17] = [
         "its layers are those of a language model of transformers, as Lumina-mGPT's: name the model that it was trained with",
     ),
 ];
+const DIFFERENCES: &str = "these are whole differences, no factors; only LoRA can be applied";
+const UNET: &str =
+    "its layers are those of the UNet of SD or SDXL: name the model that it was trained with";
 const TEXT: &str = "factors of text encoders are among it, which keep their own weights here: train the denoiser alone";
 
 const TRAINED_WITH: &str = "use the checkpoint that the adapter was trained with";
