@@ -18,6 +18,7 @@ mod evaluators;
 mod export;
 mod fuzz;
 mod generate;
+mod given_adapters;
 mod half_precision;
 mod hostile_checkpoints;
 mod hostile_hub;

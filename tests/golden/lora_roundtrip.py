@@ -106,11 +106,9 @@ class Trip:
         for layout in layouts:
             end = "" if layout == "peft" else ".safetensors"
             target = self.folder / f"{source.stem}-{layout}{end}"
-            model = self.folder / "model"
-            command = [self.program, "convert", source, target, "--to", layout]
-            if self.family.name != "flux, 3072 wide":
-                command += ["--model", model]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            command = [self.program, "convert", source, target, "--to", layout, "--model", self.folder / "model"]
+            if not target.exists():
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             source = target
         return source
 
