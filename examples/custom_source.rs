@@ -29,7 +29,7 @@ fn pairs() -> impl Stream<Item = Result<(image::RgbImage, String)>> + Send {
 #[tokio::main]
 async fn main() -> Result<()> {
     let mut opening = opening_for("nano-llamagen", None, config::Device::Cpu)?;
-    let mut settings = config::training_defaults(opening.family);
+    let mut settings = opening.family.training();
     settings.learning_rate = 1e-3;
     opening.tuning = tuning(&settings);
     // A model lives on a thread of its own and is spoken to with closures.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
-use proxytune::config::{Family, Sampling, sampling_defaults};
+use proxytune::config::Sampling;
 use proxytune::files;
 use proxytune::models::adapters::{PEFT_CONFIG, PEFT_WEIGHTS};
 use proxytune::models::sampling_file;
@@ -298,7 +298,7 @@ fn an_adapter_is_drawn_with_as_it_was_evaluated_unless_options_say_otherwise() {
     assert!(said.contains("guidance_scale 7.5, top_k 1000"), "{said}");
     let (asked, _) = draw("asked", &dir, &["--guidance-scale", "2", "--top-k", "100"]);
     assert_ne!(asked, general);
-    let mut noted = sampling_defaults(Family::LlamaGen);
+    let mut noted = proxytune::models::llamagen::FAMILY.sampling();
     if let Sampling::Autoregressive(noted) = &mut noted {
         (noted.guidance_scale, noted.top_k) = (2.0, 100);
     }

@@ -32,9 +32,14 @@ images_per_prompt = 1
 
 fn with(overrides: &[&str]) -> Resolved {
     let overrides: Vec<String> = overrides.iter().map(|text| text.to_string()).collect();
-    Document::parse(PIPELINE, "keys.toml", &overrides)
-        .resolve()
-        .unwrap()
+    Document::parse(
+        PIPELINE,
+        "keys.toml",
+        &overrides,
+        &proxytune::models::Registry,
+    )
+    .resolve()
+    .unwrap()
 }
 
 fn plan(resolved: &Resolved) -> Plan {

@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
-use proxytune::config::Family;
 use proxytune::files;
 use proxytune::models::lora_file::LoraFile;
 use proxytune::models::lora_write::{Layout, Written, fuse};
+use proxytune::models::{flux, sd3};
 
 use crate::support::{Place, Said, find, program, say};
 
@@ -152,7 +152,7 @@ fn with_own_factors(model: &str) -> LoraFile {
 #[test]
 fn layers_with_factors_of_their_own_come_back_from_kohyas_as_they_were() {
     let place = tempfile::tempdir().unwrap();
-    for (model, family) in [("sd3", Family::Sd3), ("flux", Family::Flux)] {
+    for (model, family) in [("sd3", sd3::FAMILY), ("flux", flux::FAMILY)] {
         let mut file = with_own_factors(model);
         // Some trainers leave the keys out.
         file.layers.retain(|layer, _| !layer.ends_with("attn.to_k"));

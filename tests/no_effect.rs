@@ -22,7 +22,7 @@ steps = 7
 
 fn resolve(text: &str, overrides: &[&str]) -> Result<Resolved, Error> {
     let overrides: Vec<String> = overrides.iter().map(|text| text.to_string()).collect();
-    Document::parse(text, "test.toml", &overrides).resolve()
+    Document::parse(text, "test.toml", &overrides, &proxytune::models::Registry).resolve()
 }
 
 fn faults(text: &str, overrides: &[&str]) -> Vec<String> {

@@ -7,13 +7,13 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
 use proxytune::Result;
-use proxytune::config::{Dtype, Family, Memory, training_defaults};
+use proxytune::config::{DiffusionSampling, Dtype, Memory, Sampling};
 use proxytune::diffusion::{
     Ddpm, DiscreteConfig, PredictionType, SamplerKind, TrainingDraw, dpm_solver_2m, euler,
 };
 use proxytune::models::latent_diffusion::{Conditioning, Framing, network_files};
 use proxytune::models::sdxl::{Sdxl, SdxlDenoiser};
-use proxytune::models::{Example, Learner, Lesson, Opening, Request, Sampling, Tuning, open};
+use proxytune::models::{Example, Learner, LearnerOptions, Lesson, Request, Tuning, open};
 use proxytune::nn::{Adapter, LoraConfig, Weights, backward, recomputing};
 use proxytune::training::TrainingLoop;
 use proxytune::training::optimizer::{AdamWConfig, OptimizerConfig};
@@ -249,11 +249,11 @@ fn a_training_step_with_and_without_prior_preservation_equals_the_scripts() -> R
     Ok(())
 }
 
-fn opening(model: &str, tuning: Tuning, memory: Memory) -> Opening {
-    Opening {
+fn opening(model: &str, tuning: Tuning, memory: Memory) -> LearnerOptions {
+    LearnerOptions {
         dir: pipeline(model),
         name: "tiny".into(),
-        family: Family::Sdxl,
+        family: proxytune::models::sdxl::FAMILY,
         resolution: None,
         tuning,
         seed: 3,
@@ -269,7 +269,7 @@ fn lora() -> Tuning {
     Tuning::Lora(LoraConfig {
         rank: 2,
         alpha: 3.0,
-        targets: training_defaults(Family::Sdxl).targets,
+        targets: proxytune::models::sdxl::FAMILY.training().targets,
     })
 }
 
@@ -375,15 +375,11 @@ fn an_image_depends_on_its_own_seed_and_prompt_and_on_what_it_is_guided_away_fro
                     seed: *seed,
                 })
                 .collect();
-            let sampling = Sampling {
+            let sampling = Sampling::Diffusion(DiffusionSampling {
                 guidance_scale: 4.0,
                 num_inference_steps: 3,
                 negative_prompt: negative.into(),
-                top_k: 0,
-                top_p: 1.0,
-                temperature: 1.0,
-                guidance_interval: None,
-            };
+            });
             learner.generate(&requests, &sampling).unwrap()
         };
         let pair = draw(&[("a dog", 1), ("a cat", 2)], "");

@@ -7,12 +7,11 @@ use candle_core::DType;
 use clap::{Args, ValueEnum};
 
 use super::{FloatType, output_failed};
-use crate::config::models::known;
-use crate::config::{self, Family, locate};
+use crate::config::Family;
 use crate::console::{self, shown};
 use crate::models::lora_file::LoraFile;
 use crate::models::lora_write::{Layout, Written, fuse};
-use crate::models::{layers, sampling_file};
+use crate::models::{self, known, layers, locate, sampling_file};
 use crate::{Error, Result};
 
 /// `proxytune convert`
@@ -88,7 +87,7 @@ pub(super) fn convert(args: &ConvertArgs, out: &mut impl Write) -> Result<()> {
         files.push((read(path)?, *weight));
     }
     let family = match &args.model {
-        Some(model) => config::family(model)?,
+        Some(model) => models::family(model)?,
         None => told(&files)?,
     };
     if let Some(model) = &args.model {

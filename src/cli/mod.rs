@@ -107,7 +107,7 @@ impl PipelineArgs {
     ///
     /// # Errors
     /// When the file cannot be read.
-    fn open(&self, more: Option<String>) -> Result<(String, Document)> {
+    fn open(&self, more: Option<String>) -> Result<(String, Document<'static>)> {
         let text = text::read(&self.file, limits::TEXT_BYTES)?;
         let overrides: Vec<String> = self.overrides.iter().cloned().chain(more).collect();
         let changes = Changes {
@@ -115,7 +115,12 @@ impl PipelineArgs {
             subjects_dir: self.subjects_dir.as_deref(),
             overrides: &overrides,
         };
-        let document = Document::with_changes(&text, &self.file.display().to_string(), &changes);
+        let document = Document::with_changes(
+            &text,
+            &self.file.display().to_string(),
+            &changes,
+            &crate::models::Registry,
+        );
         Ok((text, document))
     }
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde::ser::SerializeMap;
 use serde::{Deserialize, Serialize, Serializer};
 
-use super::models::Family;
+use super::family::Family;
 use super::prompts::PromptList;
 use crate::{Error, Result};
 
@@ -246,12 +246,56 @@ pub struct AutoregressiveSampling {
     pub guidance_interval: Option<usize>,
 }
 
+/// How LlamaGen's `sample_t2i.py` draws.
+impl Default for AutoregressiveSampling {
+    fn default() -> Self {
+        Self {
+            guidance_scale: 7.5,
+            top_k: 1000,
+            top_p: 1.0,
+            temperature: 1.0,
+            guidance_interval: None,
+        }
+    }
+}
+
 /// The student's way of sampling follows from its family.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(untagged)]
 pub enum Sampling {
     Diffusion(DiffusionSampling),
     Autoregressive(AutoregressiveSampling),
+}
+
+impl Sampling {
+    /// As a diffusion model draws.
+    ///
+    /// # Errors
+    /// When it is for a model of the other kind.
+    pub fn diffusion(&self) -> Result<&DiffusionSampling> {
+        match self {
+            Self::Diffusion(settings) => Ok(settings),
+            Self::Autoregressive(_) => Err(other_kind("a diffusion")),
+        }
+    }
+
+    /// As an autoregressive model draws.
+    ///
+    /// # Errors
+    /// When it is for a model of the other kind.
+    pub fn autoregressive(&self) -> Result<&AutoregressiveSampling> {
+        match self {
+            Self::Autoregressive(settings) => Ok(settings),
+            Self::Diffusion(_) => Err(other_kind("an autoregressive")),
+        }
+    }
+}
+
+fn other_kind(kind: &str) -> Error {
+    Error::Invalid {
+        what: format!("these settings of sampling are not for {kind} model"),
+        hint: None,
+    }
 }
 
 /// `[student]`: the model that learns from a source of images.

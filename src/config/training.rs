@@ -1,41 +1,12 @@
 //! How a backbone learns: what was typed over the family's defaults, and what of it has no effect.
 
-use super::defaults;
 use super::effect::{first_idle, unlike};
-use super::models::Family;
+use super::family::Family;
 use super::reader::{At, Faults};
 use super::resolve::or;
-use super::resolved::{Dtype, LrScheduler, Memory, Optimizer, Prodigy, Training, Tuning};
+use super::resolved::{Dtype, LrScheduler, Optimizer, Prodigy, Training, Tuning};
 use super::tree::Place;
 use super::typed::{self, Typed};
-
-/// How a model of this family learns where nothing else is said.
-pub fn training_defaults(family: Family) -> Training {
-    let defaults = defaults::training(family);
-    let optimizer = defaults.optimizer;
-    Training {
-        tuning: Tuning::Lora,
-        steps: defaults.steps,
-        batch_size: defaults.batch_size,
-        gradient_accumulation_steps: 1,
-        learning_rate: defaults::learning_rate(family, optimizer),
-        optimizer,
-        adam_beta1: 0.9,
-        adam_beta2: defaults.adam_beta2,
-        adam_epsilon: 1e-8,
-        weight_decay: defaults.weight_decay,
-        decay_vectors: family != Family::LlamaGen,
-        prodigy: (optimizer == Optimizer::Prodigy).then(Prodigy::default),
-        max_grad_norm: defaults.max_grad_norm,
-        lr_scheduler: LrScheduler::Constant,
-        warmup_steps: 0,
-        rank: defaults::RANK,
-        alpha: defaults::RANK as f64,
-        targets: defaults::targets(family),
-        checkpoint_every: defaults::CHECKPOINT_EVERY,
-        memory: Memory::Auto,
-    }
-}
 
 /// Weights that are all trained are f32.
 pub(super) fn check_dtype(
@@ -107,7 +78,7 @@ pub(super) fn training(
     let is_prodigy = |optimizer| optimizer == Optimizer::Prodigy;
     let rate = match is_prodigy(optimizer) == is_prodigy(default.optimizer) {
         true => default.learning_rate,
-        false => defaults::learning_rate(family, optimizer),
+        false => family.learning_rate(optimizer),
     };
     let training = Training {
         tuning,

@@ -70,6 +70,13 @@ impl WeightFiles {
         }
     }
 
+    /// The files.
+    pub fn paths(&self) -> &[PathBuf] {
+        match self {
+            Self::Safetensors(files) | Self::Pickles(files) => files,
+        }
+    }
+
     /// All of it as safetensors files: torch's are converted, unless that has been done before.
     pub fn into_safetensors(self) -> Result<Vec<PathBuf>> {
         match self {

@@ -12,6 +12,7 @@ use super::lora_file::LoraFile;
 use super::lora_fit::{brief, kind};
 use super::lora_names::{self, fused};
 use super::tensor_writer::{Entry, TensorWriter, in_order};
+use super::{flux, sdxl};
 use crate::config::{Family, Kind};
 use crate::console::shown;
 use crate::nn::Factors;
@@ -187,14 +188,18 @@ impl Written<'_> {
         ))
     }
 
+    fn is_unet(&self) -> bool {
+        self.family == sdxl::FAMILY
+    }
+
     fn factor(&self, tensor: &Tensor) -> Result<Tensor> {
         Ok(tensor.to_dtype(self.dtype)?)
     }
 
     fn diffusers(&self) -> Result<BTreeMap<String, Tensor>> {
-        let component = match self.family {
-            Family::Sdxl => "unet",
-            _ => "transformer",
+        let component = match self.is_unet() {
+            true => "unet",
+            false => "transformer",
         };
         let mut tensors = BTreeMap::new();
         for (layer, factors) in self.layers {
@@ -264,7 +269,7 @@ impl Written<'_> {
             let Some((name, at, count)) = lora_names::of_authors(self.family, layer) else {
                 continue;
             };
-            let turned = self.family != Family::Sdxl && fused::is_turned(layer, factors);
+            let turned = !self.is_unet() && fused::is_turned(layer, factors);
             let factors = match turned {
                 true => fused::halves_exchanged(factors)?,
                 false => factors.clone(),
@@ -295,25 +300,27 @@ impl Written<'_> {
 
     /// What kohya's scripts write of every file, without which ComfyUI, Forge and others do not know whose it is.
     fn kohya_header(&self, title: &str, rank: usize, alpha: f64) -> BTreeMap<String, String> {
-        let (version, module, architecture, implementation) = match self.family {
-            Family::Sdxl => (
+        let (version, module, architecture, implementation) = if self.is_unet() {
+            (
                 "sdxl_base_v1-0",
                 "networks.lora",
                 "stable-diffusion-xl-v1-base",
                 "https://github.com/Stability-AI/generative-models",
-            ),
-            Family::Flux => (
+            )
+        } else if self.family == flux::FAMILY {
+            (
                 "flux1",
                 "networks.lora_flux",
                 "flux-1-dev",
                 "https://github.com/black-forest-labs/flux",
-            ),
-            _ => (
+            )
+        } else {
+            (
                 "sd3",
                 "networks.lora_sd3",
                 "stable-diffusion-3",
                 "diffusers",
-            ),
+            )
         };
         let entries = [
             ("ss_v2", "False".to_string()),

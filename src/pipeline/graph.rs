@@ -11,7 +11,7 @@ use futures::{StreamExt, TryStreamExt};
 use super::prepare::Prepared;
 use super::topology::{Item, Stage, Topology};
 use crate::config::Source;
-use crate::models::Opening;
+use crate::models::LearnerOptions;
 use crate::stages::direct::{Tuned, direct};
 use crate::stages::evaluate::{Evaluated, evaluate};
 use crate::stages::generate::{Work, generate};
@@ -324,7 +324,7 @@ impl Builder {
             }
             Stage::Direct => {
                 let settings = &context.resolved.direct;
-                let opening = Opening {
+                let opening = LearnerOptions {
                     dropout: settings.dropout,
                     condition_dropout: settings.condition_dropout,
                     ..self.prepared.student.clone()
@@ -408,7 +408,7 @@ impl Builder {
     }
 
     /// Spawns a stage that learns from the references alone.
-    fn tune(&mut self, meter: &Meter, stage: Stage, opening: Opening, tuned: Tuned) {
+    fn tune(&mut self, meter: &Meter, stage: Stage, opening: LearnerOptions, tuned: Tuned) {
         let input = self.wires.references.read_by(stage);
         let context = self.prepared.context.clone();
         let learning = direct(context, opening, tuned, input, meter.clone());

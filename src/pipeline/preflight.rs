@@ -10,12 +10,12 @@ use std::sync::Arc;
 use super::Options;
 use super::prepare::{Purpose, device};
 use crate::config::limits::NAME_BYTES;
-use crate::config::{Family, Resolved, Training, Tuning, locate, models, prompts};
+use crate::config::{Family, Resolved, Training, Tuning, prompts};
 use crate::evaluation::embedders;
 use crate::models::adapters::check_start;
 use crate::models::lora_file::LoraFile;
-use crate::models::reading::{Prompt, TextReader, clip_reader, text_readers, unread};
-use crate::models::{self as architectures, check_family};
+use crate::models::reading::{Prompt, TextReader, clip_reader, unread};
+use crate::models::{self as architectures, architecture, known, locate};
 use crate::nn::LoraConfig;
 use crate::stages::{Subject, direct, references};
 use crate::training::tuning;
@@ -286,15 +286,16 @@ impl Role<'_> {
     fn look(&self, found: &mut Preflight) -> Option<u32> {
         let field = |name| [self.name, name];
         found.take(&field("device"), device(self.device));
-        found.take(&field("model"), check_family(self.family))?;
+        let architecture = found.take(&field("model"), architecture(self.family))?;
+        found.take(&field("model"), architecture.learner())?;
         let asked = self.resolution.map(|side| side as u32);
         let Some(folder) = folder_of(self.model, &field("model"), found) else {
             return asked;
         };
-        let side = architectures::resolution(self.family, &folder, asked);
+        let side = architecture.resolution(&folder, asked);
         let side = found.take(&field("resolution"), side)?;
         self.check_layers(&folder, found);
-        let readers = text_readers(self.family, &folder, asked, true);
+        let readers = (architecture.readers)(&folder, asked, true);
         if let Some(readers) = found.take(&field("model"), readers) {
             look_at_prompts(self.model, &readers, self.prompts, self.name, found);
         }
@@ -353,7 +354,7 @@ fn folder_of(model: &str, field: &[&str], found: &mut Preflight) -> Option<std::
         Ok(folder) => Some(folder),
         Err(error) => {
             found.absent.push(Obstacle::of(field, &error));
-            if models::known(model).is_none_or(|known| known.hub.is_some()) {
+            if known(model).is_none_or(|known| known.hub.is_some()) {
                 found.downloads.push(model.to_string());
             }
             None

@@ -5,13 +5,13 @@ use std::sync::Arc;
 
 use super::preflight::{Preflight, preflight};
 use super::{Options, RunDir};
-use crate::config::{Device, Dtype, Memory, Resolved, Student, Supervisor, locate};
+use crate::config::{Device, Dtype, Memory, Resolved, Student, Supervisor};
 use crate::evaluation::embed::{Evaluator, ImageEmbedder};
 use crate::evaluation::embedders::{ClipEmbedder, DinoEmbedder};
 use crate::models::adapters::CHECKPOINT_WEIGHTS;
 use crate::models::limits::read_config;
 use crate::models::lora_file::LoraFile;
-use crate::models::{Opening, Tuning, clip, image_tokenizer_files, open_image_tokenizer, vit};
+use crate::models::{LearnerOptions, Tuning, architecture, clip, locate, vit};
 use crate::plan::{
     Plan, Versions, checkpoint_digest, derive_seed, evaluators_key, photos_digest, student_key,
     supervisor_keys,
@@ -29,9 +29,9 @@ use futures::future::BoxFuture;
 pub(super) struct Prepared {
     pub context: Arc<Context>,
     /// How the student is opened for training.
-    pub student: Opening,
+    pub student: LearnerOptions,
     /// How supervisors are; `None` without proxies.
-    pub supervisor: Option<Opening>,
+    pub supervisor: Option<LearnerOptions>,
     /// One key for each subject; empty without proxies.
     pub supervisor_keys: Vec<String>,
     pub tokenizer: Arc<OpenTokenizer>,
@@ -279,8 +279,8 @@ pub(super) async fn photos(options: &Options) -> Result<Preflight> {
     .await
 }
 
-fn student_opening(resolved: &Resolved, student: &Student, dir: PathBuf) -> Result<Opening> {
-    Ok(Opening {
+fn student_opening(resolved: &Resolved, student: &Student, dir: PathBuf) -> Result<LearnerOptions> {
+    Ok(LearnerOptions {
         dir,
         name: student.model.clone(),
         family: student.family,
@@ -299,14 +299,14 @@ fn supervisor_opening(
     resolved: &Resolved,
     supervisor: &Supervisor,
     purpose: Purpose,
-) -> Result<Opening> {
+) -> Result<LearnerOptions> {
     let tuning = match &supervisor.adapter {
         None => tuning(&supervisor.training),
         // A report opens no model.
         Some(_) if purpose == Purpose::Report => Tuning::Frozen,
         Some(path) => given(path, supervisor.adapter_digest.as_deref())?,
     };
-    Ok(Opening {
+    Ok(LearnerOptions {
         dir: locate(&supervisor.model)?,
         name: supervisor.model.clone(),
         family: supervisor.family,
@@ -339,8 +339,8 @@ fn given(path: &std::path::Path, digest: Option<&str>) -> Result<Tuning> {
 }
 
 /// How a student is opened for drawing: as for training, without dropout.
-pub fn sampler_opening(resolved: &Resolved, student: &Opening) -> Opening {
-    Opening {
+pub fn sampler_opening(resolved: &Resolved, student: &LearnerOptions) -> LearnerOptions {
+    LearnerOptions {
         tuning: tuning(&resolved.student.training),
         dropout: 0.0,
         condition_dropout: 0.0,
@@ -352,17 +352,27 @@ fn image_tokenizer(
     resolved: &Resolved,
     dir: &std::path::Path,
 ) -> Result<(Arc<OpenTokenizer>, Option<TokenizerIdentity>)> {
-    let (dir, family) = (dir.to_path_buf(), resolved.student.family);
-    let side = resolved.student.resolution.map(|side| side as u32);
-    let identity = match image_tokenizer_files(family, &dir, side)? {
-        Some((folder, count)) => Some(TokenizerIdentity {
-            digest: checkpoint_digest(&folder)?,
-            count,
-        }),
+    let student = &resolved.student;
+    let side = student.resolution.map(|side| side as u32);
+    let parts = architecture(student.family)?.learner()?.tokenizer;
+    let identity = match parts {
+        Some(parts) => {
+            let (folder, count) = (parts.files)(dir, side)?;
+            Some(TokenizerIdentity {
+                digest: checkpoint_digest(&folder)?,
+                count,
+            })
+        }
         None => None,
     };
-    let on = device(resolved.student.device)?;
-    let open: OpenTokenizer = Box::new(move || open_image_tokenizer(family, &dir, side, &on));
+    let (dir, family, on) = (dir.to_path_buf(), student.family, device(student.device)?);
+    let open: OpenTokenizer = Box::new(move || match parts {
+        Some(parts) => (parts.open)(&dir, side, &on),
+        None => Err(Error::Invalid {
+            what: format!("{family} has no image tokenizer"),
+            hint: None,
+        }),
+    });
     Ok((Arc::new(open), identity))
 }
 
@@ -456,7 +466,11 @@ pub(super) async fn protocol(context: &Context) -> Result<Vec<String>> {
 ///
 /// # Errors
 /// When the model or the adapter cannot be found or read.
-pub fn opening_for(model: &str, adapter: Option<&std::path::Path>, on: Device) -> Result<Opening> {
+pub fn opening_for(
+    model: &str,
+    adapter: Option<&std::path::Path>,
+    on: Device,
+) -> Result<LearnerOptions> {
     let tuning = match adapter {
         None => Tuning::Frozen,
         Some(dir) if dir.join(CHECKPOINT_WEIGHTS).is_file() => Tuning::Full,
@@ -466,11 +480,11 @@ pub fn opening_for(model: &str, adapter: Option<&std::path::Path>, on: Device) -
             Tuning::Given(Arc::new(file.layers))
         }
     };
-    Ok(Opening {
+    Ok(LearnerOptions {
         dir: locate(model)?,
         name: model.to_string(),
-        family: crate::config::models::family(model)?,
-        resolution: crate::config::models::known(model)
+        family: crate::models::registry::family(model)?,
+        resolution: crate::models::registry::known(model)
             .and_then(|known| known.resolution)
             .map(|side| side as u32),
         tuning,

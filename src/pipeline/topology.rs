@@ -353,9 +353,14 @@ mod tests {
     fn resolved(overrides: &[&str]) -> Resolved {
         let overrides: Vec<String> = overrides.iter().map(|text| text.to_string()).collect();
         let text = std::fs::read_to_string("pipelines/nano-smoke.toml").unwrap();
-        Document::parse(&text, "nano-smoke.toml", &overrides)
-            .resolve()
-            .unwrap()
+        Document::parse(
+            &text,
+            "nano-smoke.toml",
+            &overrides,
+            &crate::models::Registry,
+        )
+        .resolve()
+        .unwrap()
     }
 
     fn pairs(topology: &Topology) -> Vec<(Stage, Stage)> {

@@ -12,7 +12,7 @@ use super::train::Course;
 use super::{Checkpoint, Context, Method};
 use crate::config::{Source, Training, prompts};
 use crate::images::augment;
-use crate::models::{Lesson, Opening};
+use crate::models::{LearnerOptions, Lesson};
 use crate::plan::step_seed;
 use crate::stream::Meter;
 use crate::{Result, nn};
@@ -29,7 +29,7 @@ pub struct Tuned {
 /// baseline its last, for the student all that the evaluation wants.
 pub fn direct(
     context: Arc<Context>,
-    opening: Opening,
+    opening: LearnerOptions,
     tuned: Tuned,
     input: impl Stream<Item = usize> + Send,
     meter: Meter,

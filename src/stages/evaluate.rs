@@ -10,7 +10,7 @@ use super::{Checkpoint, Context, Lazy, Method};
 use crate::config;
 use crate::files::values_digest;
 use crate::images::encode_png;
-use crate::models::{Request, Sampling};
+use crate::models::Request;
 use crate::plan::{Sampled, Versions, sample_keys};
 use crate::store::{EvaluationRow, now_us};
 use crate::stream::{Meter, blocking};
@@ -160,7 +160,7 @@ async fn draw(
     requests: Vec<Request>,
     meter: &Meter,
 ) -> Result<Vec<image::RgbImage>> {
-    let sampling = Sampling::student(&settings(context, checkpoint.method)?);
+    let sampling = settings(context, checkpoint.method)?;
     let values = checkpoint.values.clone();
     learner(context, checkpoint.method)?
         .get()

@@ -20,7 +20,7 @@ use image::RgbImage;
 use crate::config::Resolved;
 use crate::evaluation::embed::Evaluator;
 use crate::evaluation::embedders::{ClipEmbedder, DinoEmbedder};
-use crate::models::{Learner, Opening, open};
+use crate::models::{Learner, LearnerOptions, open};
 use crate::plan::{Plan, Versions, drawing_key, proxy_keys};
 use crate::store::{Claim, MetricRow, ProxyRow, Store, Table, Writer, now_us};
 use crate::stream::{Board, Stop, Worker};
@@ -216,13 +216,13 @@ pub struct Lazy {
     /// weights and the kind of device.
     pub digest: String,
     name: String,
-    opening: Arc<Opening>,
+    opening: Arc<LearnerOptions>,
     worker: Arc<tokio::sync::OnceCell<Worker<Box<dyn Learner>>>>,
 }
 
 impl Lazy {
     /// The learner `opening` asks for, on a thread called `name`; `base` is the digest of its checkpoint.
-    pub fn new(name: &str, opening: Opening, base: &str) -> Self {
+    pub fn new(name: &str, opening: LearnerOptions, base: &str) -> Self {
         let kind = match opening.device.is_cpu() {
             true => "cpu",
             false => "cuda",
@@ -327,7 +327,7 @@ fn ended_early(stage: &str) -> Error {
 /// Opens a learner on a thread of its own and prepares it for training.
 async fn spawn_trainee(
     name: &str,
-    opening: Opening,
+    opening: LearnerOptions,
     settings: crate::config::Training,
 ) -> Result<Worker<crate::training::Trainer>> {
     Worker::spawn(name, move || {
@@ -339,16 +339,16 @@ async fn spawn_trainee(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Dtype, Memory, models::Family};
+    use crate::config::{Dtype, Memory};
     use crate::models::Tuning;
 
     #[test]
     fn samples_of_models_that_draw_otherwise_have_other_keys() {
         let drawn = |base: &str, resolution, dtype| {
-            let opening = Opening {
+            let opening = LearnerOptions {
                 dir: "anywhere".into(),
                 name: "any name".into(),
-                family: Family::LlamaGen,
+                family: crate::models::llamagen::FAMILY,
                 resolution,
                 tuning: Tuning::Frozen,
                 seed: 0,

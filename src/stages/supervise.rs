@@ -15,7 +15,7 @@ use super::{Context, Supervisor, references::at_resolution};
 use crate::config;
 use crate::models::adapters::DIFFUSERS_WEIGHTS;
 use crate::models::lora_write::{Layout, Written};
-use crate::models::{Lesson, Opening, Request, Sampling, Tuning, sampling_file};
+use crate::models::{LearnerOptions, Lesson, Request, Tuning, sampling_file};
 use crate::plan::Versions;
 use crate::store::Claim;
 use crate::stream::Meter;
@@ -61,7 +61,7 @@ const LOOK: Duration = Duration::from_millis(200);
 /// nothing else is left. Should the other be killed, its checkpoints are in the store and the next one goes on.
 pub fn supervise(
     context: Arc<Context>,
-    opening: Opening,
+    opening: LearnerOptions,
     input: impl Stream<Item = (usize, String)> + Send,
     meter: Meter,
 ) -> impl Stream<Item = Result<Supervisor>> + Send {
@@ -151,7 +151,7 @@ pub fn supervise(
 /// Puts the adapter that `opening` was given into the store as the folder `dir`, as one that was trained here: in
 /// diffusers' layout.
 fn publish_given(
-    opening: &Opening,
+    opening: &LearnerOptions,
     model: &str,
     dir: &Path,
     sampling: &config::Sampling,
@@ -268,7 +268,7 @@ async fn train(
                     seed,
                 })
                 .collect();
-            let sampling = Sampling::diffusion(sampling);
+            let sampling = config::Sampling::Diffusion(sampling.clone());
             let mut examples = Vec::new();
             for requests in requests.chunks(settings.training.batch_size) {
                 if context.stop.requested() {

@@ -10,7 +10,8 @@ use image::RgbImage;
 
 use super::{Checkpoint, Context, Lazy, Method, ProxyBatch, Supervisor, ended_early};
 use crate::Result;
-use crate::models::{Request, Sampling};
+use crate::config::Sampling;
+use crate::models::Request;
 use crate::stream::{Downstream, Meter, Outlet};
 use crate::training::restore;
 
@@ -41,7 +42,7 @@ pub(super) async fn draw(
             seed: proxy.seed,
         })
         .collect();
-    let sampling = Sampling::diffusion(&proxies.sampling);
+    let sampling = Sampling::Diffusion(proxies.sampling.clone());
     let adapter = supervisor.adapter.clone();
     painter
         .get()

@@ -13,7 +13,7 @@ use futures::{Stream, StreamExt};
 use super::{Checkpoint, Context, Method, ReadyBatch, ended_early, spawn_trainee};
 use crate::config::{Sampling, Training, Tuning};
 use crate::images::decode_png;
-use crate::models::{Example, Lesson, Opening};
+use crate::models::{Example, LearnerOptions, Lesson};
 use crate::plan::{Plan, step_seed};
 use crate::store::Columns;
 use crate::stream::{Meter, Worker};
@@ -41,12 +41,12 @@ impl Course {
         meter: Meter,
         name: &str,
         owner: &str,
-        opening: Opening,
+        opening: LearnerOptions,
         settings: &Training,
         (dir, identity): (PathBuf, String),
     ) -> Result<Self> {
         meter.say("opens the model");
-        let opening = Opening {
+        let opening = LearnerOptions {
             tuning: tuning(settings),
             memory: settings.memory,
             ..opening
@@ -351,7 +351,7 @@ impl Examples {
 /// Yields the untouched student if the evaluation wants it, the checkpoints that are due, and the last.
 pub fn train(
     context: Arc<Context>,
-    opening: Opening,
+    opening: LearnerOptions,
     input: impl Stream<Item = ReadyBatch> + Send,
     first_training_proxy: Arc<AtomicUsize>,
     meter: Meter,

@@ -3,8 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
-use proxytune::config::Family;
-use proxytune::config::{Document, models, prompt_list};
+use proxytune::config::{Document, prompt_list};
 use proxytune::diffusion::{Ddpm, DiscreteConfig, FlowMatchEuler, SchedulerConfig, Spacing};
 use proxytune::evaluation::captions::captions;
 use proxytune::evaluation::embed::ImageEmbedder;
@@ -183,7 +182,7 @@ fn read_configs(folder: &Path) -> bool {
         read_config::<autoencoder::Config>(&path).is_ok(),
         read_config::<chameleon::Config>(&path).is_ok(),
         chameleon::files::tokenizer_config(folder).is_ok(),
-        models::family(&folder.display().to_string()).is_ok(),
+        proxytune::models::family(&folder.display().to_string()).is_ok(),
     ];
     accepted.contains(&true)
 }
@@ -282,7 +281,11 @@ fn sampling_notes_of_any_content_are_read_or_refused() {
     let seeds = seeds.map(|text| text.as_bytes().to_vec()).into();
     fuzz(reader("sampling", "sampling.json", seeds, |folder| {
         let read = |family| sampling_file::read(folder, family).is_ok();
-        [read(Family::LlamaGen), read(Family::Sdxl)].contains(&true)
+        [
+            read(proxytune::models::llamagen::FAMILY),
+            read(proxytune::models::sdxl::FAMILY),
+        ]
+        .contains(&true)
     }));
 }
 
@@ -293,7 +296,7 @@ fn pipelines_of_diffusers_of_any_content_are_read_or_refused() {
         "tests/golden/sd3-pipeline/tiny/model_index.json",
     ]);
     fuzz(reader("model-index", "model_index.json", seeds, |folder| {
-        models::family(&folder.display().to_string()).is_ok()
+        proxytune::models::family(&folder.display().to_string()).is_ok()
     }));
 }
 
@@ -394,7 +397,11 @@ fn pipeline_files_and_overrides_of_any_content_are_read_or_refused() {
         "pipelines/table1-direct.toml",
     ]);
     fuzz(reader("pipeline", "pipeline.toml", seeds, |folder| {
-        let document = Document::open(&folder.join("pipeline.toml"), &[]);
+        let document = Document::open(
+            &folder.join("pipeline.toml"),
+            &[],
+            &proxytune::models::Registry,
+        );
         document.is_ok_and(|document| document.resolve().is_ok())
     }));
     let overrides = [
@@ -408,9 +415,14 @@ fn pipeline_files_and_overrides_of_any_content_are_read_or_refused() {
         let text = std::fs::read(folder.join("override.txt")).unwrap();
         let text = String::from_utf8_lossy(&text).into_owned();
         let pipeline = std::fs::read_to_string(root().join("pipelines/nano-smoke.toml")).unwrap();
-        Document::parse(&pipeline, "pipeline.toml", &[text])
-            .resolve()
-            .is_ok()
+        Document::parse(
+            &pipeline,
+            "pipeline.toml",
+            &[text],
+            &proxytune::models::Registry,
+        )
+        .resolve()
+        .is_ok()
     }));
 }
 
@@ -439,7 +451,7 @@ fn prompts_captions_and_metadata_of_any_content_are_read_or_refused() {
         vec![prompts.into()],
         |folder| {
             let path = folder.join("prompts.txt");
-            prompt_list(&path.display().to_string()).is_ok()
+            prompt_list(&path.display().to_string(), &proxytune::models::Registry).is_ok()
         },
     ));
     let read = |folder: &Path| captions(folder, &[folder.join("0.png")]).is_ok();

@@ -90,7 +90,8 @@ impl Place {
         let text = std::fs::read_to_string(SMOKE).unwrap();
         let options = Options {
             pipeline: SMOKE.into(),
-            resolved: Document::parse(&text, SMOKE, &overrides).resolve()?,
+            resolved: Document::parse(&text, SMOKE, &overrides, &proxytune::models::Registry)
+                .resolve()?,
             text,
             store: Some(self.store()),
             out: self.out(),

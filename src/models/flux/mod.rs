@@ -15,14 +15,53 @@ use rand_chacha::ChaCha8Rng;
 
 use self::text::TextEncoders;
 use super::autoencoder;
+use super::family::{Architecture, Backbone, KnownModel, LearnerParts};
 use super::latent_diffusion::{
     Conditioning, Denoiser, DiffusionLearner, Framing, LatentDiffusion, multiple_of,
 };
 use super::limits::read_config;
+use super::reading::TextReader;
+use crate::config::{Family, FamilySettings, Kind, Optimizer, SamplingDefaults, TrainingDefaults};
 use crate::diffusion::{Density, FlowMatchEuler, LossForm, Spacing, TrainingDraw};
 use crate::files::read_json;
+use crate::hub::catalogue;
 use crate::nn::{self, Weights};
 use crate::{Error, Result};
+
+/// FLUX.1: double and single stream blocks, rectified flow. It was distilled: there is no second prediction to lead away
+/// from.
+pub const FAMILY: Family = Family::new(&FamilySettings {
+    name: "FLUX",
+    kind: Kind::Diffusion,
+    training: TrainingDefaults::diffusion(Optimizer::Prodigy, 1e-4),
+    targets: &LORA_TARGETS,
+    sampling: SamplingDefaults::Diffusion {
+        num_inference_steps: 28,
+        guidance_scale: 3.5,
+        negative_prompt: false,
+    },
+});
+
+/// FLUX.1 in diffusers' layout.
+pub static ARCHITECTURE: Architecture = Architecture {
+    family: FAMILY,
+    recognises: |layout| layout.is_pipeline("FluxPipeline"),
+    models: &[KnownModel {
+        name: "flux.1-dev",
+        resolution: Some(512),
+        directory: "datasets/checkpoints/flux.1-dev",
+        hub: Some(&catalogue::FLUX_1_DEV),
+        files: &[],
+    }],
+    readers: |dir, _, _| TextReader::of_encoders(text_encoders(dir)?),
+    learner: Some(LearnerParts {
+        open: |options| Ok(Box::new(FluxLearner::open(options)?)),
+        resolution: |dir, asked| Ok(resolution(dir, asked.map(|side| side as usize))? as u32),
+        backbone: |dir, _| Backbone::in_folder(dir, "transformer", "diffusion_pytorch_model"),
+        config: |_, _| Ok(None),
+        tokenizer: None,
+    }),
+};
 
 /// The whole model.
 pub type Flux = LatentDiffusion<FluxDenoiser>;

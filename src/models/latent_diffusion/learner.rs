@@ -11,7 +11,9 @@ use rand_chacha::ChaCha8Rng;
 
 use super::{Conditioning, Denoiser, Framing, LatentDiffusion, network_files};
 use crate::files::{SETTINGS, read_text};
-use crate::models::{Example, Learner, Lesson, Opening, Request, Sampling, Tuning, adapters};
+use crate::models::{
+    Example, Learner, LearnerOptions, Lesson, Request, Sampling, Tuning, adapters,
+};
 use crate::nn::{Adapter, Weights, mean_over_parts, merged, recomputing};
 use crate::{Error, Result, images};
 
@@ -33,7 +35,7 @@ pub struct DiffusionLearner<D> {
 
 impl<D: Denoiser> DiffusionLearner<D> {
     /// Opens the checkpoint in `opening.dir`, in diffusers' layout.
-    pub fn open(opening: &Opening) -> Result<Self> {
+    pub fn open(opening: &LearnerOptions) -> Result<Self> {
         let files = network_files::<D>(&opening.dir)?;
         let weights = match opening.tuning {
             Tuning::Full => Weights::trainable(&files, opening.seed, &opening.device)?,
@@ -145,6 +147,7 @@ impl<D: Denoiser> Learner for DiffusionLearner<D> {
     }
 
     fn generate(&mut self, requests: &[Request], sampling: &Sampling) -> Result<Vec<RgbImage>> {
+        let sampling = sampling.diffusion()?;
         let prompts: Vec<&str> = requests
             .iter()
             .map(|request| request.prompt.as_str())

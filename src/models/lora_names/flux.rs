@@ -1,10 +1,10 @@
 //! FLUX.1 by the names of its authors (`model.py` of black-forest-labs/flux), which kohya-like trainers and ComfyUI use.
 
 use super::{Blocks, Table};
-use crate::config::Family;
+use crate::models::flux::FAMILY;
 
 pub(super) static TABLE: Table = Table {
-    family: Family::Flux,
+    family: FAMILY,
     outside: &[
         ("img_in", "x_embedder"),
         ("txt_in", "context_embedder"),

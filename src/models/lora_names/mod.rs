@@ -10,8 +10,9 @@ mod sdxl;
 use std::collections::BTreeMap;
 
 use crate::Result;
-use crate::config::Family;
+use crate::config::{Family, Kind};
 use crate::console::escaped;
+use crate::models;
 use crate::nn::Factors;
 
 /// What starts the names of kohya-like files, whose layers have underscores for dots.
@@ -73,7 +74,7 @@ pub fn place(name: &str) -> Option<Place> {
     if let Some(layer) = sdxl::layer(&flat)
         && layer != name
     {
-        return Some(one(layer, Some(Family::Sdxl)));
+        return Some(one(layer, Some(models::sdxl::FAMILY)));
     }
     bare?;
     let found = tables.iter().find_map(|table| table.of_diffusers(&flat));
@@ -83,24 +84,22 @@ pub fn place(name: &str) -> Option<Place> {
 /// What kohya-like programs call diffusers' layer at `path` of a model of this `family`, without a prefix, with the place
 /// of it in that layer and the number of layers in it; `None` where they have none.
 pub fn of_authors(family: Family, path: &str) -> Option<(String, usize, usize)> {
-    match family {
-        Family::Sdxl => Some((sdxl::of_authors(path)?, 0, 1)),
-        Family::Sd3 => sd3::TABLE.to_authors(path),
-        Family::Flux => flux::TABLE.to_authors(path),
-        Family::LlamaGen | Family::Lumina | Family::Clip | Family::Dino => None,
+    if family == models::sdxl::FAMILY {
+        return Some((sdxl::of_authors(path)?, 0, 1));
     }
+    let tables = [&flux::TABLE, &sd3::TABLE];
+    let table = tables.into_iter().find(|table| table.family == family)?;
+    table.to_authors(path)
 }
 
 /// Whether models of this `family` have a layer at `path`, as far as names tell.
 pub fn is_of(family: Family, path: &str) -> bool {
     let starts = |starts: &[&str]| starts.iter().any(|start| path.starts_with(start));
-    match family {
-        Family::LlamaGen => starts(&["layers."]) || path == "output",
-        Family::Lumina => starts(&["model.layers."]) || path == "lm_head",
-        // U-Nets of other depths have blocks that the published one lacks.
-        Family::Sdxl if starts(UNET) => true,
-        _ => of_authors(family, path).is_some(),
+    if family.kind() != Kind::Diffusion {
+        return !starts(UNET) && of_authors(models::flux::FAMILY, path).is_none();
     }
+    // U-Nets of other depths have blocks that the published one lacks.
+    (family == models::sdxl::FAMILY && starts(UNET)) || of_authors(family, path).is_some()
 }
 
 /// What starts the paths of a U-Net's layers in diffusers.
@@ -120,17 +119,17 @@ pub fn family<'a>(layers: impl IntoIterator<Item = (&'a String, &'a Factors)>) -
         })
     };
     if has(&starts(UNET)) {
-        Some(Family::Sdxl)
+        Some(models::sdxl::FAMILY)
     } else if has(&starts(&["single_transformer_blocks."])) {
-        Some(Family::Flux)
+        Some(models::flux::FAMILY)
     } else if has(&starts(&["layers."])) {
-        Some(Family::LlamaGen)
+        Some(models::llamagen::FAMILY)
     } else if has(&starts(&["model.layers."])) {
-        Some(Family::Lumina)
+        Some(models::chameleon::FAMILY)
     } else if has(&|layer| layer.contains(".attn2.")) || wide(&[1536, 2432]) {
-        Some(Family::Sd3)
+        Some(models::sd3::FAMILY)
     } else if wide(&[3072]) {
-        Some(Family::Flux)
+        Some(models::flux::FAMILY)
     } else {
         None
     }
@@ -282,7 +281,7 @@ mod tests {
         assert_eq!(theirs.layers.len(), 3);
         assert_eq!(
             (theirs.of_authors, theirs.family),
-            (true, Some(Family::Flux))
+            (true, Some(models::flux::FAMILY))
         );
     }
 

@@ -2,10 +2,10 @@
 //! use.
 
 use super::{Blocks, Table};
-use crate::config::Family;
+use crate::models::sd3::FAMILY;
 
 pub(super) static TABLE: Table = Table {
-    family: Family::Sd3,
+    family: FAMILY,
     outside: &[
         ("x_embedder.proj", "pos_embed.proj"),
         (

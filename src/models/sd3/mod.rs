@@ -21,14 +21,68 @@ use rand_chacha::ChaCha8Rng;
 
 use self::text::TextEncoders;
 use super::autoencoder;
+use super::family::{Architecture, Backbone, KnownModel, LearnerParts};
 use super::latent_diffusion::{
     Denoiser, DiffusionLearner, Framing, LatentDiffusion, network_files,
 };
 use super::limits::read_config;
+use super::reading::TextReader;
+use crate::config::{Family, FamilySettings, Kind, Optimizer, SamplingDefaults, TrainingDefaults};
 use crate::diffusion::{Density, FlowMatchEuler, LossForm, TrainingDraw};
 use crate::files::read_json;
+use crate::hub::catalogue;
 use crate::nn::Weights;
 use crate::{Error, Result};
+
+/// SD3 and SD3.5: MMDiT, rectified flow.
+pub const FAMILY: Family = Family::new(&FamilySettings {
+    name: "SD3",
+    kind: Kind::Diffusion,
+    training: TrainingDefaults::diffusion(Optimizer::Adamw, 4e-4),
+    targets: &LORA_TARGETS,
+    sampling: SamplingDefaults::Diffusion {
+        num_inference_steps: 28,
+        guidance_scale: 7.0,
+        negative_prompt: true,
+    },
+});
+
+/// SD3 and SD3.5 in diffusers' layout.
+pub static ARCHITECTURE: Architecture = Architecture {
+    family: FAMILY,
+    recognises: |layout| layout.is_pipeline("StableDiffusion3Pipeline"),
+    models: &[
+        KnownModel {
+            name: "nano-sd3",
+            resolution: Some(32),
+            directory: "datasets/nano/checkpoints/sd3",
+            hub: None,
+            files: &["model_index.json"],
+        },
+        KnownModel {
+            name: "sd3-medium",
+            resolution: Some(512),
+            directory: "datasets/checkpoints/sd3-medium",
+            hub: Some(&catalogue::SD3_MEDIUM),
+            files: &[],
+        },
+        KnownModel {
+            name: "sd3.5-large",
+            resolution: Some(512),
+            directory: "datasets/checkpoints/sd3.5-large",
+            hub: Some(&catalogue::SD35_LARGE),
+            files: &[],
+        },
+    ],
+    readers: |dir, _, _| TextReader::of_encoders(text_encoders(dir)?),
+    learner: Some(LearnerParts {
+        open: |options| Ok(Box::new(Sd3Learner::open(options)?)),
+        resolution: |dir, asked| Ok(resolution(dir, asked.map(|side| side as usize))? as u32),
+        backbone: |dir, _| Backbone::in_folder(dir, "transformer", "diffusion_pytorch_model"),
+        config: |_, _| Ok(None),
+        tokenizer: None,
+    }),
+};
 
 /// The whole model.
 pub type Sd3 = LatentDiffusion<Mmdit>;

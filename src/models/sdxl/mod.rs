@@ -19,13 +19,55 @@ use rand_chacha::ChaCha8Rng;
 
 use self::text::TextEncoders;
 use super::autoencoder;
+use super::family::{Architecture, Backbone, KnownModel, LearnerParts};
 use super::latent_diffusion::multiple_of;
+use super::latent_diffusion::text::described_clips;
 use super::latent_diffusion::{Conditioning, Denoiser, DiffusionLearner, Framing, LatentDiffusion};
 use super::limits::read_config;
+use super::reading::TextReader;
+use crate::config::{Family, FamilySettings, Kind, Optimizer, SamplingDefaults, TrainingDefaults};
 use crate::diffusion::{Ddpm, DiscreteConfig, TrainingDraw};
 use crate::files::read_json;
+use crate::hub::catalogue;
 use crate::nn::Weights;
 use crate::{Error, Result};
+
+/// SDXL: U-Net, epsilon or v-prediction.
+pub const FAMILY: Family = Family::new(&FamilySettings {
+    name: "SDXL",
+    kind: Kind::Diffusion,
+    training: TrainingDefaults::diffusion(Optimizer::Adamw, 1e-4),
+    targets: &LORA_TARGETS,
+    sampling: SamplingDefaults::Diffusion {
+        num_inference_steps: 50,
+        guidance_scale: 5.0,
+        negative_prompt: true,
+    },
+});
+
+/// The layers that diffusers' `train_dreambooth_lora_sdxl.py` adapts.
+pub const LORA_TARGETS: [&str; 4] = ["to_k", "to_q", "to_v", "to_out.0"];
+
+/// SDXL in diffusers' layout.
+pub static ARCHITECTURE: Architecture = Architecture {
+    family: FAMILY,
+    recognises: |layout| layout.is_pipeline("StableDiffusionXLPipeline"),
+    models: &[KnownModel {
+        name: "sdxl",
+        resolution: Some(1024),
+        directory: "datasets/checkpoints/sdxl",
+        hub: Some(&catalogue::SDXL),
+        files: &[],
+    }],
+    readers: |dir, _, _| TextReader::of_encoders(described_clips(dir)?),
+    learner: Some(LearnerParts {
+        open: |options| Ok(Box::new(SdxlLearner::open(options)?)),
+        resolution: |dir, asked| Ok(resolution(dir, asked.map(|side| side as usize))? as u32),
+        backbone: |dir, _| Backbone::in_folder(dir, "unet", "diffusion_pytorch_model"),
+        config: |_, _| Ok(None),
+        tokenizer: None,
+    }),
+};
 
 /// The whole model.
 pub type Sdxl = LatentDiffusion<SdxlDenoiser>;

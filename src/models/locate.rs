@@ -3,7 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
-use super::models::{Family, KnownModel, family_of, known, known_names};
+use super::family::KnownModel;
+use super::registry::{family_of, known, known_models};
 use crate::hub::{self, Presence, Published, RepoId, Settings, Snapshot, human_bytes};
 use crate::{Error, Result};
 
@@ -75,7 +76,10 @@ pub fn look_for(name: &str) -> Result<Whereabouts> {
             format!("{name:?} is neither a known model nor a directory"),
             format!(
                 "known models: {}; owner/name names a repository of the hub",
-                known_names().join(", ")
+                known_models()
+                    .map(|(_, model)| model.name)
+                    .collect::<Vec<_>>()
+                    .join(", ")
             ),
         )),
     }
@@ -206,16 +210,8 @@ fn absent(model: &KnownModel, presence: Option<&Presence>) -> Error {
             [] => "everything".to_string(),
             files => files.join(", "),
         };
-        let hint = match model.family {
-            Family::Lumina => {
-                "these files do not ship; make them with: proxytune pretrain pipelines/nano-pretrain.toml \
-                 --only vqgan,chameleon"
-            }
-            _ => {
-                "start in the repository that the program was built in: these files ship with it; or make them again \
-                 with: proxytune pretrain pipelines/nano-pretrain.toml"
-            }
-        };
+        let hint = "start in the repository that the program was built in: these files ship with it; or make them again \
+                    with: proxytune pretrain pipelines/nano-pretrain.toml";
         return Error::invalid(
             format!(
                 "model {}: missing in {}: {files}",
