@@ -240,17 +240,17 @@ fn what_sample_refuses_evaluate_merge_and_init_refuse_too() {
             "evaluation.every=0",
         ]))
     };
-    begin(&dir, 2).says(1, &parts);
+    begin(&dir, 2).says(2, &parts);
     // It fits the model, but not what is trained here.
     let narrow = peft(&place, "narrow", &all(&[WO]), None);
     begin(&narrow, 2).says(
-        1,
+        2,
         &["layers.1.attention.wo is a target here", "rank and targets"],
     );
     let layers: Vec<String> = (0..6).map(|i| format!("layers.{i}.attention.wo")).collect();
     let layers: Vec<&str> = layers.iter().map(String::as_str).collect();
     let other = peft(&place, "other", &all(&layers), None);
-    begin(&other, 4).says(1, &["its rank is 2, here 4", "rank and targets"]);
+    begin(&other, 4).says(2, &["its rank is 2, here 4", "rank and targets"]);
 }
 
 #[test]

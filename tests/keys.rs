@@ -364,7 +364,7 @@ fn an_adapter_that_is_given_is_in_keys_by_its_digest_in_place_of_all_that_is_sai
 }
 
 /// The key of a supervisor whose adapter is given, in version 1.
-const GIVEN: &str = "";
+const GIVEN: &str = "8e9bfdd4e60001fd89be110d8a7767f3951037a057465e1b0b95ea43485d3428";
 
 #[test]
 fn class_images_of_prior_preservation_are_drawn_as_the_key_says() {
