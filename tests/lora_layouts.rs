@@ -200,6 +200,13 @@ fn adapters_fused_with_weights_do_what_their_sum_does() {
     ]);
     said.says(0, &[]);
     assert!(said.out.contains("rank 8"), "{said:?}");
+    let folder = place.path().join("folder");
+    tell(&[&"convert", &out, &folder, &"--to", &"kohya"]).says(0, &[]);
+    assert_same(
+        &changes(&folder),
+        &changes(&out),
+        "a folder of kohya's layout",
+    );
     let quarter: BTreeMap<String, Vec<f32>> = changes(&one)
         .into_iter()
         .map(|(layer, change)| (layer, change.iter().map(|value| 0.25 * value).collect()))
@@ -246,7 +253,7 @@ fn nothing_is_replaced_and_what_cannot_be_carried_is_named() {
     };
     let text = "lora_te1_text_model_encoder_layers_0_mlp_fc1";
     let [down, up] = ["lora_down", "lora_up"].map(|part| format!("{text}.{part}.weight"));
-    let cases: [(&[(&str, &[usize])], &[&str]); 6] = [
+    let cases: [(Added<'_>, &[&str]); 6] = [
         (
             &[(down.as_str(), &[2, 8]), (up.as_str(), &[8, 2])],
             &[text, "text encoders"],
@@ -331,6 +338,9 @@ fn nothing_is_replaced_and_what_cannot_be_carried_is_named() {
     files::write_tensors(&ambiguous, &named.collect(), &[]).unwrap();
     convert(&ambiguous, "kohya", &new, "").says(1, &["more than one model", "--model sd3-medium"]);
 }
+
+/// Tensors that are added to a file, by name with their shapes.
+type Added<'a> = &'a [(&'a str, &'a [usize])];
 
 /// peft's folder `name` with factors of rank 2 for (128, 128) at `layers`.
 pub fn factors(place: &Path, name: &str, layers: &[&str]) -> PathBuf {

@@ -18,7 +18,7 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, Args)]
 #[command(
     after_help = "Examples:\n  proxytune convert theirs.safetensors ours --to diffusers\n  \
-                        proxytune convert datasets/runs/nano/supervisor/dog1 dog1.safetensors --to kohya --model sd3-medium\n  \
+                        proxytune convert datasets/runs/nano/supervisor/dog1 dog1.safetensors --to kohya --model nano-sd3\n  \
                         proxytune convert dog.safetensors both.safetensors --to kohya --weight 0.8 --fuse style.safetensors=0.5"
 )]
 pub struct ConvertArgs {

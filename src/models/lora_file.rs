@@ -22,6 +22,8 @@ pub const PEFT_WEIGHTS: &str = "adapter_model.safetensors";
 pub const PEFT_CONFIG: &str = "adapter_config.json";
 /// diffusers' file name.
 pub const DIFFUSERS_WEIGHTS: &str = "pytorch_lora_weights.safetensors";
+/// The name that diffusers' scripts give a file of kohya's layout.
+pub const KOHYA_WEIGHTS: &str = "pytorch_lora_weights_kohya.safetensors";
 /// PEFT's file name in torch's format.
 const PEFT_PICKLE: &str = "adapter_model.bin";
 /// The header's entry with the configuration in diffusers' files.
@@ -249,7 +251,7 @@ fn weights_file(path: &Path) -> Result<PathBuf> {
         std::fs::metadata(path).map_err(Error::io(path))?;
         return Ok(path.to_path_buf());
     }
-    [PEFT_WEIGHTS, DIFFUSERS_WEIGHTS, PEFT_PICKLE]
+    [PEFT_WEIGHTS, DIFFUSERS_WEIGHTS, KOHYA_WEIGHTS, PEFT_PICKLE]
         .map(|name| path.join(name))
         .into_iter()
         .find(|file| file.is_file())

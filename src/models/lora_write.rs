@@ -8,7 +8,7 @@ use safetensors::View;
 use serde_json::{Map, Value, json};
 
 use super::adapters::{DIFFUSERS_WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS};
-use super::lora_file::LoraFile;
+use super::lora_file::{KOHYA_WEIGHTS, LoraFile};
 use super::lora_fit::{brief, kind};
 use super::lora_names::{self, fused};
 use super::tensor_writer::{Entry, TensorWriter, in_order};
@@ -39,9 +39,6 @@ pub struct Written<'a> {
     /// Type of the factors; alphas are f32.
     pub dtype: DType,
 }
-
-/// kohya's file in a folder.
-const KOHYA_WEIGHTS: &str = "pytorch_lora_weights_kohya.safetensors";
 
 impl LoraFile {
     /// The factors with scales worked into B: each has the scale 1.

@@ -39,7 +39,7 @@ pub fn split(factors: &Factors, count: usize) -> Result<Option<Vec<Option<Factor
         parts.push(b.narrow(0, top, height)?.contiguous()?);
         top += height;
     }
-    let mut blocks = rank % count == 0;
+    let mut blocks = rank.is_multiple_of(count);
     for (i, part) in parts.iter().enumerate() {
         let beside = [(0, i * own), ((i + 1) * own, rank - (i + 1) * own)];
         for (first, columns) in beside {
