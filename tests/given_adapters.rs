@@ -215,3 +215,31 @@ fn an_init_that_does_not_fit_is_refused_before_work() {
     );
     assert!(!place.out().exists());
 }
+
+#[test]
+fn a_watched_folder_is_learnt_from_what_somebody_else_trained() {
+    let place = Place::new();
+    let photos = place.path().join("photos/dog/rex");
+    crate::support::copy_tree(Path::new("datasets/nano/subjects/dog1"), &photos);
+    let adapter = theirs(place.path(), "theirs.safetensors");
+    let mut command = program();
+    command.arg("watch").arg(place.path().join("photos"));
+    command.args(["--once", "--settle", "0.1", "--pipeline", SMOKE, "--store"]);
+    command.arg(place.store());
+    let given = format!("supervisor.adapter={}", adapter.display());
+    for text in SMALL.into_iter().chain([given.as_str()]) {
+        // A watch has no baseline of its own.
+        if !text.starts_with("direct.") {
+            command.args(["--set", text]);
+        }
+    }
+    let said = say(command);
+    assert_eq!(said.code, Some(0), "{said:?}");
+    let kept = find(&place.store().join("adapters"), &|name| {
+        name.ends_with(".safetensors")
+    });
+    assert_eq!(kept.len(), 1, "{kept:?}");
+    assert_same(&changes(&kept[0]), &changes(&adapter), "kept");
+    let published = place.path().join("photos/.proxytune/published");
+    assert!(published.is_dir(), "{said:?}");
+}
