@@ -442,6 +442,17 @@ pub fn digest(path: &Path) -> Result<String> {
     Ok(content(path)?.to_hex().to_string())
 }
 
+/// Digest of the file `path`, or of the files in the folder `path` as [`digest_dir`] takes it.
+///
+/// # Errors
+/// When there is neither, or it cannot be read.
+pub fn digest_of(path: &Path) -> Result<String> {
+    match path.is_dir() {
+        true => digest_dir(path),
+        false => digest(path),
+    }
+}
+
 /// Digest of the files that lie in the folder `dir`, hidden ones and folders left out: names and contents.
 pub fn digest_dir(dir: &Path) -> Result<String> {
     let mut found = BTreeMap::new();

@@ -328,6 +328,45 @@ fn every_setting_of_a_supervisors_training_is_in_its_key() {
 }
 
 #[test]
+fn an_adapter_that_is_given_is_in_keys_by_its_digest_in_place_of_all_that_is_said_of_learning() {
+    let given = |digest: &str, more: &[&str]| {
+        let digest = format!("supervisor.adapter_digest={digest}");
+        let mut overrides = vec!["supervisor.adapter=a/file.safetensors", digest.as_str()];
+        overrides.extend(more);
+        keys(&overrides)
+    };
+    let one = given("one", &[]);
+    assert_eq!(one, given("one", &["supervisor.adapter=b/folder"]));
+    for ((kind, key), (_, other)) in one.iter().zip(given("two", &[])) {
+        assert_eq!(*key == other, kind.starts_with("sample"), "{kind}");
+    }
+    assert!(
+        one.iter()
+            .zip(keys(&[]))
+            .all(|((kind, key), (_, plain))| { *key != plain || kind.starts_with("sample") })
+    );
+    let key = |photos: &str, seed: u64, overrides: &[&str]| {
+        let overrides = ["supervisor.adapter=a", "supervisor.adapter_digest=one"]
+            .into_iter()
+            .chain(overrides.iter().copied());
+        let resolved = with(&overrides.collect::<Vec<_>>());
+        let (supervisor, proxies) = resolved.teacher().unwrap();
+        let subject = &resolved.subjects[0];
+        let keys = supervisor_keys(photos, "base", subject, supervisor, &proxies.sampling, seed);
+        keys.newest().clone()
+    };
+    let here = key("photos", 7, &[]);
+    assert_eq!(here, GIVEN);
+    assert_eq!(here, key("other photos", 8, &[]));
+    assert_ne!(here, key("photos", 7, &["supervisor.dtype=bf16"]));
+    assert_ne!(here, key("photos", 7, &["supervisor.resolution=64"]));
+    assert_ne!(here, key("photos", 7, &["subject.dog.token=xyz"]));
+}
+
+/// The key of a supervisor whose adapter is given, in version 1.
+const GIVEN: &str = "8e9bfdd4e60001fd89be110d8a7767f3951037a057465e1b0b95ea43485d3428";
+
+#[test]
 fn class_images_of_prior_preservation_are_drawn_as_the_key_says() {
     let of = |overrides: &[&str]| supervisor(&with(overrides)).newest().clone();
     let prior = "supervisor.prior_preservation={class_images=5}";

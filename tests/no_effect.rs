@@ -95,6 +95,39 @@ fn overrides_that_work_against_each_other_are_a_fault() {
 }
 
 #[test]
+fn what_is_said_of_learning_beside_an_adapter_that_is_learnt_is_a_fault_unless_overridden() {
+    let given = [
+        "supervisor.adapter=a.safetensors",
+        "supervisor.adapter_digest=digest",
+    ];
+    let learns = "steps = 3\nprompt = \"the {token} {class}\"\n[supervisor.prior_preservation]\n";
+    let text = FILE.replace("[proxies]\n", &format!("{learns}[proxies]\n"));
+    let resolved = resolve(&text, &given).unwrap();
+    let supervisor = resolved.supervisor.as_ref().unwrap();
+    let untouched = resolve(FILE, &[]).unwrap().supervisor.unwrap();
+    assert_eq!(supervisor.training, untouched.training);
+    assert_eq!((supervisor.steps(), untouched.steps()), (0, 500));
+    let again = resolved.to_toml().unwrap();
+    assert_eq!(resolve(&again, &[]).unwrap(), resolved, "{again}");
+    let lines = "adapter = \"a.safetensors\"\nadapter_digest = \"digest\"\n";
+    let found = faults(
+        &text.replace("steps = 3\n", &format!("{lines}steps = 3\n")),
+        &[],
+    );
+    assert_eq!(found.len(), 3, "{found:#?}");
+    for (fault, what) in found.iter().zip([
+        "how the supervisor learns",
+        "supervisor.prompt",
+        "prior_preservation",
+    ]) {
+        assert!(
+            fault.contains(what) && fault.contains("has no effect with supervisor.adapter"),
+            "{fault}"
+        );
+    }
+}
+
+#[test]
 fn an_adapter_that_the_baseline_alone_learns_may_be_described_in_the_student() {
     let resolved = resolve(FILE, &["student.tuning=full", "direct.tuning=lora"]).unwrap();
     assert_eq!(resolved.direct.training.rank, 4);

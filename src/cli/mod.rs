@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod check;
+mod convert;
 mod evaluate;
 mod evaluate_nano;
 mod export;
@@ -64,6 +65,8 @@ pub enum Command {
     Report(ReportArgs),
     /// Write a checkpoint with an adapter worked into its weights
     Merge(MergeArgs),
+    /// Write an adapter in another program's layout: diffusers, kohya and ComfyUI, or peft
+    Convert(convert::ConvertArgs),
     /// List the models known by name, with what is here of them, or download one
     Models(ModelsArgs),
     /// Learn every subject whose photos arrive in a folder, with one student, again and again
@@ -198,8 +201,8 @@ pub struct SampleArgs {
     /// A known model, a checkpoint directory, or a repository of the hub (owner/name)
     #[arg(long, value_name = "NAME|DIR|OWNER/NAME")]
     pub model: String,
-    /// An adapter directory: PEFT's layout for students, diffusers' for supervisors
-    #[arg(long, value_name = "DIR")]
+    /// An adapter: a folder or file of diffusers, peft, kohya's scripts or ComfyUI
+    #[arg(long, value_name = "DIR|FILE")]
     pub adapter: Option<PathBuf>,
     /// What to draw; may be given several times
     #[arg(long = "prompt", value_name = "TEXT", required = true)]
@@ -308,8 +311,8 @@ pub struct EvaluateArgs {
     /// A known model, a checkpoint directory, or a repository of the hub (owner/name)
     #[arg(long, value_name = "NAME|DIR|OWNER/NAME", conflicts_with = "images")]
     pub model: Option<String>,
-    /// An adapter directory
-    #[arg(long, value_name = "DIR", requires = "model")]
+    /// An adapter: a folder or file of diffusers, peft, kohya's scripts or ComfyUI
+    #[arg(long, value_name = "DIR|FILE", requires = "model")]
     pub adapter: Option<PathBuf>,
     /// What the model draws: dreambooth, nano-10, or a file with one prompt per line
     #[arg(long, value_name = "LIST", default_value = "nano-10")]
@@ -356,8 +359,8 @@ pub struct MergeArgs {
     /// A known model, a checkpoint directory, or a repository of the hub (owner/name)
     #[arg(long, value_name = "NAME|DIR|OWNER/NAME")]
     pub model: String,
-    /// An adapter directory: PEFT's layout for students, diffusers' for supervisors
-    #[arg(long, value_name = "DIR")]
+    /// An adapter: a folder or file of diffusers, peft, kohya's scripts or ComfyUI
+    #[arg(long, value_name = "DIR|FILE")]
     pub adapter: PathBuf,
     /// Folder for the merged checkpoint; new or empty
     #[arg(long, value_name = "DIR")]
@@ -465,6 +468,7 @@ pub fn dispatch(cli: Cli) -> Result<Ended> {
         Command::Evaluate(args) => evaluate::evaluate(&args, &mut out),
         Command::Report(args) => report::report(&args, &mut out),
         Command::Merge(args) => merge::merge(&args, &mut out).map(|()| Ended::Well),
+        Command::Convert(args) => convert::convert(&args, &mut out).map(|()| Ended::Well),
         Command::Models(args) => models::models(&args, &mut out).map(|()| Ended::Well),
         Command::Watch(args) => watch::watch(&args, &mut out),
         Command::Remove(args) => remove::remove(&args, &mut out),

@@ -251,23 +251,67 @@ fn resolve_supervisor(
     }
     let default = family.training();
     check_dtype(&typed.dtype, &typed.training, "supervisor", faults);
-    Some(Supervisor {
+    let own = ("supervisor", family);
+    let mut supervisor = Supervisor {
         model: name.value.clone(),
         family,
         device: or(&typed.device, Device::Cpu),
         dtype: or(&typed.dtype, Dtype::Auto),
         resolution: resolution(&typed.resolution, model, faults),
-        prompt: or(&typed.prompt, "a {token} {class}".to_string()),
-        training: training(
-            ("supervisor", family),
-            &typed.training,
-            &default,
-            None,
-            false,
+        adapter: typed.adapter.as_ref().map(|at| at.value.clone().into()),
+        adapter_digest: digest(
+            ("supervisor.adapter", &typed.adapter),
+            &typed.adapter_digest,
+            "name the file or folder of an adapter",
+            surroundings,
             faults,
         ),
+        prompt: or(&typed.prompt, SUPERVISOR_PROMPT.to_string()),
+        training: training(own, &typed.training, &default, None, false, faults),
         prior_preservation,
-    })
+    };
+    if let Some(adapter) = &typed.adapter {
+        no_effect_of_learning(
+            typed,
+            &adapter.place,
+            supervisor.training != default,
+            faults,
+        );
+        supervisor.training = default;
+        supervisor.prompt = SUPERVISOR_PROMPT.to_string();
+        supervisor.prior_preservation = None;
+    }
+    Some(supervisor)
+}
+
+/// The caption of references where nothing is typed.
+const SUPERVISOR_PROMPT: &str = "a {token} {class}";
+
+/// Reports what is said of how a supervisor learns whose adapter is given, at `switch`; `trains` says whether its training
+/// is another than the default.
+fn no_effect_of_learning(typed: &typed::Supervisor, switch: &Place, trains: bool, faults: &Faults) {
+    let training = typed.training.places();
+    let prior = typed.prior_preservation.as_ref().map(|prior| &prior.place);
+    let prompt = unlike(&typed.prompt, &SUPERVISOR_PROMPT.to_string());
+    for (what, place) in [
+        (
+            "how the supervisor learns",
+            first_idle(Some(switch), training).filter(|_| trains),
+        ),
+        ("supervisor.prompt", first_idle(Some(switch), prompt)),
+        (
+            "[supervisor.prior_preservation]",
+            first_idle(Some(switch), prior),
+        ),
+    ] {
+        if let Some(place) = place {
+            faults.push(
+                place,
+                format!("{what} has no effect with supervisor.adapter, which is learnt already"),
+                "remove it, or remove supervisor.adapter",
+            );
+        }
+    }
 }
 
 /// What was typed over `default`.
@@ -372,7 +416,13 @@ fn resolve_student(
         resolution: resolution(&typed.resolution, model, faults),
         source,
         init: typed.init.as_ref().map(|at| at.value.clone().into()),
-        init_digest: init_digest(typed, surroundings, faults),
+        init_digest: digest(
+            ("student.init", &typed.init),
+            &typed.init_digest,
+            "name the folder of a trained student, such as student in a run's directory",
+            surroundings,
+            faults,
+        ),
         training: training(
             ("student", family),
             &typed.training,
@@ -396,32 +446,34 @@ fn resolve_student(
     })
 }
 
-/// The digest of the adapter that the student starts from: as it was typed or, where it was not, as its files are now.
-fn init_digest(
-    typed: &typed::Student,
+/// The digest of the adapter that `field` names: as it was typed or, where it was not, as its files are now.
+fn digest(
+    (field, path): (&str, &Typed<String>),
+    typed: &Typed<String>,
+    hint: &str,
     surroundings: &dyn Surroundings,
     faults: &Faults,
 ) -> Option<String> {
-    let Some(init) = &typed.init else {
-        if let Some(digest) = &typed.init_digest {
+    let Some(path) = path else {
+        if let Some(digest) = typed {
             faults.push(
                 &digest.place,
-                "student.init_digest has no effect without student.init",
+                format!("{field}_digest has no effect without {field}"),
                 "remove the line",
             );
         }
         return None;
     };
-    if let Some(digest) = &typed.init_digest {
+    if let Some(digest) = typed {
         return Some(digest.value.clone());
     }
-    match surroundings.digest(Path::new(&init.value)) {
+    match surroundings.digest(Path::new(&path.value)) {
         Ok(digest) => Some(digest),
         Err(error) => {
             faults.push(
-                &init.place,
-                format!("student.init cannot be read: {error}"),
-                "name the folder of a trained student, such as student in a run's directory",
+                &path.place,
+                format!("{field} cannot be read: {error}"),
+                hint,
             );
             None
         }

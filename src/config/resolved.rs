@@ -67,6 +67,14 @@ pub struct Supervisor {
     /// (`None`) the checkpoint's own.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub resolution: Option<usize>,
+    /// File or folder of an adapter that somebody has trained, in diffusers', kohya's, ComfyUI's or peft's layout: nothing is
+    /// learnt, and it makes the proxies of every subject, which it should know by token and class. What else is said of
+    /// learning has no effect then. Default: none, each subject is learnt.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<PathBuf>,
+    /// Digest of the bytes of `adapter`, which keys have in place of the path. Default: read from it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adapter_digest: Option<String>,
     /// Caption of the references; `{token}` and `{class}` are replaced. Default "a {token} {class}".
     pub prompt: String,
     #[serde(flatten)]
@@ -74,6 +82,16 @@ pub struct Supervisor {
     /// DreamBooth's class images beside the references (Ruiz et al. 2023, section 3.2). Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prior_preservation: Option<PriorPreservation>,
+}
+
+impl Supervisor {
+    /// Optimizer steps that a supervisor of this pipeline takes; none where its adapter is given.
+    pub fn steps(&self) -> usize {
+        match self.adapter {
+            Some(_) => 0,
+            None => self.training.steps,
+        }
+    }
 }
 
 /// `[supervisor.prior_preservation]`: the table's presence turns it on.
@@ -297,8 +315,8 @@ pub struct Student {
     pub resolution: Option<usize>,
     /// What it learns from. Default "proxies".
     pub source: Source,
-    /// Folder of the adapter (or, where all weights are trained, the checkpoint) that it starts from, with fresh
-    /// moments; relative paths start at the working directory. Default: none, it starts from the model.
+    /// Folder or file of the adapter (or, where all weights are trained, folder of the checkpoint) that it starts from, with
+    /// fresh moments; relative paths start at the working directory. Default: none, it starts from the model.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub init: Option<PathBuf>,
     /// Digest of the files in `init`: what the plan depends on in place of the path. Default: read from the folder.

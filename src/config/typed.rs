@@ -37,12 +37,15 @@ pub(super) struct Supervisor {
     pub device: Typed<Device>,
     pub dtype: Typed<Dtype>,
     pub resolution: Typed<usize>,
+    pub adapter: Typed<String>,
+    pub adapter_digest: Typed<String>,
     pub prompt: Typed<String>,
     pub training: Training,
     pub prior_preservation: Option<PriorPreservation>,
 }
 
 pub(super) struct PriorPreservation {
+    pub place: Place,
     pub class_images: Typed<usize>,
     pub weight: Typed<f64>,
     pub prompt: Typed<String>,
@@ -265,6 +268,8 @@ impl Supervisor {
             device: device(&section),
             dtype: section.choice("dtype"),
             resolution: section.count("resolution", &limits::RESOLUTION),
+            adapter: section.text("adapter"),
+            adapter_digest: section.text("adapter_digest"),
             prompt: section.text("prompt"),
             training: Training::read(&section),
             prior_preservation: section
@@ -279,6 +284,7 @@ impl Supervisor {
 impl PriorPreservation {
     fn read(section: Section<'_>) -> Self {
         let prior = PriorPreservation {
+            place: section.place().clone(),
             class_images: section.count("class_images", &limits::CLASS_IMAGES),
             weight: section.number("weight", &limits::ABOVE_ZERO),
             prompt: section.text("prompt"),

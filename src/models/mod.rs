@@ -15,6 +15,8 @@ pub mod llamagen;
 pub mod locate;
 pub mod lora_file;
 mod lora_fit;
+pub mod lora_names;
+pub mod lora_write;
 pub mod merge;
 pub mod pickle;
 pub mod reading;
@@ -43,7 +45,7 @@ pub use self::registry::{Registry, architecture, family, known};
 
 use self::latent_diffusion::Framing;
 use crate::config::{Dtype, Family, Memory, Sampling};
-use crate::nn::{Adapter, LoraConfig, Weights};
+use crate::nn::{Adapter, Factors, LoraConfig, Weights};
 use crate::{Error, Result};
 
 /// What a backbone learns from one image, in its own terms.
@@ -142,10 +144,12 @@ pub fn snapshot(variables: &[(String, Var)]) -> Result<BTreeMap<String, Tensor>>
 }
 
 /// What of a model is trained.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub enum Tuning {
     /// A LoRA adapter.
     Lora(LoraConfig),
+    /// An adapter that is there, by layer: each has a rank and scale of its own, and convolutions may be among them.
+    Given(Arc<BTreeMap<String, Factors>>),
     /// All weights of the backbone.
     Full,
     /// Nothing.
@@ -206,28 +210,33 @@ impl LearnerOptions {
                 let adapter = Arc::new(Adapter::new(config.clone(), self.seed));
                 (weights.with_adapter(adapter.clone()), Some(adapter))
             }
+            Tuning::Given(layers) => {
+                let layers = (**layers).clone();
+                let adapter = Arc::new(Adapter::from_factors(layers, str::to_string));
+                (weights.with_adapter(adapter.clone()), Some(adapter))
+            }
             Tuning::Full | Tuning::Frozen => (weights, None),
         }
     }
 }
 
-/// The paths of the linear layers of the backbone of the checkpoint in `dir`, as its file names them; `None` where only
-/// opening it would tell.
+/// The layers that an adapter may join, linear ones and convolutions, of the backbone of the checkpoint in `dir`: their
+/// paths, as its file names them, with the shapes of their weights; `None` where only opening it would tell.
 ///
 /// # Errors
 /// When its weights are missing or damaged.
-pub fn linear_layers(
+pub fn layers(
     family: Family,
     dir: &Path,
     resolution: Option<u32>,
-) -> Result<Option<Vec<String>>> {
+) -> Result<Option<BTreeMap<String, Vec<usize>>>> {
     let Some(parts) = &architecture(family)?.learner else {
         return Ok(None);
     };
     let Some(shapes) = (parts.backbone)(dir, resolution)?.files.shapes()? else {
         return Ok(None);
     };
-    let mut layers = Vec::new();
+    let mut layers = BTreeMap::new();
     for (name, shape) in shapes {
         let layer = name.strip_suffix(".weight");
         let is_table = |layer: &&str| {
@@ -235,11 +244,8 @@ pub fn linear_layers(
                 .iter()
                 .any(|table| layer.ends_with(table))
         };
-        layers.extend(
-            layer
-                .filter(|layer| shape.len() == 2 && !is_table(layer))
-                .map(String::from),
-        );
+        let layer = layer.filter(|layer| shape.len() > 1 && !is_table(layer));
+        layers.extend(layer.map(|layer| (layer.to_string(), shape)));
     }
     Ok(Some(layers))
 }

@@ -159,7 +159,7 @@ impl Surroundings for Registry {
     }
 
     fn digest(&self, path: &Path) -> Result<String> {
-        files::digest_dir(path)
+        files::digest_of(path)
     }
 
     fn entries(&self, path: &Path) -> Result<Vec<PathBuf>> {

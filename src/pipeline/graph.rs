@@ -145,7 +145,7 @@ fn expected(stage: Stage, context: &Context, shared: Option<&Shared>) -> usize {
         Stage::References => subjects,
         Stage::Supervise => {
             let taught = shared.map_or(subjects, |shared| shared.subjects.len());
-            let steps = resolved.supervisor.as_ref().map(|s| s.training.steps);
+            let steps = resolved.supervisor.as_ref().map(|s| s.steps());
             steps.unwrap_or(0) * taught
         }
         Stage::Synthesize | Stage::Keep | Stage::Tokenize | Stage::Score => match shared {

@@ -12,10 +12,13 @@ use super::prepare::{Purpose, device};
 use crate::config::limits::NAME_BYTES;
 use crate::config::{Family, Resolved, Training, Tuning, prompts};
 use crate::evaluation::embedders;
+use crate::models::adapters::check_start;
+use crate::models::lora_file::LoraFile;
 use crate::models::reading::{Prompt, TextReader, clip_reader, unread};
-use crate::models::{architecture, known, linear_layers, locate};
+use crate::models::{self as architectures, architecture, known, locate};
 use crate::nn::LoraConfig;
 use crate::stages::{Subject, direct, references};
+use crate::training::tuning;
 use crate::{Error, Result};
 
 /// Something that stands in the way, and the field of the pipeline that it is about.
@@ -130,6 +133,7 @@ pub fn preflight(options: &Options, purpose: Purpose) -> Preflight {
             resolution: supervisor.resolution,
             device: supervisor.device,
             training: &supervisor.training,
+            adapter: supervisor.adapter.as_deref().map(Adapter::Given),
             prompts: &wanted.supervisor,
         };
         role.look(&mut found)
@@ -143,6 +147,10 @@ pub fn preflight(options: &Options, purpose: Purpose) -> Preflight {
             resolution: student.resolution,
             device: student.device,
             training: &student.training,
+            adapter: match (&student.init, purpose, student.training.tuning) {
+                (Some(init), Purpose::Run, Tuning::Lora) => Some(Adapter::Start(init)),
+                _ => None,
+            },
             prompts: &wanted.student,
         };
         let learnt = role.look(&mut found);
@@ -162,10 +170,11 @@ pub fn preflight(options: &Options, purpose: Purpose) -> Preflight {
             let role = Role {
                 name: "direct",
                 training: &direct.training,
+                adapter: None,
                 ..role
             };
             if let Some(folder) = folder {
-                role.check_targets(&folder, &mut found);
+                role.check_layers(&folder, &mut found);
             }
         }
     }
@@ -249,6 +258,15 @@ fn read_photos(resolved: &Resolved, found: &mut Preflight) {
     }
 }
 
+/// An adapter that is there before a run.
+#[derive(Clone, Copy)]
+enum Adapter<'a> {
+    /// It is used as it is.
+    Given(&'a Path),
+    /// Training goes on from it.
+    Start(&'a Path),
+}
+
 /// A model that learns.
 #[derive(Clone, Copy)]
 struct Role<'a> {
@@ -258,6 +276,7 @@ struct Role<'a> {
     resolution: Option<usize>,
     device: crate::config::Device,
     training: &'a Training,
+    adapter: Option<Adapter<'a>>,
     /// What it reads.
     prompts: &'a [Prompt],
 }
@@ -275,7 +294,7 @@ impl Role<'_> {
         };
         let side = architecture.resolution(&folder, asked);
         let side = found.take(&field("resolution"), side)?;
-        self.check_targets(&folder, found);
+        self.check_layers(&folder, found);
         let readers = (architecture.readers)(&folder, asked, true);
         if let Some(readers) = found.take(&field("model"), readers) {
             look_at_prompts(self.model, &readers, self.prompts, self.name, found);
@@ -283,16 +302,27 @@ impl Role<'_> {
         Some(side)
     }
 
-    /// Every target is the name of a layer.
-    fn check_targets(&self, folder: &Path, found: &mut Preflight) {
+    /// Every target is the name of a layer, and the adapter that is there fits.
+    fn check_layers(&self, folder: &Path, found: &mut Preflight) {
         if self.training.tuning == Tuning::Full {
             return;
         }
         let asked = self.resolution.map(|side| side as u32);
-        let layers = linear_layers(self.family, folder, asked);
-        let Some(Some(layers)) = found.take(&[self.name, "model"], layers) else {
+        let places = architectures::layers(self.family, folder, asked);
+        let Some(Some(places)) = found.take(&[self.name, "model"], places) else {
             return;
         };
+        if let Some(Adapter::Given(path)) = self.adapter {
+            let fits = LoraFile::read(path).and_then(|file| {
+                file.check_fit(&places)?;
+                file.check_alone()
+            });
+            found.take(&[self.name, "adapter"], fits);
+            return;
+        }
+        let linear = places.iter().filter(|(_, shape)| shape.len() == 2);
+        let layers: Vec<&String> = linear.map(|(layer, _)| layer).collect();
+        let before = found.faults.len();
         for target in &self.training.targets {
             if !layers.iter().any(|layer| LoraConfig::names(target, layer)) {
                 let ends: BTreeSet<&str> = layers
@@ -307,6 +337,13 @@ impl Role<'_> {
                     format!("its layers are called {}", ends.join(", ")),
                 ));
             }
+        }
+        if let Some(Adapter::Start(path)) = self.adapter
+            && found.faults.len() == before
+            && let architectures::Tuning::Lora(config) = tuning(self.training)
+        {
+            let fits = check_start(path, &places, &config);
+            found.take(&[self.name, "init"], fits);
         }
     }
 }

@@ -8,7 +8,9 @@ use super::{Options, RunDir};
 use crate::config::{Device, Dtype, Memory, Resolved, Student, Supervisor};
 use crate::evaluation::embed::{Evaluator, ImageEmbedder};
 use crate::evaluation::embedders::{ClipEmbedder, DinoEmbedder};
+use crate::models::adapters::CHECKPOINT_WEIGHTS;
 use crate::models::limits::read_config;
+use crate::models::lora_file::LoraFile;
 use crate::models::{LearnerOptions, Tuning, architecture, clip, locate, vit};
 use crate::plan::{
     Plan, Versions, checkpoint_digest, derive_seed, evaluators_key, photos_digest, student_key,
@@ -153,7 +155,7 @@ pub(super) async fn prepare(
     let student_dir = locate(&resolved.student.model)?;
     let student = student_opening(resolved, &resolved.student, student_dir.clone())?;
     let supervisor = match &resolved.supervisor {
-        Some(supervisor) => Some(supervisor_opening(resolved, supervisor)?),
+        Some(supervisor) => Some(supervisor_opening(resolved, supervisor, purpose)?),
         None => None,
     };
     let dirs = (
@@ -219,16 +221,9 @@ pub(super) async fn prepare(
         metrics: Writer::<MetricRow>::with_limits(metrics, frequent),
         board: Board::default(),
         stop,
-        painter: match (&supervisor, &resolved.supervisor) {
-            (Some(opening), Some(settings)) => Some(Lazy::new(
-                "painter",
-                LearnerOptions {
-                    tuning: tuning(&settings.training),
-                    ..opening.clone()
-                },
-                &supervisor_base,
-            )),
-            _ => None,
+        painter: match &supervisor {
+            Some(opening) => Some(Lazy::new("painter", opening.clone(), &supervisor_base)),
+            None => None,
         },
         sampler: Lazy::new(
             "sampler",
@@ -300,13 +295,23 @@ fn student_opening(resolved: &Resolved, student: &Student, dir: PathBuf) -> Resu
     })
 }
 
-fn supervisor_opening(resolved: &Resolved, supervisor: &Supervisor) -> Result<LearnerOptions> {
+fn supervisor_opening(
+    resolved: &Resolved,
+    supervisor: &Supervisor,
+    purpose: Purpose,
+) -> Result<LearnerOptions> {
+    let tuning = match &supervisor.adapter {
+        None => tuning(&supervisor.training),
+        // A report opens no model.
+        Some(_) if purpose == Purpose::Report => Tuning::Frozen,
+        Some(path) => given(path, supervisor.adapter_digest.as_deref())?,
+    };
     Ok(LearnerOptions {
         dir: locate(&supervisor.model)?,
         name: supervisor.model.clone(),
         family: supervisor.family,
         resolution: supervisor.resolution.map(|side| side as u32),
-        tuning: tuning(&supervisor.training),
+        tuning,
         seed: derive_seed(resolved.seed, "supervisor adapter", 0),
         device: device(supervisor.device)?,
         dtype: supervisor.dtype,
@@ -314,6 +319,23 @@ fn supervisor_opening(resolved: &Resolved, supervisor: &Supervisor) -> Result<Le
         dropout: 0.0,
         condition_dropout: 0.0,
     })
+}
+
+/// The adapter at `path` that is a supervisor, if it is the one of this `digest`. Scales are worked into it: so it is kept
+/// in the store.
+fn given(path: &std::path::Path, digest: Option<&str>) -> Result<Tuning> {
+    if Some(crate::files::digest_of(path)?.as_str()) != digest {
+        return Err(Error::invalid(
+            format!(
+                "{}: this is not the adapter of supervisor.adapter_digest",
+                path.display()
+            ),
+            "restore it, or take adapter_digest out of the pipeline file and start a new run",
+        ));
+    }
+    let file = LoraFile::read(path)?;
+    file.check_alone()?;
+    Ok(Tuning::Given(Arc::new(file.folded()?)))
 }
 
 /// How a student is opened for drawing: as for training, without dropout.
@@ -451,14 +473,12 @@ pub fn opening_for(
 ) -> Result<LearnerOptions> {
     let tuning = match adapter {
         None => Tuning::Frozen,
-        Some(dir)
-            if dir
-                .join(crate::models::adapters::CHECKPOINT_WEIGHTS)
-                .is_file() =>
-        {
-            Tuning::Full
+        Some(dir) if dir.join(CHECKPOINT_WEIGHTS).is_file() => Tuning::Full,
+        Some(path) => {
+            let file = LoraFile::read(path)?;
+            file.check_alone()?;
+            Tuning::Given(Arc::new(file.layers))
         }
-        Some(dir) => Tuning::Lora(crate::models::adapters::AdapterFile::read(dir)?.config()),
     };
     Ok(LearnerOptions {
         dir: locate(model)?,

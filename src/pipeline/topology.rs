@@ -4,6 +4,7 @@
 use std::fmt::Write as _;
 
 use crate::config::{Channels, Resolved, Source, Training};
+use crate::console::shown;
 
 /// A box of the picture, in the order of the dataflow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -286,6 +287,13 @@ fn does(stage: Stage, resolved: &Resolved) -> String {
             .teacher()
             .map_or_else(String::new, |(supervisor, _)| {
                 let training = &supervisor.training;
+                if let Some(adapter) = &supervisor.adapter {
+                    return format!(
+                        "{} with {}, learnt already",
+                        supervisor.model,
+                        shown(adapter)
+                    );
+                }
                 format!(
                     "{}, {} steps of {} per subject on {}",
                     supervisor.model,

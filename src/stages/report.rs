@@ -234,6 +234,12 @@ async fn compose(
     ];
     if let Some((supervisor, proxies)) = resolved.teacher() {
         facts.push(("supervisor".into(), supervisor.model.clone()));
+        if let Some(adapter) = &supervisor.adapter {
+            facts.push((
+                "adapter of the supervisor".into(),
+                adapter.display().to_string(),
+            ));
+        }
         facts.push(("proxies per subject".into(), proxies.count.to_string()));
     }
     facts.push(("wall time".into(), format!("{:.0} s", ending.wall_seconds)));

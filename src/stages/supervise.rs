@@ -7,12 +7,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_stream::try_stream;
+use candle_core::DType;
 use futures::{Stream, StreamExt};
 
 use super::train::Course;
 use super::{Context, Supervisor, references::at_resolution};
 use crate::config;
-use crate::models::{LearnerOptions, Lesson, Request, sampling_file};
+use crate::models::adapters::DIFFUSERS_WEIGHTS;
+use crate::models::lora_write::{Layout, Written};
+use crate::models::{LearnerOptions, Lesson, Request, Tuning, sampling_file};
 use crate::plan::Versions;
 use crate::store::Claim;
 use crate::stream::Meter;
@@ -100,7 +103,12 @@ pub fn supervise(
             };
             let learnt = match claim {
                 None => {
-                    meter.reuse(settings.training.steps);
+                    meter.reuse(settings.steps());
+                    true
+                }
+                Some(claim) if settings.adapter.is_some() => {
+                    publish_given(&opening, &settings.model, &adapter, &sampling)?;
+                    drop(claim);
                     true
                 }
                 Some(claim) => {
@@ -138,6 +146,32 @@ pub fn supervise(
             yield Supervisor { subject, key, adapter };
         }
     }
+}
+
+/// Puts the adapter that `opening` was given into the store as the folder `dir`, as one that was trained here: in
+/// diffusers' layout.
+fn publish_given(
+    opening: &LearnerOptions,
+    model: &str,
+    dir: &Path,
+    sampling: &config::Sampling,
+) -> Result<()> {
+    let Tuning::Given(layers) = &opening.tuning else {
+        return Err(Error::Invalid {
+            what: "a supervisor whose adapter was not read".into(),
+            hint: None,
+        });
+    };
+    let written = Written {
+        layers,
+        family: opening.family,
+        base: Some(model),
+        dtype: DType::F32,
+    };
+    files::write_dir(dir, |aside| {
+        written.write(Layout::Diffusers, &aside.join(DIFFUSERS_WEIGHTS))?;
+        sampling_file::write(aside, sampling)
+    })
 }
 
 fn claim_of(key: &str) -> String {

@@ -129,7 +129,7 @@ pub fn synthesize(
                     painter.get().await?.call(&meter, move |learner| learner.read(&adapter)).await?;
                 let checkpoint = Checkpoint {
                     method: Method::Supervisor,
-                    step: settings.training.steps,
+                    step: settings.steps(),
                     subjects: vec![batch.subject],
                     values: Arc::new(values),
                 };

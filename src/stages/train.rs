@@ -75,7 +75,7 @@ impl Course {
         };
         let expected = student.init_digest.clone();
         let begin = move |trainee: &mut Trainer| {
-            if Some(files::digest_dir(&init)?) != expected {
+            if Some(files::digest_of(&init)?) != expected {
                 return Err(Error::invalid(
                     format!(
                         "{}: this is not the adapter that the run was planned with",

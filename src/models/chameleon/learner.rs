@@ -145,7 +145,9 @@ impl Lumina {
         let found = WeightFiles::find(dir, "model")?;
         let weights = match opening.tuning {
             Tuning::Full => Weights::trainable(&found.into_safetensors()?, opening.seed, device)?,
-            Tuning::Lora(_) | Tuning::Frozen => found.open(opening.dtype, device)?,
+            Tuning::Lora(_) | Tuning::Given(_) | Tuning::Frozen => {
+                found.open(opening.dtype, device)?
+            }
         };
         let (weights, adapter) = opening.attach(weights);
         let backbone = Backbone::new(&config, &weights)?;

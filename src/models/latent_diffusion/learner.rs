@@ -43,7 +43,7 @@ impl<D: Denoiser> DiffusionLearner<D> {
         let files = network_files::<D>(&opening.dir)?;
         let weights = match opening.tuning {
             Tuning::Full => files.open_trainable(opening.seed, &opening.device)?,
-            Tuning::Lora(_) | Tuning::Frozen => files.open(opening.dtype, &opening.device)?,
+            Tuning::Lora(_) | Tuning::Given(_) | Tuning::Frozen => files.open(opening.dtype, &opening.device)?,
         };
         let (weights, adapter) = opening.attach(weights);
         let model = LatentDiffusion::<D>::open(&opening.dir, &weights)?;

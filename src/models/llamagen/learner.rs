@@ -162,7 +162,7 @@ impl LlamaGen {
         let files = Files::find(&opening.dir, opening.resolution)?;
         let seed = match opening.tuning {
             Tuning::Full => Some(opening.seed),
-            Tuning::Lora(_) | Tuning::Frozen => None,
+            Tuning::Lora(_) | Tuning::Given(_) | Tuning::Frozen => None,
         };
         let (published, weights) = files.open_gpt(opening.dtype, seed, device)?;
         let config = Config {

@@ -4,7 +4,6 @@
 
 mod block;
 mod config;
-pub(super) mod kohya;
 mod sampling;
 mod text;
 mod unet;

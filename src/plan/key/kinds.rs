@@ -38,7 +38,7 @@ pub fn photos_digest(photos: &[String]) -> String {
 
 /// Keys of a supervisor: the photos ([`photos_digest`]), the base checkpoint ([`checkpoint_digest`]), the subject as
 /// prompts name it, the seed, and all of `supervisor` but what cannot affect it. With prior preservation also
-/// `sampling`, by which it draws its class images.
+/// `sampling`, by which it draws its class images. Where its adapter is given neither photos nor seed affect it.
 pub fn supervisor_keys(
     photos: &str,
     base: &str,
@@ -48,13 +48,21 @@ pub fn supervisor_keys(
     seed: u64,
 ) -> Versions<String> {
     SUPERVISOR.keys(|kind| {
-        let digest = Digest::new(kind)
-            .field("photos", photos)
+        let digest = Digest::new(kind);
+        let is_learnt = supervisor.adapter_digest.is_none();
+        let digest = match is_learnt {
+            true => digest.field("photos", photos),
+            false => digest,
+        };
+        let digest = digest
             .field("base", base)
             .field("subject", &subject.name)
             .field("class", &subject.class)
-            .field("token", &subject.token)
-            .number("seed", seed);
+            .field("token", &subject.token);
+        let digest = match is_learnt {
+            true => digest.number("seed", seed),
+            false => digest,
+        };
         let digest = settings::supervisor(digest, supervisor);
         match supervisor.prior_preservation {
             Some(_) => settings::diffusion_sampling(digest, sampling).finish(),

@@ -66,14 +66,21 @@ pub(super) fn supervisor(digest: Digest, supervisor: &Supervisor) -> Digest {
         device,
         dtype: kept,
         resolution: side,
+        // its digest says it better
+        adapter: _,
+        adapter_digest,
         prompt,
         training: learning,
         prior_preservation,
     } = supervisor;
     let digest = digest.field("device", device.kind());
     let digest = dtype(digest, *kept);
-    let digest = resolution(digest, side.map(|side| side as u64)).field("prompt", prompt);
-    let digest = training(digest, learning);
+    let digest = resolution(digest, side.map(|side| side as u64));
+    if let Some(adapter) = adapter_digest {
+        // It is learnt already: nothing else affects it.
+        return digest.field("adapter", adapter);
+    }
+    let digest = training(digest.field("prompt", prompt), learning);
     match prior_preservation {
         None => digest,
         Some(PriorPreservation {
