@@ -65,6 +65,8 @@ fn sampling(guidance_interval: Option<usize>) -> Sampling {
         guidance_scale: 7.5,
         num_inference_steps: 0,
         negative_prompt: String::new(),
+        guidance_start: None,
+        guidance_stop: None,
         top_k: 1,
         top_p: 1.0,
         temperature: 0.0,

@@ -33,6 +33,7 @@ mod nano;
 mod nearest;
 mod nn;
 mod no_effect;
+mod noise_levels;
 mod optimizer;
 mod parity_ar;
 mod parity_chameleon;

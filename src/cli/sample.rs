@@ -233,6 +233,8 @@ fn sampling(opening: &Opening, adapter: Option<&Path>, args: &SamplingArgs) -> R
     for (option, is_given) in [
         ("num_inference_steps", args.num_inference_steps.is_some()),
         ("negative_prompt", args.negative_prompt.is_some()),
+        ("guidance_start", args.guidance_start.is_some()),
+        ("guidance_stop", args.guidance_stop.is_some()),
         ("top_k", args.top_k.is_some()),
         ("top_p", args.top_p.is_some()),
         ("temperature", args.temperature.is_some()),
@@ -254,6 +256,14 @@ fn sampling(opening: &Opening, adapter: Option<&Path>, args: &SamplingArgs) -> R
     sampling.num_inference_steps = args
         .num_inference_steps
         .unwrap_or(sampling.num_inference_steps);
+    sampling.guidance_start = args.guidance_start.or(sampling.guidance_start);
+    sampling.guidance_stop = args.guidance_stop.or(sampling.guidance_stop);
+    if sampling.guidance_start.unwrap_or(0.0) >= sampling.guidance_stop.unwrap_or(1.0) {
+        return Err(Error::invalid(
+            "guidance ends before it has begun",
+            "give a --guidance-stop above --guidance-start",
+        ));
+    }
     sampling.top_k = args.top_k.unwrap_or(sampling.top_k);
     sampling.top_p = args.top_p.unwrap_or(sampling.top_p);
     sampling.temperature = args.temperature.unwrap_or(sampling.temperature);
@@ -299,6 +309,14 @@ fn settings(sampling: &Sampling, kind: Kind) -> Map<String, Value> {
         say("num_inference_steps", sampling.num_inference_steps.into());
         if !sampling.negative_prompt.is_empty() {
             say("negative_prompt", sampling.negative_prompt.clone().into());
+        }
+        for (key, share) in [
+            ("guidance_start", sampling.guidance_start),
+            ("guidance_stop", sampling.guidance_stop),
+        ] {
+            if let Some(share) = share {
+                say(key, share.into());
+            }
         }
     }
     settings

@@ -2,7 +2,9 @@
 //! where the paper is silent.
 
 use super::models::Family;
-use super::resolved::{AutoregressiveSampling, DiffusionSampling, Optimizer};
+use super::resolved::{
+    AutoregressiveSampling, DiffusionSampling, FlowMatching, Optimizer, WeightingScheme,
+};
 
 /// Table 8, with AdamW's numbers from diffusers' DreamBooth scripts, LlamaGen's and Lumina-mGPT's training code.
 pub(super) struct TrainingDefaults {
@@ -121,6 +123,28 @@ pub(super) fn diffusion_sampling(family: Family) -> DiffusionSampling {
         num_inference_steps,
         guidance_scale,
         negative_prompt: String::new(),
+        guidance_start: None,
+        guidance_stop: None,
+    }
+}
+
+/// What diffusers' DreamBooth scripts train; `None` where a model is not one of flow matching.
+pub(super) fn flow_matching(family: Family) -> Option<FlowMatching> {
+    match family {
+        Family::Sd3 => Some(weighted(WeightingScheme::LogitNormal)),
+        Family::Flux => Some(weighted(WeightingScheme::None)),
+        Family::Sdxl | Family::LlamaGen | Family::Lumina | Family::Clip | Family::Dino => None,
+    }
+}
+
+/// A scheme with diffusers' numbers, of which each has its own.
+pub(super) fn weighted(weighting_scheme: WeightingScheme) -> FlowMatching {
+    let logit_normal = weighting_scheme == WeightingScheme::LogitNormal;
+    FlowMatching {
+        weighting_scheme,
+        logit_mean: logit_normal.then_some(0.0),
+        logit_std: logit_normal.then_some(1.0),
+        mode_scale: (weighting_scheme == WeightingScheme::Mode).then_some(1.29),
     }
 }
 

@@ -268,8 +268,10 @@ fn resolve_supervisor(typed: &typed::Supervisor, faults: &Faults) -> Option<Supe
         dtype: or(&typed.dtype, Dtype::Auto),
         resolution: resolution(&typed.resolution, &model.value, faults),
         prompt: or(&typed.prompt, "a {token} {class}".to_string()),
+        center_crop: or(&typed.center_crop, true),
+        random_flip: or(&typed.random_flip, false),
         training: training(
-            ("supervisor", family),
+            ("supervisor", family, &model.place),
             &typed.training,
             &default,
             None,
@@ -280,12 +282,37 @@ fn resolve_supervisor(typed: &typed::Supervisor, faults: &Faults) -> Option<Supe
     })
 }
 
-fn diffusion_sampling(typed: &typed::Sampling, family: Family) -> DiffusionSampling {
+fn diffusion_sampling(
+    typed: &typed::Sampling,
+    family: Family,
+    faults: &Faults,
+) -> DiffusionSampling {
     let default = defaults::diffusion_sampling(family);
+    let share = |typed: &Typed<f64>, whole: f64| {
+        let share = typed.as_ref().map(|at| at.value);
+        share.filter(|share| *share != whole)
+    };
+    let (start, stop) = (
+        share(&typed.guidance_start, 0.0),
+        share(&typed.guidance_stop, 1.0),
+    );
+    let place = [&typed.guidance_stop, &typed.guidance_start]
+        .into_iter()
+        .flatten()
+        .next();
+    if let Some(at) = place.filter(|_| start.unwrap_or(0.0) >= stop.unwrap_or(1.0)) {
+        faults.push(
+            &at.place,
+            "guidance ends before it has begun",
+            "set guidance_stop above guidance_start, or guidance_scale = 1 for no guidance",
+        );
+    }
     DiffusionSampling {
         num_inference_steps: or(&typed.num_inference_steps, default.num_inference_steps),
         guidance_scale: or(&typed.guidance_scale, default.guidance_scale),
         negative_prompt: or(&typed.negative_prompt, default.negative_prompt),
+        guidance_start: start,
+        guidance_stop: stop,
     }
 }
 
@@ -303,6 +330,14 @@ fn no_effect_of_sampling(section: &str, typed: &typed::Sampling, family: Family,
             negative
                 .filter(|at| family != Family::Flux || !at.value.is_empty())
                 .map(|at| &at.place),
+        ),
+        (
+            "guidance_start",
+            typed.guidance_start.as_ref().map(|at| &at.place),
+        ),
+        (
+            "guidance_stop",
+            typed.guidance_stop.as_ref().map(|at| &at.place),
         ),
         ("top_k", typed.top_k.as_ref().map(|at| &at.place)),
         ("top_p", typed.top_p.as_ref().map(|at| &at.place)),
@@ -330,7 +365,9 @@ pub fn draws_with(family: Family, field: &str) -> bool {
     match field {
         "num_inference_steps" => family.kind() == Kind::Diffusion,
         // FLUX was distilled: there is no second prediction to lead away from.
-        "negative_prompt" => family.kind() == Kind::Diffusion && family != Family::Flux,
+        "negative_prompt" | "guidance_start" | "guidance_stop" => {
+            family.kind() == Kind::Diffusion && family != Family::Flux
+        }
         "top_k" | "top_p" | "temperature" => family.kind() == Kind::Autoregressive,
         "guidance_interval" => family == Family::LlamaGen,
         _ => true,
@@ -349,7 +386,7 @@ fn resolve_proxies(typed: &typed::Proxies, family: Family, faults: &Faults) -> P
         count: or(&typed.count, 100),
         batch_size: or(&typed.batch_size, 4),
         prompts: prompts.unwrap_or_else(|| vec!["a {token} {class}".to_string()]),
-        sampling: diffusion_sampling(&typed.sampling, family),
+        sampling: diffusion_sampling(&typed.sampling, family, faults),
     }
 }
 
@@ -368,7 +405,7 @@ fn resolve_student(
     let sampling = &typed.sampling;
     no_effect_of_sampling("student", sampling, family, faults);
     let resolved_sampling = if family.kind() == Kind::Diffusion {
-        Sampling::Diffusion(diffusion_sampling(sampling, family))
+        Sampling::Diffusion(diffusion_sampling(sampling, family, faults))
     } else {
         let default = defaults::autoregressive_sampling(family);
         Sampling::Autoregressive(AutoregressiveSampling {
@@ -392,7 +429,7 @@ fn resolve_student(
         init: typed.init.as_ref().map(|at| at.value.clone().into()),
         init_digest: init_digest(typed, faults),
         training: training(
-            ("student", family),
+            ("student", family, &model.place),
             &typed.training,
             &default,
             None,

@@ -63,6 +63,14 @@ impl Example {
         }
         self
     }
+
+    /// The same, told to be another part of another picture.
+    pub fn framed(mut self, told: Framing) -> Self {
+        if let Self::Latents { framing, .. } = &mut self {
+            *framing = told;
+        }
+        self
+    }
 }
 
 /// An example with its prompt.
@@ -88,6 +96,9 @@ pub struct Sampling {
     pub num_inference_steps: usize,
     /// What a diffusion model is guided away from.
     pub negative_prompt: String,
+    /// Shares of its steps before which and after which a diffusion model is not guided; `None` is all steps.
+    pub guidance_start: Option<f64>,
+    pub guidance_stop: Option<f64>,
     /// An AR model samples among this many likeliest tokens; 0 is all.
     pub top_k: usize,
     /// An AR model samples among the likeliest tokens of this total probability, in (0, 1].
@@ -105,6 +116,8 @@ impl Sampling {
             guidance_scale: settings.guidance_scale,
             num_inference_steps: settings.num_inference_steps,
             negative_prompt: settings.negative_prompt.clone(),
+            guidance_start: settings.guidance_start,
+            guidance_stop: settings.guidance_stop,
             top_k: 0,
             top_p: 1.0,
             temperature: 1.0,
@@ -120,6 +133,8 @@ impl Sampling {
                 guidance_scale: settings.guidance_scale,
                 num_inference_steps: 0,
                 negative_prompt: String::new(),
+                guidance_start: None,
+                guidance_stop: None,
                 top_k: settings.top_k,
                 top_p: settings.top_p,
                 temperature: settings.temperature,
@@ -138,6 +153,9 @@ pub trait Learner: Send {
     fn tokens_per_image(&self) -> Option<usize> {
         None
     }
+
+    /// What is learnt beside that: as `training` says, of which a backbone reads what it knows.
+    fn set_training(&mut self, _training: &config::Training) {}
 
     /// Turns images of that size into examples.
     fn encode(&mut self, images: &[RgbImage]) -> Result<Vec<Example>>;

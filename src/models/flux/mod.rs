@@ -16,10 +16,11 @@ use rand_chacha::ChaCha8Rng;
 use self::text::TextEncoders;
 use super::autoencoder;
 use super::latent_diffusion::{
-    Conditioning, Denoiser, DiffusionLearner, Framing, LatentDiffusion, multiple_of,
+    Conditioning, Denoiser, DiffusionLearner, Framing, LatentDiffusion, Levels, multiple_of,
 };
 use super::limits::read_config;
-use crate::diffusion::{Density, FlowMatchEuler, LossForm, Spacing, TrainingDraw};
+use crate::config::Training;
+use crate::diffusion::{FlowMatchEuler, Guidance, LossForm, Spacing, TrainingDraw};
 use crate::files::read_json;
 use crate::nn::{self, Weights};
 use crate::{Error, Result};
@@ -41,6 +42,7 @@ pub struct FluxDenoiser {
     text: TextEncoders,
     transformer: FluxTransformer,
     schedule: FlowMatchEuler,
+    levels: Levels,
     dtype: DType,
 }
 
@@ -169,6 +171,7 @@ impl Denoiser for FluxDenoiser {
             text: TextEncoders::open(directory, weights, opened)?,
             transformer: FluxTransformer::new(config, weights)?,
             schedule: FlowMatchEuler::new(scheduler)?,
+            levels: Levels::EVEN,
             dtype: weights.dtype(),
         })
     }
@@ -193,6 +196,10 @@ impl Denoiser for FluxDenoiser {
         self.text.encode(prompts, max_sequence_length)
     }
 
+    fn set_training(&mut self, training: &Training) {
+        self.levels = Levels::of(training).unwrap_or(Levels::EVEN);
+    }
+
     fn draw(
         &self,
         latents_shape: (usize, usize, usize, usize),
@@ -200,7 +207,7 @@ impl Denoiser for FluxDenoiser {
         device: &Device,
     ) -> Result<TrainingDraw> {
         self.schedule
-            .draw(latents_shape, Density::Uniform, generator, device)
+            .draw(latents_shape, self.levels.density, generator, device)
     }
 
     fn loss(
@@ -210,11 +217,11 @@ impl Denoiser for FluxDenoiser {
         _framings: &[Framing],
         draw: &TrainingDraw,
     ) -> Result<Tensor> {
-        self.schedule
-            .loss(latents, draw, LossForm::Velocity, |noisy, timesteps| {
-                let sigma = self.schedule.sigma(timesteps)?;
-                self.velocity(noisy, &sigma, TRAINING_GUIDANCE, conditioning)
-            })
+        let form = (LossForm::Velocity, self.levels.weighting);
+        self.schedule.loss(latents, draw, form, |noisy, timesteps| {
+            let sigma = self.schedule.sigma(timesteps)?;
+            self.velocity(noisy, &sigma, TRAINING_GUIDANCE, conditioning)
+        })
     }
 
     fn handed_over(&self, latents: &Tensor) -> Result<Tensor> {
@@ -231,13 +238,13 @@ impl Denoiser for FluxDenoiser {
         &self,
         noise: &Tensor,
         conditioning: &Conditioning,
-        negative: Option<(&Conditioning, f64)>,
+        negative: Option<(&Conditioning, Guidance)>,
         _framing: Framing,
         num_inference_steps: usize,
     ) -> Result<Tensor> {
         nn::no_grad(|| {
             let (b, _, h, w) = noise.dims4()?;
-            let guidance = negative.map_or(1.0, |(_, scale)| scale);
+            let guidance = negative.map_or(1.0, |(_, guidance)| guidance.scale);
             let tokens = (h / PACKED) * (w / PACKED);
             let velocity = |latents: &Tensor, sigma| {
                 let sigma = Tensor::full(sigma, b, noise.device())?;

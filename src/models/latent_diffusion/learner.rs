@@ -10,6 +10,8 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
 use super::{Conditioning, Denoiser, Framing, LatentDiffusion, network_files};
+use crate::config::Training;
+use crate::diffusion::Guidance;
 use crate::files::{SETTINGS, read_text};
 use crate::models::{Example, Learner, Lesson, Opening, Request, Sampling, Tuning, adapters};
 use crate::nn::{Adapter, Weights, mean_over_parts, merged, recomputing};
@@ -76,6 +78,10 @@ impl<D: Denoiser> DiffusionLearner<D> {
 impl<D: Denoiser> Learner for DiffusionLearner<D> {
     fn resolution(&self) -> u32 {
         self.side as u32
+    }
+
+    fn set_training(&mut self, training: &Training) {
+        self.model.denoiser.set_training(training);
     }
 
     fn encode(&mut self, images: &[RgbImage]) -> Result<Vec<Example>> {
@@ -153,13 +159,18 @@ impl<D: Denoiser> Learner for DiffusionLearner<D> {
         let negative = self.condition(&[sampling.negative_prompt.as_str()])?;
         let seeds: Vec<u64> = requests.iter().map(|request| request.seed).collect();
         let noise = self.model.noise(&seeds, self.side, self.side)?;
+        let guidance = Guidance {
+            scale: sampling.guidance_scale,
+            start: sampling.guidance_start.unwrap_or(0.0),
+            stop: sampling.guidance_stop.unwrap_or(1.0),
+        };
         images::from_tensor(&merged(|| {
             self.model.generate_from(
                 &noise,
                 &conditioning,
                 &negative,
                 sampling.num_inference_steps,
-                sampling.guidance_scale,
+                guidance,
             )
         })?)
     }

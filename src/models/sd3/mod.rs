@@ -22,10 +22,11 @@ use rand_chacha::ChaCha8Rng;
 use self::text::TextEncoders;
 use super::autoencoder;
 use super::latent_diffusion::{
-    Denoiser, DiffusionLearner, Framing, LatentDiffusion, network_files,
+    Denoiser, DiffusionLearner, Framing, LatentDiffusion, Levels, network_files,
 };
 use super::limits::read_config;
-use crate::diffusion::{Density, FlowMatchEuler, LossForm, TrainingDraw};
+use crate::config::Training;
+use crate::diffusion::{FlowMatchEuler, Guidance, LossForm, TrainingDraw};
 use crate::files::read_json;
 use crate::nn::Weights;
 use crate::{Error, Result};
@@ -41,6 +42,7 @@ pub struct Mmdit {
     text: TextEncoders,
     transformer: Sd3Transformer,
     schedule: FlowMatchEuler,
+    levels: Levels,
     dtype: DType,
 }
 
@@ -89,6 +91,7 @@ impl Denoiser for Mmdit {
             text: TextEncoders::open(directory, &config, weights, opened)?,
             transformer: Sd3Transformer::new(config, weights)?,
             schedule: FlowMatchEuler::new(scheduler)?,
+            levels: Levels::LOGIT_NORMAL,
             dtype: weights.dtype(),
         })
     }
@@ -113,6 +116,10 @@ impl Denoiser for Mmdit {
         self.text.encode(prompts, max_sequence_length)
     }
 
+    fn set_training(&mut self, training: &Training) {
+        self.levels = Levels::of(training).unwrap_or(Levels::LOGIT_NORMAL);
+    }
+
     fn draw(
         &self,
         latents_shape: (usize, usize, usize, usize),
@@ -120,7 +127,7 @@ impl Denoiser for Mmdit {
         device: &Device,
     ) -> Result<TrainingDraw> {
         self.schedule
-            .draw(latents_shape, Density::LogitNormal, generator, device)
+            .draw(latents_shape, self.levels.density, generator, device)
     }
 
     fn loss(
@@ -130,19 +137,19 @@ impl Denoiser for Mmdit {
         _framings: &[Framing],
         draw: &TrainingDraw,
     ) -> Result<Tensor> {
-        self.schedule
-            .loss(latents, draw, LossForm::default(), |noisy, timesteps| {
-                let noisy = noisy.to_dtype(self.dtype)?;
-                let Conditioning { context, pooled } = conditioning;
-                self.transformer.forward(&noisy, timesteps, context, pooled)
-            })
+        let form = (LossForm::default(), self.levels.weighting);
+        self.schedule.loss(latents, draw, form, |noisy, timesteps| {
+            let noisy = noisy.to_dtype(self.dtype)?;
+            let Conditioning { context, pooled } = conditioning;
+            self.transformer.forward(&noisy, timesteps, context, pooled)
+        })
     }
 
     fn denoise(
         &self,
         noise: &Tensor,
         conditioning: &Conditioning,
-        negative: Option<(&Conditioning, f64)>,
+        negative: Option<(&Conditioning, Guidance)>,
         _framing: Framing,
         num_inference_steps: usize,
     ) -> Result<Tensor> {

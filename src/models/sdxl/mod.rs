@@ -23,7 +23,8 @@ use super::autoencoder;
 use super::latent_diffusion::multiple_of;
 use super::latent_diffusion::{Conditioning, Denoiser, DiffusionLearner, Framing, LatentDiffusion};
 use super::limits::read_config;
-use crate::diffusion::{Ddpm, DiscreteConfig, TrainingDraw};
+use crate::config::Training;
+use crate::diffusion::{Ddpm, DiscreteConfig, Guidance, TrainingDraw};
 use crate::files::read_json;
 use crate::nn::Weights;
 use crate::{Error, Result};
@@ -41,14 +42,6 @@ pub struct SdxlDenoiser {
     sampling: DiscreteConfig,
     training: Ddpm,
     dtype: DType,
-}
-
-impl Sdxl {
-    /// The same model with min-SNR weights in its loss; see [`Ddpm::with_snr_gamma`].
-    pub fn with_snr_gamma(mut self, gamma: f64) -> Self {
-        self.denoiser.training = self.denoiser.training.with_snr_gamma(gamma);
-        self
-    }
 }
 
 /// Side in pixels of the square images that the checkpoint in `directory` draws: what is `asked` for, or its own.
@@ -142,6 +135,10 @@ impl Denoiser for SdxlDenoiser {
         self.text.unconditional()
     }
 
+    fn set_training(&mut self, training: &Training) {
+        self.training.snr_gamma = training.snr_gamma;
+    }
+
     fn draw(
         &self,
         latents_shape: (usize, usize, usize, usize),
@@ -171,7 +168,7 @@ impl Denoiser for SdxlDenoiser {
         &self,
         noise: &Tensor,
         conditioning: &Conditioning,
-        negative: Option<(&Conditioning, f64)>,
+        negative: Option<(&Conditioning, Guidance)>,
         framing: Framing,
         num_inference_steps: usize,
     ) -> Result<Tensor> {
