@@ -35,6 +35,7 @@ mod nn;
 mod no_effect;
 mod noise_levels;
 mod optimizer;
+mod pairs;
 mod parity_ar;
 mod parity_chameleon;
 mod parity_diffusion;
