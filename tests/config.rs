@@ -133,7 +133,7 @@ fn every_pipeline_that_ships_resolves_and_says_what_it_is_for() {
         );
         // the training of the nano checkpoints has a file format of its own
         if path.file_name().unwrap() != "nano-pretrain.toml" {
-            if let Err(error) = proxytune::load(&path, &[]) {
+            if let Err(error) = proxytune::config::load(&path, &[]) {
                 panic!("{error}");
             }
             seen += 1;
