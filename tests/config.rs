@@ -6,7 +6,9 @@ use proxytune::Error;
 use proxytune::cli::{
     CheckArgs, Cli, Command, GraphArgs, PipelineArgs, StoreArgs, check::check, graph::graph,
 };
-use proxytune::config::{Changes, Device, Document, Resolved, Sampling, Source, prompts};
+use proxytune::config::{
+    Changes, Device, Document, Optimizer, Resolved, Sampling, Source, prompts,
+};
 
 const MINIMAL: &str = r#"
 [subject.dog6]
@@ -1052,4 +1054,54 @@ fn a_student_that_goes_on_from_an_adapter_is_known_by_the_adapters_content() {
         fault.contains("subject.dog6.replay has no effect without proxies"),
         "{fault}"
     );
+}
+
+/// The paper's Tables 2 and 3: every supervisor with every student, with the numbers of Table 8.
+#[test]
+fn every_supervisor_and_student_of_the_paper_has_a_pipeline_with_its_values() {
+    let supervisors = [
+        ("sdxl", 1e-4, Optimizer::Adamw, "-sdxl"),
+        ("sd3-medium", 4e-4, Optimizer::Adamw, ""),
+        ("sd3.5-large", 4e-4, Optimizer::Adamw, "-sd3.5"),
+        ("flux.1-dev", 1.0, Optimizer::Prodigy, "-flux"),
+    ];
+    let students = [
+        ("llamagen-xl", "llamagen-xl", 1e-4, 8, 1250),
+        ("lumina-mgpt-7b-768", "lumina-mgpt-7b", 2e-5, 4, 2500),
+    ];
+    for (supervisor, learning_rate, optimizer, ending) in supervisors {
+        for (student, file, student_rate, batch_size, steps) in students {
+            let path = format!("pipelines/{file}{ending}.toml");
+            let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
+            let resolved = Document::open(&path, &[], &proxytune::models::Registry)
+                .unwrap()
+                .resolve()
+                .unwrap();
+            let (teacher, _) = resolved.teacher().unwrap();
+            let learner = &resolved.student;
+            assert_eq!(
+                (teacher.model.as_str(), learner.model.as_str()),
+                (supervisor, student)
+            );
+            let (taught, learnt) = (&teacher.training, &learner.training);
+            assert_eq!(
+                (
+                    taught.learning_rate,
+                    taught.batch_size,
+                    taught.steps,
+                    taught.optimizer
+                ),
+                (learning_rate, 4, 500, optimizer)
+            );
+            assert_eq!(
+                (
+                    learnt.learning_rate,
+                    learnt.batch_size,
+                    learnt.steps,
+                    learnt.optimizer
+                ),
+                (student_rate, batch_size, steps, Optimizer::Adamw)
+            );
+        }
+    }
 }

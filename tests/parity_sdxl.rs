@@ -156,7 +156,8 @@ fn the_loss_of_every_prediction_with_and_without_min_snr_equals_the_scripts() ->
         let config: DiscreteConfig = serde_json::from_value(config).unwrap();
         assert_eq!(config.prediction_type, prediction);
         let plain = Ddpm::new(&config)?;
-        let weighted = plain.clone().with_snr_gamma(5.0);
+        let mut weighted = plain.clone();
+        weighted.snr_gamma = Some(5.0);
         for (schedule, name) in [(plain, name.to_string()), (weighted, format!("{name}.snr"))] {
             let loss = schedule.loss(&reference["loss.latents"], &draw, |noisy, timesteps| {
                 assert_close(noisy, &reference["loss.noisy"], 1e-6, "noisy latents");
@@ -379,6 +380,8 @@ fn an_image_depends_on_its_own_seed_and_prompt_and_on_what_it_is_guided_away_fro
                 guidance_scale: 4.0,
                 num_inference_steps: 3,
                 negative_prompt: negative.into(),
+                guidance_start: None,
+                guidance_stop: None,
             });
             learner.generate(&requests, &sampling).unwrap()
         };

@@ -484,6 +484,8 @@ fn text_encoders_are_let_go_of_once_every_prompt_is_foreseen() {
         guidance_scale: 3.0,
         num_inference_steps: 2,
         negative_prompt: "rain".into(),
+        guidance_start: None,
+        guidance_stop: None,
     });
     for (case, family) in [
         (FLUX, flux::FAMILY),

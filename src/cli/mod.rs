@@ -234,6 +234,12 @@ pub struct SamplingArgs {
     /// What to lead away from (diffusion models)
     #[arg(long, value_name = "TEXT")]
     pub negative_prompt: Option<String>,
+    /// Guide only after this share of the steps (SDXL, SD3)
+    #[arg(long, value_name = "SHARE", value_parser = limits::SHARE.parser())]
+    pub guidance_start: Option<f64>,
+    /// Guide only before this share of the steps (SDXL, SD3)
+    #[arg(long, value_name = "SHARE", value_parser = limits::SHARE.parser())]
+    pub guidance_stop: Option<f64>,
     /// Draw among this many likeliest tokens; 0 is all (autoregressive models)
     #[arg(long, value_name = "N", value_parser = limits::TOP_K.parser())]
     pub top_k: Option<usize>,
@@ -266,7 +272,7 @@ pub struct ComputeArgs {
 }
 
 /// What says how images are drawn: images that are there already have no use for it.
-const FOR_DRAWING: [&str; 12] = [
+const FOR_DRAWING: [&str; 14] = [
     "prompts",
     "images_per_prompt",
     "seed",
@@ -275,6 +281,8 @@ const FOR_DRAWING: [&str; 12] = [
     "guidance_scale",
     "num_inference_steps",
     "negative_prompt",
+    "guidance_start",
+    "guidance_stop",
     "top_k",
     "top_p",
     "temperature",

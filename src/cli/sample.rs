@@ -237,6 +237,8 @@ fn sampling(
     for (option, is_given) in [
         ("num_inference_steps", args.num_inference_steps.is_some()),
         ("negative_prompt", args.negative_prompt.is_some()),
+        ("guidance_start", args.guidance_start.is_some()),
+        ("guidance_stop", args.guidance_stop.is_some()),
         ("top_k", args.top_k.is_some()),
         ("top_p", args.top_p.is_some()),
         ("temperature", args.temperature.is_some()),
@@ -259,6 +261,14 @@ fn sampling(
             put(&mut settings.guidance_scale, args.guidance_scale);
             put(&mut settings.num_inference_steps, args.num_inference_steps);
             put(&mut settings.negative_prompt, args.negative_prompt.clone());
+            settings.guidance_start = args.guidance_start.or(settings.guidance_start);
+            settings.guidance_stop = args.guidance_stop.or(settings.guidance_stop);
+            if settings.guidance_start.unwrap_or(0.0) >= settings.guidance_stop.unwrap_or(1.0) {
+                return Err(Error::invalid(
+                    "guidance ends before it has begun",
+                    "give a --guidance-stop above --guidance-start",
+                ));
+            }
         }
         Sampling::Autoregressive(settings) => {
             put(&mut settings.guidance_scale, args.guidance_scale);
@@ -315,6 +325,14 @@ fn settings(sampling: &Sampling) -> Map<String, Value> {
             say("num_inference_steps", sampling.num_inference_steps.into());
             if !sampling.negative_prompt.is_empty() {
                 say("negative_prompt", sampling.negative_prompt.clone().into());
+            }
+            for (key, share) in [
+                ("guidance_start", sampling.guidance_start),
+                ("guidance_stop", sampling.guidance_stop),
+            ] {
+                if let Some(share) = share {
+                    say(key, share.into());
+                }
             }
         }
     }

@@ -1,8 +1,8 @@
 //! What a pipeline file has to know of an architecture. The architectures themselves are in `models`.
 
 use super::resolved::{
-    AutoregressiveSampling, DiffusionSampling, LrScheduler, Memory, Optimizer, Prodigy, Sampling,
-    Training, Tuning,
+    AutoregressiveSampling, DiffusionSampling, FlowMatching, LrScheduler, Memory, Optimizer,
+    Prodigy, Sampling, Training, Tuning, WeightingScheme,
 };
 
 /// What a model can be in a pipeline.
@@ -57,11 +57,19 @@ pub struct TrainingDefaults {
     pub max_grad_norm: f64,
     /// Dropout inside the backbone, in [0, 1); diffusion models have none.
     pub dropout: f64,
+    /// Whether its loss can be weighted by the ratio of signal to noise: that of a model which predicts noise or velocity.
+    pub has_snr: bool,
+    /// Where the noise levels of a model of flow matching are drawn from.
+    pub weighting_scheme: Option<WeightingScheme>,
 }
 
 impl TrainingDefaults {
     /// diffusers' DreamBooth scripts with `steps` and batches of the paper's Table 8.
-    pub const fn diffusion(optimizer: Optimizer, learning_rate: f64) -> Self {
+    pub const fn diffusion(
+        optimizer: Optimizer,
+        learning_rate: f64,
+        weighting_scheme: Option<WeightingScheme>,
+    ) -> Self {
         Self {
             steps: 500,
             batch_size: 4,
@@ -72,6 +80,8 @@ impl TrainingDefaults {
             decay_vectors: true,
             max_grad_norm: 1.0,
             dropout: 0.0,
+            has_snr: weighting_scheme.is_none(),
+            weighting_scheme,
         }
     }
 }
@@ -82,8 +92,8 @@ pub enum SamplingDefaults {
     Diffusion {
         num_inference_steps: usize,
         guidance_scale: f64,
-        /// Whether it takes a prompt to be led away from.
-        negative_prompt: bool,
+        /// Whether a second prediction is led away from: that of another prompt, and not at all steps if so wished.
+        classifier_free: bool,
     },
     Autoregressive {
         guidance_scale: f64,
@@ -98,8 +108,21 @@ impl SamplingDefaults {
     pub const NONE: Self = Self::Diffusion {
         num_inference_steps: 1,
         guidance_scale: 1.0,
-        negative_prompt: false,
+        classifier_free: false,
     };
+}
+
+impl FlowMatching {
+    /// `weighting_scheme` with diffusers' numbers, of which each has its own.
+    pub(super) fn weighted(weighting_scheme: WeightingScheme) -> Self {
+        let logit_normal = weighting_scheme == WeightingScheme::LogitNormal;
+        Self {
+            weighting_scheme,
+            logit_mean: logit_normal.then_some(0.0),
+            logit_std: logit_normal.then_some(1.0),
+            mode_scale: (weighting_scheme == WeightingScheme::Mode).then_some(1.29),
+        }
+    }
 }
 
 const CHECKPOINT_EVERY: usize = 100;
@@ -152,6 +175,8 @@ impl Family {
             weight_decay: defaults.weight_decay,
             decay_vectors: defaults.decay_vectors,
             prodigy: (optimizer == Optimizer::Prodigy).then(Prodigy::default),
+            snr_gamma: None,
+            flow_matching: defaults.weighting_scheme.map(FlowMatching::weighted),
             max_grad_norm: defaults.max_grad_norm,
             lr_scheduler: LrScheduler::Constant,
             warmup_steps: 0,
@@ -174,6 +199,8 @@ impl Family {
                 num_inference_steps,
                 guidance_scale,
                 negative_prompt: String::new(),
+                guidance_start: None,
+                guidance_stop: None,
             }),
             SamplingDefaults::Autoregressive {
                 guidance_scale,
@@ -191,27 +218,26 @@ impl Family {
 
     /// Whether its models draw with the setting `field`.
     pub fn draws_with(self, field: &str) -> bool {
-        match (self.0.sampling, field) {
-            (SamplingDefaults::Diffusion { .. }, "top_k" | "top_p" | "temperature") => false,
-            (SamplingDefaults::Diffusion { .. }, "guidance_interval") => false,
-            (
-                SamplingDefaults::Diffusion {
-                    negative_prompt, ..
-                },
-                "negative_prompt",
-            ) => negative_prompt,
-            (
-                SamplingDefaults::Autoregressive { .. },
-                "num_inference_steps" | "negative_prompt",
-            ) => false,
-            (
-                SamplingDefaults::Autoregressive {
-                    guidance_interval, ..
-                },
-                "guidance_interval",
-            ) => guidance_interval,
+        let (classifier_free, interval, is_diffusion) = match self.0.sampling {
+            SamplingDefaults::Diffusion {
+                classifier_free, ..
+            } => (classifier_free, false, true),
+            SamplingDefaults::Autoregressive {
+                guidance_interval, ..
+            } => (false, guidance_interval, false),
+        };
+        match field {
+            "num_inference_steps" => is_diffusion,
+            "negative_prompt" | "guidance_start" | "guidance_stop" => classifier_free,
+            "top_k" | "top_p" | "temperature" => !is_diffusion,
+            "guidance_interval" => interval,
             _ => true,
         }
+    }
+
+    /// Whether the loss of its models can be weighted by the ratio of signal to noise.
+    pub(super) fn has_snr(self) -> bool {
+        self.0.training.has_snr
     }
 }
 

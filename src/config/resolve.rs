@@ -251,7 +251,7 @@ fn resolve_supervisor(
     }
     let default = family.training();
     check_dtype(&typed.dtype, &typed.training, "supervisor", faults);
-    let own = ("supervisor", family);
+    let own = ("supervisor", family, &name.place);
     let mut supervisor = Supervisor {
         model: name.value.clone(),
         family,
@@ -267,6 +267,8 @@ fn resolve_supervisor(
             faults,
         ),
         prompt: or(&typed.prompt, SUPERVISOR_PROMPT.to_string()),
+        center_crop: or(&typed.center_crop, true),
+        random_flip: or(&typed.random_flip, false),
         training: training(own, &typed.training, &default, None, false, faults),
         prior_preservation,
     };
@@ -279,6 +281,7 @@ fn resolve_supervisor(
         );
         supervisor.training = default;
         supervisor.prompt = SUPERVISOR_PROMPT.to_string();
+        (supervisor.center_crop, supervisor.random_flip) = (true, false);
         supervisor.prior_preservation = None;
     }
     Some(supervisor)
@@ -300,6 +303,14 @@ fn no_effect_of_learning(typed: &typed::Supervisor, switch: &Place, trains: bool
         ),
         ("supervisor.prompt", first_idle(Some(switch), prompt)),
         (
+            "supervisor.center_crop",
+            first_idle(Some(switch), unlike(&typed.center_crop, &true)),
+        ),
+        (
+            "supervisor.random_flip",
+            first_idle(Some(switch), unlike(&typed.random_flip, &false)),
+        ),
+        (
             "[supervisor.prior_preservation]",
             first_idle(Some(switch), prior),
         ),
@@ -315,11 +326,36 @@ fn no_effect_of_learning(typed: &typed::Supervisor, switch: &Place, trains: bool
 }
 
 /// What was typed over `default`.
-fn diffusion_sampling(typed: &typed::Sampling, default: DiffusionSampling) -> DiffusionSampling {
+fn diffusion_sampling(
+    typed: &typed::Sampling,
+    default: DiffusionSampling,
+    faults: &Faults,
+) -> DiffusionSampling {
+    let share = |typed: &Typed<f64>, whole: f64| {
+        let share = typed.as_ref().map(|at| at.value);
+        share.filter(|share| *share != whole)
+    };
+    let (start, stop) = (
+        share(&typed.guidance_start, 0.0),
+        share(&typed.guidance_stop, 1.0),
+    );
+    let place = [&typed.guidance_stop, &typed.guidance_start]
+        .into_iter()
+        .flatten()
+        .next();
+    if let Some(at) = place.filter(|_| start.unwrap_or(0.0) >= stop.unwrap_or(1.0)) {
+        faults.push(
+            &at.place,
+            "guidance ends before it has begun",
+            "set guidance_stop above guidance_start, or guidance_scale = 1 for no guidance",
+        );
+    }
     DiffusionSampling {
         num_inference_steps: or(&typed.num_inference_steps, default.num_inference_steps),
         guidance_scale: or(&typed.guidance_scale, default.guidance_scale),
         negative_prompt: or(&typed.negative_prompt, default.negative_prompt),
+        guidance_start: start,
+        guidance_stop: stop,
     }
 }
 
@@ -337,6 +373,14 @@ fn no_effect_of_sampling(section: &str, typed: &typed::Sampling, family: Family,
             negative
                 .filter(|at| family.kind() != Kind::Diffusion || !at.value.is_empty())
                 .map(|at| &at.place),
+        ),
+        (
+            "guidance_start",
+            typed.guidance_start.as_ref().map(|at| &at.place),
+        ),
+        (
+            "guidance_stop",
+            typed.guidance_stop.as_ref().map(|at| &at.place),
         ),
         ("top_k", typed.top_k.as_ref().map(|at| &at.place)),
         ("top_p", typed.top_p.as_ref().map(|at| &at.place)),
@@ -380,7 +424,7 @@ fn resolve_proxies(
         count: or(&typed.count, 100),
         batch_size: or(&typed.batch_size, 4),
         prompts: prompts.unwrap_or_else(|| vec!["a {token} {class}".to_string()]),
-        sampling: diffusion_sampling(&typed.sampling, default),
+        sampling: diffusion_sampling(&typed.sampling, default, faults),
     })
 }
 
@@ -396,7 +440,9 @@ fn resolve_student(
     let sampling = &typed.sampling;
     no_effect_of_sampling("student", sampling, family, faults);
     let resolved_sampling = match family.sampling() {
-        Sampling::Diffusion(default) => Sampling::Diffusion(diffusion_sampling(sampling, default)),
+        Sampling::Diffusion(default) => {
+            Sampling::Diffusion(diffusion_sampling(sampling, default, faults))
+        }
         Sampling::Autoregressive(default) => Sampling::Autoregressive(AutoregressiveSampling {
             guidance_scale: or(&sampling.guidance_scale, default.guidance_scale),
             top_k: or(&sampling.top_k, default.top_k),
@@ -424,7 +470,7 @@ fn resolve_student(
             faults,
         ),
         training: training(
-            ("student", family),
+            ("student", family, &name.place),
             &typed.training,
             &default,
             None,

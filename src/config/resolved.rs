@@ -75,8 +75,13 @@ pub struct Supervisor {
     /// Digest of the bytes of `adapter`, which keys have in place of the path. Default: read from it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub adapter_digest: Option<String>,
-    /// Caption of the references; `{token}` and `{class}` are replaced. Default "a {token} {class}".
+    /// Caption of the references that have none of their own (in `metadata.jsonl`, or a .txt of the photo's name, beside
+    /// them); `{token}` and `{class}` are replaced in all. Default "a {token} {class}".
     pub prompt: String,
+    /// Whether the middle of each photo is learnt, or else a square at random, chosen once. Default true.
+    pub center_crop: bool,
+    /// Whether each photo is flipped left to right with probability 1/2, decided once. Default false.
+    pub random_flip: bool,
     #[serde(flatten)]
     pub training: Training,
     /// DreamBooth's class images beside the references (Ruiz et al. 2023, section 3.2). Default: none.
@@ -136,6 +141,12 @@ pub struct Training {
     pub decay_vectors: bool,
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub prodigy: Option<Prodigy>,
+    /// SDXL alone: the loss of a noise level weighs `min(SNR, snr_gamma) / SNR` (Hang et al. 2023, arXiv 2303.09556), so
+    /// that levels with little noise do not count for too much. Above 0; 5 is usual. Default: all levels weigh alike.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub snr_gamma: Option<f64>,
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub flow_matching: Option<FlowMatching>,
     /// The gradient's norm is clipped to this; above 0. Default 1, Lumina 4.
     pub max_grad_norm: f64,
     /// Default "constant".
@@ -204,6 +215,27 @@ impl Default for Prodigy {
     }
 }
 
+/// Which noise levels SD3 and FLUX learn, and how much each weighs: more fields of `[supervisor]`, `[student]` and
+/// `[direct]` for these models, with the names and formulas of diffusers' DreamBooth scripts (Esser et al. 2024, arXiv
+/// 2403.03206, section 3.1).
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct FlowMatching {
+    /// "logit_normal" and "mode" draw levels by these densities, "sigma_sqrt" and "cosmap" evenly and weigh their losses;
+    /// "none" does neither. Default: SD3 "logit_normal", FLUX "none".
+    pub weighting_scheme: WeightingScheme,
+    /// With "logit_normal" alone: mean of the normal distribution whose sigmoid is drawn; above 0, levels with little noise
+    /// are learnt more often. Default 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub logit_mean: Option<f64>,
+    /// With "logit_normal" alone: its standard deviation, above 0. Default 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub logit_std: Option<f64>,
+    /// With "mode" alone: how far levels in the middle (above 0) or at the ends (below 0) are preferred; -1 to 1.75.
+    /// Default 1.29.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mode_scale: Option<f64>,
+}
+
 /// `[proxies]`: the images the supervisors make.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Proxies {
@@ -227,6 +259,14 @@ pub struct DiffusionSampling {
     pub guidance_scale: f64,
     /// What guidance leads away from. Default "".
     pub negative_prompt: String,
+    /// Guidance begins after this share of the steps (Kynkäänniemi et al. 2024, arXiv 2404.07724); 0 to 1. FLUX has none.
+    /// Default 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub guidance_start: Option<f64>,
+    /// Guidance ends after this share of the steps, above `guidance_start`; what is not guided costs half. FLUX has none.
+    /// Default 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub guidance_stop: Option<f64>,
 }
 
 /// How an autoregressive model samples.
@@ -450,6 +490,22 @@ pub enum Optimizer {
     /// Orthogonal steps (Jordan et al. 2024) for matrices inside the network, AdamW for everything else, both with the
     /// same learning rate and decay.
     Muon,
+}
+
+/// Which noise levels are learnt, and what they weigh. The names are diffusers' own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WeightingScheme {
+    /// All levels equally often, the loss divided by σ².
+    SigmaSqrt,
+    /// Levels in the middle more often.
+    LogitNormal,
+    /// Levels in the middle more often, with more at the ends than a logit-normal density has.
+    Mode,
+    /// All levels equally often, those in the middle weighing more.
+    Cosmap,
+    /// All levels equally often and alike.
+    None,
 }
 
 /// How the learning rate goes on after the warm-up. The names are diffusers' own.

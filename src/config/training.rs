@@ -4,7 +4,9 @@ use super::effect::{first_idle, unlike};
 use super::family::Family;
 use super::reader::{At, Faults};
 use super::resolve::or;
-use super::resolved::{Dtype, LrScheduler, Optimizer, Prodigy, Training, Tuning};
+use super::resolved::{
+    Dtype, FlowMatching, LrScheduler, Optimizer, Prodigy, Training, Tuning, WeightingScheme,
+};
 use super::tree::Place;
 use super::typed::{self, Typed};
 
@@ -27,11 +29,11 @@ pub(super) fn check_dtype(
     }
 }
 
-/// What was typed for `role`, a model of `family`, over `default`. `inherited` is what `default` itself was typed as, if
+/// What was typed for `role`, a model of `family` that `model` names, over `default`. `inherited` is what `default` itself was typed as, if
 /// it was. Where all weights are trained, what an adapter would be like has no effect, unless `keeps_adapter`: somebody
 /// inherits it.
 pub(super) fn training(
-    (role, family): (&str, Family),
+    (role, family, model): (&str, Family, &Place),
     typed: &typed::Training,
     default: &Training,
     inherited: Option<&typed::Training>,
@@ -93,6 +95,8 @@ pub(super) fn training(
         weight_decay: or(&typed.weight_decay, default.weight_decay),
         decay_vectors: default.decay_vectors,
         prodigy: prodigy(role, typed, (optimizer, default), inherited, faults),
+        snr_gamma: snr_gamma((role, family, model), typed, default, faults),
+        flow_matching: flow_matching((role, family, model), typed, default, inherited, faults),
         max_grad_norm: or(&typed.max_grad_norm, default.max_grad_norm),
         lr_scheduler: or(&typed.lr_scheduler, default.lr_scheduler),
         warmup_steps: or(&typed.warmup_steps, default.warmup_steps),
@@ -139,6 +143,97 @@ fn prodigy(
         decouple: or(&own.decouple, default.decouple),
         use_bias_correction: or(&own.use_bias_correction, default.use_bias_correction),
         safeguard_warmup: or(&own.safeguard_warmup, default.safeguard_warmup),
+    })
+}
+
+/// Faults of the first of `fields` that was typed although `why`, which was said at `switch`.
+fn without_effect<'a>(
+    role: &str,
+    switch: Option<&Place>,
+    fields: impl IntoIterator<Item = (&'static str, Option<&'a Place>)>,
+    (why, hint): (&str, &str),
+    faults: &Faults,
+) {
+    for (field, place) in fields {
+        if let Some(place) = first_idle(switch, place) {
+            faults.push(place, format!("{role}.{field} has no effect {why}"), hint);
+        }
+    }
+}
+
+fn snr_gamma(
+    (role, family, model): (&str, Family, &Place),
+    typed: &typed::Training,
+    default: &Training,
+    faults: &Faults,
+) -> Option<f64> {
+    let own = &typed.snr_gamma;
+    if !family.has_snr() {
+        let field = ("snr_gamma", own.as_ref().map(|at| &at.place));
+        let why = format!("on a {family} model");
+        without_effect(
+            role,
+            Some(model),
+            [field],
+            (&why, "remove the line"),
+            faults,
+        );
+        return None;
+    }
+    own.as_ref().map(|at| at.value).or(default.snr_gamma)
+}
+
+/// What a model of flow matching is trained on; each scheme has numbers of its own.
+fn flow_matching(
+    (role, family, model): (&str, Family, &Place),
+    typed: &typed::Training,
+    default: &Training,
+    inherited: Option<&typed::Training>,
+    faults: &Faults,
+) -> Option<FlowMatching> {
+    let own = &typed.flow_matching;
+    let Some(default) = default.flow_matching else {
+        let why = format!("on a {family} model");
+        without_effect(
+            role,
+            Some(model),
+            own.places(),
+            (&why, "remove the line"),
+            faults,
+        );
+        return None;
+    };
+    let scheme = or(&own.weighting_scheme, default.weighting_scheme);
+    let numbers = match scheme == default.weighting_scheme {
+        true => default,
+        false => FlowMatching::weighted(scheme),
+    };
+    let switch = own.weighting_scheme.as_ref().or_else(|| {
+        let inherited = inherited?;
+        inherited.flow_matching.weighting_scheme.as_ref()
+    });
+    let of = |typed: &Typed<f64>, default: Option<f64>| default.map(|number| or(typed, number));
+    let [_, logit_mean, logit_std, mode_scale] = own.places();
+    for (needed, name, fields) in [
+        (
+            WeightingScheme::LogitNormal,
+            "logit_normal",
+            vec![logit_mean, logit_std],
+        ),
+        (WeightingScheme::Mode, "mode", vec![mode_scale]),
+    ] {
+        if scheme != needed {
+            let why = format!("without weighting_scheme = \"{name}\"");
+            let hint = format!("remove the line, or use weighting_scheme = \"{name}\"");
+            let switch = switch.map(|at| &at.place);
+            without_effect(role, switch, fields, (&why, &hint), faults);
+        }
+    }
+    Some(FlowMatching {
+        weighting_scheme: scheme,
+        logit_mean: of(&own.logit_mean, numbers.logit_mean),
+        logit_std: of(&own.logit_std, numbers.logit_std),
+        mode_scale: of(&own.mode_scale, numbers.mode_scale),
     })
 }
 

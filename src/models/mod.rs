@@ -70,6 +70,14 @@ impl Example {
         }
         self
     }
+
+    /// The same, told to be another part of another picture.
+    pub fn framed(mut self, told: Framing) -> Self {
+        if let Self::Latents { framing, .. } = &mut self {
+            *framing = told;
+        }
+        self
+    }
 }
 
 /// An example with its prompt.
@@ -95,6 +103,9 @@ pub trait Learner: Send {
     fn tokens_per_image(&self) -> Option<usize> {
         None
     }
+
+    /// What is learnt beside that: as `training` says, of which a backbone reads what it knows.
+    fn set_training(&mut self, _training: &crate::config::Training) {}
 
     /// Turns images of that size into examples.
     fn encode(&mut self, images: &[RgbImage]) -> Result<Vec<Example>>;

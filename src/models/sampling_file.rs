@@ -59,7 +59,13 @@ fn is_usable(sampling: &Sampling) -> bool {
     let guided = |scale: f64| scale >= 1.0 && scale.is_finite();
     match sampling {
         Sampling::Diffusion(sampling) => {
-            guided(sampling.guidance_scale) && sampling.num_inference_steps > 0
+            let start = sampling.guidance_start.unwrap_or(0.0);
+            let stop = sampling.guidance_stop.unwrap_or(1.0);
+            guided(sampling.guidance_scale)
+                && sampling.num_inference_steps > 0
+                && 0.0 <= start
+                && start < stop
+                && stop <= 1.0
         }
         Sampling::Autoregressive(sampling) => {
             guided(sampling.guidance_scale)

@@ -27,7 +27,7 @@ pub const FAMILY: Family = Family::new(&FamilySettings {
     name: "DINO",
     kind: Kind::Dino,
     // Evaluators do not train: a pipeline that makes one learn is refused where its role is read.
-    training: TrainingDefaults::diffusion(Optimizer::Adamw, 1e-4),
+    training: TrainingDefaults::diffusion(Optimizer::Adamw, 1e-4, None),
     targets: &[],
     sampling: SamplingDefaults::NONE,
 });

@@ -122,10 +122,10 @@ pub fn preflight(options: &Options, purpose: Purpose) -> Preflight {
         }
     }
     read_photos(resolved, &mut found);
-    let wanted = Wanted::of(resolved, purpose);
+    let wanted = Wanted::of(resolved, &found.subjects, purpose);
     let learns_tokens = purpose != Purpose::Proxies { tokens: false };
     let teacher = resolved.teacher().map(|(supervisor, _)| supervisor);
-    let drawn = teacher.and_then(|supervisor| {
+    if let Some(supervisor) = teacher {
         let role = Role {
             name: "supervisor",
             model: &supervisor.model,
@@ -136,8 +136,8 @@ pub fn preflight(options: &Options, purpose: Purpose) -> Preflight {
             adapter: supervisor.adapter.as_deref().map(Adapter::Given),
             prompts: &wanted.supervisor,
         };
-        role.look(&mut found)
-    });
+        role.look(&mut found);
+    }
     if learns_tokens {
         let student = &resolved.student;
         let role = Role {
@@ -153,18 +153,7 @@ pub fn preflight(options: &Options, purpose: Purpose) -> Preflight {
             },
             prompts: &wanted.student,
         };
-        let learnt = role.look(&mut found);
-        if let (Some(drawn), Some(learnt)) = (drawn, learnt)
-            && drawn != learnt
-        {
-            found.faults.push(Obstacle::new(
-                &["supervisor", "resolution"],
-                format!(
-                    "the supervisor draws images of {drawn} pixels, and the student learns from images of {learnt}"
-                ),
-                format!("set supervisor.resolution = {learnt}, if the supervisor can draw such images"),
-            ));
-        }
+        role.look(&mut found);
         if let Some(direct) = resolved.direct() {
             let folder = locate(&student.model).ok();
             let role = Role {
@@ -282,24 +271,28 @@ struct Role<'a> {
 }
 
 impl Role<'_> {
-    /// Looks at everything about the model; the side of its images in pixels, where that is known.
-    fn look(&self, found: &mut Preflight) -> Option<u32> {
+    /// Looks at everything about the model.
+    fn look(&self, found: &mut Preflight) {
         let field = |name| [self.name, name];
         found.take(&field("device"), device(self.device));
-        let architecture = found.take(&field("model"), architecture(self.family))?;
-        found.take(&field("model"), architecture.learner())?;
+        let architecture = found.take(&field("model"), architecture(self.family));
+        let Some(architecture) = architecture else {
+            return;
+        };
+        found.take(&field("model"), architecture.learner());
         let asked = self.resolution.map(|side| side as u32);
         let Some(folder) = folder_of(self.model, &field("model"), found) else {
-            return asked;
+            return;
         };
         let side = architecture.resolution(&folder, asked);
-        let side = found.take(&field("resolution"), side)?;
+        if found.take(&field("resolution"), side).is_none() {
+            return;
+        }
         self.check_layers(&folder, found);
         let readers = (architecture.readers)(&folder, asked, true);
         if let Some(readers) = found.take(&field("model"), readers) {
             look_at_prompts(self.model, &readers, self.prompts, self.name, found);
         }
-        Some(side)
     }
 
     /// Every target is the name of a layer, and the adapter that is there fits.
@@ -408,8 +401,19 @@ struct Wanted {
 }
 
 impl Wanted {
-    fn of(resolved: &Resolved, purpose: Purpose) -> Self {
+    fn of(resolved: &Resolved, loaded: &[Arc<Subject>], purpose: Purpose) -> Self {
         let mut wanted = Self::default();
+        let captions = || {
+            let captions = loaded.iter().flat_map(|subject| &subject.captions);
+            captions.flatten().map(|caption| caption.as_str().into())
+        };
+        if resolved.teacher().is_some() {
+            wanted.supervisor.extend(captions());
+        }
+        let is_direct = resolved.teacher().is_none() || resolved.direct().is_some();
+        if is_direct && purpose == Purpose::Run {
+            wanted.student.extend(captions());
+        }
         for subject in &resolved.subjects {
             let (token, class) = (&subject.token, &subject.class);
             let of = |template: &String| Prompt::of(template, token, class);

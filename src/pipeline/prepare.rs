@@ -13,11 +13,11 @@ use crate::models::limits::read_config;
 use crate::models::lora_file::LoraFile;
 use crate::models::{LearnerOptions, Tuning, architecture, clip, locate, vit};
 use crate::plan::{
-    Plan, Versions, checkpoint_digest, derive_seed, evaluators_key, photos_digest, student_key,
-    supervisor_keys,
+    Plan, Versions, captioned_photos_digest, checkpoint_digest, derive_seed, evaluators_key,
+    student_key, supervisor_keys, tokens_key,
 };
 use crate::stages::supervise::key_in;
-use crate::stages::tokenize::OpenTokenizer;
+use crate::stages::tokenize::{OpenTokenizer, Resizing};
 use crate::stages::{Context, Lazy, LazyEvaluator, TokenizerIdentity, Warnings, references};
 use crate::store::{EvaluationRow, Limits, MetricRow, RunRow, Store, Table, Writer, now_us};
 use crate::stream::{Board, Meter, Stop, blocking};
@@ -153,28 +153,26 @@ pub(super) async fn prepare(
     run.note_store(&store)?;
 
     let student_dir = locate(&resolved.student.model)?;
-    let student = student_opening(resolved, &resolved.student, student_dir.clone())?;
+    let student = student_opening(resolved, &resolved.student, student_dir)?;
     let supervisor = match &resolved.supervisor {
         Some(supervisor) => Some(supervisor_opening(resolved, supervisor, purpose)?),
         None => None,
     };
-    let dirs = (
-        student_dir.clone(),
-        supervisor.as_ref().map(|opening| opening.dir.clone()),
-    );
+    let (learning, teaching) = (student.clone(), supervisor.clone());
     let own = resolved.clone();
     let reading = blocking("reading checkpoints", move || {
         let evaluator = match purpose {
             Purpose::Run | Purpose::Report => evaluator(&own)?,
             Purpose::Proxies { .. } => no_evaluator(),
         };
-        let student_base = checkpoint_digest(&dirs.0)?;
-        let supervisor_base = dirs.1.as_deref().map(checkpoint_digest).transpose()?;
-        let (tokenizer, identity) = image_tokenizer(&own, &dirs.0)?;
+        let student_base = checkpoint_digest(&learning.dir)?;
+        let teacher = teaching.as_ref();
+        let supervisor_base = teacher.map(|opening| checkpoint_digest(&opening.dir));
+        let (tokenizer, identity) = image_tokenizer(&learning, teacher)?;
         Ok((
             evaluator,
             student_base,
-            supervisor_base,
+            supervisor_base.transpose()?,
             tokenizer,
             identity,
         ))
@@ -185,7 +183,7 @@ pub(super) async fn prepare(
     if let Some((settings, proxies)) = resolved.teacher() {
         for (subject, loaded) in resolved.subjects.iter().zip(&subjects) {
             known.push(supervisor_keys(
-                &photos_digest(&loaded.digests),
+                &captioned_photos_digest(&loaded.digests, &loaded.captions),
                 &supervisor_base,
                 subject,
                 settings,
@@ -199,7 +197,12 @@ pub(super) async fn prepare(
     let identity = identity.filter(|_| purpose != Purpose::Proxies { tokens: false });
     let photos: Vec<String> = subjects
         .iter()
-        .flat_map(|subject| subject.digests.clone())
+        .flat_map(|subject| {
+            let captions = subject.captions.iter().flatten().next();
+            let learnt =
+                captions.map(|_| captioned_photos_digest(&subject.digests, &subject.captions));
+            subject.digests.iter().cloned().chain(learnt)
+        })
         .collect();
     let newest = |keys: &Versions<String>| keys.newest().clone();
     let origin = StudentOrigin {
@@ -221,10 +224,9 @@ pub(super) async fn prepare(
         metrics: Writer::<MetricRow>::with_limits(metrics, frequent),
         board: Board::default(),
         stop,
-        painter: match &supervisor {
-            Some(opening) => Some(Lazy::new("painter", opening.clone(), &supervisor_base)),
-            None => None,
-        },
+        painter: supervisor
+            .as_ref()
+            .map(|opening| Lazy::new("painter", opening.clone(), &supervisor_base)),
         sampler: Lazy::new(
             "sampler",
             sampler_opening(resolved, &student),
@@ -348,28 +350,33 @@ pub fn sampler_opening(resolved: &Resolved, student: &LearnerOptions) -> Learner
     }
 }
 
+/// How the image tokenizer of `student` is opened, and which it is for the proxies of `supervisor`, whose sides may be others.
 fn image_tokenizer(
-    resolved: &Resolved,
-    dir: &std::path::Path,
+    student: &LearnerOptions,
+    supervisor: Option<&LearnerOptions>,
 ) -> Result<(Arc<OpenTokenizer>, Option<TokenizerIdentity>)> {
-    let student = &resolved.student;
-    let side = student.resolution.map(|side| side as u32);
+    let side = |of: &LearnerOptions| architecture(of.family)?.resolution(&of.dir, of.resolution);
+    let learnt = side(student)?;
     let parts = architecture(student.family)?.learner()?.tokenizer;
     let identity = match parts {
         Some(parts) => {
-            let (folder, count) = (parts.files)(dir, side)?;
+            let (folder, count) = (parts.files)(&student.dir, student.resolution)?;
+            let drawn = supervisor.map_or(Ok(learnt), side)?;
             Some(TokenizerIdentity {
-                digest: checkpoint_digest(&folder)?,
+                digest: tokens_key(&checkpoint_digest(&folder)?, drawn, learnt),
                 count,
             })
         }
         None => None,
     };
-    let (dir, family, on) = (dir.to_path_buf(), student.family, device(student.device)?);
+    let student = student.clone();
     let open: OpenTokenizer = Box::new(move || match parts {
-        Some(parts) => (parts.open)(&dir, side, &on),
+        Some(parts) => Ok(Box::new(Resizing {
+            tokenizer: (parts.open)(&student.dir, student.resolution, &student.device)?,
+            side: learnt,
+        })),
         None => Err(Error::Invalid {
-            what: format!("{family} has no image tokenizer"),
+            what: format!("{} has no image tokenizer", student.family),
             hint: None,
         }),
     });

@@ -7,13 +7,13 @@ use async_stream::try_stream;
 use futures::{Stream, StreamExt};
 use rand::SeedableRng;
 
-use super::references::at_resolution;
+use super::references::{at_side, examples};
 use super::train::Course;
 use super::{Checkpoint, Context, Method};
 use crate::config::{Source, Training, prompts};
 use crate::images::augment;
 use crate::models::{LearnerOptions, Lesson};
-use crate::plan::step_seed;
+use crate::plan::{Reference, step_seed};
 use crate::stream::Meter;
 use crate::{Result, nn};
 
@@ -94,24 +94,20 @@ impl Photos {
             .worker
             .call(&course.meter, move |trainee| {
                 let learner = trainee.learner();
-                let side = learner.resolution();
-                let images: Vec<_> = own
-                    .subjects
-                    .iter()
-                    .flat_map(|subject| at_resolution(subject, side))
-                    .collect();
-                let examples = learner.encode(&images)?;
-                Ok((images, examples))
+                let (mut resized, mut learnt) = (Vec::new(), Vec::new());
+                for subject in &own.subjects {
+                    resized.extend(at_side(&subject.images, learner.resolution()));
+                    learnt.extend(examples(learner, &subject.images)?);
+                }
+                Ok((resized, learnt))
             })
             .await?;
-        let prompt =
-            |subject: &Arc<super::Subject>| prompts::fill(PROMPT, &subject.token, &subject.class);
-        let prompts = context
-            .plan
-            .references()
-            .iter()
-            .map(|photo| prompt(context.subject(photo.subject)))
-            .collect();
+        let prompt = |photo: &Reference| {
+            let subject = context.subject(photo.subject);
+            let own = subject.captions.get(photo.index).cloned().flatten();
+            own.unwrap_or_else(|| prompts::fill(PROMPT, &subject.token, &subject.class))
+        };
+        let prompts = context.plan.references().iter().map(prompt).collect();
         Ok(Self {
             images: Arc::new(images),
             examples,

@@ -26,6 +26,7 @@ use crate::store::{Claim, MetricRow, ProxyRow, Store, Table, Writer, now_us};
 use crate::stream::{Board, Stop, Worker};
 use crate::{Error, Result};
 
+mod class_images;
 pub mod direct;
 pub mod disk;
 pub mod evaluate;
@@ -119,7 +120,7 @@ impl Context {
 /// Which image tokenizer the student reads.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TokenizerIdentity {
-    /// Digest of its files.
+    /// Key of the tokens that it makes of the run's proxies: the digest of its files, and how proxies are resized for it.
     pub digest: String,
     /// Tokens per image; the grid is square.
     pub count: usize,
@@ -137,6 +138,10 @@ pub struct Subject {
     pub files: Vec<String>,
     /// The central squares, at most 1024 px wide, in the same order.
     pub images: Vec<RgbImage>,
+    /// The same with all that is beside their squares.
+    pub whole: Vec<RgbImage>,
+    /// Their own captions, in the same order, where they have some: else they have the prompt of all.
+    pub captions: Vec<Option<String>>,
 }
 
 /// A supervisor that has learnt its subject.

@@ -10,12 +10,13 @@ use async_stream::try_stream;
 use candle_core::DType;
 use futures::{Stream, StreamExt};
 
+use super::class_images::{ClassImages, Drawing};
 use super::train::Course;
-use super::{Context, Supervisor, references::at_resolution};
+use super::{Context, Supervisor, references::photo_examples};
 use crate::config;
 use crate::models::adapters::DIFFUSERS_WEIGHTS;
 use crate::models::lora_write::{Layout, Written};
-use crate::models::{LearnerOptions, Lesson, Request, Tuning, sampling_file};
+use crate::models::{LearnerOptions, Lesson, Tuning, sampling_file};
 use crate::plan::Versions;
 use crate::store::Claim;
 use crate::stream::Meter;
@@ -239,28 +240,22 @@ async fn train(
             hint: None,
         })?;
     let learnt = context.subject(subject).clone();
+    let (own, seed) = (settings.clone(), context.resolved.seed);
     let examples = course
         .worker
         .call(&course.meter, move |trainee| {
-            let learner = trainee.learner();
-            let examples = learner.encode(&at_resolution(&learnt, learner.resolution()))?;
-            let sizes = learnt.images.iter().map(|photo| {
-                let (width, height) = photo.dimensions();
-                [height as usize, width as usize]
-            });
-            let told = examples.into_iter().zip(sizes);
-            Ok(told
-                .map(|(example, size)| example.of_original(size))
-                .collect::<Vec<_>>())
+            photo_examples(trainee.learner(), &learnt, &own, seed)
         })
         .await?;
     let learnt = context.subject(subject);
     let prompt = config::prompts::fill(&settings.prompt, &learnt.token, &learnt.class);
+    let captions = &learnt.captions;
     let mut foreseen = vec![
         prompt.clone(),
         String::new(),
         sampling.negative_prompt.clone(),
     ];
+    foreseen.extend(captions.iter().flatten().cloned());
     foreseen.extend(
         settings
             .prior_preservation
@@ -273,63 +268,40 @@ async fn train(
             trainee.learner().foresee(&foreseen)
         })
         .await?;
-    // Class images come from the model as it was, so they are drawn before a checkpoint is restored.
-    let class = match &settings.prior_preservation {
-        Some(prior) => {
-            let prompt = config::prompts::fill_without_token(&prior.prompt, &learnt.class);
-            let requests: Vec<Request> = planned
-                .class_seeds
-                .iter()
-                .map(|&seed| Request {
-                    prompt: prompt.clone(),
-                    seed,
-                })
-                .collect();
-            let sampling = config::Sampling::Diffusion(sampling.clone());
-            let mut examples = Vec::new();
-            for requests in requests.chunks(settings.training.batch_size) {
-                if context.stop.requested() {
-                    return Ok(false);
-                }
-                let (requests, sampling) = (requests.to_vec(), sampling.clone());
-                let drawn = course
-                    .worker
-                    .call(&course.meter, move |trainee| {
-                        let learner = trainee.learner();
-                        let images = learner.generate(&requests, &sampling)?;
-                        learner.encode(&images)
-                    })
-                    .await?;
-                examples.extend(drawn);
-            }
-            Some((prior.weight, prompt, examples))
-        }
+    // Before a checkpoint is restored.
+    let untouched = match settings.prior_preservation {
+        Some(_) => Some(course.snapshot().await?),
         None => None,
     };
     let mut step = course.resume().await?;
+    let mut class = match (
+        &settings.prior_preservation,
+        &planned.class_images,
+        &context.painter,
+        untouched,
+    ) {
+        (Some(prior), Some(schedule), Some(painter), Some(untouched)) => {
+            let drawing = Drawing {
+                painter: painter.clone(),
+                untouched,
+                prompt: config::prompts::fill_without_token(&prior.prompt, &learnt.class),
+                seeds: planned.class_seeds.clone(),
+                sampling: config::Sampling::Diffusion(sampling.clone()),
+                batch_size: settings.training.batch_size,
+            };
+            let images = ClassImages::start(drawing, schedule, course, step);
+            Some((prior.weight, images))
+        }
+        _ => None,
+    };
     while step < settings.training.steps && !context.stop.requested() {
-        let lesson = |example, prompt: &String| Lesson {
-            example,
-            prompt: prompt.clone(),
-        };
-        let photos = planned.references.lessons(step);
-        let mut batches = vec![(
-            1.0,
-            photos
-                .iter()
-                .map(|&i| lesson(examples[i].clone(), &prompt))
-                .collect(),
-        )];
-        if let (Some((weight, prompt, examples)), Some(schedule)) = (&class, &planned.class_images)
-        {
-            let images = schedule.lessons(step);
-            batches.push((
-                *weight,
-                images
-                    .iter()
-                    .map(|&i| lesson(examples[i].clone(), prompt))
-                    .collect(),
-            ));
+        let photos = planned.references.lessons(step).iter().map(|&i| Lesson {
+            example: examples[i].clone(),
+            prompt: captions[i].as_ref().unwrap_or(&prompt).clone(),
+        });
+        let mut batches = vec![(1.0, photos.collect())];
+        if let Some((weight, images)) = &mut class {
+            batches.push((*weight, images.lessons(course, step).await?));
         }
         course.step(step, batches).await?;
         step += 1;

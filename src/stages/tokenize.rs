@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use async_stream::try_stream;
 use futures::{Stream, StreamExt};
+use image::RgbImage;
 
+use super::references::at_side;
 use super::{Context, ProxyBatch, ReadyBatch, ended_early};
 use crate::images::{decode_png, pixel_digest};
 use crate::models::ImageTokenizer;
@@ -14,6 +16,19 @@ use crate::{Error, Result};
 
 /// Opens the tokenizer on a thread of its own when it is first needed.
 pub type OpenTokenizer = Box<dyn Fn() -> Result<Box<dyn ImageTokenizer>> + Send + Sync>;
+
+/// A tokenizer for square images of any size, which it resizes to its own.
+pub struct Resizing {
+    pub tokenizer: Box<dyn ImageTokenizer>,
+    /// Pixels a side.
+    pub side: u32,
+}
+
+impl ImageTokenizer for Resizing {
+    fn encode(&self, images: &[RgbImage]) -> Result<Vec<Vec<u32>>> {
+        self.tokenizer.encode(&at_side(images, self.side))
+    }
+}
 
 /// Tokenizes each batch of `input` as a whole, commits the rows and passes the batch on to training. Without a
 /// tokenizer (a diffusion student reads pixels) batches pass as they are.
@@ -77,10 +92,7 @@ pub fn tokenize(
 }
 
 /// The pixels of a batch: as they came, or from the store.
-pub(super) async fn pixels(
-    context: &Context,
-    batch: &ProxyBatch,
-) -> Result<Arc<Vec<image::RgbImage>>> {
+pub(super) async fn pixels(context: &Context, batch: &ProxyBatch) -> Result<Arc<Vec<RgbImage>>> {
     if let Some(images) = &batch.images {
         return Ok(images.clone());
     }

@@ -10,6 +10,7 @@ use async_stream::try_stream;
 use candle_core::Tensor;
 use futures::{Stream, StreamExt};
 
+use super::references::examples;
 use super::{Checkpoint, Context, Method, ReadyBatch, ended_early, spawn_trainee};
 use crate::config::{Sampling, Training, Tuning};
 use crate::images::decode_png;
@@ -335,7 +336,7 @@ impl Examples {
                             decode_png(&row.image, &row.key)
                         });
                         let images = images.collect::<Result<Vec<_>>>()?;
-                        trainee.learner().encode(&images)
+                        examples(trainee.learner(), &images)
                     })
                     .await?;
                 self.known.extend(numbers.zip(examples));

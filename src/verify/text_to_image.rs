@@ -6,6 +6,7 @@ use serde::de::DeserializeOwned;
 
 use super::reference::Inputs;
 use super::runners::{Opened, Output, Place, Runner};
+use crate::diffusion::Guidance;
 use crate::hub::parts::Parts;
 use crate::models::flux::FluxDenoiser;
 use crate::models::latent_diffusion::{Denoiser, LatentDiffusion, network_files};
@@ -77,12 +78,17 @@ impl<D: Denoiser> Runner for LatentDiffusion<D> {
             };
             Ok((self.denoiser.encode(&prompts, length)?, negative))
         })?;
+        let guidance = Guidance {
+            scale: needed(inputs, "guidance_scale")?,
+            start: inputs.setting("guidance_start")?.unwrap_or(0.0),
+            stop: inputs.setting("guidance_stop")?.unwrap_or(1.0),
+        };
         let latents = self.denoise(
             &noise,
             &conditioning,
             &negative,
             needed(inputs, "num_inference_steps")?,
-            needed(inputs, "guidance_scale")?,
+            guidance,
         )?;
         let image = self.decode(&latents)?.affine(0.5, 0.5)?;
         Ok(vec![

@@ -40,6 +40,8 @@ pub const FAMILY: Family = Family::new(&FamilySettings {
         decay_vectors: true,
         max_grad_norm: 4.0,
         dropout: 0.05,
+        has_snr: false,
+        weighting_scheme: None,
     },
     targets: &[
         "q_proj",

@@ -27,6 +27,9 @@ use crate::{Error, Result};
 /// Torch's files up to this many bytes are read as they are; converting them would save nothing.
 const READ_AT_ONCE: u64 = 64 << 20;
 
+/// Tensors by name, with their shapes.
+pub type Shapes = Vec<(String, Vec<usize>)>;
+
 /// The weight files of one component.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum WeightFiles {
@@ -162,7 +165,7 @@ impl WeightFiles {
     ///
     /// # Errors
     /// When a file is damaged.
-    pub fn shapes(&self) -> Result<Option<Vec<(String, Vec<usize>)>>> {
+    pub fn shapes(&self) -> Result<Option<Shapes>> {
         let mut shapes = Vec::new();
         match self {
             Self::Pickles(_) => return Ok(None),

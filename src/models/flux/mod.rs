@@ -18,11 +18,14 @@ use super::autoencoder;
 use super::checkpoint_files::Layout;
 use super::family::{Architecture, Backbone, KnownModel, LearnerParts};
 use super::latent_diffusion::{
-    Conditioning, Denoiser, DiffusionLearner, Framing, LatentDiffusion, multiple_of, opened,
+    Conditioning, Denoiser, DiffusionLearner, Framing, LatentDiffusion, Levels, multiple_of, opened,
 };
 use super::reading::TextReader;
-use crate::config::{Family, FamilySettings, Kind, Optimizer, SamplingDefaults, TrainingDefaults};
-use crate::diffusion::{Density, FlowMatchEuler, LossForm, Spacing, TrainingDraw};
+use crate::config::{
+    Family, FamilySettings, Kind, Optimizer, SamplingDefaults, Training, TrainingDefaults,
+    WeightingScheme,
+};
+use crate::diffusion::{FlowMatchEuler, Guidance, LossForm, Spacing, TrainingDraw};
 use crate::hub::catalogue;
 use crate::nn::{self, Weights};
 use crate::{Error, Result};
@@ -32,12 +35,12 @@ use crate::{Error, Result};
 pub const FAMILY: Family = Family::new(&FamilySettings {
     name: "FLUX",
     kind: Kind::Diffusion,
-    training: TrainingDefaults::diffusion(Optimizer::Prodigy, 1e-4),
+    training: TrainingDefaults::diffusion(Optimizer::Prodigy, 1e-4, Some(WeightingScheme::None)),
     targets: &LORA_TARGETS,
     sampling: SamplingDefaults::Diffusion {
         num_inference_steps: 28,
         guidance_scale: 3.5,
-        negative_prompt: false,
+        classifier_free: false,
     },
 });
 
@@ -79,6 +82,7 @@ pub struct FluxDenoiser {
     text: Option<TextEncoders>,
     transformer: FluxTransformer,
     schedule: FlowMatchEuler,
+    levels: Levels,
     dtype: DType,
 }
 
@@ -207,6 +211,7 @@ impl Denoiser for FluxDenoiser {
             text: Some(TextEncoders::open(layout, weights, opened)?),
             transformer: FluxTransformer::new(config, weights)?,
             schedule: FlowMatchEuler::new(layout.scheduler()?)?,
+            levels: Levels::EVEN,
             dtype: weights.dtype(),
         })
     }
@@ -249,6 +254,10 @@ impl Denoiser for FluxDenoiser {
         opened(&self.text)?.encode(prompts, max_sequence_length)
     }
 
+    fn set_training(&mut self, training: &Training) {
+        self.levels = Levels::of(training).unwrap_or(Levels::EVEN);
+    }
+
     fn draw(
         &self,
         latents_shape: (usize, usize, usize, usize),
@@ -256,7 +265,7 @@ impl Denoiser for FluxDenoiser {
         device: &Device,
     ) -> Result<TrainingDraw> {
         self.schedule
-            .draw(latents_shape, Density::Uniform, generator, device)
+            .draw(latents_shape, self.levels.density, generator, device)
     }
 
     fn loss(
@@ -266,11 +275,11 @@ impl Denoiser for FluxDenoiser {
         _framings: &[Framing],
         draw: &TrainingDraw,
     ) -> Result<Tensor> {
-        self.schedule
-            .loss(latents, draw, LossForm::Velocity, |noisy, timesteps| {
-                let sigma = self.schedule.sigma(timesteps)?;
-                self.velocity(noisy, &sigma, TRAINING_GUIDANCE, conditioning)
-            })
+        let form = (LossForm::Velocity, self.levels.weighting);
+        self.schedule.loss(latents, draw, form, |noisy, timesteps| {
+            let sigma = self.schedule.sigma(timesteps)?;
+            self.velocity(noisy, &sigma, TRAINING_GUIDANCE, conditioning)
+        })
     }
 
     fn handed_over(&self, latents: &Tensor) -> Result<Tensor> {
@@ -287,13 +296,13 @@ impl Denoiser for FluxDenoiser {
         &self,
         noise: &Tensor,
         conditioning: &Conditioning,
-        negative: Option<(&Conditioning, f64)>,
+        negative: Option<(&Conditioning, Guidance)>,
         _framing: Framing,
         num_inference_steps: usize,
     ) -> Result<Tensor> {
         nn::no_grad(|| {
             let (b, _, h, w) = noise.dims4()?;
-            let guidance = negative.map_or(1.0, |(_, scale)| scale);
+            let guidance = negative.map_or(1.0, |(_, guidance)| guidance.scale);
             let tokens = (h / PACKED) * (w / PACKED);
             let velocity = |latents: &Tensor, sigma| {
                 let sigma = Tensor::full(sigma, b, noise.device())?;

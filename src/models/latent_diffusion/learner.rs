@@ -10,6 +10,8 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
 use super::{Conditioning, Denoiser, Framing, LatentDiffusion, network_files};
+use crate::config::Training;
+use crate::diffusion::Guidance;
 use crate::models::checkpoint_files::Layout;
 use crate::models::{
     Example, Learner, LearnerOptions, Lesson, Request, Sampling, Tuning, adapters,
@@ -43,7 +45,9 @@ impl<D: Denoiser> DiffusionLearner<D> {
         let files = network_files::<D>(&opening.dir)?;
         let weights = match opening.tuning {
             Tuning::Full => files.open_trainable(opening.seed, &opening.device)?,
-            Tuning::Lora(_) | Tuning::Given(_) | Tuning::Frozen => files.open(opening.dtype, &opening.device)?,
+            Tuning::Lora(_) | Tuning::Given(_) | Tuning::Frozen => {
+                files.open(opening.dtype, &opening.device)?
+            }
         };
         let (weights, adapter) = opening.attach(weights);
         let model = LatentDiffusion::<D>::open(&opening.dir, &weights)?;
@@ -81,6 +85,10 @@ impl<D: Denoiser> DiffusionLearner<D> {
 impl<D: Denoiser> Learner for DiffusionLearner<D> {
     fn resolution(&self) -> u32 {
         self.side as u32
+    }
+
+    fn set_training(&mut self, training: &Training) {
+        self.model.denoiser.set_training(training);
     }
 
     fn encode(&mut self, images: &[RgbImage]) -> Result<Vec<Example>> {
@@ -171,13 +179,18 @@ impl<D: Denoiser> Learner for DiffusionLearner<D> {
         let negative = self.condition(&[sampling.negative_prompt.as_str()])?;
         let seeds: Vec<u64> = requests.iter().map(|request| request.seed).collect();
         let noise = self.model.noise(&seeds, self.side, self.side)?;
+        let guidance = Guidance {
+            scale: sampling.guidance_scale,
+            start: sampling.guidance_start.unwrap_or(0.0),
+            stop: sampling.guidance_stop.unwrap_or(1.0),
+        };
         images::from_tensor(&merged(|| {
             self.model.generate_from(
                 &noise,
                 &conditioning,
                 &negative,
                 sampling.num_inference_steps,
-                sampling.guidance_scale,
+                guidance,
             )
         })?)
     }

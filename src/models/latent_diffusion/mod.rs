@@ -2,9 +2,11 @@
 //! once, noise by seed, guidance, and learning with an adapter. A family is a [`Denoiser`].
 
 mod learner;
+mod levels;
 pub(super) mod text;
 
 pub use learner::DiffusionLearner;
+pub use levels::Levels;
 
 use std::ops::Range;
 use std::path::Path;
@@ -15,7 +17,8 @@ use rand_chacha::ChaCha8Rng;
 use super::autoencoder::{self, AutoencoderKl};
 use super::checkpoint_files::{Layout, WeightFiles};
 use super::finish_all;
-use crate::diffusion::{self, TrainingDraw};
+use crate::config::Training;
+use crate::diffusion::{self, Guidance, TrainingDraw};
 use crate::nn::{self, Weights};
 use crate::{Error, Result};
 
@@ -167,6 +170,9 @@ pub trait Denoiser: Sized + Send + Sync {
         self.encode(&[String::new()], max_sequence_length)
     }
 
+    /// Which noise levels are learnt, and what they weigh: as `training` says, of which a family reads what it knows.
+    fn set_training(&mut self, training: &Training);
+
     /// Noise levels and noise for latents of a shape, sample by sample.
     fn draw(
         &self,
@@ -196,15 +202,32 @@ pub trait Denoiser: Sized + Send + Sync {
     }
 
     /// Latents of the shape of `noise` (b, c, h, w), f32, scaled as the network sees them, for pictures framed alike. With
-    /// `negative`, as many rows and a guidance scale, every step is guided. Records no graph.
+    /// `negative`, as many rows and how strongly to lead away from them, steps are guided. Records no graph.
     fn denoise(
         &self,
         noise: &Tensor,
         conditioning: &Conditioning,
-        negative: Option<(&Conditioning, f64)>,
+        negative: Option<(&Conditioning, Guidance)>,
         framing: Framing,
         num_inference_steps: usize,
     ) -> Result<Tensor>;
+}
+
+/// Pixels of the pictures that pass through the autoencoder together: of 1024×1024 it is one. At their full size it holds some
+/// tensors of 256 channels, 1 GiB each for so many.
+const PIXELS_AT_ONCE: usize = 1 << 20;
+
+/// `b` pictures of `h`×`w` pixels, so many together as the autoencoder takes.
+fn parts((b, h, w): (usize, usize, usize)) -> impl Iterator<Item = Range<usize>> {
+    let together = (PIXELS_AT_ONCE / (h * w).max(1)).max(1);
+    (0..b)
+        .step_by(together)
+        .map(move |start| start..b.min(start + together))
+}
+
+/// Some of the rows of `x`.
+fn rows(x: &Tensor, range: Range<usize>) -> Result<Tensor> {
+    Ok(x.narrow(0, range.start, range.len())?)
 }
 
 /// A whole model.
@@ -293,7 +316,14 @@ impl<D: Denoiser> LatentDiffusion<D> {
 
     /// Mean and log-variance of the latents of `images` (b, 3, h, w) in [−1, 1], not rescaled, f32, without a graph.
     pub fn encode_images(&self, images: &Tensor) -> Result<(Tensor, Tensor)> {
-        nn::no_grad(|| self.vae.encode(&images.to_dtype(DType::F32)?))
+        nn::no_grad(|| {
+            let (b, _, h, w) = images.dims4()?;
+            let parts = parts((b, h, w))
+                .map(|part| self.vae.encode(&rows(images, part)?.to_dtype(DType::F32)?))
+                .collect::<Result<Vec<_>>>()?;
+            let (means, logvars): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
+            Ok((Tensor::cat(&means, 0)?, Tensor::cat(&logvars, 0)?))
+        })
     }
 
     /// Latents drawn from the distribution that [`LatentDiffusion::encode_images`] gives, scaled as
@@ -388,15 +418,9 @@ impl<D: Denoiser> LatentDiffusion<D> {
         conditioning: &Conditioning,
         negative: &Conditioning,
         num_inference_steps: usize,
-        guidance_scale: f64,
+        guidance: impl Into<Guidance>,
     ) -> Result<Tensor> {
-        let latents = self.denoise(
-            noise,
-            conditioning,
-            negative,
-            num_inference_steps,
-            guidance_scale,
-        )?;
+        let latents = self.denoise(noise, conditioning, negative, num_inference_steps, guidance)?;
         self.decode(&latents)
     }
 
@@ -407,7 +431,7 @@ impl<D: Denoiser> LatentDiffusion<D> {
         conditioning: &Conditioning,
         negative: &Conditioning,
         num_inference_steps: usize,
-        guidance_scale: f64,
+        guidance: impl Into<Guidance>,
     ) -> Result<Tensor> {
         let (b, rows) = (noise.dim(0)?, conditioning.context.dim(0)?);
         if b != rows {
@@ -420,7 +444,8 @@ impl<D: Denoiser> LatentDiffusion<D> {
             1 => negative.repeat(b)?,
             _ => negative.clone(),
         };
-        let guided = (guidance_scale > 1.0).then_some((&negative, guidance_scale));
+        let guidance = guidance.into();
+        let guided = (guidance.scale > 1.0).then_some((&negative, guidance));
         let framing = self.framing(noise)?;
         self.denoiser
             .denoise(noise, conditioning, guided, framing, num_inference_steps)
@@ -430,8 +455,12 @@ impl<D: Denoiser> LatentDiffusion<D> {
     /// graph.
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
         nn::no_grad(|| {
-            let image = self.vae.decode(&self.vae.unscale(latents)?)?;
-            Ok(image.clamp(-1f32, 1f32)?)
+            let f = self.vae.config().downscale();
+            let (b, _, h, w) = latents.dims4()?;
+            let images = parts((b, h * f, w * f))
+                .map(|part| self.vae.decode(&self.vae.unscale(&rows(latents, part)?)?))
+                .collect::<Result<Vec<_>>>()?;
+            Ok(Tensor::cat(&images, 0)?.clamp(-1f32, 1f32)?)
         })
     }
 
@@ -440,5 +469,20 @@ impl<D: Denoiser> LatentDiffusion<D> {
         let (_, _, h, w) = latents.dims4()?;
         let f = self.vae.config().downscale();
         Ok(Framing::whole(h * f, w * f))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn large_pictures_pass_through_the_autoencoder_one_by_one_and_small_ones_together() {
+        let cut = |b, side| parts((b, side, side)).collect::<Vec<_>>();
+        assert_eq!(cut(3, 1024), [0..1, 1..2, 2..3]);
+        assert_eq!(cut(2, 2048), [0..1, 1..2]);
+        assert_eq!(cut(5, 512), [0..4, 4..5]);
+        let whole = 0..64;
+        assert_eq!(cut(64, 32), std::slice::from_ref(&whole));
     }
 }

@@ -33,6 +33,8 @@ pub const FAMILY: Family = Family::new(&FamilySettings {
         decay_vectors: false,
         max_grad_norm: 1.0,
         dropout: 0.1,
+        has_snr: false,
+        weighting_scheme: None,
     },
     targets: &["wqkv", "wo", "w1", "w2", "w3"],
     sampling: SamplingDefaults::Autoregressive {

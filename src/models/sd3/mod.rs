@@ -24,11 +24,14 @@ use super::autoencoder;
 use super::checkpoint_files::{Layout, WeightFiles};
 use super::family::{Architecture, Backbone, KnownModel, LearnerParts};
 use super::latent_diffusion::{
-    Denoiser, DiffusionLearner, Framing, LatentDiffusion, network_files, opened,
+    Denoiser, DiffusionLearner, Framing, LatentDiffusion, Levels, network_files, opened,
 };
 use super::reading::TextReader;
-use crate::config::{Family, FamilySettings, Kind, Optimizer, SamplingDefaults, TrainingDefaults};
-use crate::diffusion::{Density, FlowMatchEuler, LossForm, TrainingDraw};
+use crate::config::{
+    Family, FamilySettings, Kind, Optimizer, SamplingDefaults, Training, TrainingDefaults,
+    WeightingScheme,
+};
+use crate::diffusion::{FlowMatchEuler, Guidance, LossForm, TrainingDraw};
 use crate::hub::catalogue;
 use crate::nn::Weights;
 use crate::{Error, Result};
@@ -37,12 +40,16 @@ use crate::{Error, Result};
 pub const FAMILY: Family = Family::new(&FamilySettings {
     name: "SD3",
     kind: Kind::Diffusion,
-    training: TrainingDefaults::diffusion(Optimizer::Adamw, 4e-4),
+    training: TrainingDefaults::diffusion(
+        Optimizer::Adamw,
+        4e-4,
+        Some(WeightingScheme::LogitNormal),
+    ),
     targets: &LORA_TARGETS,
     sampling: SamplingDefaults::Diffusion {
         num_inference_steps: 28,
         guidance_scale: 7.0,
-        negative_prompt: true,
+        classifier_free: true,
     },
 });
 
@@ -94,6 +101,7 @@ pub struct Mmdit {
     text: Option<TextEncoders>,
     transformer: Sd3Transformer,
     schedule: FlowMatchEuler,
+    levels: Levels,
     dtype: DType,
 }
 
@@ -142,6 +150,7 @@ impl Denoiser for Mmdit {
             text: Some(TextEncoders::open(layout, &config, weights, opened)?),
             transformer: Sd3Transformer::new(config, weights)?,
             schedule: FlowMatchEuler::new(layout.scheduler()?)?,
+            levels: Levels::LOGIT_NORMAL,
             dtype: weights.dtype(),
         })
     }
@@ -189,6 +198,10 @@ impl Denoiser for Mmdit {
         opened(&self.text)?.encode(prompts, max_sequence_length)
     }
 
+    fn set_training(&mut self, training: &Training) {
+        self.levels = Levels::of(training).unwrap_or(Levels::LOGIT_NORMAL);
+    }
+
     fn draw(
         &self,
         latents_shape: (usize, usize, usize, usize),
@@ -196,7 +209,7 @@ impl Denoiser for Mmdit {
         device: &Device,
     ) -> Result<TrainingDraw> {
         self.schedule
-            .draw(latents_shape, Density::LogitNormal, generator, device)
+            .draw(latents_shape, self.levels.density, generator, device)
     }
 
     fn loss(
@@ -206,19 +219,19 @@ impl Denoiser for Mmdit {
         _framings: &[Framing],
         draw: &TrainingDraw,
     ) -> Result<Tensor> {
-        self.schedule
-            .loss(latents, draw, LossForm::default(), |noisy, timesteps| {
-                let noisy = noisy.to_dtype(self.dtype)?;
-                let Conditioning { context, pooled } = conditioning;
-                self.transformer.forward(&noisy, timesteps, context, pooled)
-            })
+        let form = (LossForm::default(), self.levels.weighting);
+        self.schedule.loss(latents, draw, form, |noisy, timesteps| {
+            let noisy = noisy.to_dtype(self.dtype)?;
+            let Conditioning { context, pooled } = conditioning;
+            self.transformer.forward(&noisy, timesteps, context, pooled)
+        })
     }
 
     fn denoise(
         &self,
         noise: &Tensor,
         conditioning: &Conditioning,
-        negative: Option<(&Conditioning, f64)>,
+        negative: Option<(&Conditioning, Guidance)>,
         _framing: Framing,
         num_inference_steps: usize,
     ) -> Result<Tensor> {

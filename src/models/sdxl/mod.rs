@@ -26,8 +26,10 @@ use super::latent_diffusion::{
     Conditioning, Denoiser, DiffusionLearner, Framing, LatentDiffusion, multiple_of, opened,
 };
 use super::reading::TextReader;
-use crate::config::{Family, FamilySettings, Kind, Optimizer, SamplingDefaults, TrainingDefaults};
-use crate::diffusion::{Ddpm, DiscreteConfig, TrainingDraw};
+use crate::config::{
+    Family, FamilySettings, Kind, Optimizer, SamplingDefaults, Training, TrainingDefaults,
+};
+use crate::diffusion::{Ddpm, DiscreteConfig, Guidance, TrainingDraw};
 use crate::hub::catalogue;
 use crate::nn::Weights;
 use crate::{Error, Result};
@@ -36,12 +38,12 @@ use crate::{Error, Result};
 pub const FAMILY: Family = Family::new(&FamilySettings {
     name: "SDXL",
     kind: Kind::Diffusion,
-    training: TrainingDefaults::diffusion(Optimizer::Adamw, 1e-4),
+    training: TrainingDefaults::diffusion(Optimizer::Adamw, 1e-4, None),
     targets: &LORA_TARGETS,
     sampling: SamplingDefaults::Diffusion {
         num_inference_steps: 50,
         guidance_scale: 5.0,
-        negative_prompt: true,
+        classifier_free: true,
     },
 });
 
@@ -82,14 +84,6 @@ pub struct SdxlDenoiser {
     sampling: DiscreteConfig,
     training: Ddpm,
     dtype: DType,
-}
-
-impl Sdxl {
-    /// The same model with min-SNR weights in its loss; see [`Ddpm::with_snr_gamma`].
-    pub fn with_snr_gamma(mut self, gamma: f64) -> Self {
-        self.denoiser.training = self.denoiser.training.with_snr_gamma(gamma);
-        self
-    }
 }
 
 /// Side in pixels of the square images that the checkpoint in `directory` draws: what is `asked` for, or its own.
@@ -201,6 +195,10 @@ impl Denoiser for SdxlDenoiser {
         opened(&self.text)?.unconditional()
     }
 
+    fn set_training(&mut self, training: &Training) {
+        self.training.snr_gamma = training.snr_gamma;
+    }
+
     fn draw(
         &self,
         latents_shape: (usize, usize, usize, usize),
@@ -230,7 +228,7 @@ impl Denoiser for SdxlDenoiser {
         &self,
         noise: &Tensor,
         conditioning: &Conditioning,
-        negative: Option<(&Conditioning, f64)>,
+        negative: Option<(&Conditioning, Guidance)>,
         framing: Framing,
         num_inference_steps: usize,
     ) -> Result<Tensor> {
