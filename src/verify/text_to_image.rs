@@ -34,7 +34,7 @@ pub(super) fn open(place: &Place) -> Opened {
                 "{} is no pipeline that is known here",
                 place.folder.display()
             ),
-            "StableDiffusionXLPipeline, StableDiffusion3Pipeline and FluxPipeline are, and single files of their families",
+            "name a folder whose model_index.json says StableDiffusionXLPipeline, StableDiffusion3Pipeline or FluxPipeline, or a single file of their families",
         )),
     }
 }
