@@ -101,18 +101,20 @@ pub fn described_clip(
     let encoder = directory.join(format!("text_encoder{suffix}"));
     let config: TextConfig = read_config(&encoder.join("config.json"))?;
     let folder = directory.join(format!("tokenizer{suffix}"));
-    let length = longest(&folder, &config)?;
+    let length = longest(&folder, config.max_position_embeddings)?;
     Ok((name, folder, length))
 }
 
-/// How many tokens of a text the tokenizer in `folder` leaves for a tower of `config`.
-fn longest(folder: &Path, config: &TextConfig) -> Result<usize> {
+/// How many of `most` tokens of a text the tokenizer in `folder` allows, by its `model_max_length`.
+///
+/// # Errors
+/// When its config cannot be read.
+pub fn longest(folder: &Path, most: usize) -> Result<usize> {
     let longest = settings(folder)?
         .iter()
         .find_map(|settings| settings.get("model_max_length")?.as_u64())
         .and_then(|longest| usize::try_from(longest).ok());
-    let positions = config.max_position_embeddings;
-    Ok(longest.map_or(positions, |longest| longest.min(positions)))
+    Ok(longest.map_or(most, |longest| longest.min(most)))
 }
 
 /// A CLIP text tower with its tokenizer.
@@ -161,7 +163,7 @@ impl ClipText {
         let model = TextModel::new(&config, &weights)?;
         opened.push(weights);
         let folder = directory.join(format!("tokenizer{suffix}"));
-        let length = longest(&folder, &config)?;
+        let length = longest(&folder, config.max_position_embeddings)?;
         Ok(Self {
             model,
             tokenizer: PaddedTokenizer::open(&folder, length, "<|endoftext|>")?,
