@@ -233,7 +233,14 @@ fn every_nano_supervisor_learns_a_subject_and_makes_proxies() {
     for model in ["nano-sdxl", "nano-sd3.5", "nano-flux"] {
         let place = Place::new();
         let supervisor = format!("supervisor.model={model}");
-        say(place.command(&[&supervisor, "supervisor.resolution=32"])).says(0, &[]);
+        let set = [
+            supervisor.as_str(),
+            "supervisor.resolution=32",
+            "supervisor.steps=2",
+            "proxies.count=4",
+            "student.steps=2",
+        ];
+        say(place.command(&set)).says(0, &[]);
         let adapters = find(&place.only_run(), &|name| name.ends_with(".safetensors"));
         assert!(adapters.len() >= 2, "{model}: {adapters:?}");
     }
