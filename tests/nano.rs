@@ -34,9 +34,9 @@ fn size(folder: &Path) -> u64 {
 }
 
 #[test]
-fn all_checkpoints_together_take_at_most_20_mib() {
+fn all_checkpoints_together_take_at_most_48_mib() {
     let bytes = size(Path::new(CHECKPOINTS));
-    assert!(bytes <= 20 << 20, "{bytes} bytes");
+    assert!(bytes <= 48 << 20, "{bytes} bytes");
 }
 
 #[test]
@@ -233,7 +233,14 @@ fn every_nano_supervisor_learns_a_subject_and_makes_proxies() {
     for model in ["nano-sdxl", "nano-sd3.5", "nano-flux"] {
         let place = Place::new();
         let supervisor = format!("supervisor.model={model}");
-        say(place.command(&[&supervisor, "supervisor.resolution=32"])).says(0, &[]);
+        let set = [
+            supervisor.as_str(),
+            "supervisor.resolution=32",
+            "supervisor.steps=2",
+            "proxies.count=4",
+            "student.steps=2",
+        ];
+        say(place.command(&set)).says(0, &[]);
         let adapters = find(&place.only_run(), &|name| name.ends_with(".safetensors"));
         assert!(adapters.len() >= 2, "{model}: {adapters:?}");
     }

@@ -214,6 +214,8 @@ pub fn furnish(
         let encoder = folder.join(format!("text_encoder{ending}"));
         if !encoder.join("model.safetensors").is_file() {
             let tokenizer = folder.join(format!("tokenizer{ending}"));
+            let end = "<|endoftext|>";
+            describe_tokenizer(&sd3, &tokenizer, [end, end, "<|unk|>"])?;
             copy(&sd3.join("tokenizer"), &tokenizer, "tokenizer.json")?;
             copy_clip(&sd3.join("text_encoder"), &encoder, *projected)?;
         }
@@ -227,21 +229,29 @@ pub fn furnish(
             context.out.join("llamagen/t5"),
             folder.join(format!("tokenizer_{place}")),
         );
-        let clip = read(&sd3.join("text_encoder/config.json"))?;
-        // Read by the pipelines, which would else fill hundreds of positions with padding.
-        let described = json!({
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "max_sequence_length": clip["max_position_embeddings"],
-            "pad_token": "<pad>",
-            "eos_token": "</s>",
-            "unk_token": "<unk>",
-        });
-        files::write_json(&tokenizer.join("tokenizer_config.json"), &described)?;
+        describe_tokenizer(&sd3, &tokenizer, ["<pad>", "</s>", "<unk>"])?;
         copy(&t5, &tokenizer, "tokenizer.json")?;
         copy(&t5, &encoder, "config.json")?;
         copy(&t5, &encoder, "model.safetensors")?;
     }
     Ok(())
+}
+
+/// Says beside the tokenizer in `folder` how long its texts are, as CLIP's in `sd3` are, so that pipelines neither fill
+/// hundreds of positions with padding nor ask for more than there are; and which tokens pad, end and stand for others.
+fn describe_tokenizer(sd3: &Path, folder: &Path, [pad, end, unknown]: [&str; 3]) -> Result<()> {
+    let clip = read(&sd3.join("text_encoder/config.json"))?;
+    let longest = &clip["max_position_embeddings"];
+    let described = json!({
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": longest,
+        // What the pipelines' T5 is given, which else fills hundreds of positions with padding.
+        "max_sequence_length": longest,
+        "pad_token": pad,
+        "eos_token": end,
+        "unk_token": unknown,
+    });
+    files::write_json(&folder.join("tokenizer_config.json"), &described)
 }
 
 /// The projection of the pooled state is no part of a `CLIPTextModel`.
@@ -290,7 +300,7 @@ fn absent(path: &Path) -> Result<()> {
         true => Ok(()),
         false => Err(Error::invalid(
             format!("{} is not there", path.display()),
-            "train the models that this one stands on first: sd3, and gpt for its T5",
+            "train the models that this one stands on first: clip and vae, then sd3, and gpt for its T5",
         )),
     }
 }

@@ -152,7 +152,7 @@ fn write_configs(
             "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
             "text_encoder_2": [null, null],
             "text_encoder_3": t5(["transformers", "T5EncoderModel"]),
-            "tokenizer": ["transformers", "CLIPTokenizerFast"],
+            "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
             "tokenizer_2": [null, null],
             "tokenizer_3": t5(["transformers", "PreTrainedTokenizerFast"]),
             "transformer": ["diffusers", "SD3Transformer2DModel"],
