@@ -131,7 +131,10 @@ pub fn unpack(packed: &Tensor, height: usize, width: usize) -> Result<Tensor> {
 }
 
 /// Positions of the packed tokens of latents of `height`×`width`, (n, 3): nothing, the row, the column.
-fn image_positions(height: usize, width: usize, device: &Device) -> Result<Tensor> {
+///
+/// # Errors
+/// When there is no memory for them.
+pub fn image_positions(height: usize, width: usize, device: &Device) -> Result<Tensor> {
     let (rows, columns) = (height / PACKED, width / PACKED);
     let ids: Vec<f32> = (0..rows)
         .flat_map(|row| (0..columns).flat_map(move |column| [0.0, row as f32, column as f32]))

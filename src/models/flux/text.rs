@@ -8,17 +8,21 @@ use candle_core::Device;
 use crate::Result;
 use crate::models::checkpoint_files::Layout;
 use crate::models::latent_diffusion::Conditioning;
-use crate::models::latent_diffusion::text::{ClipText, PaddedTokenizer, described_clip};
+use crate::models::latent_diffusion::text::{ClipText, PaddedTokenizer, described_clip, t5_tokens};
 use crate::models::t5;
 use crate::nn::Weights;
 
-/// Tokens of a prompt for T5: the pipeline's default.
+/// Tokens of a prompt for T5 where its tokenizer does not allow fewer: the pipeline's default.
 const T5_TOKENS: usize = 512;
 
 /// See [`super::text_encoders`].
 pub(super) fn described(layout: &Layout) -> Result<Vec<(&'static str, PathBuf, usize)>> {
-    let t5 = ("T5", layout.tokenizer("tokenizer_2")?, T5_TOKENS);
-    Ok(vec![described_clip(layout, "", "CLIP")?, t5])
+    let folder = layout.tokenizer("tokenizer_2")?;
+    let length = t5_tokens(&folder, T5_TOKENS)?;
+    Ok(vec![
+        described_clip(layout, "", "CLIP")?,
+        ("T5", folder, length),
+    ])
 }
 
 /// CLIP and T5.
@@ -26,6 +30,7 @@ pub(super) struct TextEncoders {
     clip: ClipText,
     t5: t5::T5Encoder,
     tokenizer: PaddedTokenizer,
+    length: usize,
     device: Device,
 }
 
@@ -43,14 +48,12 @@ impl TextEncoders {
         let weights = files.open(transformer.precision(), transformer.device())?;
         let t5 = t5::T5Encoder::new(&config, &weights)?;
         opened.push(weights);
+        let folder = layout.tokenizer("tokenizer_2")?;
         Ok(Self {
             clip,
             t5,
-            tokenizer: PaddedTokenizer::open(
-                &layout.tokenizer("tokenizer_2")?,
-                T5_TOKENS,
-                "<pad>",
-            )?,
+            length: t5_tokens(&folder, T5_TOKENS)?,
+            tokenizer: PaddedTokenizer::open(&folder, T5_TOKENS, "<pad>")?,
             device: transformer.device().clone(),
         })
     }
@@ -62,7 +65,7 @@ impl TextEncoders {
         prompts: &[String],
         max_sequence_length: Option<usize>,
     ) -> Result<Conditioning> {
-        let length = max_sequence_length.unwrap_or(T5_TOKENS);
+        let length = max_sequence_length.unwrap_or(self.length);
         let rows = prompts
             .iter()
             .map(|prompt| {

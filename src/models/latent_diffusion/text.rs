@@ -98,12 +98,26 @@ pub fn described_clip(
 
 /// How many tokens of a text the tokenizer in `folder` leaves for a tower of `config`.
 fn longest(folder: &Path, config: &TextConfig) -> Result<usize> {
-    let longest = settings(folder)?
-        .iter()
-        .find_map(|settings| settings.get("model_max_length")?.as_u64())
-        .and_then(|longest| usize::try_from(longest).ok());
     let positions = config.max_position_embeddings;
-    Ok(longest.map_or(positions, |longest| longest.min(positions)))
+    Ok(setting(folder, "model_max_length")?.map_or(positions, |longest| longest.min(positions)))
+}
+
+/// How many tokens of a text T5 takes: `most`, as the pipeline has it whatever the tokenizer in `folder` could take, or
+/// fewer where its config says so in a field of proxytune's own, as nano checkpoints do.
+///
+/// # Errors
+/// When the config cannot be read.
+pub fn t5_tokens(folder: &Path, most: usize) -> Result<usize> {
+    Ok(setting(folder, "max_sequence_length")?.map_or(most, |tokens| tokens.clamp(1, most)))
+}
+
+/// The whole number that the configs of the tokenizer in `folder` have at `key`.
+fn setting(folder: &Path, key: &str) -> Result<Option<usize>> {
+    let settings = settings(folder)?;
+    let number = settings
+        .iter()
+        .find_map(|settings| settings.get(key)?.as_u64());
+    Ok(number.and_then(|number| usize::try_from(number).ok()))
 }
 
 /// A CLIP text tower with its tokenizer.

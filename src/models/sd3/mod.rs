@@ -66,6 +66,13 @@ pub static ARCHITECTURE: Architecture = Architecture {
             files: &["model_index.json"],
         },
         KnownModel {
+            name: "nano-sd3.5",
+            resolution: Some(64),
+            directory: "datasets/nano/checkpoints/sd35",
+            hub: None,
+            files: &["model_index.json"],
+        },
+        KnownModel {
             name: "sd3-medium",
             resolution: Some(512),
             directory: "datasets/checkpoints/sd3-medium",

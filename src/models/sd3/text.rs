@@ -6,12 +6,15 @@ use candle_core::{DType, Device, Tensor};
 
 use super::Conditioning;
 use crate::models::checkpoint_files::Layout;
-use crate::models::latent_diffusion::text::{ClipText, PaddedTokenizer, described_clips};
+use crate::models::latent_diffusion::text::{
+    ClipText, PaddedTokenizer, described_clips, t5_tokens,
+};
 use crate::models::t5;
 use crate::nn::Weights;
 use crate::{Error, Result};
 
-/// Tokens of a prompt for T5: the pipeline's default, and what stands in zeros where T5 is left out.
+/// Tokens of a prompt for T5 where its tokenizer does not allow fewer: the pipeline's default, and what stands in zeros
+/// where T5 is left out.
 const T5_TOKENS: usize = 256;
 
 /// Every text encoder that a checkpoint has: what it is called, the folder of its tokenizer, and how
@@ -19,7 +22,9 @@ const T5_TOKENS: usize = 256;
 pub(super) fn described(layout: &Layout) -> Result<Vec<(&'static str, PathBuf, usize)>> {
     let mut found = described_clips(layout)?;
     if layout.has("text_encoder_3")? {
-        found.push(("T5", layout.tokenizer("tokenizer_3")?, T5_TOKENS));
+        let folder = layout.tokenizer("tokenizer_3")?;
+        let length = t5_tokens(&folder, T5_TOKENS)?;
+        found.push(("T5", folder, length));
     }
     Ok(found)
 }
@@ -27,6 +32,7 @@ pub(super) fn described(layout: &Layout) -> Result<Vec<(&'static str, PathBuf, u
 struct T5Text {
     model: t5::T5Encoder,
     tokenizer: PaddedTokenizer,
+    length: usize,
 }
 
 /// Every text encoder that a checkpoint has.
@@ -56,8 +62,11 @@ impl TextEncoders {
             let model = t5::T5Encoder::new(&text, &weights)?;
             opened.push(weights);
             let folder = layout.tokenizer("tokenizer_3")?;
-            let tokenizer = PaddedTokenizer::open(&folder, T5_TOKENS, "<pad>")?;
-            Some(T5Text { model, tokenizer })
+            Some(T5Text {
+                model,
+                length: t5_tokens(&folder, T5_TOKENS)?,
+                tokenizer: PaddedTokenizer::open(&folder, T5_TOKENS, "<pad>")?,
+            })
         } else {
             None
         };
@@ -72,13 +81,14 @@ impl TextEncoders {
     }
 
     /// One row for each prompt; a prompt's row depends on nothing else.
-    /// `t5_tokens` of it are T5's, 256 where nothing is said.
+    /// `t5_tokens` of it are T5's; where nothing is said, [`T5_TOKENS`] or what its tokenizer allows.
     pub(super) fn encode(
         &self,
         prompts: &[String],
         t5_tokens: Option<usize>,
     ) -> Result<Conditioning> {
-        let t5_tokens = t5_tokens.unwrap_or(T5_TOKENS);
+        let own = self.t5.as_ref().map_or(T5_TOKENS, |t5| t5.length);
+        let t5_tokens = t5_tokens.unwrap_or(own);
         let rows = prompts
             .iter()
             .map(|prompt| self.encode_one(prompt, t5_tokens))

@@ -13,6 +13,7 @@ use crate::evaluation::metrics::cosine;
 use crate::models::registry::family;
 use crate::models::{Request, open};
 use crate::nano::identity::{Class, Identity};
+use crate::nano::pretrain::settings::Training;
 use crate::nano::pretrain::{Context, Model, area_under_curve, psnr, vae, vq};
 use crate::nano::world::{Scene, Setting};
 use crate::pipeline::opening_for;
@@ -40,7 +41,7 @@ pub fn rows(context: &Context, model: Model, sheets: Option<&Path>) -> Result<Ve
     let name = model.name();
     match model {
         Model::Vq => {
-            let pixels = reconstructed_scenes(context)?;
+            let pixels = reconstructed_scenes(context, &context.settings.vq.training)?;
             let (images, used) = vq::reconstruct(context, &pixels)?;
             Ok(vec![
                 reconstruction(name, 25.0, &pixels, &images, sheets)?,
@@ -48,7 +49,7 @@ pub fn rows(context: &Context, model: Model, sheets: Option<&Path>) -> Result<Ve
             ])
         }
         Model::Vae => {
-            let pixels = reconstructed_scenes(context)?;
+            let pixels = reconstructed_scenes(context, &context.settings.vae.training)?;
             let images = vae::reconstruct(context, &pixels)?;
             Ok(vec![reconstruction(name, 28.0, &pixels, &images, sheets)?])
         }
@@ -79,19 +80,29 @@ pub fn rows(context: &Context, model: Model, sheets: Option<&Path>) -> Result<Ve
                     count,
                     Some(0.9),
                 ),
-                individuals(context, name, &clip.embedder)?,
+                individuals(
+                    context,
+                    name,
+                    &context.settings.clip.training,
+                    &clip.embedder,
+                )?,
             ])
         }
         Model::Dino => {
             let dino = DinoEmbedder::load(&context.out.join("dino"), &context.device)?;
-            Ok(vec![individuals(context, name, &dino)?])
+            Ok(vec![individuals(
+                context,
+                name,
+                &context.settings.dino.training,
+                &dino,
+            )?])
         }
         Model::Gpt => generator(context, name, "llamagen", sheets),
         Model::Sd3 => generator(context, name, "sd3", sheets),
         // Without nano Lumina there is nothing of it to measure.
         Model::Vqgan | Model::Chameleon if !context.out.join("lumina").is_dir() => Ok(Vec::new()),
         Model::Vqgan => {
-            let pixels = reconstructed_scenes(context)?;
+            let pixels = reconstructed_scenes(context, &context.settings.vqgan.training)?;
             let (images, used) = vq::reconstruct_chameleon(context, &pixels)?;
             let measure = format!(
                 "codes used for these, of {}",
@@ -103,11 +114,16 @@ pub fn rows(context: &Context, model: Model, sheets: Option<&Path>) -> Result<Ve
             ])
         }
         Model::Chameleon => generator(context, name, "lumina", sheets),
+        // The same goes for the newer diffusion models.
+        Model::Sd35 | Model::Flux | Model::Sdxl if !context.out.join(name).is_dir() => {
+            Ok(Vec::new())
+        }
+        Model::Sd35 | Model::Flux | Model::Sdxl => generator(context, name, name, sheets),
     }
 }
 
-fn reconstructed_scenes(context: &Context) -> Result<Tensor> {
-    let scenes = context.unseen("reconstruction");
+fn reconstructed_scenes(context: &Context, training: &Training) -> Result<Tensor> {
+    let scenes = context.unseen("reconstruction", training);
     scenes.pixels(&scenes.batch(0, SCENES), &context.device)
 }
 
@@ -203,7 +219,7 @@ fn prompt(class: Class, setting: Setting) -> String {
 
 /// Unseen individuals in a setting, neither dressed nor recoloured, and their pictures.
 fn placed_scenes(context: &Context) -> Result<(Vec<Scene>, Vec<RgbImage>)> {
-    let scenes = context.unseen("answers");
+    let scenes = context.unseen("answers", &context.settings.clip.training);
     let placed: Vec<Scene> = (0..)
         .map(|number| scenes.scene(number))
         .filter(|s| s.setting.is_some() && s.accessory.is_none() && s.recolour.is_none())
@@ -259,8 +275,13 @@ impl Answers {
 
 /// The mean over the classes of the area under the curve that tells two pictures of one individual from pictures of
 /// two individuals of the class, by the cosine of their embeddings; all in other settings.
-fn individuals(context: &Context, name: &str, embedder: &impl ImageEmbedder) -> Result<Row> {
-    let scenes = context.unseen("individuals");
+fn individuals(
+    context: &Context,
+    name: &str,
+    training: &Training,
+    embedder: &impl ImageEmbedder,
+) -> Result<Row> {
+    let scenes = context.unseen("individuals", training);
     let mut sum = 0.0;
     for (index, class) in Class::ALL.into_iter().enumerate() {
         let pairs: Vec<[Scene; 2]> = (0..INDIVIDUALS)

@@ -30,7 +30,10 @@ pub fn train(context: &Context) -> Result<()> {
         ));
     }
     let vq = open_image_tokenizer(&folder, device)?;
-    let (side, codes) = (context.settings.image_size, vq.config().n_embed);
+    let (side, codes) = (
+        context.settings.side(&settings.training),
+        vq.config().n_embed,
+    );
     let tokenizer = chameleon_tokenizer(codes, side / settings.patch_size);
     let text = files::tokenizer(&folder, &tokenizer)?;
     let config = Config {
@@ -60,7 +63,7 @@ pub fn train(context: &Context) -> Result<()> {
         &folder,
         weights.variables(),
     );
-    let scenes = context.scenes("chameleon");
+    let scenes = context.scenes("chameleon", &settings.training);
     let pool = RefCell::new(Pool::new(settings.pool, course.notes()?.images));
     let count = settings.training.batch_size;
     let step = |seen: usize, _spent: f64| {

@@ -1,6 +1,6 @@
 //! Which values the settings of a pretraining cannot have: all faults at once, each with a hint.
 
-use super::settings::{Settings, Tower, Training};
+use super::settings::{Flux, Sd3, Sdxl, Settings, Tower, Training};
 
 #[derive(Default)]
 struct Faults(Vec<String>);
@@ -50,7 +50,8 @@ impl Faults {
 
     fn training(&mut self, model: &str, training: &Training) {
         let section = format!("{model}.training");
-        self.counts(&section, &[("batch_size", training.batch_size)]);
+        let side = ("image_size", training.image_size.unwrap_or(1));
+        self.counts(&section, &[("batch_size", training.batch_size), side]);
         self.above_zero(
             &section,
             &[
@@ -75,6 +76,68 @@ impl Faults {
         self.divides(section, ("width", width), ("heads", heads));
     }
 
+    fn mmdit(&mut self, name: &str, s: &Sd3) {
+        self.training(name, &s.training);
+        let counts = [
+            ("layers", s.layers),
+            ("heads", s.heads),
+            ("head_dim", s.head_dim),
+            ("patch_size", s.patch_size),
+            ("pool", s.pool),
+        ];
+        self.counts(name, &counts);
+        self.above_zero(name, &[("shift", s.shift)]);
+        self.shares(name, &[("condition_dropout", s.condition_dropout)]);
+    }
+
+    fn flux(&mut self, s: &Flux) {
+        self.training("flux", &s.training);
+        let counts = [
+            ("layers", s.layers),
+            ("single_layers", s.single_layers),
+            ("heads", s.heads),
+            ("head_dim", s.head_dim),
+            ("pool", s.pool),
+        ];
+        self.counts("flux", &counts);
+        let [least, most] = s.guidance;
+        if !(least.is_finite() && most.is_finite() && 0.0 <= least && least <= most) {
+            let what = format!("flux.guidance = {:?} is out of range", s.guidance);
+            self.push(
+                what,
+                "two numbers from 0, the smaller first, such as [1, 4]",
+            );
+        }
+        let turned: usize = s.axes.iter().fold(0, |sum, &axis| sum.saturating_add(axis));
+        if turned != s.head_dim || s.axes.iter().any(|axis| axis % 2 != 0) {
+            let what = format!("flux.axes = {:?} for heads {} wide", s.axes, s.head_dim);
+            self.push(what, "three even numbers that are head_dim together");
+        }
+    }
+
+    fn sdxl(&mut self, s: &Sdxl) {
+        self.training("sdxl", &s.training);
+        self.levels("sdxl", "channels", &s.channels);
+        let counts = [
+            ("layers_per_block", s.layers_per_block),
+            ("head_dim", s.head_dim),
+            ("norm_groups", s.norm_groups),
+            ("size_channels", s.size_channels),
+            ("pool", s.pool),
+        ];
+        self.counts("sdxl", &counts);
+        for &channels in &s.channels {
+            for by in [("head_dim", s.head_dim), ("norm_groups", s.norm_groups)] {
+                self.divides("sdxl", ("channels", channels), by);
+            }
+        }
+        if s.depths.len() != s.channels.len() {
+            let what = format!("sdxl.depths = {:?} for {:?}", s.depths, s.channels);
+            self.push(what, "one whole number from 0 for each of the channels");
+        }
+        self.shares("sdxl", &[("condition_dropout", s.condition_dropout)]);
+    }
+
     /// The levels of a tokenizer or an autoencoder.
     fn levels(&mut self, section: &str, name: &str, levels: &[usize]) {
         if levels.is_empty() || levels.contains(&0) {
@@ -90,8 +153,8 @@ impl Faults {
 /// Every fault of `settings`, each as what and a hint.
 pub(super) fn faults(settings: &Settings) -> Vec<String> {
     let mut faults = Faults::default();
-    let size = ("image_size", settings.image_size);
-    faults.counts("settings", &[size]);
+    faults.counts("settings", &[("image_size", settings.image_size)]);
+    let size = |training| ("image_size", settings.side(training));
 
     let s = &settings.clip;
     faults.training("clip", &s.training);
@@ -99,7 +162,11 @@ pub(super) fn faults(settings: &Settings) -> Vec<String> {
     faults.tower("clip.text", &s.text);
     let counts = [("patch_size", s.patch_size), ("projection", s.projection)];
     faults.counts("clip", &counts);
-    faults.divides("settings", size, ("clip.patch_size", s.patch_size));
+    faults.divides(
+        "settings",
+        size(&s.training),
+        ("clip.patch_size", s.patch_size),
+    );
     faults.above_zero("clip", &[("pair_temperature", s.pair_temperature)]);
     if s.max_positions < 3 {
         let what = format!("clip.max_positions = {} is out of range", s.max_positions);
@@ -110,7 +177,11 @@ pub(super) fn faults(settings: &Settings) -> Vec<String> {
     faults.training("dino", &s.training);
     faults.tower("dino.vision", &s.vision);
     faults.counts("dino", &[("patch_size", s.patch_size)]);
-    faults.divides("settings", size, ("dino.patch_size", s.patch_size));
+    faults.divides(
+        "settings",
+        size(&s.training),
+        ("dino.patch_size", s.patch_size),
+    );
     faults.above_zero("dino", &[("temperature", s.temperature)]);
 
     let s = &settings.vq;
@@ -164,18 +235,11 @@ pub(super) fn faults(settings: &Settings) -> Vec<String> {
     ];
     faults.counts("gpt.t5", &counts);
 
-    let s = &settings.sd3;
-    faults.training("sd3", &s.training);
-    let counts = [
-        ("layers", s.layers),
-        ("heads", s.heads),
-        ("head_dim", s.head_dim),
-        ("patch_size", s.patch_size),
-        ("pool", s.pool),
-    ];
-    faults.counts("sd3", &counts);
-    faults.above_zero("sd3", &[("shift", s.shift)]);
-    faults.shares("sd3", &[("condition_dropout", s.condition_dropout)]);
+    for (name, s) in [("sd3", &settings.sd3), ("sd35", &settings.sd35)] {
+        faults.mmdit(name, s);
+    }
+    faults.flux(&settings.flux);
+    faults.sdxl(&settings.sdxl);
 
     let s = &settings.vqgan;
     faults.training("vqgan", &s.training);
@@ -205,7 +269,11 @@ pub(super) fn faults(settings: &Settings) -> Vec<String> {
     ];
     faults.counts("chameleon", &counts);
     faults.divides("chameleon", ("width", s.width), ("heads", s.heads));
-    faults.divides("settings", size, ("chameleon.patch_size", s.patch_size));
+    faults.divides(
+        "settings",
+        size(&s.training),
+        ("chameleon.patch_size", s.patch_size),
+    );
     let shares = [
         ("condition_dropout", s.condition_dropout),
         ("dropout", s.dropout),

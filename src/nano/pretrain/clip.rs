@@ -100,7 +100,7 @@ pub fn train(context: &Context) -> Result<()> {
             intermediate_size: 4 * settings.vision.width,
             num_hidden_layers: settings.vision.layers,
             num_attention_heads: settings.vision.heads,
-            image_size: context.settings.image_size,
+            image_size: context.settings.side(&settings.training),
             patch_size: settings.patch_size,
             ..VisionConfig::default()
         },
@@ -110,8 +110,8 @@ pub fn train(context: &Context) -> Result<()> {
     let file = folder.join("model.safetensors");
     let opened = context.open("clip", &file, |weights| Clip::new(&config, weights))?;
     let (weights, model) = (opened.weights, opened.model);
-    let preprocessing = Preprocessing::clip(context.settings.image_size as u32);
-    let scenes = context.scenes("clip");
+    let preprocessing = Preprocessing::clip(config.vision_config.image_size as u32);
+    let scenes = context.scenes("clip", &settings.training);
     let course = context.course("clip", &settings.training, &folder, weights.variables());
     let count = settings.training.batch_size;
     let pairs = settings.pairs.min(count / 2);

@@ -1,9 +1,9 @@
 //! What every training needs: the settings, where things lie, where they compute, and how long they may.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use candle_core::{Device, Var};
+use candle_core::{Device, Tensor, Var};
 
 use super::course::{Budget, Course};
 use super::curves::Curves;
@@ -100,16 +100,35 @@ impl Context {
         })
     }
 
-    /// The endless numbered scenes that `model` learns from.
-    pub fn scenes(&self, model: &str) -> Scenes {
-        let seed = self.seed(&format!("scenes of {model}"));
-        Scenes::new(seed, Split::Train, self.settings.image_size)
+    /// The model that `build` makes of the checkpoint `file` of `name` as [`Context::open`] does; where there is none
+    /// yet, of what `start` has in the right shape.
+    pub fn open_or_start<M>(
+        &self,
+        name: &str,
+        file: &Path,
+        start: Option<BTreeMap<String, Tensor>>,
+        build: impl Fn(&Weights) -> Result<M>,
+    ) -> Result<Opened<M>> {
+        let Some(tensors) = start.filter(|_| !file.is_file()) else {
+            return self.open(name, file, build);
+        };
+        let aside = file.with_extension("start.safetensors");
+        crate::files::write_tensors(&aside, &tensors, &[])?;
+        let opened = self.open(name, &aside, build);
+        std::fs::remove_file(&aside).map_err(Error::io(&aside))?;
+        opened
     }
 
-    /// Scenes with individuals that no training sees, for measurements.
-    pub fn unseen(&self, purpose: &str) -> Scenes {
+    /// The endless numbered scenes that `model` learns from.
+    pub fn scenes(&self, model: &str, training: &Training) -> Scenes {
+        let seed = self.seed(&format!("scenes of {model}"));
+        Scenes::new(seed, Split::Train, self.settings.side(training))
+    }
+
+    /// Scenes with individuals that no training sees, for measurements, as a model with `training` sees them.
+    pub fn unseen(&self, purpose: &str, training: &Training) -> Scenes {
         let seed = self.seed(&format!("unseen scenes: {purpose}"));
-        Scenes::new(seed, Split::HeldOut, self.settings.image_size)
+        Scenes::new(seed, Split::HeldOut, self.settings.side(training))
     }
 
     /// The course of `name`, with its notes in `folder`.

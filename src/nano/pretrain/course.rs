@@ -1,6 +1,6 @@
 //! One training course: the loop, its learning rate, its progress lines, its saves and its notes.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use candle_core::{Tensor, Var};
@@ -66,6 +66,17 @@ pub struct Session {
 }
 
 impl Notes {
+    /// Those in `path`; empty if there are none.
+    pub fn read(path: &Path) -> Result<Self> {
+        match read_text_if_there(path, LISTS)? {
+            Some(text) => serde_json::from_str(&text).map_err(|e| Error::Invalid {
+                what: format!("{}: {e}", path.display()),
+                hint: Some("remove the file to count from zero again".into()),
+            }),
+            None => Ok(Self::default()),
+        }
+    }
+
     /// Leaves each session a curve of [`POINTS`] points at most, its last among them.
     fn thin(&mut self) {
         for session in &mut self.sessions {
@@ -98,13 +109,7 @@ pub struct Course<'a> {
 impl Course<'_> {
     /// The notes of earlier sessions; empty if there are none.
     pub fn notes(&self) -> Result<Notes> {
-        match read_text_if_there(&self.notes, LISTS)? {
-            Some(text) => serde_json::from_str(&text).map_err(|e| Error::Invalid {
-                what: format!("{}: {e}", self.notes.display()),
-                hint: Some("remove the file to count from zero again".into()),
-            }),
-            None => Ok(Notes::default()),
-        }
+        Notes::read(&self.notes)
     }
 
     /// Trains until the budget is spent. `step` is given the number of images seen before it, over all sessions, and
@@ -275,6 +280,7 @@ mod tests {
     fn a_resumed_course_counts_on_and_descends() {
         let folder = tempfile::tempdir().unwrap();
         let training = Training {
+            image_size: None,
             images: 40,
             batch_size: 4,
             learning_rate: 0.1,

@@ -39,15 +39,15 @@ pub fn train(context: &Context) -> Result<()> {
         num_hidden_layers: settings.vision.layers,
         num_attention_heads: settings.vision.heads,
         intermediate_size: 4 * settings.vision.width,
-        image_size: Size::square(context.settings.image_size),
+        image_size: Size::square(context.settings.side(&settings.training)),
         patch_size: Size::square(settings.patch_size),
         ..Config::default()
     };
     let file = folder.join("model.safetensors");
     let opened = context.open("dino", &file, |weights| Vit::new(&config, weights))?;
     let (weights, model) = (opened.weights, opened.model);
-    let preprocessing = preprocessing(context.settings.image_size);
-    let scenes = context.scenes("dino");
+    let preprocessing = preprocessing(context.settings.side(&settings.training));
+    let scenes = context.scenes("dino", &settings.training);
     let course = context.course("dino", &settings.training, &folder, weights.variables());
     let step = |seen: usize, _spent: f64| {
         let mut classes = Class::ALL;

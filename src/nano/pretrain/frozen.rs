@@ -8,6 +8,8 @@ use serde::de::DeserializeOwned;
 use crate::models::autoencoder::{self, AutoencoderKl};
 use crate::models::clip::{self, Clip, TextModel};
 use crate::models::llamagen::vq::{self, VqModel};
+use crate::models::sd3::{self, Sd3Transformer};
+use crate::models::t5::{self, T5Encoder};
 use crate::nn::Weights;
 use crate::{Error, Result};
 
@@ -16,7 +18,8 @@ fn config<T: DeserializeOwned>(folder: &Path) -> Result<T> {
     let text = std::fs::read_to_string(&path).map_err(|source| match source.kind() {
         std::io::ErrorKind::NotFound => Error::invalid(
             format!("{} is not there", path.display()),
-            "train the models that this one stands on first: clip, vq and vae come before gpt and sd3",
+            "train the models that this one stands on first: clip, vq and vae come before gpt and sd3, and those before sd35, \
+             flux and sdxl",
         ),
         _ => Error::io(&path)(source),
     })?;
@@ -44,6 +47,24 @@ pub fn vae(folder: &Path, device: &Device) -> Result<AutoencoderKl> {
     let config: autoencoder::Config = config(folder)?;
     let weights = weights(folder, "diffusion_pytorch_model.safetensors", device)?;
     let model = AutoencoderKl::new(config, &weights)?;
+    weights.finish()?;
+    Ok(model)
+}
+
+/// The MMDiT in `folder`.
+pub fn mmdit(folder: &Path, device: &Device) -> Result<Sd3Transformer> {
+    let config: sd3::Config = config(folder)?;
+    let weights = weights(folder, "diffusion_pytorch_model.safetensors", device)?;
+    let model = Sd3Transformer::new(config, &weights)?;
+    weights.finish()?;
+    Ok(model)
+}
+
+/// The T5 encoder in `folder`.
+pub fn t5(folder: &Path, device: &Device) -> Result<T5Encoder> {
+    let config: t5::Config = config(folder)?;
+    let weights = weights(folder, "model.safetensors", device)?;
+    let model = T5Encoder::new(&config, &weights)?;
     weights.finish()?;
     Ok(model)
 }

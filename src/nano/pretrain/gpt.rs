@@ -28,7 +28,7 @@ pub fn train(context: &Context) -> Result<()> {
     let vocabulary = t5_tokenizer();
     let tokenizer = files::tokenizer(&folder.join("t5"), &vocabulary)?;
     let vq = frozen::vq(&folder.join("vq"), device)?;
-    let grid = context.settings.image_size / vq.config().downsampling();
+    let grid = context.settings.side(&settings.training) / vq.config().downsampling();
     let config = Config {
         dim: settings.width,
         n_layer: settings.layers,
@@ -75,7 +75,7 @@ pub fn train(context: &Context) -> Result<()> {
         )
         .collect();
     let course = context.course("gpt", &settings.training, &folder, trained);
-    let scenes = context.scenes("gpt");
+    let scenes = context.scenes("gpt", &settings.training);
     let first = course.notes()?.images;
     let pool = RefCell::new(Pool::new(settings.pool, first));
     let count = settings.training.batch_size;

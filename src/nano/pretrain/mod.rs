@@ -2,7 +2,8 @@
 //!
 //! Each file trains one model, and goes on from its checkpoint where there is one, with fresh moments and a warm-up:
 //! nothing else is kept. [`clip`], [`dino`], [`vq`] and [`vae`] need nothing; [`gpt`] and [`chameleon`] need their VQ
-//! tokenizer, [`sd3`] the autoencoder and CLIP's text tower.
+//! tokenizer, [`sd3`] the autoencoder and CLIP's text tower. The newer diffusion models take the autoencoder and the
+//! text encoders over, and begin with an MMDiT that is there or learn from it.
 
 mod average;
 pub mod chameleon;
@@ -14,12 +15,16 @@ pub mod course;
 mod curves;
 pub mod dino;
 mod files;
+pub mod flux;
 mod frozen;
 pub mod gpt;
+mod lessons;
 mod pool;
 mod scenes;
 pub mod sd3;
+pub mod sdxl;
 pub mod settings;
+mod teacher;
 pub mod vae;
 pub mod vq;
 
@@ -29,6 +34,7 @@ pub use course::Budget;
 pub use curves::Curves;
 pub use settings::Settings;
 
+use self::settings::Mmdit;
 use crate::Result;
 
 /// What can be trained, in an order that satisfies every need.
@@ -42,11 +48,14 @@ pub enum Model {
     Sd3,
     Vqgan,
     Chameleon,
+    Sd35,
+    Flux,
+    Sdxl,
 }
 
 impl Model {
     /// Every model, in order.
-    pub const ALL: [Model; 8] = [
+    pub const ALL: [Model; 11] = [
         Model::Clip,
         Model::Dino,
         Model::Vq,
@@ -55,6 +64,9 @@ impl Model {
         Model::Sd3,
         Model::Vqgan,
         Model::Chameleon,
+        Model::Sd35,
+        Model::Flux,
+        Model::Sdxl,
     ];
 
     /// The model's name on the command line and in the settings.
@@ -68,6 +80,9 @@ impl Model {
             Model::Sd3 => "sd3",
             Model::Vqgan => "vqgan",
             Model::Chameleon => "chameleon",
+            Model::Sd35 => "sd35",
+            Model::Flux => "flux",
+            Model::Sdxl => "sdxl",
         }
     }
 
@@ -79,9 +94,12 @@ impl Model {
             Model::Vq => vq::train(context),
             Model::Vae => vae::train(context),
             Model::Gpt => gpt::train(context),
-            Model::Sd3 => sd3::train(context),
+            Model::Sd3 => sd3::train(context, Mmdit::Sd3),
             Model::Vqgan => vq::train_chameleon(context),
             Model::Chameleon => chameleon::train(context),
+            Model::Sd35 => sd3::train(context, Mmdit::Sd35),
+            Model::Flux => flux::train(context),
+            Model::Sdxl => sdxl::train(context),
         }
     }
 }

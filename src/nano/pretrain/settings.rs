@@ -7,6 +7,7 @@ use serde::Deserialize;
 use super::checks;
 use crate::config::Optimizer;
 use crate::config::limits::TEXT_BYTES;
+use crate::diffusion::PredictionType;
 use crate::training::optimizer::{AdamWConfig, OptimizerConfig};
 use crate::{Error, Result};
 
@@ -16,7 +17,7 @@ use crate::{Error, Result};
 pub struct Settings {
     /// Fixes the fresh weights, the order of the scenes and all noise.
     pub seed: u64,
-    /// Side of the drawn images in pixels.
+    /// Side of the drawn images in pixels, for models that do not say another.
     pub image_size: usize,
     /// Where the checkpoints go, and what a training continues from.
     pub out: PathBuf,
@@ -28,12 +29,19 @@ pub struct Settings {
     pub sd3: Sd3,
     pub vqgan: Vqgan,
     pub chameleon: Chameleon,
+    /// Stable Diffusion 3.5.
+    pub sd35: Sd3,
+    pub flux: Flux,
+    pub sdxl: Sdxl,
 }
 
 /// How one model is trained.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Training {
+    /// Side of the images that the model learns from, in pixels. Default: the file's `image_size`.
+    #[serde(default)]
+    pub image_size: Option<usize>,
     /// How many images the model sees when neither `--images` nor `--minutes` is given.
     pub images: usize,
     /// Images per step.
@@ -220,10 +228,45 @@ pub struct T5 {
     pub layers: usize,
 }
 
-/// Stable Diffusion 3's MMDiT.
+/// An MMDiT that another diffusion model begins with or learns from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mmdit {
+    Sd3,
+    Sd35,
+}
+
+impl Mmdit {
+    /// The model's name, which is that of its folder too.
+    pub fn name(self) -> &'static str {
+        match self {
+            Mmdit::Sd3 => "sd3",
+            Mmdit::Sd35 => "sd35",
+        }
+    }
+
+    /// What the settings say of it.
+    pub fn of(self, settings: &Settings) -> &Sd3 {
+        match self {
+            Mmdit::Sd3 => &settings.sd3,
+            Mmdit::Sd35 => &settings.sd35,
+        }
+    }
+}
+
+/// The MMDiT of Stable Diffusion 3 and 3.5.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Sd3 {
+    /// Whether queries and keys are normalised, as in 3.5. Default false.
+    #[serde(default)]
+    pub qk_norm: bool,
+    /// Whether prompts are read by LlamaGen's T5 as well as by CLIP. Default false.
+    #[serde(default)]
+    pub t5: bool,
+    /// Whose weights of the same name and shape a new model begins with. Default: fresh ones.
+    #[serde(default)]
+    pub start: Option<Mmdit>,
     pub layers: usize,
     pub heads: usize,
     pub head_dim: usize,
@@ -233,6 +276,59 @@ pub struct Sd3 {
     pub shift: f64,
     /// Share of captions replaced by the empty one.
     pub condition_dropout: f64,
+    /// Scenes that are drawn and encoded once and then used again.
+    pub pool: usize,
+    pub training: Training,
+}
+
+/// FLUX.1's transformer.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Flux {
+    /// Blocks with weights for image and text each.
+    pub layers: usize,
+    /// Blocks with common weights, at least 1.
+    pub single_layers: usize,
+    pub heads: usize,
+    pub head_dim: usize,
+    /// Channels of a head that index, row and column turn; even, together `head_dim`.
+    pub axes: [usize; 3],
+    /// The least and the greatest guidance scale that the model is told, and that its teacher is guided with.
+    pub guidance: [f64; 2],
+    /// Whose guided predictions the model learns, as FLUX.1-dev is distilled. Default: the data's, told a guidance of 1.
+    #[serde(default)]
+    pub teacher: Option<Mmdit>,
+    /// Whose weights a new model begins with, as far as they fit. Default: fresh ones.
+    #[serde(default)]
+    pub start: Option<Mmdit>,
+    /// Scenes that are drawn and encoded once and then used again.
+    pub pool: usize,
+    pub training: Training,
+}
+
+/// SDXL's U-Net.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sdxl {
+    /// Width of each level, finest first.
+    pub channels: Vec<usize>,
+    /// Residual blocks of each level on the way down; there is one more on the way up.
+    pub layers_per_block: usize,
+    /// Blocks of each level's transformers; 0 for a level without.
+    pub depths: Vec<usize>,
+    /// Width of an attention head; it divides the width of every level.
+    pub head_dim: usize,
+    /// Groups of the norms; they divide the width of every level.
+    pub norm_groups: usize,
+    /// Width of the embedding of each size that the model is told.
+    pub size_channels: usize,
+    /// What the model gives: `epsilon`, `v_prediction` or `sample`.
+    pub prediction: PredictionType,
+    /// Share of captions replaced by none.
+    pub condition_dropout: f64,
+    /// Whose predictions the model learns. Default: the data's.
+    #[serde(default)]
+    pub teacher: Option<Mmdit>,
     /// Scenes that are drawn and encoded once and then used again.
     pub pool: usize,
     pub training: Training,
@@ -292,6 +388,11 @@ pub struct Chameleon {
 }
 
 impl Settings {
+    /// Side in pixels of the images that a model with `training` learns from.
+    pub fn side(&self, training: &Training) -> usize {
+        training.image_size.unwrap_or(self.image_size)
+    }
+
     /// Reads the file; the error names the line and column of what is wrong.
     pub fn read(path: &Path) -> Result<Self> {
         let text = crate::files::text::read(path, TEXT_BYTES)?;

@@ -32,7 +32,7 @@ pub fn train(context: &Context) -> Result<()> {
         AutoencoderKl::new(config.clone(), weights)
     })?;
     let (weights, model) = (opened.weights, opened.model);
-    let scenes = context.scenes("vae");
+    let scenes = context.scenes("vae", &settings.training);
     let course = context.course("vae", &settings.training, &folder, weights.variables());
     let step = |seen: usize, _spent: f64| {
         let batch = scenes.batch(seen, settings.training.batch_size);
@@ -57,7 +57,7 @@ pub fn train(context: &Context) -> Result<()> {
     };
     let save = || {
         // The denoiser wants latents of mean 0 and deviation 1.
-        let test = context.unseen("vae scale");
+        let test = context.unseen("vae scale", &settings.training);
         let pixels = test.pixels(&test.batch(0, MEASURED), &context.device)?;
         let (mean, _) = no_grad(|| model.encode(&pixels))?;
         let centre = f64::from(mean.mean_all()?.to_scalar::<f32>()?);
@@ -66,7 +66,7 @@ pub fn train(context: &Context) -> Result<()> {
         config.scaling_factor = rounded(1.0 / f64::from(variance.max(1e-12)).sqrt());
         files::write_json(
             &folder.join("config.json"),
-            &published(&config, context.settings.image_size)?,
+            &published(&config, context.settings.side(&settings.training))?,
         )?;
         files::write_weights(&file, &weights.variables())
     };

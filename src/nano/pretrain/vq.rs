@@ -87,7 +87,7 @@ pub fn train_chameleon(context: &Context) -> Result<()> {
         ch: settings.channels,
         ch_mult: settings.multipliers.clone(),
         num_res_blocks: settings.res_blocks,
-        resolution: context.settings.image_size,
+        resolution: context.settings.side(&settings.training),
         z_channels: settings.z_channels,
         n_embed: settings.codebook_size,
         embed_dim: settings.codebook_dim,
@@ -162,7 +162,7 @@ impl Learning<'_> {
         passes: Passes,
         write_config: &dyn Fn() -> Result<()>,
     ) -> Result<()> {
-        let scenes = context.scenes(self.name);
+        let scenes = context.scenes(self.name, self.training);
         let mut variables = weights.variables();
         let codebook = Codebook::new(&variables, self.codes, self.unit_length)?;
         if self.decoder_only {
