@@ -28,6 +28,7 @@ mod precision;
 mod quantised;
 mod recompute;
 mod shapes;
+mod shared;
 mod slices;
 mod slot;
 mod tensor_files;

@@ -12,6 +12,7 @@ use super::adapter::{Adapter, Lora};
 use super::init::{Init, draw};
 use super::precision::{HalfKind, HalfMatrix, Precision, Weight};
 use super::quantised::QuantisedMatrix;
+use super::shared::Shared;
 use super::tensor_files::{Rename, Stored, TensorFiles};
 use crate::{Error, Result};
 
@@ -44,6 +45,8 @@ impl Held {
 
 struct Inner {
     source: Source,
+    /// What others have loaded of the same files.
+    shared: Option<Arc<Shared>>,
     path: PathBuf,
     precision: Precision,
     /// What the model computes in.
@@ -93,6 +96,7 @@ impl Weights {
             most_made: elements_in(&source).saturating_add(MADE_AT_LEAST),
             made: AtomicUsize::new(0),
             source,
+            shared: None,
             path: path.to_path_buf(),
             precision,
             device: device.clone(),
@@ -114,12 +118,19 @@ impl Weights {
     /// Frozen weights, memory-mapped from `files` of safetensors (all shards of one checkpoint) or GGUF. `precision` is a
     /// type or [`Precision::AsStored`]; on the CPU matrices in half precision are not copied where the files have them so.
     /// Matrices that a GGUF file has in blocks of few bits stay as they are whatever it is.
+    ///
+    /// Models of one process that are opened from the same files on the same device have one copy of them in common, as
+    /// long as one of these weights is kept.
     pub fn from_files(
         files: &[PathBuf],
         precision: impl Into<Precision>,
         device: &Device,
     ) -> Result<Self> {
-        Self::from_renamed(files, None, precision, device)
+        let mut weights = Self::from_renamed(files, None, precision, device)?;
+        if let Some(inner) = Arc::get_mut(&mut weights.inner) {
+            inner.shared = Some(Shared::of(files, device));
+        }
+        Ok(weights)
     }
 
     /// [`Weights::from_files`] for models that call the tensors as `rename` says.
@@ -339,7 +350,13 @@ impl Weights {
                     Some(Stored::Packed(_) | Stored::Unknown) | None => None,
                 };
                 match kind {
-                    Some(kind) => Some(read_half(files, &full, kind)?),
+                    Some(kind) => {
+                        let load = || read_half(files, &full, kind);
+                        Some(match &inner.shared {
+                            Some(shared) => shared.half(&full, kind, load)?,
+                            None => load()?,
+                        })
+                    }
                     None => None,
                 }
             }
@@ -370,10 +387,14 @@ impl Weights {
         let found = self.shape(&full);
         let tensor = match (&found, inner.seed) {
             (Some(dims), _) if dims.as_slice() == shape.dims() => match &inner.source {
-                Source::Files(files) => files
-                    .load(&full, &inner.device)
-                    .and_then(|tensor| Ok(tensor.to_dtype(inner.dtype)?))
-                    .map_err(|e| self.fault(format!("{full} cannot be read: {e}")))?,
+                Source::Files(files) => {
+                    let load = || Ok(files.load(&full, &inner.device)?.to_dtype(inner.dtype)?);
+                    match &inner.shared {
+                        Some(shared) => shared.tensor(&full, inner.dtype, load),
+                        None => load(),
+                    }
+                    .map_err(|e: Error| self.fault(format!("{full} cannot be read: {e}")))?
+                }
                 Source::Memory(tensors) => match &lock(tensors)[&full] {
                     Held::Tensor(tensor) => {
                         tensor.to_device(&inner.device)?.to_dtype(inner.dtype)?

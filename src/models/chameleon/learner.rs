@@ -45,6 +45,8 @@ pub fn resolution(config: &Config, asked: Option<u32>) -> Result<usize> {
 pub struct VqTokenizer {
     model: VqGan,
     resolution: u32,
+    /// Kept for others that are opened from the same files.
+    _weights: Weights,
 }
 
 impl VqTokenizer {
@@ -52,9 +54,13 @@ impl VqTokenizer {
     /// is `asked` for, or the checkpoint's own.
     pub fn open(dir: &Path, asked: Option<u32>, device: &Device) -> Result<Self> {
         let config: Config = read_config(&dir.join("config.json"))?;
+        let open = |files: WeightFiles| files.open(DType::F32, device);
+        let (model, weights) = files::build_image_tokenizer(dir, open)?;
+        weights.finish()?;
         Ok(Self {
-            model: files::open_image_tokenizer(dir, device)?,
+            model,
             resolution: resolution(&config, asked)? as u32,
+            _weights: weights,
         })
     }
 

@@ -234,6 +234,8 @@ fn rows(x: &Tensor, range: Range<usize>) -> Result<Tensor> {
 pub struct LatentDiffusion<D> {
     pub(crate) denoiser: D,
     vae: AutoencoderKl,
+    /// Kept for others that are opened from the same files.
+    _vae_weights: Weights,
     device: Device,
 }
 
@@ -257,6 +259,7 @@ impl<D: Denoiser> LatentDiffusion<D> {
         let model = Self {
             denoiser: D::open(&layout, weights, &mut opened)?,
             vae: AutoencoderKl::new(vae_config, &vae_weights)?,
+            _vae_weights: vae_weights,
             device,
         };
         weights.expect_no_others();

@@ -30,6 +30,8 @@ const AT_ONCE: usize = 5;
 pub struct VqTokenizer {
     model: vq::VqModel,
     resolution: u32,
+    /// Kept for others that are opened from the same files.
+    _weights: Weights,
 }
 
 impl VqTokenizer {
@@ -45,7 +47,12 @@ impl VqTokenizer {
         let (config, weights) = files.open_vq(device)?;
         let resolution = (files.block_size()?.isqrt() * config.downsampling()) as u32;
         let model = vq::VqModel::new(&config, &weights)?;
-        Ok((Self { model, resolution }, weights))
+        let tokenizer = Self {
+            model,
+            resolution,
+            _weights: weights.clone(),
+        };
+        Ok((tokenizer, weights))
     }
 
     /// Side length of the images in pixels.
@@ -97,6 +104,8 @@ pub fn resolution(dir: &Path, asked: Option<u32>) -> Result<u32> {
 struct Captions {
     tokenizer: TextTokenizer,
     encoder: T5Encoder,
+    /// Kept for others that are opened from the same files.
+    _weights: Weights,
     known: HashMap<String, (Tensor, Vec<u8>)>,
     length: usize,
     device: Device,
@@ -195,6 +204,7 @@ impl LlamaGen {
         let captions = Captions {
             tokenizer: TextTokenizer::from_folder(t5)?,
             encoder,
+            _weights: t5_weights,
             known: HashMap::new(),
             length: config.cls_token_num,
             device: device.clone(),
