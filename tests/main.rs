@@ -11,6 +11,7 @@ mod checkpoints;
 mod command_line;
 mod config;
 mod console;
+mod custom_source;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod documents;

@@ -147,7 +147,7 @@ fn more_proxies_or_subjects_leave_existing_seeds_as_they_are() {
 #[test]
 fn keys_of_whole_batches_survive_more_proxies_and_more_subjects() {
     let keys = |resolved: &Resolved, plan: &Plan, batch: usize| {
-        let sampling = &resolved.proxies.as_ref().unwrap().sampling;
+        let sampling = resolved.proxies.as_ref().unwrap().sampling.as_ref();
         let supervisor = Versions::new("supervisor".to_string(), Vec::new());
         proxy_keys(plan, batch, &supervisor, sampling)
             .newest()
@@ -180,16 +180,16 @@ fn keys_of_whole_batches_survive_more_proxies_and_more_subjects() {
 fn proxies_are_new_when_how_they_are_made_changes_and_only_then() {
     let key = |overrides: &[&str]| {
         let resolved = with(overrides);
-        let (supervisor, proxies) = resolved.teacher().unwrap();
+        let (supervisor, _, sampling) = resolved.teacher().unwrap();
         let made = supervisor_keys(
             "photos",
             "base",
             &resolved.subjects[0],
             supervisor,
-            &proxies.sampling,
+            sampling,
             resolved.seed,
         );
-        let drawn = proxy_keys(&plan(&resolved), 0, &made, &proxies.sampling);
+        let drawn = proxy_keys(&plan(&resolved), 0, &made, Some(sampling));
         (made.newest().clone(), drawn.newest()[0].clone())
     };
     let (supervisor, proxy) = key(&[]);
@@ -236,7 +236,7 @@ fn proxies_are_new_when_how_they_are_made_changes_and_only_then() {
     );
     let resolved = with(&[]);
     let teacher = resolved.supervisor.as_ref().unwrap();
-    let sampling = &resolved.proxies.as_ref().unwrap().sampling;
+    let (_, _, sampling) = resolved.teacher().unwrap();
     let of = |photos, base| {
         let keys = supervisor_keys(photos, base, &resolved.subjects[0], teacher, sampling, 7);
         keys.newest().clone()
@@ -288,11 +288,11 @@ fn a_replayed_subject_teaches_some_of_its_proxies_as_they_were_made() {
     assert_eq!((of(0, &plan).len(), of(1, &plan).len()), (20, 5));
     // Its batches are those that were made before, whole, so that they are found in the store.
     let keys = |plan: &Plan| -> BTreeSet<String> {
-        let sampling = &with(&[]).proxies.unwrap().sampling;
+        let sampling = with(&[]).proxies.unwrap().sampling;
         let supervisor = Versions::new("sup".to_string(), Vec::new());
         (0..plan.batches())
             .flat_map(|batch| {
-                proxy_keys(plan, batch, &supervisor, sampling)
+                proxy_keys(plan, batch, &supervisor, sampling.as_ref())
                     .newest()
                     .clone()
             })

@@ -51,9 +51,13 @@ pub(super) fn pipeline(typed: &typed::Pipeline, faults: &Faults) -> Option<Resol
             let family = supervisor
                 .as_ref()
                 .map_or(Family::Sd3, |supervisor| supervisor.family);
-            proxies = Some(resolve_proxies(&typed.proxies, family, faults));
+            proxies = Some(resolve_proxies(&typed.proxies, Some(family), faults));
         }
         (None, Source::Proxies) => missing_section(faults, &typed.start, "supervisor", "nano-sd3"),
+        (_, Source::Custom) => {
+            no_effect_of_supervisor(typed, faults);
+            proxies = Some(resolve_proxies(&typed.proxies, None, faults));
+        }
         (_, Source::References | Source::Augmented) => no_effect_of_proxies(typed, faults),
     }
     let evaluation = resolve_evaluation(&typed.evaluation, student.as_ref(), faults);
@@ -95,7 +99,15 @@ fn check_plan(typed: &typed::Pipeline, resolved: &Resolved, faults: &Faults) {
             "the examples of all steps of direct tuning (steps · batch_size)",
         ));
     }
-    if let (Some((supervisor, proxies)), Some(section)) = (resolved.teacher(), &typed.supervisor) {
+    if let Some(proxies) = &resolved.proxies {
+        checks.push((
+            subjects * proxies.count as u128,
+            limits::PICTURES,
+            place_of(&typed.proxies.count, start),
+            "the proxies of all subjects (subjects · count)",
+        ));
+    }
+    if let (Some(supervisor), Some(section)) = (&resolved.supervisor, &typed.supervisor) {
         let prior = supervisor.prior_preservation.as_ref();
         let class_images = prior.map_or(0, |prior| prior.class_images as u128);
         checks.extend([
@@ -104,12 +116,6 @@ fn check_plan(typed: &typed::Pipeline, resolved: &Resolved, faults: &Faults) {
                 limits::USES,
                 place_of(&section.training.steps, &section.place),
                 "the examples of all steps of the supervisors (subjects · steps · batch_size)",
-            ),
-            (
-                subjects * proxies.count as u128,
-                limits::PICTURES,
-                place_of(&typed.proxies.count, start),
-                "the proxies of all subjects (subjects · count)",
             ),
             (
                 subjects * class_images,
@@ -169,6 +175,17 @@ fn no_effect_of_proxies(typed: &typed::Pipeline, faults: &Faults) {
                 "remove it, or set student.source = \"proxies\"",
             );
         }
+    }
+}
+
+/// Reports a supervisor beside a source that needs none.
+fn no_effect_of_supervisor(typed: &typed::Pipeline, faults: &Faults) {
+    if let Some(section) = &typed.supervisor {
+        faults.push(
+            &section.place,
+            "[supervisor] has no effect beside a custom source",
+            "remove it, or set student.source = \"proxies\"",
+        );
     }
 }
 
@@ -337,19 +354,40 @@ pub fn draws_with(family: Family, field: &str) -> bool {
     }
 }
 
-fn resolve_proxies(typed: &typed::Proxies, family: Family, faults: &Faults) -> Proxies {
+/// `family` is that of the supervisor; a custom source has none.
+fn resolve_proxies(typed: &typed::Proxies, family: Option<Family>, faults: &Faults) -> Proxies {
     let prompts = typed.prompts.as_ref().map(|list| {
         list.value
             .iter()
             .for_each(|template| templates::check(template, Token::Required, faults));
         list.value.iter().map(|at| at.value.clone()).collect()
     });
-    no_effect_of_sampling("proxies", &typed.sampling, family, faults);
+    match family {
+        Some(family) => no_effect_of_sampling("proxies", &typed.sampling, family, faults),
+        None => {
+            let typed::Sampling {
+                num_inference_steps,
+                guidance_scale,
+                negative_prompt,
+                ..
+            } = &typed.sampling;
+            let steps = num_inference_steps.as_ref().map(|at| &at.place);
+            let scale = guidance_scale.as_ref().map(|at| &at.place);
+            let negative = negative_prompt.as_ref().map(|at| &at.place);
+            for place in [steps, scale, negative].into_iter().flatten() {
+                faults.push(
+                    place,
+                    "how proxies are sampled has no effect on a custom source",
+                    "remove the line: the source's own program decides that",
+                );
+            }
+        }
+    }
     Proxies {
         count: or(&typed.count, 100),
         batch_size: or(&typed.batch_size, 4),
         prompts: prompts.unwrap_or_else(|| vec!["a {token} {class}".to_string()]),
-        sampling: diffusion_sampling(&typed.sampling, family),
+        sampling: family.map(|family| diffusion_sampling(&typed.sampling, family)),
     }
 }
 
@@ -407,7 +445,7 @@ fn resolve_student(
             faults,
         ),
         overlap: match source {
-            Source::Proxies => or(&typed.overlap, OVERLAP),
+            Source::Proxies | Source::Custom => or(&typed.overlap, OVERLAP),
             Source::References | Source::Augmented => OVERLAP,
         },
         sampling: resolved_sampling,

@@ -23,7 +23,7 @@ pub struct Resolved {
     /// Present exactly when the student learns from proxies.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub supervisor: Option<Supervisor>,
-    /// Present exactly when the student learns from proxies.
+    /// Present exactly when the student learns from proxies, or from a custom source.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub proxies: Option<Proxies>,
     pub student: Student,
@@ -186,7 +186,7 @@ impl Default for Prodigy {
     }
 }
 
-/// `[proxies]`: the images the supervisors make.
+/// `[proxies]`: the images the supervisors make, or a custom source, which has no settings of sampling.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Proxies {
     /// Proxies per subject, at least 1. Default 100.
@@ -195,8 +195,8 @@ pub struct Proxies {
     pub batch_size: usize,
     /// Prompt templates, taken in turn. Default ["a {token} {class}"].
     pub prompts: Vec<String>,
-    #[serde(flatten)]
-    pub sampling: DiffusionSampling,
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub sampling: Option<DiffusionSampling>,
 }
 
 /// How a diffusion model samples.
@@ -414,6 +414,18 @@ pub enum Source {
     References,
     /// The photos, changed at random each time they are drawn (Table 7).
     Augmented,
+    /// Images of a program's own, which it gives to the library's `run_with_source`; `[proxies]` says how many.
+    Custom,
+}
+
+impl Source {
+    /// Whether there are proxies: images that are planned, kept and scored before the student learns them.
+    pub fn makes_proxies(self) -> bool {
+        match self {
+            Source::Proxies | Source::Custom => true,
+            Source::References | Source::Augmented => false,
+        }
+    }
 }
 
 impl Resolved {
@@ -430,9 +442,10 @@ impl Resolved {
         })
     }
 
-    /// Supervisor and proxies, when the student learns from proxies.
-    pub fn teacher(&self) -> Option<(&Supervisor, &Proxies)> {
-        self.supervisor.as_ref().zip(self.proxies.as_ref())
+    /// Supervisor and proxies with how they are sampled, when the student learns from a supervisor's proxies.
+    pub fn teacher(&self) -> Option<(&Supervisor, &Proxies, &DiffusionSampling)> {
+        let (supervisor, proxies) = self.supervisor.as_ref().zip(self.proxies.as_ref())?;
+        Some((supervisor, proxies, proxies.sampling.as_ref()?))
     }
 
     /// The baseline, when it is enabled.

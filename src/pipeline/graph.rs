@@ -8,30 +8,34 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use futures::stream::{self, BoxStream};
 use futures::{StreamExt, TryStreamExt};
 
-use super::prepare::Prepared;
+use super::context::Context;
+use super::extend::checkpoints;
+use super::prepare::Models;
 use super::topology::{Item, Stage, Topology};
-use crate::config::Source;
-use crate::models::Opening;
-use crate::stages::direct::{Tuned, direct};
-use crate::stages::evaluate::{Evaluated, evaluate};
-use crate::stages::generate::{Work, generate};
-use crate::stages::keep::{Keeping, keep};
-use crate::stages::references::references;
-use crate::stages::score::score_proxies;
-use crate::stages::supervise::supervise;
-use crate::stages::synthesize::synthesize;
-use crate::stages::tokenize::tokenize;
-use crate::stages::train::train;
-use crate::stages::{Checkpoint, Context, Method, ProxyBatch, ReadyBatch, Supervisor};
+use crate::config::{Sampling, Source};
+use crate::stages::direct::{BaselineSettings, Direct, Tuned};
+use crate::stages::evaluate::{Evaluate, Evaluated, Sampler};
+use crate::stages::generate::{Generate, Work};
+use crate::stages::keep::{CommitPolicy, Keep};
+use crate::stages::references::References;
+use crate::stages::score::ScoreProxies;
+use crate::stages::session::InitialAdapter;
+use crate::stages::source::{ReadySource, SupervisorSource};
+use crate::stages::supervise::Supervise;
+use crate::stages::synthesize::Synthesize;
+use crate::stages::tokenize::Tokenize;
+use crate::stages::train::{StudentSettings, Train};
+use crate::stages::{Checkpoint, ProxyBatch, ReadyBatch, Supervisor};
 use crate::stream::{Board, Inlet, Meter, Outlet, Stages, channel};
+use crate::training::Checkpoints;
 use crate::{Error, Result};
 
 /// How the graph runs, beside what it is.
-pub(super) struct Manner {
+pub(super) struct GraphOptions {
     /// One stage after another.
     pub sequential: bool,
     /// When proxies are committed.
-    pub keeping: Keeping,
+    pub commit: CommitPolicy,
     /// Proxies are made together with other processes.
     pub shared: Option<Shared>,
 }
@@ -51,8 +55,8 @@ pub(super) struct Graph {
     first_training_proxy: Arc<AtomicUsize>,
 }
 
-/// What a graph came to.
-pub(super) struct Ended {
+/// What a graph leaves when it has ended.
+pub(super) struct Finished {
     /// By method and step.
     pub evaluated: Vec<Evaluated>,
     /// How many proxies were committed when the first training step ran.
@@ -61,25 +65,30 @@ pub(super) struct Ended {
 
 impl Graph {
     /// Lays the channels and spawns the stages of `topology`.
-    pub fn build(topology: &Topology, prepared: Prepared, manner: Manner) -> Self {
-        let context = &prepared.context;
+    pub fn build(
+        topology: &Topology,
+        context: Arc<Context>,
+        models: Models,
+        options: GraphOptions,
+    ) -> Self {
         let meters: BTreeMap<Stage, Meter> = topology
             .nodes
             .iter()
             .map(|node| {
                 let meter = context.board.meter(node.stage.name(), node.stage.unit());
-                meter.expect(expected(node.stage, context, manner.shared.as_ref()));
+                meter.expect(expected(node.stage, &context, options.shared.as_ref()));
                 (node.stage, meter)
             })
             .collect();
         let mut builder = Builder {
-            wires: Wires::lay(topology, &context.board, &meters, manner.sequential),
+            wires: Wires::lay(topology, &context.board, &meters, options.sequential),
             reporting: meters.get(&Stage::Report).cloned(),
             meters,
             stages: Stages::default(),
             first_training_proxy: Arc::new(AtomicUsize::new(usize::MAX)),
-            prepared,
-            manner,
+            context,
+            models,
+            options,
         };
         for node in &topology.nodes {
             builder.spawn(node.stage);
@@ -94,7 +103,7 @@ impl Graph {
 
     /// Waits for all stages. The first failure stops the others: with `drain`, by asking them to, so that what was made
     /// is committed; else at once.
-    pub async fn join(mut self, context: &Context, drain: bool) -> Result<Ended> {
+    pub async fn join(mut self, context: &Context, drain: bool) -> Result<Finished> {
         let mut evaluated = Vec::new();
         let mut failure: Option<Error> = None;
         loop {
@@ -123,7 +132,7 @@ impl Graph {
         }
         evaluated.sort_by_key(|result: &Evaluated| (result.method, result.step));
         let first = self.first_training_proxy.load(Relaxed);
-        Ok(Ended {
+        Ok(Finished {
             evaluated,
             first_training_proxy: (first != usize::MAX).then_some(first),
         })
@@ -166,11 +175,10 @@ fn expected_samples(context: &Context) -> usize {
     let resolved = &context.resolved;
     let (steps, every) = (resolved.student.training.steps, resolved.evaluation.every);
     let between = (steps - 1).checked_div(every).unwrap_or(0);
-    let from_proxies = resolved.student.source == Source::Proxies;
-    let methods = 1
+        let methods = 1
         + between
         + usize::from(resolved.evaluation.untouched)
-        + usize::from(from_proxies)
+        + usize::from(resolved.supervisor.is_some())
         + usize::from(resolved.direct().is_some());
     images * methods
 }
@@ -266,8 +274,9 @@ impl Wires {
 }
 
 struct Builder {
-    prepared: Prepared,
-    manner: Manner,
+    context: Arc<Context>,
+    models: Models,
+    options: GraphOptions,
     wires: Wires,
     meters: BTreeMap<Stage, Meter>,
     stages: Stages,
@@ -280,82 +289,52 @@ impl Builder {
         let Some(meter) = self.meters.get(&stage).cloned() else {
             return;
         };
-        let context = self.prepared.context.clone();
         match stage {
-            Stage::References => {
-                let to = self.wires.references.written_by(stage);
-                let subjects = references(context, meter.clone());
-                self.stages.spawn(&meter, subjects, to);
-            }
+            Stage::References => self.references(&meter),
             Stage::Supervise => self.supervise(&meter),
             Stage::Synthesize => self.synthesize(&meter),
-            Stage::Keep => {
-                let keys = self.prepared.supervisor_keys.clone();
-                let input = self.wires.proxies.read_by(stage);
-                let sequential = self.manner.sequential;
-                let kept = keep(
-                    context,
-                    keys,
-                    input,
-                    meter.clone(),
-                    self.manner.keeping.clone(),
-                )
-                .map_ok(move |mut batch| {
-                    if sequential {
-                        // Batches wait for each other; readers take the pixels from the store.
-                        batch.images = None;
-                    }
-                    batch
-                });
-                let to = self.wires.kept.written_by(stage);
-                self.stages.spawn(&meter, kept, to);
-            }
-            Stage::Tokenize => {
-                let input = self.wires.kept.read_by(stage);
-                let tokenizer = self.prepared.tokenizer.clone();
-                let tokens = tokenize(context, tokenizer, input, meter.clone());
-                let to = self.wires.tokens.written_by(stage);
-                self.stages.spawn(&meter, tokens, to);
-            }
-            Stage::Score => {
-                let input = self.wires.kept.read_by(stage);
-                let scores = score_proxies(context, input, meter.clone());
-                self.stages.spawn(&meter, scores, ());
-            }
-            Stage::Direct => {
-                let settings = &context.resolved.direct;
-                let opening = Opening {
-                    dropout: settings.dropout,
-                    condition_dropout: settings.condition_dropout,
-                    ..self.prepared.student.clone()
-                };
-                let tuned = Tuned {
-                    method: Method::Direct,
-                    source: settings.source,
-                    settings: settings.training.clone(),
-                };
-                self.tune(&meter, stage, opening, tuned);
-            }
+            Stage::Keep => self.keep(&meter),
+            Stage::Tokenize => self.tokenize(&meter),
+            Stage::Score => self.score(&meter),
+            Stage::Direct => self.baseline(&meter),
             Stage::Train => self.train(&meter),
-            Stage::Evaluate => {
-                let input = self.wires.checkpoints.read_by(stage);
-                let scored = evaluate(context, input, meter.clone());
-                let to = self.wires.evaluations.written_by(stage);
-                self.stages.spawn(&meter, scored, to);
-            }
+            Stage::Evaluate => self.evaluate(&meter),
             // Whoever joins the graph writes it, when all else has ended.
             Stage::Report => {}
         }
     }
 
+    fn references(&mut self, meter: &Meter) {
+        let needs = References {
+            subjects: self.context.subjects.clone(),
+            store: self.context.store.clone(),
+            log: self.context.log(meter),
+        };
+        let to = self.wires.references.written_by(Stage::References);
+        self.stages.spawn(meter, needs.run(), to);
+    }
+
     fn supervise(&mut self, meter: &Meter) {
-        let Some(opening) = self.prepared.supervisor.clone() else {
+        let context = &self.context;
+        let (Some((settings, _, sampling)), Some(open)) =
+            (context.resolved.teacher(), &self.models.supervisor)
+        else {
             return;
         };
-        let context = self.prepared.context.clone();
-        let keys = self.prepared.supervisor_keys.clone();
+        let needs = Supervise {
+            plan: context.plan.clone(),
+            subjects: context.subjects.clone(),
+            settings: settings.clone(),
+            sampling: sampling.clone(),
+            keys: context.sources.clone(),
+            open: open.clone(),
+            store: context.store.clone(),
+            dir: context.dir.clone(),
+            seed: context.resolved.seed,
+            log: context.log(meter),
+        };
         let input = self.wires.references.read_by(Stage::Supervise);
-        let input = match &self.manner.shared {
+        let input = match &self.options.shared {
             None => input,
             // Photos are committed for all subjects, and then taken up in this process's own order.
             Some(Shared { subjects, .. }) => {
@@ -365,54 +344,404 @@ impl Builder {
                     .boxed()
             }
         };
-        let keyed = input.map(move |subject| (subject, keys[subject].clone()));
-        let supervisors = supervise(context, opening, keyed, meter.clone());
         let to = self.wires.supervisors.written_by(Stage::Supervise);
-        self.stages.spawn(meter, supervisors, to);
+        self.stages.spawn(meter, needs.run(input), to);
+    }
+
+    /// The sources of the subjects, as soon as they can make images.
+    fn sources(&mut self) -> BoxStream<'static, ReadySource> {
+        if let Some(source) = self.context.source.clone() {
+            let subjects = self.wires.references.read_by(Stage::Synthesize);
+            let ready = move |subject| ReadySource {
+                subject,
+                images: source.clone(),
+                adapter: None,
+            };
+            return subjects.map(ready).boxed();
+        }
+        let supervisors = self.wires.supervisors.read_by(Stage::Synthesize);
+        let (Some(sampler), Some((_, _, sampling))) = (
+            self.context.supervisor_sampler.clone(),
+            self.context.resolved.teacher(),
+        ) else {
+            return stream::empty().boxed();
+        };
+        let sampling = sampling.clone();
+        let ready = move |supervisor: Supervisor| ReadySource {
+            subject: supervisor.subject,
+            adapter: Some(supervisor.adapter.clone()),
+            images: Arc::new(SupervisorSource {
+                key: supervisor.key,
+                sampler: sampler.clone(),
+                adapter: supervisor.adapter,
+                sampling: sampling.clone(),
+            }),
+        };
+        supervisors.map(ready).boxed()
     }
 
     fn synthesize(&mut self, meter: &Meter) {
-        let context = self.prepared.context.clone();
-        let input = self.wires.supervisors.read_by(Stage::Synthesize);
+        let input = self.sources();
         let to = self.wires.proxies.written_by(Stage::Synthesize);
-        match self.manner.shared.take() {
-            Some(Shared { work, .. }) => {
-                let made = generate(context, work, input, meter.clone());
-                self.stages.spawn(meter, made, to);
-            }
-            None => {
-                let evaluated = self.wires.checkpoints.written_by(Stage::Synthesize);
-                let made = synthesize(context, input, evaluated, meter.clone());
-                self.stages.spawn(meter, made, to);
-            }
+        let context = &self.context;
+        if let Some(Shared { work, .. }) = self.options.shared.take() {
+            let needs = Generate {
+                subjects: context.subjects.clone(),
+                work,
+                log: context.log(meter),
+            };
+            return self.stages.spawn(meter, needs.run(input), to);
         }
+        let Some(keys) = context.proxy_keys.clone() else {
+            return;
+        };
+        let steps = context.resolved.supervisor.as_ref();
+        let steps = steps.map(|supervisor| supervisor.training.steps);
+        let needs = Synthesize {
+            subjects: context.subjects.clone(),
+            keys,
+            store: context.store.clone(),
+            supervisor: context.supervisor_sampler.clone().zip(steps),
+            log: context.log(meter),
+        };
+        let evaluated = self.wires.checkpoints.written_by(Stage::Synthesize);
+        self.stages.spawn(meter, needs.run(input, evaluated), to);
+    }
+
+    fn keep(&mut self, meter: &Meter) {
+        let needs = Keep {
+            plan: self.context.plan.clone(),
+            subjects: self.context.subjects.clone(),
+            sources: self.context.sources.clone(),
+            store: self.context.store.clone(),
+            policy: self.options.commit.clone(),
+            log: self.context.log(meter),
+        };
+        let sequential = self.options.sequential;
+        let kept = needs.run(self.wires.proxies.read_by(Stage::Keep));
+        let kept = kept.map_ok(move |mut batch| {
+            if sequential {
+                // Batches wait for each other; readers take the pixels from the store.
+                batch.made = None;
+            }
+            batch
+        });
+        let to = self.wires.kept.written_by(Stage::Keep);
+        self.stages.spawn(meter, kept, to);
+    }
+
+    fn tokenize(&mut self, meter: &Meter) {
+        let needs = Tokenize {
+            store: self.context.store.clone(),
+            tokenizer: self.context.tokenizer.clone(),
+            open: self.models.tokenizer.clone(),
+            log: self.context.log(meter),
+        };
+        let tokens = needs.run(self.wires.kept.read_by(Stage::Tokenize));
+        let to = self.wires.tokens.written_by(Stage::Tokenize);
+        self.stages.spawn(meter, tokens, to);
+    }
+
+    fn score(&mut self, meter: &Meter) {
+        let proxies = self.context.resolved.proxies.as_ref();
+        let needs = ScoreProxies {
+            plan: self.context.plan.clone(),
+            prompts: proxies.map_or_else(Vec::new, |proxies| proxies.prompts.clone()),
+            scorer: self.context.scorer(),
+            log: self.context.log(meter),
+        };
+        let scores = needs.run(self.wires.kept.read_by(Stage::Score));
+        self.stages.spawn(meter, scores, ());
+    }
+
+    fn baseline(&mut self, meter: &Meter) {
+        let context = &self.context;
+        let settings = &context.resolved.direct;
+        let baseline = BaselineSettings {
+            open: self.models.baseline.clone(),
+            training: settings.training.clone(),
+            sampling: context.resolved.student.sampling.clone(),
+            checkpoints: Checkpoints::new(
+                context.dir.join("checkpoints/direct"),
+                format!("direct {}", context.student_identity),
+            ),
+            dir: context.dir.clone(),
+        };
+        let augmented = settings.source == Source::Augmented;
+        self.tune(meter, Stage::Direct, Tuned::Baseline(baseline), augmented);
     }
 
     fn train(&mut self, meter: &Meter) {
-        let context = self.prepared.context.clone();
-        let student = &context.resolved.student;
-        let opening = self.prepared.student.clone();
-        if student.source != Source::Proxies {
-            let tuned = Tuned {
-                method: Method::Student,
-                source: student.source,
-                settings: student.training.clone(),
-            };
-            return self.tune(meter, Stage::Train, opening, tuned);
+        let student = self.student();
+        let context = &self.context;
+        let source = context.resolved.student.source;
+        if !source.makes_proxies() {
+            let augmented = source == Source::Augmented;
+            return self.tune(meter, Stage::Train, Tuned::Student(student), augmented);
         }
-        let input = self.wires.tokens.read_by(Stage::Train);
-        let first = self.first_training_proxy.clone();
-        let learning = train(context.clone(), opening, input, first, meter.clone());
+        let needs = Train {
+            plan: context.plan.clone(),
+            subjects: context.subjects.len(),
+            student,
+            store: context.store.clone(),
+            tokenizer: context.tokenizer.clone(),
+            first_training_proxy: self.first_training_proxy.clone(),
+            seed: context.resolved.seed,
+            log: context.log(meter),
+        };
+        let learning = needs.run(self.wires.tokens.read_by(Stage::Train));
         let to = self.wires.checkpoints.written_by(Stage::Train);
         self.stages.spawn(meter, learning, to);
     }
 
+    fn student(&self) -> StudentSettings {
+        let context = &self.context;
+        let (student, evaluation) = (&context.resolved.student, &context.resolved.evaluation);
+        StudentSettings {
+            open: self.models.student.clone(),
+            training: student.training.clone(),
+            sampling: student.sampling.clone(),
+            init: student.init.clone().map(|dir| InitialAdapter {
+                dir,
+                digest: student.init_digest.clone(),
+            }),
+            evaluate_every: evaluation.every,
+            untouched: evaluation.untouched,
+            checkpoints: checkpoints(&context.dir, student.source, &context.student_identity),
+            dir: context.dir.clone(),
+        }
+    }
+
     /// Spawns a stage that learns from the references alone.
-    fn tune(&mut self, meter: &Meter, stage: Stage, opening: Opening, tuned: Tuned) {
-        let input = self.wires.references.read_by(stage);
-        let context = self.prepared.context.clone();
-        let learning = direct(context, opening, tuned, input, meter.clone());
+    fn tune(&mut self, meter: &Meter, stage: Stage, tuned: Tuned, augmented: bool) {
+        let needs = Direct {
+            plan: self.context.plan.clone(),
+            subjects: self.context.subjects.clone(),
+            tuned,
+            augmented,
+            seed: self.context.resolved.seed,
+            log: self.context.log(meter),
+        };
+        let learning = needs.run(self.wires.references.read_by(stage));
         let to = self.wires.checkpoints.written_by(stage);
         self.stages.spawn(meter, learning, to);
+    }
+
+    fn evaluate(&mut self, meter: &Meter) {
+        let context = &self.context;
+        let teacher = context.resolved.teacher();
+        let sampling = teacher.map(|(_, _, sampling)| Sampling::Diffusion(sampling.clone()));
+        let supervisor = context.supervisor_sampler.clone().zip(sampling);
+        let needs = Evaluate {
+            plan: context.plan.clone(),
+            student: Sampler {
+                model: context.student_sampler.clone(),
+                sampling: context.resolved.student.sampling.clone(),
+            },
+            supervisor: supervisor.map(|(model, sampling)| Sampler { model, sampling }),
+            scorer: context.scorer(),
+            log: context.log(meter),
+        };
+        let scored = needs.run(self.wires.checkpoints.read_by(Stage::Evaluate));
+        let to = self.wires.evaluations.written_by(Stage::Evaluate);
+        self.stages.spawn(meter, scored, to);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering::SeqCst;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::config::Resolved;
+    use crate::stages::fakes::{FakeSource, Fakes, settles};
+    use crate::stages::source::ImageSource;
+
+    /// The graph of a run of `fakes`, and what its stages share.
+    async fn graph(fakes: &Fakes, topology: &Topology) -> (Graph, Arc<Context>) {
+        let resolved = &fakes.resolved;
+        let custom = resolved.student.source == Source::Custom;
+        let source: Option<Arc<dyn ImageSource>> = match custom {
+            true => Some(Arc::new(FakeSource(fakes.work.clone()))),
+            false => None,
+        };
+        let keys = resolved.proxies.is_some().then(|| fakes.keys());
+        let (tokenizer, open) = fakes.tokenizer();
+        let context = Arc::new(Context {
+            run: "run".into(),
+            dir: fakes.dir.path().to_path_buf(),
+            resolved: Arc::new(resolved.clone()),
+            plan: fakes.plan.clone(),
+            subjects: fakes.subjects.clone(),
+            student_identity: "identity".into(),
+            sources: vec!["supervisor 0".into(), "supervisor 1".into()],
+            proxy_keys: keys,
+            store: fakes.store.clone(),
+            metrics: fakes.log("metrics").await.metrics,
+            board: fakes.board.clone(),
+            stop: fakes.stop.clone(),
+            warnings: fakes.warnings.clone(),
+            source,
+            supervisor_sampler: resolved.supervisor.as_ref().map(|_| fakes.sampler()),
+            student_sampler: fakes.sampler(),
+            evaluator: fakes.evaluator(),
+            tokenizer: Some(tokenizer),
+        });
+        let models = Models {
+            student: fakes.learner(),
+            baseline: fakes.learner(),
+            supervisor: Some(fakes.learner()),
+            tokenizer: open,
+        };
+        let how = GraphOptions {
+            sequential: false,
+            commit: CommitPolicy::at_once(),
+            shared: None,
+        };
+        (Graph::build(topology, context.clone(), models, how), context)
+    }
+
+    async fn ends(graph: Graph, context: &Context, drain: bool) -> Result<Finished> {
+        let ended = tokio::time::timeout(Duration::from_secs(60), graph.join(context, drain));
+        ended.await.expect("the graph hangs")
+    }
+
+    fn capacity(resolved: &Resolved, from: Stage, to: Stage) -> usize {
+        let topology = Topology::of_run(resolved);
+        let edge = topology.after(from).find(|edge| edge.to == to);
+        edge.unwrap().capacity
+    }
+
+    #[tokio::test]
+    async fn proxies_are_made_ahead_of_a_tokenizer_that_stands_still_by_what_channels_and_hands_hold() {
+        for channels in [["1", "1"], ["2", "3"]] {
+            let [proxies, kept] = channels;
+            let overrides = [
+                "proxies.count=80",
+                "student.overlap=0.1",
+                "direct.enabled=false",
+                "evaluation.untouched=false",
+                &format!("channels.proxies={proxies}"),
+                &format!("channels.kept={kept}"),
+            ];
+            let fakes = Fakes::new(&overrides).await;
+            fakes.work.gate.close();
+            let (graph, context) = graph(&fakes, &Topology::of_run(&fakes.resolved)).await;
+            let running = tokio::spawn(async move { ends(graph, &context, false).await });
+            // One batch each in the hands of synthesize, keep and tokenize, and what is between them.
+            let between = capacity(&fakes.resolved, Stage::Synthesize, Stage::Keep)
+                + capacity(&fakes.resolved, Stage::Keep, Stage::Tokenize);
+            let made = || fakes.work.drawn.load(SeqCst);
+            settles(made, 4 * (between + 3), &format!("{channels:?}")).await;
+            fakes.work.gate.open();
+            running.await.unwrap().unwrap();
+            assert_eq!(fakes.store.proxies().await.unwrap().count(), 160);
+        }
+    }
+
+    #[tokio::test]
+    async fn training_is_ahead_of_an_evaluation_that_stands_still_by_what_channels_and_hands_hold() {
+        for capacity_of in ["1", "3"] {
+            let overrides = [
+                "student.source=references",
+                "direct.enabled=false",
+                "student.steps=40",
+                "evaluation.every=1",
+                "evaluation.untouched=false",
+                &format!("channels.checkpoints={capacity_of}"),
+            ];
+            let fakes = Fakes::new(&overrides).await;
+            fakes.work.gate.close();
+            let (graph, context) = graph(&fakes, &Topology::of_run(&fakes.resolved)).await;
+            let running = tokio::spawn(async move { ends(graph, &context, false).await });
+            // A checkpoint for each step: in the hands of train and evaluate, and between them.
+            let between = capacity(&fakes.resolved, Stage::Train, Stage::Evaluate);
+            let taken = || fakes.work.losses.load(SeqCst);
+            settles(taken, between + 2, capacity_of).await;
+            fakes.work.gate.open();
+            let finished = running.await.unwrap().unwrap();
+            let steps: Vec<usize> = finished.evaluated.iter().map(|e| e.step).collect();
+            assert_eq!(steps, (1..=40).collect::<Vec<_>>());
+        }
+    }
+
+    #[tokio::test]
+    async fn a_second_run_over_the_same_store_and_folder_learns_and_draws_nothing() {
+        let fakes = Fakes::new(&[]).await;
+        let topology = Topology::of_run(&fakes.resolved);
+        let (whole, context) = graph(&fakes, &topology).await;
+        let first = ends(whole, &context, false).await.unwrap();
+        assert_eq!(first.first_training_proxy, Some(4));
+        let mut again = fakes.again(&[]);
+        again.dir = fakes.dir;
+        let (whole, context) = graph(&again, &topology).await;
+        let second = ends(whole, &context, false).await.unwrap();
+        let [_, drawn, encoded, losses] = again.work.of_learners();
+        // Direct tuning looks at the photos before it finds that it is done.
+        assert_eq!((drawn, encoded, losses), (0, 6, 0));
+        let told = |finished: &Finished| -> Vec<_> {
+            let told = finished.evaluated.iter();
+            told.map(|e| (e.method, e.step, e.adapter.clone(), e.samples.clone())).collect()
+        };
+        assert_eq!(told(&second), told(&first));
+    }
+
+    #[tokio::test]
+    async fn the_first_failure_is_what_comes_out_and_drained_stages_commit_what_was_made() {
+        for drain in [false, true] {
+            let fakes = Fakes::new(&["proxies.count=40"]).await;
+            fakes.work.fails_after.store(20, SeqCst);
+            let topology = Topology::of_proxies(&fakes.resolved, true);
+            let (graph, context) = graph(&fakes, &topology).await;
+            let error = ends(graph, &context, drain).await.err().unwrap();
+            assert_eq!(error.to_string(), "stage synthesize: the model is broken");
+            if drain {
+                // Five whole batches.
+                assert_eq!(fakes.store.proxies().await.unwrap().count(), 20);
+                assert!(fakes.stop.requested());
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_stopped_graph_drains_and_ends_without_an_error() {
+        let overrides = [
+            "proxies.count=80",
+            "student.overlap=0.1",
+            "direct.enabled=false",
+            "evaluation.untouched=false",
+        ];
+        let fakes = Fakes::new(&overrides).await;
+        fakes.work.gate.close();
+        let (graph, context) = graph(&fakes, &Topology::of_run(&fakes.resolved)).await;
+        let running = tokio::spawn(async move { ends(graph, &context, false).await });
+        while fakes.work.drawn.load(SeqCst) < 8 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        fakes.stop.request();
+        fakes.work.gate.open();
+        let finished = running.await.unwrap().unwrap();
+        let drawn = fakes.work.drawn.load(SeqCst);
+        assert!(drawn < 160 && finished.evaluated.is_empty(), "{drawn}");
+        assert_eq!(fakes.store.proxies().await.unwrap().count(), drawn);
+    }
+
+    #[tokio::test]
+    async fn a_program_s_own_source_takes_the_place_of_supervisors_in_the_whole_graph() {
+        let text = "seed = 1\n[subject.dog1]\nimages = \"any\"\nclass = \"dog\"\n[proxies]\ncount = 12\n\
+                    [student]\nmodel = \"nano-llamagen\"\nsource = \"custom\"\nsteps = 4\n[evaluation]\n\
+                    prompts = [\"a {token} {class}\"]\nimages_per_prompt = 1\n";
+        let fakes = Fakes::of(text, &["subject.cat1.images=any", "subject.cat1.class=cat"]).await;
+        let topology = Topology::of_run(&fakes.resolved);
+        assert!(!topology.has(Stage::Supervise) && topology.has(Stage::Score));
+        let (graph, context) = graph(&fakes, &topology).await;
+        let finished = ends(graph, &context, false).await.unwrap();
+        assert_eq!(finished.evaluated.last().unwrap().step, 4);
+        let learnt = fakes.work.learnt.lock().unwrap().clone();
+        // The student learns by what the source says of its images.
+        let captions: std::collections::BTreeSet<String> = learnt.into_iter().collect();
+        assert!(captions.contains("a sks dog number 0"), "{captions:?}");
+        assert!(captions.iter().all(|caption| caption.contains(" number ")));
     }
 }

@@ -6,13 +6,13 @@ use std::sync::Arc;
 use async_stream::try_stream;
 use futures::Stream;
 
-use super::{Context, Subject};
+use super::{Log, Subject, Subjects, Warning};
 use crate::config;
 use crate::evaluation::captions::{few, side_files};
 use crate::images::{Filter, encode_png, folder, resize_exact, square};
 use crate::plan::reference_key;
-use crate::store::{SubjectRow, now_us};
-use crate::stream::{Meter, blocking};
+use crate::store::{Store, SubjectRow, now_us};
+use crate::stream::blocking;
 use crate::{Error, Result};
 
 /// Larger photos are reduced to squares of this side before anything else reads them.
@@ -22,7 +22,7 @@ const LARGEST: u32 = 1024;
 ///
 /// # Errors
 /// When the folder is missing or holds nothing usable.
-pub fn load(subject: &config::Subject) -> Result<(Subject, Vec<String>)> {
+pub fn load(subject: &config::Subject) -> Result<(Subject, Vec<Warning>)> {
     let name = &subject.name;
     let reduced = folder(&subject.images, |image| {
         let side = image.width().min(image.height()).min(LARGEST);
@@ -35,10 +35,10 @@ pub fn load(subject: &config::Subject) -> Result<(Subject, Vec<String>)> {
         ),
         other => other,
     })?;
-    let mut warnings: Vec<String> = folder
+    let mut warnings: Vec<Warning> = folder
         .set_aside
         .iter()
-        .map(|fault| format!("subject {name}: set aside: {fault}"))
+        .map(|fault| Warning::SetAside(format!("subject {name}: set aside: {fault}")))
         .collect();
     let paths: Vec<_> = folder
         .photos
@@ -47,16 +47,16 @@ pub fn load(subject: &config::Subject) -> Result<(Subject, Vec<String>)> {
         .collect();
     let beside = side_files(&subject.images, &paths, false)?;
     if !beside.is_empty() {
-        warnings.push(format!(
+        warnings.push(Warning::Other(format!(
             "subject {name}: captions beside its photos are ignored ({}): all photos have the same prompt",
             few(&beside)
-        ));
+        )));
     }
     if paths.len() == 1 {
-        warnings.push(format!(
+        warnings.push(Warning::Other(format!(
             "subject {name}: there is one photo only, so that its background and pose are learnt as well; 3 to 6 are \
              better"
-        ));
+        )));
     }
     let mut loaded = Subject {
         name: subject.name.clone(),
@@ -90,34 +90,71 @@ pub fn at_resolution(subject: &Subject, side: u32) -> Vec<image::RgbImage> {
         .collect()
 }
 
-/// Commits the subjects to the store and passes their numbers on.
-pub fn references(context: Arc<Context>, meter: Meter) -> impl Stream<Item = Result<usize>> + Send {
-    try_stream! {
-        let table = context.store.subjects().await?;
-        for (index, subject) in context.subjects.iter().enumerate() {
-            let own = subject.clone();
-            let encoding = blocking("encoding photos", move || {
-                own.images.iter().map(encode_png).collect::<Result<Vec<_>>>()
-            });
-            let mut rows = Vec::new();
-            for (number, png) in meter.busy(encoding).await?.into_iter().enumerate() {
-                let image = &subject.images[number];
-                rows.push(SubjectRow {
-                    key: reference_key(&subject.name, &subject.digests[number]),
-                    subject: subject.name.clone(),
-                    class: subject.class.clone(),
-                    token: subject.token.clone(),
-                    index: number as u32,
-                    file_name: subject.files[number].clone(),
-                    width: image.width(),
-                    height: image.height(),
-                    image: png,
-                    created_us: now_us(),
+/// What the stage needs.
+pub struct References {
+    pub subjects: Subjects,
+    pub store: Arc<Store>,
+    pub log: Log,
+}
+
+impl References {
+    /// Commits the subjects to the store and passes their numbers on.
+    pub fn run(self) -> impl Stream<Item = Result<usize>> + Send {
+        try_stream! {
+            let meter = &self.log.meter;
+            let table = self.store.subjects().await?;
+            for (index, subject) in self.subjects.iter().enumerate() {
+                let own = subject.clone();
+                let encoding = blocking("encoding photos", move || {
+                    own.images.iter().map(encode_png).collect::<Result<Vec<_>>>()
                 });
+                let mut rows = Vec::new();
+                for (number, png) in meter.busy(encoding).await?.into_iter().enumerate() {
+                    let image = &subject.images[number];
+                    rows.push(SubjectRow {
+                        key: reference_key(&subject.name, &subject.digests[number]),
+                        subject: subject.name.clone(),
+                        class: subject.class.clone(),
+                        token: subject.token.clone(),
+                        index: number as u32,
+                        file_name: subject.files[number].clone(),
+                        width: image.width(),
+                        height: image.height(),
+                        image: png,
+                        created_us: now_us(),
+                    });
+                }
+                meter.busy(table.append(&rows)).await?;
+                meter.add(1);
+                yield index;
             }
-            meter.busy(table.append(&rows)).await?;
-            meter.add(1);
-            yield index;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fakes::{Fakes, all};
+    use super::*;
+    use crate::store::Columns;
+
+    #[tokio::test]
+    async fn subjects_come_out_in_their_order_once_their_photos_are_rows() {
+        let fakes = Fakes::new(&[]).await;
+        let stage = async || References {
+            subjects: fakes.subjects.clone(),
+            store: fakes.store.clone(),
+            log: fakes.log("references").await,
+        };
+        assert_eq!(all(stage().await.run()).await.unwrap(), [0, 1]);
+        let table = fakes.store.subjects().await.unwrap();
+        let rows = table.rows(None, Columns::All).await.unwrap();
+        let photos: Vec<(String, u32)> = rows.into_iter().map(|r| (r.subject, r.index)).collect();
+        let of = |name: &str| (0..3).map(move |index| (name.to_string(), index)).collect();
+        let expected: [Vec<(String, u32)>; 2] = [of("dog1"), of("cat1")];
+        assert_eq!(photos, expected.concat());
+        // A second run finds them.
+        assert_eq!(all(stage().await.run()).await.unwrap(), [0, 1]);
+        assert_eq!(table.count(), 6);
     }
 }

@@ -103,7 +103,7 @@ pub async fn dino_before(
     let student = ending
         .evaluated
         .iter()
-        .filter(|sampled| sampled.method == Method::Student.name());
+        .filter(|sampled| sampled.method == Method::Student);
     let last = student.max_by_key(|sampled| sampled.step);
     let keys: Vec<String> = last
         .iter()

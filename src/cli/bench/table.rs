@@ -179,7 +179,7 @@ fn nano() -> Result<Vec<Operation>> {
     let text = include_str!("../../../pipelines/nano.toml");
     let resolved = config::Document::parse(text, "pipelines/nano.toml", &[]).resolve()?;
     let mut rows = Vec::new();
-    let Some((supervisor, proxies)) = resolved.teacher() else {
+    let Some((supervisor, proxies, drawn)) = resolved.teacher() else {
         return Ok(rows);
     };
     let mut opening = pipeline::opening_for(&supervisor.model, None, config::Device::Cpu)?;
@@ -193,7 +193,7 @@ fn nano() -> Result<Vec<Operation>> {
         "nano proxies",
         &opening,
         proxies.batch_size,
-        Sampling::diffusion(&proxies.sampling),
+        Sampling::diffusion(drawn),
     )?);
     let student = &resolved.student;
     let mut opening = pipeline::opening_for(&student.model, None, config::Device::Cpu)?;
