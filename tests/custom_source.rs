@@ -27,18 +27,43 @@ async fn proxies(place: &std::path::Path) -> Vec<ProxyRow> {
 async fn the_example_learns_its_own_images_and_finds_them_again() {
     let place = tempfile::tempdir().unwrap();
     let outcome = example::learn(Some(place.path().into())).await.unwrap();
-    assert!(outcome.dir.join("student/adapter_model.safetensors").is_file());
-    let names: Vec<&str> = outcome.report.models.iter().map(|m| m.name.as_str()).collect();
-    assert!(names.contains(&"student tuned on a custom source"), "{names:?}");
+    assert!(
+        outcome
+            .dir
+            .join("student/adapter_model.safetensors")
+            .is_file()
+    );
+    let names: Vec<&str> = outcome
+        .report
+        .models
+        .iter()
+        .map(|m| m.name.as_str())
+        .collect();
+    assert!(
+        names.contains(&"student tuned on a custom source"),
+        "{names:?}"
+    );
     let rows = proxies(place.path()).await;
     assert_eq!(rows.len(), 16);
-    assert!(rows[0].prompt.starts_with("a sks dog "), "{}", rows[0].prompt);
-    assert!(rows[0].settings.starts_with("{\"setting\":"), "{}", rows[0].settings);
+    assert!(
+        rows[0].prompt.starts_with("a sks dog "),
+        "{}",
+        rows[0].prompt
+    );
+    assert!(
+        rows[0].settings.starts_with("{\"setting\":"),
+        "{}",
+        rows[0].settings
+    );
     let digest = || files::digest_dir(&outcome.dir.join("student")).unwrap();
     let before = digest();
     let again = example::learn(Some(place.path().into())).await.unwrap();
     let synthesized = |outcome: &Outcome| {
-        let stage = outcome.ending.stages.iter().find(|s| s.stage == "synthesize");
+        let stage = outcome
+            .summary
+            .stages
+            .iter()
+            .find(|s| s.stage == "synthesize");
         stage.map(|stage| (stage.done, stage.reused)).unwrap()
     };
     assert_eq!(synthesized(&outcome), (16, 0));
@@ -117,29 +142,43 @@ fn options(place: &std::path::Path, sequential: bool) -> Options {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_source_that_fails_stops_the_run_and_the_next_run_asks_for_the_rest_alone() {
     let (place, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let whole = run_with_source(&options(other.path(), true), Colours::new(99), Stop::default());
-    let whole = whole.await.unwrap();
+    let one_after_another = options(other.path(), true);
+    let whole = run_with_source(&one_after_another, Colours::new(99), Stop::default())
+        .await
+        .unwrap();
     let failing = options(place.path(), false);
-    let error = run_with_source(&failing, Colours::new(6), Stop::default()).await.unwrap_err();
+    let error = run_with_source(&failing, Colours::new(6), Stop::default())
+        .await
+        .unwrap_err();
     assert_eq!(error.to_string(), "stage synthesize: the camera is off");
     let kept = proxies(place.path()).await.len();
     assert!(kept <= 4, "{kept}");
     let rest = Colours::new(99);
-    let finished = run_with_source(&failing, rest.clone(), Stop::default()).await.unwrap();
+    let finished = run_with_source(&failing, rest.clone(), Stop::default())
+        .await
+        .unwrap();
     assert_eq!(rest.made.load(SeqCst), 12 - kept);
     // Streaming, stopped and gone on with gives what one stage after another gives.
     let student = |outcome: &Outcome| files::digest_dir(&outcome.dir.join("student")).unwrap();
     assert_eq!(student(&finished), student(&whole));
     let keys = |rows: Vec<ProxyRow>| rows.into_iter().map(|row| row.key).collect::<BTreeSet<_>>();
-    assert_eq!(keys(proxies(place.path()).await), keys(proxies(other.path()).await));
+    assert_eq!(
+        keys(proxies(place.path()).await),
+        keys(proxies(other.path()).await)
+    );
 }
 
 #[tokio::test]
 async fn a_source_and_a_pipeline_that_do_not_belong_together_are_refused_before_anything_is_made() {
     let place = tempfile::tempdir().unwrap();
-    let error = run(&options(place.path(), false), Stop::default()).await.unwrap_err();
+    let error = run(&options(place.path(), false), Stop::default())
+        .await
+        .unwrap_err();
     let text = error.to_string();
-    assert!(text.contains("student.source: a program brings the images"), "{text}");
+    assert!(
+        text.contains("student.source: a program brings the images"),
+        "{text}"
+    );
     let mut of_photos = options(place.path(), false);
     of_photos.resolved.student.source = proxytune::config::Source::References;
     of_photos.resolved.proxies = None;
@@ -149,19 +188,30 @@ async fn a_source_and_a_pipeline_that_do_not_belong_together_are_refused_before_
     assert!(!place.path().join("store").exists());
     // What would have no effect is said.
     let beside = [
-        ("[supervisor]\nmodel = \"nano-sd3\"\n", "no effect beside a custom source"),
+        (
+            "[supervisor]\nmodel = \"nano-sd3\"\n",
+            "no effect beside a custom source",
+        ),
         ("[direct]\nsource = \"custom\"\n", "would not be direct"),
     ];
     for (section, fault) in beside {
         let text = format!("{PIPELINE}{section}");
-        let error = Options::new("colours.toml", text, &[]).unwrap_err().to_string();
+        let error = Options::new("colours.toml", text, &[])
+            .unwrap_err()
+            .to_string();
         assert!(error.contains(fault), "{error}");
     }
     let sampled = ["proxies.num_inference_steps=3".to_string()];
-    let error = Options::new("colours.toml", PIPELINE, &sampled).unwrap_err().to_string();
+    let error = Options::new("colours.toml", PIPELINE, &sampled)
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("no effect on a custom source"), "{error}");
-    let resolved = Options::new("colours.toml", PIPELINE, &[]).unwrap().resolved;
+    let resolved = Options::new("colours.toml", PIPELINE, &[])
+        .unwrap()
+        .resolved;
     let text = resolved.to_toml().unwrap();
-    let again = Options::new("colours.toml", text.as_str(), &[]).unwrap().resolved;
+    let again = Options::new("colours.toml", text.as_str(), &[])
+        .unwrap()
+        .resolved;
     assert_eq!(again, resolved);
 }

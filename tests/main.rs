@@ -11,9 +11,9 @@ mod checkpoints;
 mod command_line;
 mod config;
 mod console;
-mod custom_source;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod custom_source;
 mod documents;
 mod evaluators;
 mod export;

@@ -278,7 +278,7 @@ fn a_replayed_subject_teaches_some_of_its_proxies_as_they_were_made() {
     let (whole, plan) = (plan_with(&[]), replay("d1"));
     // The positions within the subject of what a student of `plan` learns.
     let of = |subject: usize, plan: &Plan| -> BTreeSet<usize> {
-        let learnt = (0..40).flat_map(|step| plan.lessons(step));
+        let learnt = (0..40).flat_map(|step| plan.examples(step));
         let proxies = learnt.map(|number| plan.proxy(*number));
         proxies
             .filter(|proxy| proxy.subject == subject)
@@ -303,7 +303,7 @@ fn a_replayed_subject_teaches_some_of_its_proxies_as_they_were_made() {
     for step in 0..40 {
         let end = plan.batch(plan.needs(step) - 1).numbers.end;
         assert!(
-            plan.lessons(step).iter().all(|number| *number < end),
+            plan.examples(step).iter().all(|number| *number < end),
             "step {step}"
         );
     }
@@ -319,7 +319,7 @@ fn a_replayed_subject_teaches_some_of_its_proxies_as_they_were_made() {
     assert_eq!(moved, plan);
     // More than there are is all of them.
     let all = plan_with(&["subject.can.replay=100"]);
-    assert_eq!(all.lessons(39), whole.lessons(39));
+    assert_eq!(all.examples(39), whole.examples(39));
 }
 
 #[test]
@@ -353,8 +353,8 @@ fn references_come_in_shuffled_epochs() {
 fn a_student_of_references_needs_no_batches() {
     let plan = plan_with(&["student.source=references"]);
     assert_eq!((plan.batches(), plan.needs(0), plan.needs(39)), (0, 0, 0));
-    assert_eq!(plan.lessons(39).len(), 4);
-    assert!(plan.lessons(0).iter().all(|reference| *reference < 10));
+    assert_eq!(plan.examples(39).len(), 4);
+    assert!(plan.examples(0).iter().all(|reference| *reference < 10));
 }
 
 #[test]
@@ -364,7 +364,7 @@ fn without_overlap_everything_is_there_before_the_first_step() {
     // 40 steps of 4 are exactly 4 epochs of 40
     let mut uses = [0; 40];
     for step in 0..40 {
-        plan.lessons(step)
+        plan.examples(step)
             .iter()
             .for_each(|proxy| uses[*proxy] += 1);
         let (least, most) = (uses.iter().min().unwrap(), uses.iter().max().unwrap());
@@ -383,10 +383,10 @@ fn a_step_learns_from_as_many_batches_as_gradients_are_accumulated_over() {
     ]);
     let supervisor = plan.supervisor(0).unwrap();
     let class_images = supervisor.class_images.as_ref().unwrap();
-    assert_eq!(plan.lessons(39).len(), 12);
+    assert_eq!(plan.examples(39).len(), 12);
     assert_eq!(supervisor.references.lessons(0).len(), 4);
     assert_eq!(class_images.lessons(0).len(), 4);
-    assert_eq!(plan.direct().unwrap().lessons(0).len(), 4);
+    assert_eq!(plan.direct().unwrap().batch(0).len(), 4);
 }
 
 #[test]
@@ -408,7 +408,7 @@ fn twenty_thousand_proxies_are_planned_in_a_moment() {
         "student.batch_size=8",
     ]);
     assert_eq!(plan.proxies().len(), 20_000);
-    assert_eq!(plan.lessons(9_999).len(), 8);
+    assert_eq!(plan.examples(9_999).len(), 8);
     assert!(start.elapsed().as_secs() < 5, "{:?}", start.elapsed());
 }
 
@@ -490,8 +490,8 @@ proptest! {
             prop_assert!(needs >= 1 && needs >= before && needs <= plan.batches());
             before = needs;
             let available = plan.batch(needs - 1).numbers.end;
-            prop_assert_eq!(plan.lessons(step).len(), batch);
-            for &proxy in plan.lessons(step) {
+            prop_assert_eq!(plan.examples(step).len(), batch);
+            for &proxy in plan.examples(step) {
                 prop_assert!(proxy < available);
                 let least = uses[..available].iter().min().copied().unwrap_or(0);
                 prop_assert_eq!(uses[proxy], least);

@@ -65,9 +65,9 @@ impl Example {
     }
 }
 
-/// An example with its prompt.
+/// An example with its prompt: what one training step learns several of.
 #[derive(Debug, Clone)]
-pub struct Lesson {
+pub struct TrainingExample {
     pub example: Example,
     pub prompt: String,
 }
@@ -144,7 +144,7 @@ pub trait Learner: Send {
 
     /// The mean loss of a batch, a scalar with its graph, whose gradients are [`crate::nn::backward`]'s to compute. All
     /// randomness (noise, timesteps, dropout) comes from `generator`.
-    fn loss(&mut self, batch: &[Lesson], generator: &mut ChaCha8Rng) -> Result<Tensor>;
+    fn loss(&mut self, batch: &[TrainingExample], generator: &mut ChaCha8Rng) -> Result<Tensor>;
 
     /// Draws one image for each request, without a graph.
     fn generate(&mut self, requests: &[Request], sampling: &Sampling) -> Result<Vec<RgbImage>>;

@@ -111,7 +111,7 @@ fn differs(old: &Resolved, plan: &Plan, context: &Context) -> Option<String> {
                 .to_string(),
         );
     }
-    if (0..before.steps).all(|step| plan.lessons(step) == context.plan.lessons(step)) {
+    if (0..before.steps).all(|step| plan.examples(step) == context.plan.examples(step)) {
         return None;
     }
     let overlap = old.student.overlap;

@@ -12,10 +12,10 @@ use super::topology::{Stage, Topology};
 use super::{Options, RunDir, failed};
 use crate::console;
 use crate::plan::Digest;
-use crate::stages::{ProxyKeys, Warning};
 use crate::stages::disk::{Disk, FreeSpace, bytes};
 use crate::stages::generate::{AllWork, Shard, Work};
 use crate::stages::keep::CommitPolicy;
+use crate::stages::{ProxyKeys, Warning};
 use crate::store::{Claim, Limits, RunStatus};
 use crate::stream::{Meter, Progress, StageReport, Stop};
 use crate::{Error, Result};
@@ -108,7 +108,10 @@ pub fn generate<'a>(generation: &'a Generation, stop: Stop) -> BoxFuture<'a, Res
                 "leave --tokens out, or name an autoregressive model as student",
             ));
         }
-        let keys = context.proxy_keys.clone().ok_or_else(|| no_proxies(options))?;
+        let keys = context
+            .proxy_keys
+            .clone()
+            .ok_or_else(|| no_proxies(options))?;
         let shards = shard_claims(&keys, context.subjects.len(), shard);
         let _at_work = come_to_work(&context, shard, &shards[shard.index]).await?;
         let fleet = context.board.meter(
@@ -166,7 +169,9 @@ pub fn generate<'a>(generation: &'a Generation, stop: Stop) -> BoxFuture<'a, Res
         fleet.add(planned.saturating_sub(fleet.progress().0 as usize));
         prepare::note_status(&context, options, RunStatus::Complete).await?;
         let stages = context.board.report();
-        let made = stages.iter().find(|stage| stage.stage == Stage::Synthesize.name());
+        let made = stages
+            .iter()
+            .find(|stage| stage.stage == Stage::Synthesize.name());
         let generated = Generated {
             dir: dir.path().to_path_buf(),
             planned,

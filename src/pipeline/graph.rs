@@ -175,7 +175,7 @@ fn expected_samples(context: &Context) -> usize {
     let resolved = &context.resolved;
     let (steps, every) = (resolved.student.training.steps, resolved.evaluation.every);
     let between = (steps - 1).checked_div(every).unwrap_or(0);
-        let methods = 1
+    let methods = 1
         + between
         + usize::from(resolved.evaluation.untouched)
         + usize::from(resolved.supervisor.is_some())
@@ -599,7 +599,10 @@ mod tests {
             commit: CommitPolicy::at_once(),
             shared: None,
         };
-        (Graph::build(topology, context.clone(), models, how), context)
+        (
+            Graph::build(topology, context.clone(), models, how),
+            context,
+        )
     }
 
     async fn ends(graph: Graph, context: &Context, drain: bool) -> Result<Finished> {
@@ -614,7 +617,8 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn proxies_are_made_ahead_of_a_tokenizer_that_stands_still_by_what_channels_and_hands_hold() {
+    async fn proxies_are_made_ahead_of_a_tokenizer_that_stands_still_by_what_channels_and_hands_hold()
+     {
         for channels in [["1", "1"], ["2", "3"]] {
             let [proxies, kept] = channels;
             let overrides = [
@@ -641,7 +645,8 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn training_is_ahead_of_an_evaluation_that_stands_still_by_what_channels_and_hands_hold() {
+    async fn training_is_ahead_of_an_evaluation_that_stands_still_by_what_channels_and_hands_hold()
+    {
         for capacity_of in ["1", "3"] {
             let overrides = [
                 "student.source=references",
@@ -682,7 +687,8 @@ mod tests {
         assert_eq!((drawn, encoded, losses), (0, 6, 0));
         let told = |finished: &Finished| -> Vec<_> {
             let told = finished.evaluated.iter();
-            told.map(|e| (e.method, e.step, e.adapter.clone(), e.samples.clone())).collect()
+            told.map(|e| (e.method, e.step, e.adapter.clone(), e.samples.clone()))
+                .collect()
         };
         assert_eq!(told(&second), told(&first));
     }

@@ -16,20 +16,20 @@ use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
 
-pub use self::generate::{Generated, Generation, generate};
 use self::context::Context;
+pub use self::generate::{Generated, Generation, generate};
 use self::graph::{Finished, Graph, GraphOptions};
 pub use self::preflight::{Obstacle, Preflight, preflight};
 pub use self::prepare::Purpose;
 pub use self::prepare::{device, evaluations, opening_for, sampler_opening, use_threads};
 pub use self::run_dir::RunDir;
-pub(crate) use self::run_dir::{RESOLVED, ending_in, lock};
+pub(crate) use self::run_dir::{RESOLVED, lock, summary_in};
 use self::topology::Topology;
 use crate::config::{Document, Resolved};
 use crate::console;
 use crate::evaluation::report::Report;
 use crate::stages::keep::CommitPolicy;
-use crate::stages::report::{self, Ending};
+use crate::stages::report::{self, RunSummary};
 use crate::stages::source::ImageSource;
 use crate::store::RunStatus;
 use crate::stream::{Progress, Stop};
@@ -91,7 +91,7 @@ pub struct Outcome {
     /// The link beside it that leads to the newest run of the pipeline file, where there can be one.
     pub latest: Option<PathBuf>,
     pub report: Report,
-    pub ending: Ending,
+    pub summary: RunSummary,
 }
 
 /// Runs a pipeline to its end, or continues it.
@@ -172,12 +172,12 @@ async fn run_graph(
         prepare::note_status(&context, options, RunStatus::Interrupted).await?;
         return Err(Error::Interrupted);
     }
-    let (ending, report) = conclude(&context, options, &dir, finished, start).await?;
+    let (summary, report) = conclude(&context, options, &dir, finished, start).await?;
     Ok(Outcome {
         dir: dir.path().to_path_buf(),
         latest,
         report,
-        ending,
+        summary,
     })
 }
 
@@ -188,32 +188,32 @@ async fn conclude(
     dir: &RunDir,
     finished: Finished,
     start: Instant,
-) -> Result<(Ending, Report)> {
+) -> Result<(RunSummary, Report)> {
     let Finished {
         evaluated,
         first_training_proxy,
     } = finished;
     let needs = context.report();
-    let ending = Ending {
+    let summary = RunSummary {
         stages: context.board.report(),
         wall_seconds: start.elapsed().as_secs_f64(),
         first_training_proxy: first_training_proxy
             .map(|first| (first, context.plan.proxies().len())),
         warnings: context.warnings.all(),
-        evaluated: report::with_earlier(&needs, evaluated, dir.ending()).await?,
+        evaluated: report::with_earlier(&needs, evaluated, dir.earlier_summary()).await?,
         protocol: prepare::protocol(context).await?,
     };
-    let report = report::write(&needs, &ending).await?;
+    let report = report::write(&needs, &summary).await?;
     prepare::note_status(context, options, RunStatus::Complete).await?;
-    let summary = serde_json::to_value(&ending).map_err(|e| Error::Invalid {
-        what: format!("the ending as JSON: {e}"),
+    let value = serde_json::to_value(&summary).map_err(|e| Error::Invalid {
+        what: format!("the summary as JSON: {e}"),
         hint: None,
     })?;
-    dir.complete(&summary)?;
+    dir.complete(&value)?;
     for (_, place) in files::list(&dir.join("checkpoints"))? {
         clear_due(&place)?;
     }
-    Ok((ending, report))
+    Ok((summary, report))
 }
 
 /// Between two looks at whether a run has made anything.
@@ -250,7 +250,7 @@ pub fn report_again<'a>(
     Box::pin(async move {
         let run = RunDir::existing(dir)?;
         let (text, resolved) = run.texts()?;
-        let ending: Ending = serde_json::from_str(&run.summary()?).map_err(|e| {
+        let summary: RunSummary = serde_json::from_str(&run.summary_text()?).map_err(|e| {
             Error::invalid(
                 format!("{}: complete.json: {e}", dir.display()),
                 "run the pipeline again to renew it",
@@ -268,9 +268,16 @@ pub fn report_again<'a>(
             progress: false,
         };
         let ready = prepare::photos(&options).await?;
-        let prepared =
-            prepare::prepare(&options, Purpose::Report, &run, ready, None, Stop::default()).await?;
-        report::write(&prepared.context.report(), &ending).await
+        let prepared = prepare::prepare(
+            &options,
+            Purpose::Report,
+            &run,
+            ready,
+            None,
+            Stop::default(),
+        )
+        .await?;
+        report::write(&prepared.context.report(), &summary).await
     })
 }
 

@@ -15,9 +15,9 @@ use crate::plan::{
     Plan, Versions, checkpoint_digest, derive_seed, evaluators_key, photos_digest, source_key,
     student_key, supervisor_keys,
 };
+use crate::stages::source::ImageSource;
 use crate::stages::supervise::key_in;
 use crate::stages::tokenize::OpenTokenizer;
-use crate::stages::source::ImageSource;
 use crate::stages::{
     LazyEvaluator, LazyLearner, OpenLearner, ProxyKeys, Subject, TokenizerIdentity, Warnings,
     opener, references,
@@ -232,9 +232,9 @@ pub(super) async fn prepare(
         sources: known,
         sampling: proxies.sampling.clone(),
     });
-    let supervisor_sampler = supervisor.clone().map(|opening| {
-        LazyLearner::of_checkpoint("supervisor sampler", opening, &supervisor_base)
-    });
+    let supervisor_sampler = supervisor
+        .clone()
+        .map(|opening| LazyLearner::of_checkpoint("supervisor sampler", opening, &supervisor_base));
     let student_sampler = LazyLearner::of_checkpoint(
         "student sampler",
         sampler_opening(resolved, &student),

@@ -297,12 +297,15 @@ fn does(stage: Stage, resolved: &Resolved) -> String {
                     supervisor.device
                 )
             }),
-        Stage::Synthesize => resolved.proxies.as_ref().map_or_else(String::new, |proxies| {
-            format!(
-                "{} proxies per subject in batches of {}",
-                proxies.count, proxies.batch_size
-            )
-        }),
+        Stage::Synthesize => resolved
+            .proxies
+            .as_ref()
+            .map_or_else(String::new, |proxies| {
+                format!(
+                    "{} proxies per subject in batches of {}",
+                    proxies.count, proxies.batch_size
+                )
+            }),
         Stage::Keep => "commits proxies to the store".to_string(),
         Stage::Tokenize => format!("{} on {}", student.model, student.device),
         Stage::Score => format!(

@@ -251,8 +251,8 @@ impl Plan {
 
     /// What the student's step `step` (from 0) learns from: numbers of proxies or, when it learns from references,
     /// positions in [`Plan::references`]. The step must be planned.
-    pub fn lessons(&self, step: usize) -> &[usize] {
-        self.student.lessons(step)
+    pub fn examples(&self, step: usize) -> &[usize] {
+        self.student.batch(step)
     }
 
     /// Where the student's randomness comes from: the run's seed, and the digest of the adapter that it starts from.

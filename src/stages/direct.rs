@@ -15,7 +15,7 @@ use super::train::StudentSettings;
 use super::{Checkpoint, Log, Method, OpenLearner, Subjects};
 use crate::config::{Sampling, Training, prompts};
 use crate::images::augment;
-use crate::models::{Example, Lesson};
+use crate::models::{Example, TrainingExample};
 use crate::plan::{Plan, Schedule, step_seed};
 use crate::store::MetricStage;
 use crate::training::Checkpoints;
@@ -93,8 +93,8 @@ impl Direct {
                 yield checkpoint(method, step, values);
             }
             while step < training.steps && !self.log.stop.requested() {
-                let lessons = photos.lessons(&self, &session, step).await?;
-                session.step(step, vec![(1.0, lessons)]).await?;
+                let pairs = photos.batch(&self, &session, step).await?;
+                session.step(step, vec![(1.0, pairs)]).await?;
                 step += 1;
                 if every > 0 && step.is_multiple_of(every) && step < training.steps {
                     yield checkpoint(method, step, session.due(step).await?);
@@ -130,9 +130,9 @@ impl Direct {
     /// Positions in the plan's references of what step `step` learns from.
     fn planned(&self, step: usize) -> Result<&[usize]> {
         match &self.tuned {
-            Tuned::Student(_) => Ok(self.plan.lessons(step)),
+            Tuned::Student(_) => Ok(self.plan.examples(step)),
             Tuned::Baseline(_) => {
-                let planned = self.plan.direct().map(|plan: &Schedule| plan.lessons(step));
+                let planned = self.plan.direct().map(|plan: &Schedule| plan.batch(step));
                 planned.ok_or_else(|| Error::Invalid {
                     what: "a baseline that is not planned".into(),
                     hint: None,
@@ -175,12 +175,12 @@ impl Photos {
         })
     }
 
-    async fn lessons(
+    async fn batch(
         &self,
         needs: &Direct,
         session: &TrainingSession,
         step: usize,
-    ) -> Result<Vec<Lesson>> {
+    ) -> Result<Vec<TrainingExample>> {
         let indices = needs.planned(step)?;
         let examples = match needs.augmented {
             false => indices.iter().map(|&i| self.examples[i].clone()).collect(),
@@ -199,12 +199,12 @@ impl Photos {
                     .await?
             }
         };
-        let lessons = examples.into_iter().zip(indices);
-        let lesson = |(example, &index): (Example, &usize)| Lesson {
+        let pairs = examples.into_iter().zip(indices);
+        let pair = |(example, &index): (Example, &usize)| TrainingExample {
             example,
             prompt: self.prompts[index].clone(),
         };
-        Ok(lessons.map(lesson).collect())
+        Ok(pairs.map(pair).collect())
     }
 }
 
@@ -239,7 +239,7 @@ mod tests {
     }
 
     fn planned(fakes: &Fakes, step: usize) -> Vec<String> {
-        let photos = fakes.plan.direct().unwrap().lessons(step).iter();
+        let photos = fakes.plan.direct().unwrap().batch(step).iter();
         let subject = |&photo: &usize| &fakes.subjects[fakes.plan.references()[photo].subject];
         let prompt = |s: &Arc<super::super::Subject>| prompts::fill(PROMPT, &s.token, &s.class);
         photos.map(subject).map(prompt).collect()
@@ -248,9 +248,13 @@ mod tests {
     #[tokio::test]
     async fn the_photos_are_learnt_as_planned_once_all_subjects_have_come() {
         let fakes = Fakes::new(&[]).await;
-        let none = all(stage(&fakes, false).await.run(stream::iter([0]))).await.unwrap();
+        let none = all(stage(&fakes, false).await.run(stream::iter([0])))
+            .await
+            .unwrap();
         assert_eq!((none.len(), fakes.work.of_learners()), (0, [0; 4]));
-        let learnt = all(stage(&fakes, false).await.run(stream::iter([0, 1]))).await.unwrap();
+        let learnt = all(stage(&fakes, false).await.run(stream::iter([0, 1])))
+            .await
+            .unwrap();
         let [checkpoint] = &learnt[..] else {
             panic!("{learnt:?}")
         };
@@ -261,7 +265,9 @@ mod tests {
         assert_eq!(fakes.work.encoded.load(SeqCst), 6);
         // The same folder again: nothing is learnt.
         let steps = fakes.work.losses.load(SeqCst);
-        let again = all(stage(&fakes, false).await.run(stream::iter([0, 1]))).await.unwrap();
+        let again = all(stage(&fakes, false).await.run(stream::iter([0, 1])))
+            .await
+            .unwrap();
         let digest = |c: &Checkpoint| crate::files::values_digest(&c.values).unwrap();
         assert_eq!(digest(&again[0]), digest(checkpoint));
         assert_eq!((steps, fakes.work.losses.load(SeqCst)), (2, 2));
@@ -270,7 +276,9 @@ mod tests {
     #[tokio::test]
     async fn augmented_photos_are_encoded_anew_for_each_step() {
         let fakes = Fakes::new(&[]).await;
-        all(stage(&fakes, true).await.run(stream::iter([0, 1]))).await.unwrap();
+        all(stage(&fakes, true).await.run(stream::iter([0, 1])))
+            .await
+            .unwrap();
         let batch = fakes.resolved.direct.training.batch_size;
         assert_eq!(fakes.work.encoded.load(SeqCst), 6 + 2 * batch);
     }
@@ -282,7 +290,13 @@ mod tests {
         let stopped = stage(&fakes, false).await.run(stream::iter([0, 1]));
         let mut stopped = std::pin::pin!(stopped);
         assert!(next(&mut stopped).await.is_none());
-        assert!(fakes.dir.path().join("checkpoints/checkpoint-000000").is_dir());
+        assert!(
+            fakes
+                .dir
+                .path()
+                .join("checkpoints/checkpoint-000000")
+                .is_dir()
+        );
         assert_eq!(fakes.work.losses.load(SeqCst), 0);
         let without = fakes.again(&["direct.enabled=false"]);
         let error = all(stage(&without, false).await.run(stream::iter([0, 1]))).await;

@@ -141,11 +141,7 @@ impl Evaluate {
         }
     }
 
-    async fn draw(
-        &self,
-        checkpoint: &Checkpoint,
-        requests: Vec<Request>,
-    ) -> Result<Vec<RgbImage>> {
+    async fn draw(&self, checkpoint: &Checkpoint, requests: Vec<Request>) -> Result<Vec<RgbImage>> {
         let sampler = self.sampler(checkpoint.method)?;
         let sampling = Sampling::student(&sampler.sampling);
         let values = checkpoint.values.clone();
@@ -246,9 +242,18 @@ mod tests {
     #[tokio::test]
     async fn checkpoints_come_out_in_order_with_samples_of_the_subjects_that_they_know() {
         let fakes = Fakes::new(&[]).await;
-        let evaluated = all(stage(&fakes).await.run(stream::iter(checkpoints()))).await.unwrap();
-        let told: Vec<_> = evaluated.iter().map(|e| (e.method, e.step, e.samples.len())).collect();
-        let expected = [(Method::Student, 4, 4), (Method::Supervisor, 4, 2), (Method::Student, 8, 4)];
+        let evaluated = all(stage(&fakes).await.run(stream::iter(checkpoints())))
+            .await
+            .unwrap();
+        let told: Vec<_> = evaluated
+            .iter()
+            .map(|e| (e.method, e.step, e.samples.len()))
+            .collect();
+        let expected = [
+            (Method::Student, 4, 4),
+            (Method::Supervisor, 4, 2),
+            (Method::Student, 8, 4),
+        ];
         assert_eq!(told, expected);
         // Two prompts for each subject; the supervisor knows the second alone.
         assert_eq!(fakes.work.drawn.load(SeqCst), 10);
@@ -256,15 +261,30 @@ mod tests {
         let (place, key) = &evaluated[1].samples[1];
         let planned = &fakes.plan.evaluation().images[*place];
         assert_eq!(planned.subject, 1);
-        let row = table.get(std::slice::from_ref(key), Columns::All).await.unwrap().remove(0).unwrap();
+        let row = table
+            .get(std::slice::from_ref(key), Columns::All)
+            .await
+            .unwrap()
+            .remove(0)
+            .unwrap();
         let told = (row.kind, row.method, row.subject.as_str(), row.prompt);
-        let expected = (PictureKind::Sample, Some(Method::Supervisor), "cat1", planned.prompt.clone());
+        let expected = (
+            PictureKind::Sample,
+            Some(Method::Supervisor),
+            "cat1",
+            planned.prompt.clone(),
+        );
         assert_eq!(told, expected);
-        assert_eq!(row.image.unwrap(), encode_png(&picture(planned.seed)).unwrap());
+        assert_eq!(
+            row.image.unwrap(),
+            encode_png(&picture(planned.seed)).unwrap()
+        );
         assert_ne!(evaluated[0].adapter, evaluated[2].adapter);
         // A second run finds them all.
         let again = fakes.again(&[]);
-        let found = all(stage(&again).await.run(stream::iter(checkpoints()))).await.unwrap();
+        let found = all(stage(&again).await.run(stream::iter(checkpoints())))
+            .await
+            .unwrap();
         assert_eq!(found[2].samples, evaluated[2].samples);
         assert_eq!(again.work.of_learners(), [0; 4]);
     }
@@ -292,6 +312,11 @@ mod tests {
         let mut missing = stage(&fakes.again(&[])).await;
         missing.supervisor = None;
         let error = all(missing.run(stream::iter(checkpoints().into_iter().skip(1)))).await;
-        assert!(error.unwrap_err().to_string().contains("without a supervisor"));
+        assert!(
+            error
+                .unwrap_err()
+                .to_string()
+                .contains("without a supervisor")
+        );
     }
 }

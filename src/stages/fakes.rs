@@ -20,7 +20,7 @@ use super::{
 use crate::config::{Document, Resolved};
 use crate::evaluation::embed::{Embeddings, ImageScorer};
 use crate::evaluation::metrics::Scores;
-use crate::models::{Example, ImageTokenizer, Learner, Lesson, Request, Sampling};
+use crate::models::{Example, ImageTokenizer, Learner, Request, Sampling, TrainingExample};
 use crate::plan::{Plan, Versions};
 use crate::store::{Limits, Store, Writer};
 use crate::stream::{Board, Stop};
@@ -101,11 +101,11 @@ impl Learner for FakeLearner {
         Ok(images.iter().map(first).collect())
     }
 
-    fn loss(&mut self, batch: &[Lesson], _: &mut ChaCha8Rng) -> Result<Tensor> {
+    fn loss(&mut self, batch: &[TrainingExample], _: &mut ChaCha8Rng) -> Result<Tensor> {
         self.work.losses.fetch_add(1, SeqCst);
-        let prompts = batch.iter().map(|lesson| lesson.prompt.clone());
+        let prompts = batch.iter().map(|pair| pair.prompt.clone());
         self.work.learnt.lock().unwrap().extend(prompts);
-        let tokens = batch.iter().map(|lesson| match &lesson.example {
+        let tokens = batch.iter().map(|pair| match &pair.example {
             Example::Tokens(tokens) => f64::from(tokens[0]),
             Example::Latents { .. } => unreachable!(),
         });
@@ -120,7 +120,10 @@ impl Learner for FakeLearner {
         if limit > 0 && drawn > limit {
             return Err(Error::invalid("the model is broken", "mend it"));
         }
-        Ok(requests.iter().map(|request| picture(request.seed)).collect())
+        Ok(requests
+            .iter()
+            .map(|request| picture(request.seed))
+            .collect())
     }
 
     fn variables(&self) -> Vec<(String, Var)> {
@@ -170,7 +173,12 @@ impl ImageScorer for FakeScorer {
         })
     }
 
-    fn score(&self, _: &Embeddings, generated: &Embeddings, texts: &[String]) -> Result<Vec<Scores>> {
+    fn score(
+        &self,
+        _: &Embeddings,
+        generated: &Embeddings,
+        texts: &[String],
+    ) -> Result<Vec<Scores>> {
         assert_eq!(generated.clip.len(), texts.len());
         let score = |text: &String| Scores {
             clip_i: 0.5,
@@ -321,7 +329,8 @@ impl Fakes {
 
     pub fn evaluator(&self) -> LazyEvaluator {
         let work = self.work.clone();
-        let open = move || -> Result<Box<dyn ImageScorer>> { Ok(Box::new(FakeScorer(work.clone()))) };
+        let open =
+            move || -> Result<Box<dyn ImageScorer>> { Ok(Box::new(FakeScorer(work.clone()))) };
         LazyEvaluator::new(open, "e7a1".repeat(16), 2, 2)
     }
 
@@ -409,7 +418,11 @@ pub(crate) async fn next<S: Stream + Unpin>(stage: &mut S) -> Option<S::Item> {
 pub(crate) async fn settles(count: impl Fn() -> usize, expected: usize, what: &str) {
     let start = std::time::Instant::now();
     while count() < expected {
-        assert!(start.elapsed() < PATIENCE, "{what}: {} of {expected}", count());
+        assert!(
+            start.elapsed() < PATIENCE,
+            "{what}: {} of {expected}",
+            count()
+        );
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     tokio::time::sleep(Duration::from_millis(300)).await;

@@ -196,8 +196,10 @@ impl Work {
         self.all.fleet.add(come);
         if self.all.shards.len() > 1 {
             let at_work = self.all.store.locks().claimed(self.all.shards.iter())?;
-            self.all.fleet
-                .say(format!("{at_work} of {} shards at work", self.all.shards.len()));
+            self.all.fleet.say(format!(
+                "{at_work} of {} shards at work",
+                self.all.shards.len()
+            ));
         }
         Ok(())
     }
@@ -373,7 +375,9 @@ mod tests {
             assert!(batch.made.is_some() && batch.claim.is_some());
             order.push(batch.batch);
             // As keep does, so that it sees an end.
-            all(fakes.keep().await.run(stream::iter([batch]))).await.unwrap();
+            all(fakes.keep().await.run(stream::iter([batch])))
+                .await
+                .unwrap();
         }
         assert_eq!(order, [1, 3, 5, 4, 2, 0]);
         assert_eq!(fakes.work.drawn.load(SeqCst), 24);

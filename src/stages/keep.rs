@@ -171,14 +171,22 @@ mod tests {
         }
         assert!(next(&mut stage).await.is_none());
         // Whoever waits for the batch gets it now.
-        assert!(fakes.store.locks().try_claim("batches/a").unwrap().is_some());
+        assert!(
+            fakes
+                .store
+                .locks()
+                .try_claim("batches/a")
+                .unwrap()
+                .is_some()
+        );
         let rows = table.rows(None, Columns::WithoutPictures).await.unwrap();
         let told = |row: &ProxyRow| (row.supervisor.clone(), row.subject.clone(), row.number);
         assert_eq!(told(&rows[5]), ("supervisor 1".into(), "cat1".into(), 1));
     }
 
     #[tokio::test]
-    async fn batches_wait_for_one_another_up_to_the_limit_and_what_is_left_at_the_end_is_committed() {
+    async fn batches_wait_for_one_another_up_to_the_limit_and_what_is_left_at_the_end_is_committed()
+    {
         let fakes = Fakes::new(&["proxies.count=10"]).await;
         let mut keep = fakes.keep().await;
         keep.policy.limits = Limits {
@@ -208,7 +216,14 @@ mod tests {
         let mut stage = fakes.again(&[]).keep().await;
         let fleet = fakes.board.meter("fleet", "proxies");
         stage.policy.disk = Some(Disk::new(Path::new("store"), 1 << 30, |_| Ok(1), fleet));
-        let error = all(stage.run(stream::iter(fakes.batches()))).await.unwrap_err();
-        assert!(error.to_string().starts_with("the disk of store has 1 bytes left"), "{error}");
+        let error = all(stage.run(stream::iter(fakes.batches())))
+            .await
+            .unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .starts_with("the disk of store has 1 bytes left"),
+            "{error}"
+        );
     }
 }

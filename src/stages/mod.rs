@@ -228,11 +228,7 @@ impl<M> Clone for Lazy<M> {
 
 impl<M: Send + 'static> Lazy<M> {
     /// The model that `open` opens, on a thread called `name`.
-    pub fn new(
-        name: &str,
-        digest: String,
-        open: Arc<dyn Fn() -> Result<M> + Send + Sync>,
-    ) -> Self {
+    pub fn new(name: &str, digest: String, open: Arc<dyn Fn() -> Result<M> + Send + Sync>) -> Self {
         Self {
             digest,
             name: name.to_string(),
@@ -337,7 +333,10 @@ impl<'de> Deserialize<'de> for Warning {
         #[derive(Deserialize)]
         #[serde(untagged)]
         enum Written {
-            Whole { kind: Kind, text: String },
+            Whole {
+                kind: Kind,
+                text: String,
+            },
             /// As older versions wrote it.
             Text(String),
         }
@@ -385,11 +384,13 @@ fn ended_early(stage: &str) -> Error {
 }
 
 /// The table of the scores of `evaluator`.
-pub(super) async fn evaluations(
+async fn evaluations(
     store: &Store,
     evaluator: &LazyEvaluator,
 ) -> Result<Table<crate::store::EvaluationRow>> {
-    let LazyEvaluator { digest, clip, dino, .. } = evaluator;
+    let LazyEvaluator {
+        digest, clip, dino, ..
+    } = evaluator;
     store.evaluations(digest, *clip, *dino).await
 }
 

@@ -32,7 +32,7 @@ pub fn label(method: Method, source: Source) -> &'static str {
 
 /// What a run knows at its end beside what the store holds.
 #[derive(Debug, Clone, Default, serde::Serialize, serde::Deserialize)]
-pub struct Ending {
+pub struct RunSummary {
     /// What every stage did, from the last start to the end.
     pub stages: Vec<StageReport>,
     pub wall_seconds: f64,
@@ -91,7 +91,9 @@ impl ReportNeeds {
     /// For example `Proxy-Tuning of nano by nano-sd3`.
     fn title(&self) -> String {
         let Resolved {
-            student, supervisor, ..
+            student,
+            supervisor,
+            ..
         } = &*self.resolved;
         match (supervisor, student.source) {
             (Some(supervisor), _) => {
@@ -104,8 +106,8 @@ impl ReportNeeds {
 }
 
 /// The samples to show of `method`: those of its last checkpoint, for every subject.
-fn last_samples(ending: &Ending, method: Method) -> BTreeMap<usize, String> {
-    let own = ending
+fn last_samples(summary: &RunSummary, method: Method) -> BTreeMap<usize, String> {
+    let own = summary
         .evaluated
         .iter()
         .filter(|sampled| sampled.method == method);
@@ -123,12 +125,12 @@ fn last_samples(ending: &Ending, method: Method) -> BTreeMap<usize, String> {
 pub async fn with_earlier(
     needs: &ReportNeeds,
     evaluated: Vec<Evaluated>,
-    before: Option<Ending>,
+    before: Option<RunSummary>,
 ) -> Result<Vec<Sampled>> {
     let mut all: Vec<Sampled> = evaluated.into_iter().map(Sampled::from).collect();
     let table = needs.table().await?;
     let anew: Vec<(Method, usize)> = all.iter().map(|s| (s.method, s.step)).collect();
-    for sampled in before.into_iter().flat_map(|ending| ending.evaluated) {
+    for sampled in before.into_iter().flat_map(|summary| summary.evaluated) {
         let keys: Vec<String> = sampled.samples.iter().map(|(_, key)| key.clone()).collect();
         let is_anew = anew.contains(&(sampled.method, sampled.step));
         if !is_anew && table.missing(&keys).is_empty() {
@@ -143,11 +145,11 @@ pub async fn with_earlier(
 ///
 /// # Errors
 /// When the store cannot be read, or the files cannot be written.
-pub async fn write(needs: &ReportNeeds, ending: &Ending) -> Result<Report> {
+pub async fn write(needs: &ReportNeeds, summary: &RunSummary) -> Result<Report> {
     let table = needs.table().await?;
     let mut shown: Vec<(Method, BTreeMap<usize, EvaluationRow>)> = Vec::new();
     for method in Method::ALL {
-        let samples = last_samples(ending, method);
+        let samples = last_samples(summary, method);
         let keys: Vec<String> = samples.values().cloned().collect();
         let rows = table.get(&keys, Columns::All).await?;
         let rows = samples
@@ -165,7 +167,7 @@ pub async fn write(needs: &ReportNeeds, ending: &Ending) -> Result<Report> {
         files::write(&own.dir.join("sheet.png"), &sheet)?;
         Ok(sheet)
     });
-    let report = compose(needs, ending, &shown, drawing.await?).await?;
+    let report = compose(needs, summary, &shown, drawing.await?).await?;
     let dir = needs.dir.clone();
     let writing = blocking("writing the report", move || {
         files::write(&dir.join("report.html"), report.html().as_bytes())?;
@@ -212,10 +214,7 @@ fn sheet(needs: &ReportNeeds, shown: &[(Method, BTreeMap<usize, EvaluationRow>)]
     }
     Ok(Sheet {
         title: needs.title(),
-        subtitle: format!(
-            "same prompts and seeds in every column; run {}",
-            needs.run
-        ),
+        subtitle: format!("same prompts and seeds in every column; run {}", needs.run),
         columns: columns
             .iter()
             .map(|(method, _)| label(*method, needs.resolved.student.source).to_string())
@@ -226,7 +225,7 @@ fn sheet(needs: &ReportNeeds, shown: &[(Method, BTreeMap<usize, EvaluationRow>)]
 
 async fn compose(
     needs: &ReportNeeds,
-    ending: &Ending,
+    summary: &RunSummary,
     shown: &[(Method, BTreeMap<usize, EvaluationRow>)],
     sheet_png: Vec<u8>,
 ) -> Result<Report> {
@@ -259,25 +258,25 @@ async fn compose(
         ("subjects".to_string(), names.join(", ")),
         ("student".into(), resolved.student.model.clone()),
     ];
-    if let Some((supervisor, proxies)) = resolved.teacher() {
+    if let Some((supervisor, proxies, _)) = resolved.teacher() {
         facts.push(("supervisor".into(), supervisor.model.clone()));
         facts.push(("proxies per subject".into(), proxies.count.to_string()));
     }
-    facts.push(("wall time".into(), format!("{:.0} s", ending.wall_seconds)));
+    facts.push(("wall time".into(), format!("{:.0} s", summary.wall_seconds)));
     let mut provenance = vec![
         ("run".to_string(), needs.run.clone()),
         ("seed".into(), resolved.seed.to_string()),
         ("plan".into(), needs.plan.digest().to_string()),
         ("proxytune".into(), env!("CARGO_PKG_VERSION").into()),
     ];
-    for sampled in &ending.evaluated {
+    for sampled in &summary.evaluated {
         provenance.push((
             format!("{} at step {}", sampled.method, sampled.step),
             sampled.adapter.clone(),
         ));
     }
     let is_set_aside = |warning: &&Warning| matches!(warning, Warning::SetAside(_));
-    let (set_aside, warnings): (Vec<_>, Vec<_>) = ending.warnings.iter().partition(is_set_aside);
+    let (set_aside, warnings): (Vec<_>, Vec<_>) = summary.warnings.iter().partition(is_set_aside);
     let [set_aside, warnings] =
         [set_aside, warnings].map(|list| list.iter().map(|warning| warning.to_string()).collect());
     Ok(Report {
@@ -286,9 +285,9 @@ async fn compose(
         facts,
         sheet_png,
         models,
-        protocol: ending.protocol.clone(),
-        charts: charts(needs, ending).await?,
-        stages: ending
+        protocol: summary.protocol.clone(),
+        charts: charts(needs, summary).await?,
+        stages: summary
             .stages
             .iter()
             .map(|stage| StageTime {
@@ -299,8 +298,8 @@ async fn compose(
                 waiting_seconds: stage.waiting_in + stage.waiting_out,
             })
             .collect(),
-        wall_seconds: ending.wall_seconds,
-        first_training_proxy: ending.first_training_proxy,
+        wall_seconds: summary.wall_seconds,
+        first_training_proxy: summary.first_training_proxy,
         settings: resolved.to_toml()?,
         provenance,
         set_aside,
@@ -308,7 +307,7 @@ async fn compose(
     })
 }
 
-async fn charts(needs: &ReportNeeds, ending: &Ending) -> Result<Vec<Chart>> {
+async fn charts(needs: &ReportNeeds, summary: &RunSummary) -> Result<Vec<Chart>> {
     let metrics = needs.store.metrics().await?;
     let mut supervisors: BTreeMap<String, Vec<(f64, f64)>> = BTreeMap::new();
     let mut students: BTreeMap<String, Vec<(f64, f64)>> = BTreeMap::new();
@@ -347,18 +346,18 @@ async fn charts(needs: &ReportNeeds, ending: &Ending) -> Result<Vec<Chart>> {
             });
         }
     }
-    charts.extend(score_chart(needs, ending).await?);
+    charts.extend(score_chart(needs, summary).await?);
     Ok(charts)
 }
 
 /// The student's scores over its checkpoints, where there are several.
-async fn score_chart(needs: &ReportNeeds, ending: &Ending) -> Result<Option<Chart>> {
+async fn score_chart(needs: &ReportNeeds, summary: &RunSummary) -> Result<Option<Chart>> {
     let table = needs.table().await?;
     let mut curves: [(&str, Vec<(f64, f64)>); 3] =
         [("CLIP-I", vec![]), ("CLIP-T", vec![]), ("DINO", vec![])];
     let is_student =
         |sampled: &&Sampled| matches!(sampled.method, Method::Student | Method::Untouched);
-    for sampled in ending.evaluated.iter().filter(is_student) {
+    for sampled in summary.evaluated.iter().filter(is_student) {
         let keys: Vec<String> = sampled.samples.iter().map(|(_, key)| key.clone()).collect();
         let rows = table.get(&keys, Columns::WithoutPictures).await?;
         let rows: Vec<EvaluationRow> = rows.into_iter().flatten().collect();
@@ -436,14 +435,14 @@ mod tests {
             created_us: 1,
         });
         metrics.append(&rows).await.unwrap();
-        let ending = Ending {
+        let summary = RunSummary {
             warnings: vec![
                 Warning::Other("no photo was set aside".into()),
                 Warning::SetAside("subject dog1: a.jpg is empty".into()),
             ],
-            ..Ending::default()
+            ..RunSummary::default()
         };
-        let report = write(&needs(&fakes).await, &ending).await.unwrap();
+        let report = write(&needs(&fakes).await, &summary).await.unwrap();
         assert_eq!(report.set_aside, ["subject dog1: a.jpg is empty"]);
         assert_eq!(report.warnings, ["no photo was set aside"]);
         let told = |chart: &Chart| {
@@ -473,17 +472,20 @@ mod tests {
             adapter: "earlier".into(),
             samples: samples.to_vec(),
         };
-        let before = Ending {
+        let before = RunSummary {
             evaluated: vec![
                 earlier(Method::Student, 4, &[]),
                 earlier(Method::Student, 8, &[]),
                 earlier(Method::Untouched, 0, &[(0, "gone".into())]),
             ],
-            ..Ending::default()
+            ..RunSummary::default()
         };
         let anew = vec![evaluated(Method::Student, 8), evaluated(Method::Direct, 2)];
         let all = with_earlier(&needs, anew, Some(before)).await.unwrap();
-        let told: Vec<_> = all.iter().map(|s| (s.method, s.step, s.adapter.as_str())).collect();
+        let told: Vec<_> = all
+            .iter()
+            .map(|s| (s.method, s.step, s.adapter.as_str()))
+            .collect();
         let expected = [
             (Method::Direct, 2, "anew"),
             (Method::Student, 4, "earlier"),

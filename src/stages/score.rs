@@ -201,8 +201,8 @@ mod tests {
 
     use futures::stream;
 
-    use super::super::fakes::{Fakes, all, next};
     use super::super::Caption;
+    use super::super::fakes::{Fakes, all, next};
     use super::*;
 
     async fn stage(fakes: &Fakes) -> ScoreProxies {
@@ -226,7 +226,12 @@ mod tests {
         let rows = table.get(&batches[1].keys, Columns::All).await.unwrap();
         let row = rows[2].clone().unwrap();
         let told = (row.kind, row.method, row.subject.as_str(), row.dino);
-        let expected = (PictureKind::Proxy, Some(Method::Supervisor), "cat1", Some(0.25));
+        let expected = (
+            PictureKind::Proxy,
+            Some(Method::Supervisor),
+            "cat1",
+            Some(0.25),
+        );
         assert_eq!(told, expected);
         assert_eq!(row.clip_t, Some("a cat".len() as f32 / 1000.0));
         let again = fakes.again(&[]);
@@ -246,9 +251,16 @@ mod tests {
         let mut batch = fakes.batch(0);
         let made = batch.made.as_mut().unwrap();
         made.captions = Arc::new(vec![caption; 4]);
-        all(stage(&fakes).await.run(stream::iter([batch.clone()]))).await.unwrap();
+        all(stage(&fakes).await.run(stream::iter([batch.clone()])))
+            .await
+            .unwrap();
         let table = fakes.scorer().table().await.unwrap();
-        let row = table.get(&batch.keys[..1], Columns::All).await.unwrap().remove(0).unwrap();
+        let row = table
+            .get(&batch.keys[..1], Columns::All)
+            .await
+            .unwrap()
+            .remove(0)
+            .unwrap();
         assert_eq!(row.clip_t, Some("a dog that sleeps".len() as f32 / 1000.0));
         assert_eq!(row.prompt, format!("a {token} dog that sleeps"));
     }
@@ -265,7 +277,9 @@ mod tests {
         let again = fakes.again(&[]);
         let mut lost = again.batch(2);
         lost.made = None;
-        let error = all(stage(&again).await.run(stream::iter([lost]))).await.unwrap_err();
+        let error = all(stage(&again).await.run(stream::iter([lost])))
+            .await
+            .unwrap_err();
         assert!(error.to_string().starts_with("keep: "), "{error}");
     }
 }

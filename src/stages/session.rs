@@ -9,7 +9,7 @@ use candle_core::Tensor;
 
 use super::{Log, OpenLearner, Warning};
 use crate::config::{Sampling, Training, Tuning};
-use crate::models::Lesson;
+use crate::models::TrainingExample;
 use crate::plan::step_seed;
 use crate::store::MetricStage;
 use crate::stream::Worker;
@@ -155,7 +155,7 @@ impl TrainingSession {
     ///
     /// # Errors
     /// When a loss or gradient is not finite; a full disk.
-    pub async fn step(&self, step: usize, batches: Vec<(f64, Vec<Lesson>)>) -> Result<()> {
+    pub async fn step(&self, step: usize, batches: Vec<(f64, Vec<TrainingExample>)>) -> Result<()> {
         let SessionSettings { log, training, .. } = &self.settings;
         let seed = step_seed(self.settings.seed, &self.name, step);
         let progress = self
@@ -194,8 +194,7 @@ impl TrainingSession {
     /// # Errors
     /// When a card cannot be read.
     pub async fn snapshot(&self) -> Result<Arc<BTreeMap<String, Tensor>>> {
-        self.call(|trainer| Ok(Arc::new(trainer.snapshot()?)))
-            .await
+        self.call(|trainer| Ok(Arc::new(trainer.snapshot()?))).await
     }
 
     /// The current values, for an evaluation that is due after `step` steps; a run that resumes later has them too. An

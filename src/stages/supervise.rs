@@ -12,7 +12,7 @@ use futures::{Stream, StreamExt};
 use super::session::{SessionSettings, TrainingSession};
 use super::{Log, OpenLearner, Subject, Subjects, Supervisor, references::at_resolution};
 use crate::config::{self, DiffusionSampling};
-use crate::models::{Example, Lesson, Request, Sampling, sampling_file};
+use crate::models::{Example, Request, Sampling, TrainingExample, sampling_file};
 use crate::plan::{Plan, SupervisorPlan, Versions};
 use crate::store::{Claim, MetricStage, Store};
 use crate::training::Checkpoints;
@@ -146,7 +146,9 @@ impl Supervise {
         let session = TrainingSession::start(&self.open, settings).await?;
         let learnt = self.train(&session, subject).await?;
         if learnt {
-            session.publish(adapter_dir(&self.store, key), false).await?;
+            session
+                .publish(adapter_dir(&self.store, key), false)
+                .await?;
             std::fs::remove_dir_all(&place).map_err(Error::io(&place))?;
         }
         Ok(learnt)
@@ -175,14 +177,14 @@ impl Supervise {
         };
         let mut step = session.resume().await?;
         while step < steps && !self.log.stop.requested() {
-            let lesson = |&i: &usize| Lesson {
+            let pair = |&i: &usize| TrainingExample {
                 example: photos[i].clone(),
                 prompt: prompt.clone(),
             };
-            let learnt = planned.references.lessons(step).iter().map(lesson);
+            let learnt = planned.references.batch(step).iter().map(pair);
             let mut batches = vec![(1.0, learnt.collect())];
             if let (Some((weight, images)), Some(schedule)) = (&class, &planned.class_images) {
-                let learnt = schedule.lessons(step).iter().map(|&i| images[i].clone());
+                let learnt = schedule.batch(step).iter().map(|&i| images[i].clone());
                 batches.push((*weight, learnt.collect()));
             }
             session.step(step, batches).await?;
@@ -201,7 +203,7 @@ impl Supervise {
         planned: &SupervisorPlan,
         prior: &config::PriorPreservation,
         subject: &Subject,
-    ) -> Result<Option<Vec<Lesson>>> {
+    ) -> Result<Option<Vec<TrainingExample>>> {
         let prompt = config::prompts::fill_without_token(&prior.prompt, &subject.class);
         let requests: Vec<Request> = planned
             .class_seeds
@@ -212,7 +214,7 @@ impl Supervise {
             })
             .collect();
         let sampling = Sampling::diffusion(&self.sampling);
-        let mut lessons = Vec::new();
+        let mut pairs = Vec::new();
         for requests in requests.chunks(self.settings.training.batch_size) {
             if self.log.stop.requested() {
                 return Ok(None);
@@ -225,12 +227,12 @@ impl Supervise {
                     learner.encode(&images)
                 })
                 .await?;
-            lessons.extend(drawn.into_iter().map(|example| Lesson {
+            pairs.extend(drawn.into_iter().map(|example| TrainingExample {
                 example,
                 prompt: prompt.clone(),
             }));
         }
-        Ok(Some(lessons))
+        Ok(Some(pairs))
     }
 }
 
@@ -333,7 +335,9 @@ mod tests {
     #[tokio::test]
     async fn each_subject_is_learnt_once_in_order_and_found_by_the_next_run() {
         let fakes = Fakes::new(&[]).await;
-        let learnt = all(stage(&fakes).await.run(stream::iter([0, 1]))).await.unwrap();
+        let learnt = all(stage(&fakes).await.run(stream::iter([0, 1])))
+            .await
+            .unwrap();
         assert_eq!(order(&learnt), [(0, "key0"), (1, "key1")]);
         // Four steps for each of two subjects, each on two photos.
         assert_eq!(fakes.work.losses.load(SeqCst), 8);
@@ -345,7 +349,9 @@ mod tests {
         }
         assert!(!fakes.store.path().join("training/key0").exists());
         let again = fakes.again(&[]);
-        let found = all(stage(&again).await.run(stream::iter([1, 0]))).await.unwrap();
+        let found = all(stage(&again).await.run(stream::iter([1, 0])))
+            .await
+            .unwrap();
         assert_eq!(order(&found), [(1, "key1"), (0, "key0")]);
         assert_eq!(again.work.of_learners(), [0; 4]);
     }
@@ -376,12 +382,19 @@ mod tests {
             stopping.request();
         });
         let first = stage(&fakes).await;
-        assert!(all(first.run(stream::iter([0, 1]))).await.unwrap().is_empty());
+        assert!(
+            all(first.run(stream::iter([0, 1])))
+                .await
+                .unwrap()
+                .is_empty()
+        );
         watch.await.unwrap();
         let taken = fakes.work.losses.load(SeqCst);
         assert!((2..4).contains(&taken), "{taken}");
         let again = fakes.again(&["supervisor.checkpoint_every=1"]);
-        let learnt = all(stage(&again).await.run(stream::iter([0]))).await.unwrap();
+        let learnt = all(stage(&again).await.run(stream::iter([0])))
+            .await
+            .unwrap();
         assert_eq!(learnt.len(), 1);
         assert_eq!(again.work.losses.load(SeqCst), 4 - taken);
     }
@@ -390,16 +403,27 @@ mod tests {
     async fn class_images_are_drawn_by_the_model_as_it_was_and_a_failure_comes_out() {
         let prior = ["supervisor.prior_preservation.class_images=4"];
         let fakes = Fakes::new(&prior).await;
-        all(stage(&fakes).await.run(stream::iter([1]))).await.unwrap();
+        all(stage(&fakes).await.run(stream::iter([1])))
+            .await
+            .unwrap();
         assert_eq!(fakes.work.drawn.load(SeqCst), 4);
         let learnt = fakes.work.learnt.lock().unwrap().clone();
         let class = learnt.iter().filter(|prompt| *prompt == "a cat").count();
         assert_eq!((class, learnt.len()), (8, 16));
         let broken = Fakes::new(&prior).await;
         broken.work.fails_after.store(1, SeqCst);
-        let error = all(stage(&broken).await.run(stream::iter([0]))).await.unwrap_err();
+        let error = all(stage(&broken).await.run(stream::iter([0])))
+            .await
+            .unwrap_err();
         assert_eq!(error.to_string(), "the model is broken");
         // Its claim is free for whoever tries next.
-        assert!(broken.store.locks().try_claim("supervisors/key0").unwrap().is_some());
+        assert!(
+            broken
+                .store
+                .locks()
+                .try_claim("supervisors/key0")
+                .unwrap()
+                .is_some()
+        );
     }
 }

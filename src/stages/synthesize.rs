@@ -8,9 +8,7 @@ use async_stream::try_stream;
 use futures::{Stream, StreamExt};
 
 use super::source::ReadySource;
-use super::{
-    Checkpoint, LazyLearner, Log, Method, ProxyBatch, ProxyKeys, Subjects, ended_early,
-};
+use super::{Checkpoint, LazyLearner, Log, Method, ProxyBatch, ProxyKeys, Subjects, ended_early};
 use crate::Result;
 use crate::store::{Claim, ProxyRow, Store, Table};
 use crate::stream::{Downstream, Outlet};
@@ -64,12 +62,13 @@ impl Synthesize {
                 let source = sources[&subject].clone();
                 let keys = proxy_keys.of(number, &table);
                 let claim = match table.missing(&keys).is_empty() {
-                    true => None,
+                    true => Ok(None),
                     false => tokio::select! {
-                        claim = claim_missing(store, &table, &keys) => claim?,
+                        claim = claim_missing(store, &table, &keys) => claim,
                         () = log.stop.wait() => return,
                     },
                 };
+                let claim = claim?;
                 let made = match &claim {
                     None => {
                         meter.reuse(keys.len());
@@ -82,12 +81,16 @@ impl Synthesize {
                     }
                 };
                 yield ProxyBatch { batch: number, keys, made, claim };
-                if last_batch.get(&subject) == Some(&number)
-                    && let Some(checkpoint) = self.checkpoint(&source).await?
-                    && !evaluated.pass(checkpoint).await
-                {
-                    // The evaluation was stopped or has failed, and says so itself.
-                    return;
+                let checkpoint = match last_batch.get(&subject) == Some(&number) {
+                    true => self.checkpoint(&source).await?,
+                    false => None,
+                };
+                if let Some(checkpoint) = checkpoint {
+                    let is_read = evaluated.pass(checkpoint).await;
+                    if !is_read {
+                        // The evaluation was stopped or has failed, and says so itself.
+                        return;
+                    }
                 }
             }
         }
@@ -150,14 +153,19 @@ mod tests {
         let meters = ["a", "b"].map(|name| fakes.board.meter(name, "items"));
         let (outlet, checkpoints) = channel(&fakes.board, "checkpoints", 2, &meters[0], &meters[1]);
         let stage = stage(&fakes, Some(sampler)).await;
-        let batches = all(stage.run(stream::iter(sources), vec![outlet])).await.unwrap();
+        let batches = all(stage.run(stream::iter(sources), vec![outlet]))
+            .await
+            .unwrap();
         let numbers: Vec<usize> = batches.iter().map(|batch| batch.batch).collect();
         assert_eq!(numbers, (0..fakes.plan.batches()).collect::<Vec<_>>());
         for batch in &batches {
             let planned = &fakes.plan.proxies()[fakes.plan.batch(batch.batch).numbers.clone()];
             let made = batch.made.as_ref().unwrap();
             for ((image, caption), proxy) in made.images.iter().zip(&*made.captions).zip(planned) {
-                assert_eq!((image, &caption.prompt), (&picture(proxy.seed), &proxy.prompt));
+                assert_eq!(
+                    (image, &caption.prompt),
+                    (&picture(proxy.seed), &proxy.prompt)
+                );
             }
         }
         assert_eq!(fakes.work.drawn.load(SeqCst), 24);
@@ -175,9 +183,15 @@ mod tests {
         let sampler = fakes.sampler();
         let sources = supervisors(&fakes, &sampler);
         let stage = stage(&fakes, None).await;
-        let batches = all(stage.run(stream::iter(sources), Vec::new())).await.unwrap();
+        let batches = all(stage.run(stream::iter(sources), Vec::new()))
+            .await
+            .unwrap();
         assert_eq!(batches.len(), fakes.plan.batches());
-        assert!(batches.iter().all(|batch| batch.made.is_none() && batch.claim.is_none()));
+        assert!(
+            batches
+                .iter()
+                .all(|batch| batch.made.is_none() && batch.claim.is_none())
+        );
         assert_eq!(fakes.work.of_learners(), [0; 4]);
     }
 
@@ -186,7 +200,9 @@ mod tests {
         let fakes = Fakes::new(&[]).await;
         let sampler = fakes.sampler();
         let sources = supervisors(&fakes, &sampler);
-        let stage = stage(&fakes, Some(sampler)).await.run(stream::iter(sources), Vec::new());
+        let stage = stage(&fakes, Some(sampler))
+            .await
+            .run(stream::iter(sources), Vec::new());
         let mut stage = std::pin::pin!(stage);
         assert_eq!(next(&mut stage).await.unwrap().unwrap().batch, 0);
         fakes.stop.request();
@@ -200,7 +216,9 @@ mod tests {
         let sampler = fakes.sampler();
         let sources = supervisors(&fakes, &sampler);
         fakes.work.fails_after.store(6, SeqCst);
-        let broken = stage(&fakes, None).await.run(stream::iter(sources.clone()), Vec::new());
+        let broken = stage(&fakes, None)
+            .await
+            .run(stream::iter(sources.clone()), Vec::new());
         let mut broken = std::pin::pin!(broken);
         assert!(next(&mut broken).await.unwrap().is_ok());
         let error = next(&mut broken).await.unwrap().unwrap_err();
@@ -208,7 +226,9 @@ mod tests {
         assert!(next(&mut broken).await.is_none());
         let fakes = fakes.again(&[]);
         let only = stream::iter(sources.into_iter().take(1));
-        let error = all(stage(&fakes, None).await.run(only, Vec::new())).await.unwrap_err();
+        let error = all(stage(&fakes, None).await.run(only, Vec::new()))
+            .await
+            .unwrap_err();
         assert!(error.to_string().starts_with("synthesize: "), "{error}");
     }
 
@@ -222,7 +242,9 @@ mod tests {
             adapter: None,
         };
         let stage = stage(&fakes, None).await;
-        let batches = all(stage.run(stream::iter([0, 1].map(ready)), Vec::new())).await.unwrap();
+        let batches = all(stage.run(stream::iter([0, 1].map(ready)), Vec::new()))
+            .await
+            .unwrap();
         let captions = &batches[2].made.as_ref().unwrap().captions;
         assert_eq!(captions[1].prompt, "a sks dog number 5");
 
@@ -249,7 +271,9 @@ mod tests {
             ..ready(0)
         };
         let stage = self::stage(&fakes, None).await;
-        let error = all(stage.run(stream::iter([short]), Vec::new())).await.unwrap_err();
+        let error = all(stage.run(stream::iter([short]), Vec::new()))
+            .await
+            .unwrap_err();
         assert_eq!(error.to_string(), "the source of dog1 gave 1 of 4 images");
     }
 }

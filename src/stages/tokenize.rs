@@ -98,7 +98,11 @@ pub(super) async fn pictures(
         let prompts = made.captions.iter().map(|caption| caption.prompt.clone());
         return Ok((made.images.clone(), prompts.collect()));
     }
-    let rows = store.proxies().await?.get(&batch.keys, Columns::All).await?;
+    let rows = store
+        .proxies()
+        .await?
+        .get(&batch.keys, Columns::All)
+        .await?;
     let decode = move || {
         let pictures = rows.into_iter().map(|row| {
             let row = row.ok_or_else(|| ended_early("keep"))?;
@@ -150,17 +154,26 @@ mod tests {
         let fakes = Fakes::new(&[]).await;
         let mut batches = fakes.kept().await;
         batches[1] = fakes.batch(1);
-        let ready = all(stage(&fakes).await.run(stream::iter(batches))).await.unwrap();
+        let ready = all(stage(&fakes).await.run(stream::iter(batches)))
+            .await
+            .unwrap();
         let numbers: Vec<usize> = ready.iter().map(|batch| batch.batch).collect();
         assert_eq!(numbers, [0, 1, 2, 3, 4, 5]);
         let identity = fakes.tokenizer().0;
-        let table = fakes.store.tokens(&identity.digest, identity.count).await.unwrap();
+        let table = fakes
+            .store
+            .tokens(&identity.digest, identity.count)
+            .await
+            .unwrap();
         for batch in ready {
             let planned = &fakes.plan.proxies()[fakes.plan.batch(batch.batch).numbers.clone()];
             let rows = table.get(&batch.keys, Columns::All).await.unwrap();
             for (row, proxy) in rows.into_iter().zip(planned) {
                 let row = row.unwrap();
-                assert_eq!(row.tokens[0], u32::from(picture(proxy.seed).get_pixel(0, 0).0[0]));
+                assert_eq!(
+                    row.tokens[0],
+                    u32::from(picture(proxy.seed).get_pixel(0, 0).0[0])
+                );
                 assert_eq!((row.grid_height, row.grid_width), (2, 2));
             }
         }
@@ -168,7 +181,10 @@ mod tests {
         // A second run opens no tokenizer.
         let again = fakes.again(&[]);
         let batches = stream::iter(fakes.batches());
-        assert_eq!(all(stage(&again).await.run(batches)).await.unwrap().len(), 6);
+        assert_eq!(
+            all(stage(&again).await.run(batches)).await.unwrap().len(),
+            6
+        );
         assert_eq!(again.work.encoded.load(SeqCst), 0);
     }
 
@@ -195,7 +211,10 @@ mod tests {
         assert!(next(&mut stage).await.unwrap().is_ok());
         fakes.stop.request();
         assert!(next(&mut stage).await.is_none());
-        assert_eq!((taken.load(SeqCst), fakes.work.encoded.load(SeqCst)), (6, 4));
+        assert_eq!(
+            (taken.load(SeqCst), fakes.work.encoded.load(SeqCst)),
+            (6, 4)
+        );
     }
 
     #[tokio::test]
@@ -203,15 +222,27 @@ mod tests {
         let fakes = Fakes::new(&[]).await;
         let mut lost = fakes.batch(0);
         lost.made = None;
-        let error = all(stage(&fakes).await.run(stream::iter([lost.clone()]))).await.unwrap_err();
+        let error = all(stage(&fakes).await.run(stream::iter([lost.clone()])))
+            .await
+            .unwrap_err();
         assert!(error.to_string().starts_with("keep: "), "{error}");
         let table = fakes.store.proxies().await.unwrap();
         fakes.kept().await;
-        let row = table.get(&lost.keys[..1], Columns::All).await.unwrap().remove(0).unwrap();
+        let row = table
+            .get(&lost.keys[..1], Columns::All)
+            .await
+            .unwrap()
+            .remove(0)
+            .unwrap();
         let changed = ProxyRow {
             content: "other".into(),
             ..row
         };
-        assert!(pixels(&changed).unwrap_err().to_string().contains("not those that were made"));
+        assert!(
+            pixels(&changed)
+                .unwrap_err()
+                .to_string()
+                .contains("not those that were made")
+        );
     }
 }

@@ -13,7 +13,7 @@ use super::{Checkpoint, Log, Method, OpenLearner, ReadyBatch, TokenizerIdentity,
 use crate::Result;
 use crate::config::{Sampling, Training};
 use crate::images::decode_png;
-use crate::models::{Example, Lesson};
+use crate::models::{Example, TrainingExample};
 use crate::plan::Plan;
 use crate::store::{Columns, MetricStage, Store};
 use crate::training::Checkpoints;
@@ -108,10 +108,10 @@ impl Train {
                 if batches < needed {
                     break;
                 }
-                let lessons = examples.take(plan, step)?;
+                let pairs = examples.take(plan, step)?;
                 let committed = batches.checked_sub(1).map_or(0, |last| plan.batch(last).numbers.end);
                 self.first_training_proxy.fetch_min(committed, Relaxed);
-                session.step(step, vec![(1.0, lessons)]).await?;
+                session.step(step, vec![(1.0, pairs)]).await?;
                 step += 1;
                 if every > 0 && step.is_multiple_of(every) && step < steps {
                     yield checkpoint(Method::Student, step, session.due(step).await?);
@@ -167,9 +167,9 @@ impl Train {
                     .await?
             }
         };
-        let lessons = read.into_iter().zip(prompts);
-        let lessons = lessons.map(|(example, prompt)| Lesson { example, prompt });
-        examples.add(numbers.zip(lessons));
+        let pairs = read.into_iter().zip(prompts);
+        let pairs = pairs.map(|(example, prompt)| TrainingExample { example, prompt });
+        examples.add(numbers.zip(pairs));
         Ok(())
     }
 }
@@ -177,7 +177,7 @@ impl Train {
 /// What the student reads: examples by proxy number, taken from the store when a step first needs them, and kept until
 /// the last step that does.
 struct Examples {
-    known: BTreeMap<usize, Lesson>,
+    known: BTreeMap<usize, TrainingExample>,
     /// The last step of the plan that uses a proxy, by its number.
     last_use: BTreeMap<usize, usize>,
 }
@@ -186,7 +186,7 @@ impl Examples {
     /// None yet, for the steps from `step` on.
     fn new(plan: &Plan, step: usize, steps: usize) -> Self {
         let uses =
-            (step..steps).flat_map(|step| plan.lessons(step).iter().map(move |&n| (n, step)));
+            (step..steps).flat_map(|step| plan.examples(step).iter().map(move |&n| (n, step)));
         Self {
             known: BTreeMap::new(),
             last_use: uses.collect(),
@@ -197,23 +197,23 @@ impl Examples {
         self.last_use.contains_key(&number)
     }
 
-    fn add(&mut self, lessons: impl Iterator<Item = (usize, Lesson)>) {
+    fn add(&mut self, pairs: impl Iterator<Item = (usize, TrainingExample)>) {
         let last_use = &self.last_use;
-        let used = lessons.filter(|(number, _)| last_use.contains_key(number));
+        let used = pairs.filter(|(number, _)| last_use.contains_key(number));
         self.known.extend(used);
     }
 
     /// What `step` learns from. What no later step needs is let go.
-    fn take(&mut self, plan: &Plan, step: usize) -> Result<Vec<Lesson>> {
-        let numbers = plan.lessons(step);
+    fn take(&mut self, plan: &Plan, step: usize) -> Result<Vec<TrainingExample>> {
+        let numbers = plan.examples(step);
         let known = numbers.iter().map(|number| self.known.get(number).cloned());
-        let lessons: Option<Vec<Lesson>> = known.collect();
+        let pairs: Option<Vec<TrainingExample>> = known.collect();
         for number in numbers {
             if self.last_use.get(number) == Some(&step) {
                 self.known.remove(number);
             }
         }
-        lessons.ok_or_else(|| ended_early("train"))
+        pairs.ok_or_else(|| ended_early("train"))
     }
 }
 
@@ -268,16 +268,21 @@ mod tests {
     /// The prompts of the examples that the plan wants learnt from step `first` on.
     fn planned(fakes: &Fakes, first: usize) -> Vec<String> {
         let steps = first..fakes.resolved.student.training.steps;
-        let numbers = steps.flat_map(|step| fakes.plan.lessons(step).to_vec());
-        numbers.map(|n| fakes.plan.proxies()[n].prompt.clone()).collect()
+        let numbers = steps.flat_map(|step| fakes.plan.examples(step).to_vec());
+        numbers
+            .map(|n| fakes.plan.proxies()[n].prompt.clone())
+            .collect()
     }
 
     fn told(checkpoints: &[Checkpoint]) -> Vec<(Method, usize)> {
         checkpoints.iter().map(|c| (c.method, c.step)).collect()
     }
 
-    const DUE: [(Method, usize); 3] =
-        [(Method::Untouched, 0), (Method::Student, 4), (Method::Student, 8)];
+    const DUE: [(Method, usize); 3] = [
+        (Method::Untouched, 0),
+        (Method::Student, 4),
+        (Method::Student, 8),
+    ];
 
     #[tokio::test]
     async fn it_learns_what_is_planned_in_order_and_hands_on_what_is_due() {
@@ -288,7 +293,10 @@ mod tests {
         let checkpoints = all(stage.run(stream::iter(ready))).await.unwrap();
         assert_eq!(told(&checkpoints), DUE);
         assert_eq!(*fakes.work.learnt.lock().unwrap(), planned(&fakes, 0));
-        assert_eq!(first.load(SeqCst), fakes.plan.batch(fakes.plan.needs(0) - 1).numbers.end);
+        assert_eq!(
+            first.load(SeqCst),
+            fakes.plan.batch(fakes.plan.needs(0) - 1).numbers.end
+        );
         assert!(fakes.dir.path().join("student").is_dir());
         assert!(fakes.dir.path().join("evaluated/step-000004").is_dir());
         // The tokens come from the store.
@@ -308,7 +316,9 @@ mod tests {
             outlet.send(batch).await.ok().unwrap();
             given += 1;
             let steps = fakes.resolved.student.training.steps;
-            let allowed = (0..steps).take_while(|&s| fakes.plan.needs(s) <= given).count();
+            let allowed = (0..steps)
+                .take_while(|&s| fakes.plan.needs(s) <= given)
+                .count();
             let taken = || fakes.work.losses.load(SeqCst);
             settles(taken, allowed, &format!("after {given} batches")).await;
         }
@@ -318,10 +328,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_stopped_student_goes_on_to_the_same_values_and_a_finished_one_is_not_trained_again() {
+    async fn a_stopped_student_goes_on_to_the_same_values_and_a_finished_one_is_not_trained_again()
+    {
         let whole = Fakes::new(&[]).await;
         let batches = ready(&whole).await;
-        let expected = all(stage(&whole).await.run(stream::iter(batches.clone()))).await.unwrap();
+        let expected = all(stage(&whole).await.run(stream::iter(batches.clone())))
+            .await
+            .unwrap();
         let mut fakes = whole.again(&[]);
         {
             let running = stage(&fakes).await.run(stream::iter(batches.clone()));
@@ -353,12 +366,16 @@ mod tests {
         let fakes = Fakes::new(&[]).await;
         let batches = ready(&fakes).await;
         let first = batches[..1].to_vec();
-        let error = all(stage(&fakes).await.run(stream::iter(first))).await.unwrap_err();
+        let error = all(stage(&fakes).await.run(stream::iter(first)))
+            .await
+            .unwrap_err();
         assert!(error.to_string().starts_with("train: "), "{error}");
         let fakes = fakes.again(&[]);
         let mut lost = batches;
         lost[0].keys[0] = "no such key".into();
-        let error = all(stage(&fakes).await.run(stream::iter(lost))).await.unwrap_err();
+        let error = all(stage(&fakes).await.run(stream::iter(lost)))
+            .await
+            .unwrap_err();
         assert!(error.to_string().starts_with("train: "), "{error}");
         assert_eq!(fakes.work.losses.load(SeqCst), 0);
     }

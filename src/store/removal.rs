@@ -43,7 +43,10 @@ impl Store {
                 });
             }
             let is_subject = format!("subject = {}", quoted(name));
-            let is_stage = format!("stage = {}", quoted(&MetricStage::Supervise(name.into()).to_string()));
+            let is_stage = format!(
+                "stage = {}",
+                quoted(&MetricStage::Supervise(name.into()).to_string())
+            );
             let proxies = self
                 .proxies()
                 .await?

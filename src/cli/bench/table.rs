@@ -11,7 +11,7 @@ use super::operations::{Operation, operations};
 use super::torch::{Torch, median, threads};
 use crate::config;
 use crate::console;
-use crate::models::{self, Learner, Lesson, Opening, Request, Sampling};
+use crate::models::{self, Learner, Opening, Request, Sampling, TrainingExample};
 use crate::training::{Trainer, tuning};
 use crate::{Error, Result, pipeline};
 
@@ -216,13 +216,13 @@ fn nano() -> Result<Vec<Operation>> {
 }
 
 fn step(name: &str, opening: &Opening, settings: &config::Training) -> Result<Operation> {
-    let mut trainee = Trainer::new(models::open(opening)?, settings)?;
-    let batch = lessons(trainee.learner(), settings.batch_size)?;
+    let mut trainer = Trainer::new(models::open(opening)?, settings)?;
+    let batch = examples(trainer.learner(), settings.batch_size)?;
     let batches = vec![(1.0, batch)];
     let mut taken = 0;
     let name = format!("{name}, {} images", settings.batch_size);
     Ok(Operation::new(name, move || {
-        trainee.step(taken, &batches, taken as u64)?;
+        trainer.step(taken, &batches, taken as u64)?;
         taken += 1;
         Ok(())
     }))
@@ -242,7 +242,7 @@ fn sampling(name: &str, opening: &Opening, count: usize, sampling: Sampling) -> 
     ))
 }
 
-fn lessons(learner: &mut dyn Learner, count: usize) -> Result<Vec<Lesson>> {
+fn examples(learner: &mut dyn Learner, count: usize) -> Result<Vec<TrainingExample>> {
     let side = learner.resolution();
     let images: Vec<RgbImage> = (0..count as u32)
         .map(|i| {
@@ -252,9 +252,9 @@ fn lessons(learner: &mut dyn Learner, count: usize) -> Result<Vec<Lesson>> {
             })
         })
         .collect();
-    let lesson = |example| Lesson {
+    let pair = |example| TrainingExample {
         example,
         prompt: "a sks dog".into(),
     };
-    Ok(learner.encode(&images)?.into_iter().map(lesson).collect())
+    Ok(learner.encode(&images)?.into_iter().map(pair).collect())
 }

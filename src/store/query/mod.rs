@@ -35,13 +35,13 @@ mod present;
 mod tables;
 mod views;
 
+pub use super::rows::PictureKind;
 pub use describe::{ColumnInfo, TableInfo, tables_text};
 pub(super) use index::is_of_an_index;
 pub use index::{IndexReport, Recall};
 pub use limits::QueryLimits;
 pub use nearest::{Neighbour, Search, Space};
 pub use present::{Format, write};
-pub use super::rows::PictureKind;
 
 use self::failure::{explained, not_a_query, unknown_table};
 use self::limits::{Meter, Running};

@@ -138,7 +138,10 @@ pub(super) async fn provider(
     name: &str,
     row_ids: bool,
 ) -> Result<Arc<dyn TableProvider>> {
-    let (kind, path) = (TableKind::of(name), snapshot.path.join(format!("{name}.lance")));
+    let (kind, path) = (
+        TableKind::of(name),
+        snapshot.path.join(format!("{name}.lance")),
+    );
     let explain = |e| explained(e, Some(snapshot));
     let Some(dataset) = snapshot.dataset(name).await? else {
         let schema = kind

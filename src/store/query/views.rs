@@ -1,7 +1,7 @@
 //! Views: what the tables say, put together as people ask for it.
 
-use super::{PictureKind, Snapshot};
 use super::tables::ROW_ID;
+use super::{PictureKind, Snapshot};
 use crate::{Error, Result};
 
 /// A name that SQL may use beside the tables'.

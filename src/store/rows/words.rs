@@ -187,9 +187,7 @@ fn unknown(what: &str, text: &str) -> Error {
 /// The words of column `name` of `batch`, row by row.
 pub(super) fn words<T: FromStr<Err = Error>>(batch: &RecordBatch, name: &str) -> Result<Vec<T>> {
     let text = text(batch, name)?;
-    (0..batch.num_rows())
-        .map(|row| text(row).parse())
-        .collect()
+    (0..batch.num_rows()).map(|row| text(row).parse()).collect()
 }
 
 /// The words of column `name` of `batch`, row by row; none where it is empty.
