@@ -331,7 +331,7 @@ fn references_come_in_shuffled_epochs() {
     ]);
     let supervisor = plan.supervisor(1).unwrap();
     let uses: Vec<usize> = (0..10)
-        .flat_map(|step| supervisor.references.lessons(step).to_vec())
+        .flat_map(|step| supervisor.references.batch(step).to_vec())
         .collect();
     for epoch in uses.chunks(5) {
         let mut sorted = epoch.to_vec();
@@ -340,10 +340,7 @@ fn references_come_in_shuffled_epochs() {
     }
     assert_ne!(uses[..5], uses[5..10]);
     assert_eq!(supervisor.class_seeds.len(), 7);
-    assert_eq!(
-        supervisor.class_images.as_ref().unwrap().lessons(9).len(),
-        3
-    );
+    assert_eq!(supervisor.class_images.as_ref().unwrap().batch(9).len(), 3);
     assert!(plan.supervisor(0).unwrap().references != supervisor.references);
     assert_eq!(plan.references().len(), 10);
     assert_eq!(plan.direct().unwrap().steps(), 40);
@@ -384,8 +381,8 @@ fn a_step_learns_from_as_many_batches_as_gradients_are_accumulated_over() {
     let supervisor = plan.supervisor(0).unwrap();
     let class_images = supervisor.class_images.as_ref().unwrap();
     assert_eq!(plan.examples(39).len(), 12);
-    assert_eq!(supervisor.references.lessons(0).len(), 4);
-    assert_eq!(class_images.lessons(0).len(), 4);
+    assert_eq!(supervisor.references.batch(0).len(), 4);
+    assert_eq!(class_images.batch(0).len(), 4);
     assert_eq!(plan.direct().unwrap().batch(0).len(), 4);
 }
 

@@ -251,7 +251,7 @@ pub struct Student {
     /// Side of its square images in pixels. Default: known by the model's name, else (`None`) the checkpoint's own.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub resolution: Option<usize>,
-    /// What it learns from. Default "proxies".
+    /// What it learns from; "custom" are images that a program gives to the library (`run_with_source`). Default "proxies".
     pub source: Source,
     /// Folder of the adapter (or, where all weights are trained, the checkpoint) that it starts from, with fresh
     /// moments; relative paths start at the working directory. Default: none, it starts from the model.

@@ -83,7 +83,7 @@ impl Options {
     }
 }
 
-/// What a run came to.
+/// The results of a run.
 #[derive(Debug)]
 pub struct Outcome {
     /// The run's directory.

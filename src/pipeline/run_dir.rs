@@ -1,4 +1,4 @@
-//! A run's own directory: what was asked for, what it came to, and the lock that keeps two processes apart.
+//! A run's own directory: what was asked for, its results, and the lock that keeps two processes apart.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -220,7 +220,7 @@ impl RunDir {
         summary_text_in(&self.path)?.ok_or_else(|| not_ended(&self.path))
     }
 
-    /// What the run came to when it last ended well; `None` when it has not, or a version with another layout of the
+    /// The results of the run when it last ended well; `None` when it has not, or a version with another layout of the
     /// summary noted it.
     pub fn earlier_summary(&self) -> Option<RunSummary> {
         serde_json::from_str(&summary_text_in(&self.path).ok()??).ok()
@@ -268,7 +268,7 @@ fn not_ended(dir: &Path) -> Error {
     )
 }
 
-/// What the run in `dir` came to.
+/// The results of the run in `dir`.
 ///
 /// # Errors
 /// When it has not run to its end, or the summary is another version's.

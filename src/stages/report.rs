@@ -1,4 +1,4 @@
-//! report: what a run came to: `sheet.png`, `report.html`, `report.json`, and the table on the terminal. Everything
+//! report: the results of a run: `sheet.png`, `report.html`, `report.json`, and the table on the terminal. Everything
 //! is read back from the store, so a report can be written again at any time.
 
 use std::collections::BTreeMap;

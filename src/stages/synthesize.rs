@@ -224,6 +224,7 @@ mod tests {
         let error = next(&mut broken).await.unwrap().unwrap_err();
         assert_eq!(error.to_string(), "the model is broken");
         assert!(next(&mut broken).await.is_none());
+        fakes.work.fails_after.store(0, SeqCst);
         let fakes = fakes.again(&[]);
         let only = stream::iter(sources.into_iter().take(1));
         let error = all(stage(&fakes, None).await.run(only, Vec::new()))
@@ -247,6 +248,8 @@ mod tests {
             .unwrap();
         let captions = &batches[2].made.as_ref().unwrap().captions;
         assert_eq!(captions[1].prompt, "a sks dog number 5");
+        // Their claims: nobody keeps them here.
+        drop(batches);
 
         struct Short;
         impl super::super::source::ImageSource for Short {
