@@ -7,9 +7,9 @@
 
 use std::path::PathBuf;
 
-use proxytune::config::{Device, sampling_defaults};
+use proxytune::config::Device;
 use proxytune::images::{encode_png, grid};
-use proxytune::models::{Request, Sampling, open, sampling_file};
+use proxytune::models::{Request, open, sampling_file};
 use proxytune::{Error, Result, files, pipeline::opening_for, training::restore};
 
 const PROMPTS: [&str; 3] = [
@@ -33,7 +33,7 @@ fn main() -> Result<()> {
 
     // As its run drew with it, where that is noted.
     let noted = sampling_file::read(&adapter, opening.family)?;
-    let sampling = Sampling::student(&noted.unwrap_or(sampling_defaults(opening.family)));
+    let sampling = noted.unwrap_or(opening.family.sampling());
     let mut images = Vec::new();
     for prompt in PROMPTS {
         let requests = SEEDS.map(|seed| Request {

@@ -1,8 +1,10 @@
 //! Files that are either wholly there or not at all: written aside, synced, renamed.
 
+pub mod gguf;
 mod json;
 mod open;
 pub mod system;
+pub mod tensor_headers;
 mod tensors;
 pub mod text;
 
@@ -438,6 +440,17 @@ fn content(path: &Path) -> Result<blake3::Hash> {
 /// When it cannot be read.
 pub fn digest(path: &Path) -> Result<String> {
     Ok(content(path)?.to_hex().to_string())
+}
+
+/// Digest of the file `path`, or of the files in the folder `path` as [`digest_dir`] takes it.
+///
+/// # Errors
+/// When there is neither, or it cannot be read.
+pub fn digest_of(path: &Path) -> Result<String> {
+    match path.is_dir() {
+        true => digest_dir(path),
+        false => digest(path),
+    }
 }
 
 /// Digest of the files that lie in the folder `dir`, hidden ones and folders left out: names and contents.

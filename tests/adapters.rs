@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
-use proxytune::config::{Family, Sampling, sampling_defaults};
+use proxytune::config::Sampling;
 use proxytune::files;
 use proxytune::models::adapters::{PEFT_CONFIG, PEFT_WEIGHTS};
 use proxytune::models::sampling_file;
@@ -91,7 +91,7 @@ fn an_adapter_of_which_anything_is_not_applied_is_refused_by_name_with_its_kind(
         all(&[WO]).into_iter().map(renamed).collect()
     };
     let kohya = ["lora_down", "lora_up"].map(|part| {
-        let name = format!("lora_unet_joint_blocks_0_x_block_attn_qkv.{part}.weight");
+        let name = format!("lora_unet_joint_blocks_0_x_block_mlp_fc1.{part}.weight");
         (name, full(0.1, &[4, 4]))
     });
     let whole = BTreeMap::from([(format!("{WO}.weight"), full(0.1, &[128, 128]))]);
@@ -103,19 +103,16 @@ fn an_adapter_of_which_anything_is_not_applied_is_refused_by_name_with_its_kind(
             "kohya",
             kohya.into(),
             None,
-            ["no such layer", "kohya's names"],
+            [
+                "transformer_blocks.0.ff.net.0.proj: the model has no such layer",
+                "as SD3's",
+            ],
         ),
         (
             "prefix",
             renamed("gpt."),
             None,
             ["gpt.layers.0.attention.wo", "take gpt. out"],
-        ),
-        (
-            "comfy",
-            renamed("diffusion_model."),
-            None,
-            ["1 of its 1 layers", "diffusion_model."],
         ),
         (
             "deeper",
@@ -127,7 +124,7 @@ fn an_adapter_of_which_anything_is_not_applied_is_refused_by_name_with_its_kind(
             "encoder",
             with(factors(text, 128)),
             None,
-            ["text_encoder", "transformer alone"],
+            ["text_encoder", "denoiser alone"],
         ),
         (
             "wide",
@@ -243,17 +240,17 @@ fn what_sample_refuses_evaluate_merge_and_init_refuse_too() {
             "evaluation.every=0",
         ]))
     };
-    begin(&dir, 2).says(1, &parts);
+    begin(&dir, 2).says(2, &parts);
     // It fits the model, but not what is trained here.
     let narrow = peft(&place, "narrow", &all(&[WO]), None);
     begin(&narrow, 2).says(
-        1,
+        2,
         &["layers.1.attention.wo is a target here", "rank and targets"],
     );
     let layers: Vec<String> = (0..6).map(|i| format!("layers.{i}.attention.wo")).collect();
     let layers: Vec<&str> = layers.iter().map(String::as_str).collect();
     let other = peft(&place, "other", &all(&layers), None);
-    begin(&other, 4).says(1, &["its rank is 2, here 4", "rank and targets"]);
+    begin(&other, 4).says(2, &["its rank is 2, here 4", "rank and targets"]);
 }
 
 #[test]
@@ -301,7 +298,7 @@ fn an_adapter_is_drawn_with_as_it_was_evaluated_unless_options_say_otherwise() {
     assert!(said.contains("guidance_scale 7.5, top_k 1000"), "{said}");
     let (asked, _) = draw("asked", &dir, &["--guidance-scale", "2", "--top-k", "100"]);
     assert_ne!(asked, general);
-    let mut noted = sampling_defaults(Family::LlamaGen);
+    let mut noted = proxytune::models::llamagen::FAMILY.sampling();
     if let Sampling::Autoregressive(noted) = &mut noted {
         (noted.guidance_scale, noted.top_k) = (2.0, 100);
     }

@@ -7,7 +7,7 @@ use proxytune::cli::{
     CheckArgs, Cli, Command, GraphArgs, PipelineArgs, StoreArgs, check::check, graph::graph,
 };
 use proxytune::config::{
-    Changes, Device, Document, Family, Resolved, Sampling, Source, locate, prompts,
+    Changes, Device, Document, Optimizer, Resolved, Sampling, Source, prompts,
 };
 
 const MINIMAL: &str = r#"
@@ -22,7 +22,7 @@ model = "llamagen-xl"
 
 fn resolve(text: &str, overrides: &[&str]) -> Result<Resolved, Error> {
     let overrides: Vec<String> = overrides.iter().map(|text| text.to_string()).collect();
-    Document::parse(text, "test.toml", &overrides).resolve()
+    Document::parse(text, "test.toml", &overrides, &proxytune::models::Registry).resolve()
 }
 
 fn faults(text: &str, overrides: &[&str]) -> Vec<String> {
@@ -43,7 +43,7 @@ fn only_fault(overrides: &[&str]) -> String {
 fn a_short_file_gets_the_papers_values() {
     let resolved = resolve(MINIMAL, &[]).unwrap();
     let supervisor = resolved.supervisor.as_ref().unwrap();
-    assert_eq!(supervisor.family, Family::Sd3);
+    assert_eq!(supervisor.family, proxytune::models::sd3::FAMILY);
     assert_eq!(supervisor.training.learning_rate, 4e-4);
     assert_eq!(
         (supervisor.training.steps, supervisor.training.batch_size),
@@ -133,7 +133,9 @@ fn every_pipeline_that_ships_resolves_and_says_what_it_is_for() {
         );
         // the training of the nano checkpoints has a file format of its own
         if path.file_name().unwrap() != "nano-pretrain.toml" {
-            if let Err(error) = proxytune::config::load(&path, &[]) {
+            if let Err(error) = Document::open(&path, &[], &proxytune::models::Registry)
+                .and_then(|document| document.resolve())
+            {
                 panic!("{error}");
             }
             seen += 1;
@@ -448,7 +450,8 @@ fn subjects_of_the_command_line_take_the_place_of_the_files() {
             overrides: &overrides,
             ..Changes::default()
         };
-        Document::with_changes(MINIMAL, "test.toml", &changes).resolve()
+        Document::with_changes(MINIMAL, "test.toml", &changes, &proxytune::models::Registry)
+            .resolve()
     };
     let resolved = with(&typed).unwrap();
     let found: Vec<_> = resolved
@@ -513,7 +516,8 @@ fn a_folder_of_classes_and_subjects_gives_each_a_name_and_a_token_of_its_own() {
             subjects_dir: Some(dir.path()),
             ..Changes::default()
         };
-        Document::with_changes(MINIMAL, "test.toml", &changes).resolve()
+        Document::with_changes(MINIMAL, "test.toml", &changes, &proxytune::models::Registry)
+            .resolve()
     };
     let resolved = read().unwrap();
     let found: Vec<_> = resolved
@@ -778,7 +782,7 @@ fn the_rare_tokens_differ() {
 
 #[test]
 fn a_missing_checkpoint_says_which_files_go_where() {
-    let error = locate("llamagen-xl").unwrap_err();
+    let error = proxytune::models::locate("llamagen-xl").unwrap_err();
     assert!(
         error.to_string().contains("t2i_XL_stage2_512.pt"),
         "{error}"
@@ -789,8 +793,8 @@ fn a_missing_checkpoint_says_which_files_go_where() {
         "{hint}"
     );
     assert!(hint.contains("datasets/checkpoints/llamagen-xl"), "{hint}");
-    locate("nano-lumina").unwrap();
-    let unknown = locate("no-such-thing").unwrap_err();
+    proxytune::models::locate("nano-lumina").unwrap();
+    let unknown = proxytune::models::locate("no-such-thing").unwrap_err();
     assert!(unknown.hint().unwrap().contains("nano-sd3"));
 }
 
@@ -808,7 +812,7 @@ fn a_directory_tells_its_family() {
     let supervisor = resolved.supervisor.unwrap();
     assert_eq!(
         (supervisor.family, supervisor.resolution),
-        (Family::Sd3, None)
+        (proxytune::models::sd3::FAMILY, None)
     );
 }
 
@@ -866,7 +870,12 @@ fn a_repository_that_is_not_here_says_how_to_get_it() {
         fault.contains("proxytune models --download no-such-owner/no-such-name@v1"),
         "{fault}"
     );
-    let document = Document::parse(MINIMAL, "test.toml", &[set.to_string()]);
+    let document = Document::parse(
+        MINIMAL,
+        "test.toml",
+        &[set.to_string()],
+        &proxytune::models::Registry,
+    );
     assert_eq!(document.repositories(), ["no-such-owner/no-such-name@v1"]);
     assert!(only_fault(&["student.model=./no/such"]).contains("neither a known model"));
 }
@@ -1045,4 +1054,54 @@ fn a_student_that_goes_on_from_an_adapter_is_known_by_the_adapters_content() {
         fault.contains("subject.dog6.replay has no effect without proxies"),
         "{fault}"
     );
+}
+
+/// The paper's Tables 2 and 3: every supervisor with every student, with the numbers of Table 8.
+#[test]
+fn every_supervisor_and_student_of_the_paper_has_a_pipeline_with_its_values() {
+    let supervisors = [
+        ("sdxl", 1e-4, Optimizer::Adamw, "-sdxl"),
+        ("sd3-medium", 4e-4, Optimizer::Adamw, ""),
+        ("sd3.5-large", 4e-4, Optimizer::Adamw, "-sd3.5"),
+        ("flux.1-dev", 1.0, Optimizer::Prodigy, "-flux"),
+    ];
+    let students = [
+        ("llamagen-xl", "llamagen-xl", 1e-4, 8, 1250),
+        ("lumina-mgpt-7b-768", "lumina-mgpt-7b", 2e-5, 4, 2500),
+    ];
+    for (supervisor, learning_rate, optimizer, ending) in supervisors {
+        for (student, file, student_rate, batch_size, steps) in students {
+            let path = format!("pipelines/{file}{ending}.toml");
+            let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
+            let resolved = Document::open(&path, &[], &proxytune::models::Registry)
+                .unwrap()
+                .resolve()
+                .unwrap();
+            let (teacher, ..) = resolved.teacher().unwrap();
+            let learner = &resolved.student;
+            assert_eq!(
+                (teacher.model.as_str(), learner.model.as_str()),
+                (supervisor, student)
+            );
+            let (taught, learnt) = (&teacher.training, &learner.training);
+            assert_eq!(
+                (
+                    taught.learning_rate,
+                    taught.batch_size,
+                    taught.steps,
+                    taught.optimizer
+                ),
+                (learning_rate, 4, 500, optimizer)
+            );
+            assert_eq!(
+                (
+                    learnt.learning_rate,
+                    learnt.batch_size,
+                    learnt.steps,
+                    learnt.optimizer
+                ),
+                (student_rate, batch_size, steps, Optimizer::Adamw)
+            );
+        }
+    }
 }

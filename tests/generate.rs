@@ -25,7 +25,7 @@ const CAT: [&str; 2] = [
 fn generation(place: &Place, overrides: &[&str], shard: &str) -> Generation {
     let overrides: Vec<String> = overrides.iter().map(|text| text.to_string()).collect();
     let text = std::fs::read_to_string(SMOKE).unwrap();
-    let document = Document::parse(&text, SMOKE, &overrides);
+    let document = Document::parse(&text, SMOKE, &overrides, &proxytune::models::Registry);
     Generation {
         options: Options {
             pipeline: SMOKE.into(),

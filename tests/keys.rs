@@ -5,8 +5,9 @@ use std::path::Path;
 
 use proxytune::config::{Document, Dtype, Resolved, Sampling};
 use proxytune::plan::{
-    Digest, Plan, Sampled, Versions, checkpoint_digest, drawing_key, evaluators_key, photos_digest,
-    proxy_keys, reference_key, sample_keys, settings_digest, student_key, supervisor_keys,
+    Digest, Plan, Sampled, Versions, captioned_photos_digest, checkpoint_digest, drawing_key,
+    evaluators_key, photos_digest, proxy_keys, reference_key, sample_keys, settings_digest,
+    student_key, supervisor_keys, tokens_key,
 };
 
 use crate::support;
@@ -32,9 +33,14 @@ images_per_prompt = 1
 
 fn with(overrides: &[&str]) -> Resolved {
     let overrides: Vec<String> = overrides.iter().map(|text| text.to_string()).collect();
-    Document::parse(PIPELINE, "keys.toml", &overrides)
-        .resolve()
-        .unwrap()
+    Document::parse(
+        PIPELINE,
+        "keys.toml",
+        &overrides,
+        &proxytune::models::Registry,
+    )
+    .resolve()
+    .unwrap()
 }
 
 fn plan(resolved: &Resolved) -> Plan {
@@ -320,6 +326,132 @@ fn every_setting_of_a_supervisors_training_is_in_its_key() {
             .clone()
     };
     assert_ne!(warm(1), warm(2));
+}
+
+#[test]
+fn an_adapter_that_is_given_is_in_keys_by_its_digest_in_place_of_all_that_is_said_of_learning() {
+    let given = |digest: &str, more: &[&str]| {
+        let digest = format!("supervisor.adapter_digest={digest}");
+        let mut overrides = vec!["supervisor.adapter=a/file.safetensors", digest.as_str()];
+        overrides.extend(more);
+        keys(&overrides)
+    };
+    let one = given("one", &[]);
+    assert_eq!(one, given("one", &["supervisor.adapter=b/folder"]));
+    for ((kind, key), (_, other)) in one.iter().zip(given("two", &[])) {
+        assert_eq!(*key == other, kind.starts_with("sample"), "{kind}");
+    }
+    assert!(
+        one.iter()
+            .zip(keys(&[]))
+            .all(|((kind, key), (_, plain))| { *key != plain || kind.starts_with("sample") })
+    );
+    let key = |photos: &str, seed: u64, overrides: &[&str]| {
+        let overrides = ["supervisor.adapter=a", "supervisor.adapter_digest=one"]
+            .into_iter()
+            .chain(overrides.iter().copied());
+        let resolved = with(&overrides.collect::<Vec<_>>());
+        let (supervisor, _, sampling) = resolved.teacher().unwrap();
+        let subject = &resolved.subjects[0];
+        let keys = supervisor_keys(photos, "base", subject, supervisor, sampling, seed);
+        keys.newest().clone()
+    };
+    let here = key("photos", 7, &[]);
+    assert_eq!(here, GIVEN);
+    assert_eq!(here, key("other photos", 8, &[]));
+    assert_ne!(here, key("photos", 7, &["supervisor.dtype=bf16"]));
+    assert_ne!(here, key("photos", 7, &["supervisor.resolution=64"]));
+    assert_ne!(here, key("photos", 7, &["subject.dog.token=xyz"]));
+}
+
+/// The key of a supervisor whose adapter is given, in version 1.
+const GIVEN: &str = "8e9bfdd4e60001fd89be110d8a7767f3951037a057465e1b0b95ea43485d3428";
+
+#[test]
+fn noise_levels_are_in_keys_where_they_are_not_those_of_before() {
+    let of = |overrides: &[&str]| supervisor(&with(overrides)).newest().clone();
+    let plain = of(&[]);
+    for unused in [
+        "supervisor.weighting_scheme=logit_normal",
+        "supervisor.logit_mean=0",
+        "supervisor.logit_std=1",
+    ] {
+        assert_eq!(of(&[unused]), plain, "{unused}");
+    }
+    let mode = "supervisor.weighting_scheme=mode";
+    let used: [&[&str]; 8] = [
+        &[],
+        &["supervisor.weighting_scheme=none"],
+        &["supervisor.weighting_scheme=cosmap"],
+        &["supervisor.weighting_scheme=sigma_sqrt"],
+        &[mode],
+        &[mode, "supervisor.mode_scale=1"],
+        &["supervisor.logit_mean=0.5"],
+        &["supervisor.logit_std=0.5"],
+    ];
+    let distinct: BTreeSet<String> = used.iter().map(|overrides| of(overrides)).collect();
+    assert_eq!(distinct.len(), used.len());
+    let sdxl = "supervisor.model=sdxl";
+    assert_ne!(of(&[sdxl]), of(&[sdxl, "supervisor.snr_gamma=5"]));
+    // How pictures are guided is in the keys of pictures.
+    let drawn = |overrides: &[&str]| keys(overrides)[1].1.clone();
+    assert_eq!(drawn(&["proxies.guidance_stop=1"]), drawn(&[]));
+    let parts: BTreeSet<String> = [
+        &[][..],
+        &["proxies.guidance_stop=0.5"],
+        &["proxies.guidance_start=0.5"],
+    ]
+    .into_iter()
+    .map(drawn)
+    .collect();
+    assert_eq!(parts.len(), 3);
+}
+
+#[test]
+fn captions_and_cuts_of_photos_are_in_the_keys_of_what_learnt_them() {
+    let photos = ["a".to_string(), "b".to_string()];
+    let of = |captions: [Option<&str>; 2]| {
+        captioned_photos_digest(&photos, &captions.map(|caption| caption.map(String::from)))
+    };
+    assert_eq!(of([None, None]), photos_digest(&photos));
+    let captioned = [
+        of([None, None]),
+        of([Some("x"), None]),
+        of([None, Some("x")]),
+        of([Some("x"), Some("x")]),
+    ];
+    assert_eq!(BTreeSet::from(captioned).len(), 4);
+    let cut = |overrides: &[&str]| supervisor(&with(overrides)).newest().clone();
+    assert_eq!(
+        cut(&[
+            "supervisor.center_crop=true",
+            "supervisor.random_flip=false"
+        ]),
+        cut(&[])
+    );
+    let ways = [
+        cut(&[]),
+        cut(&["supervisor.center_crop=false"]),
+        cut(&["supervisor.random_flip=true"]),
+    ];
+    assert_eq!(BTreeSet::from(ways).len(), 3);
+}
+
+#[test]
+fn tokens_of_resized_proxies_have_a_key_of_their_own() {
+    assert_eq!(tokens_key("tokenizer", 512, 512), "tokenizer");
+    assert_eq!(
+        tokens_key("tokenizer", 512, 768),
+        "67f29fce58667174203590233fb56d18825baccdc44ab402f1210c11886cacfc"
+    );
+    assert_ne!(
+        tokens_key("tokenizer", 512, 768),
+        tokens_key("tokenizer", 1024, 768)
+    );
+    assert_ne!(
+        tokens_key("tokenizer", 512, 768),
+        tokens_key("other", 512, 768)
+    );
 }
 
 #[test]

@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use candle_core::{DType, Device, Tensor};
-use proxytune::config::{Dtype, Family, Memory};
+use proxytune::config::{AutoregressiveSampling, Dtype, Memory, Sampling};
 use proxytune::models::adapters::write_peft;
 use proxytune::models::checkpoint_files::converted;
 use proxytune::models::lora_file::LoraFile;
 use proxytune::models::pickle::Pickle;
-use proxytune::models::{Learner, Opening, Request, Sampling, Tuning, merge, open};
+use proxytune::models::{Learner, LearnerOptions, Request, Tuning, merge, open};
 use proxytune::nn::LoraConfig;
 
 use crate::support::{program, say};
@@ -44,11 +44,11 @@ fn published() -> tempfile::TempDir {
     place
 }
 
-fn opening(dir: &Path, tuning: Tuning) -> Opening {
-    Opening {
+fn opening(dir: &Path, tuning: Tuning) -> LearnerOptions {
+    LearnerOptions {
         dir: dir.to_path_buf(),
         name: "published".into(),
-        family: Family::LlamaGen,
+        family: proxytune::models::llamagen::FAMILY,
         resolution: None,
         tuning,
         seed: 0,
@@ -61,15 +61,12 @@ fn opening(dir: &Path, tuning: Tuning) -> Opening {
 }
 
 fn sampling(guidance_interval: Option<usize>) -> Sampling {
-    Sampling {
-        guidance_scale: 7.5,
-        num_inference_steps: 0,
-        negative_prompt: String::new(),
+    Sampling::Autoregressive(AutoregressiveSampling {
         top_k: 1,
-        top_p: 1.0,
         temperature: 0.0,
         guidance_interval,
-    }
+        ..AutoregressiveSampling::default()
+    })
 }
 
 fn draw(learner: &mut dyn Learner, sampling: &Sampling) -> image::RgbImage {
@@ -156,7 +153,7 @@ fn adapter(dir: &Path, seed: u64) -> LoraConfig {
         targets: ["wqkv", "wo", "w1", "w2", "w3"].map(String::from).to_vec(),
     };
     let place = published();
-    let learner = open(&Opening {
+    let learner = open(&LearnerOptions {
         seed,
         ..opening(place.path(), Tuning::Lora(config.clone()))
     })
@@ -282,7 +279,15 @@ fn shards_stay_shards_when_an_adapter_is_merged_and_every_misfit_is_named() {
     write_peft(&adapter, &tensors, &config, "base").unwrap();
     let out = place.path().join("out");
     let read = LoraFile::read(&adapter).unwrap();
-    let merged = merge::merge(&base, Family::Lumina, None, &read, &out, None).unwrap();
+    let merged = merge::merge(
+        &base,
+        proxytune::models::chameleon::FAMILY,
+        None,
+        &read,
+        &out,
+        None,
+    )
+    .unwrap();
     assert_eq!((merged.layers, merged.bytes), (2, 2 * (6 + 8 + 1)));
     let shards =
         proxytune::models::checkpoint_files::shards(&out.join("model.safetensors.index.json"))
@@ -307,7 +312,7 @@ fn shards_stay_shards_when_an_adapter_is_merged_and_every_misfit_is_named() {
     let read = LoraFile::read(&adapter).unwrap();
     let error = merge::merge(
         &base,
-        Family::Lumina,
+        proxytune::models::chameleon::FAMILY,
         None,
         &read,
         &place.path().join("no"),

@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 
 use candle_core::{DType, Tensor};
 use proxytune::files::read_tensors;
-use proxytune::models::adapters::AdapterFile;
+use proxytune::models::lora_file::LoraFile;
 
 use crate::support::{Place, find, program, say};
 
@@ -106,12 +106,10 @@ fn a_lumina_student_learns_draws_and_is_evaluated() {
     let of_model = set("model", &model);
     run(place.command(&[&of_model, EVALUATORS[0], EVALUATORS[1]]));
     let student = place.only_run().join("student");
-    let adapter = AdapterFile::read(&student).unwrap();
-    assert_eq!(adapter.modules.len(), 2 * 7);
+    let adapter = LoraFile::read(&student).unwrap();
+    assert_eq!(adapter.layers.len(), 2 * 7);
     let module = "model.layers.1.self_attn.q_proj";
-    assert!(adapter.modules.iter().any(|m| m == module));
-    let moved = &adapter.tensors[&format!("{module}.lora_B.weight")];
-    let sum = moved.abs().unwrap().sum_all().unwrap();
+    let sum = adapter.layers[module].b.abs().unwrap().sum_all().unwrap();
     assert!(sum.to_scalar::<f32>().unwrap() > 0.0);
 
     let draw = |adapter, seed, name: &str| sample(adapter, seed, &place.path().join(name));

@@ -22,7 +22,7 @@ steps = 7
 
 fn resolve(text: &str, overrides: &[&str]) -> Result<Resolved, Error> {
     let overrides: Vec<String> = overrides.iter().map(|text| text.to_string()).collect();
-    Document::parse(text, "test.toml", &overrides).resolve()
+    Document::parse(text, "test.toml", &overrides, &proxytune::models::Registry).resolve()
 }
 
 fn faults(text: &str, overrides: &[&str]) -> Vec<String> {
@@ -91,6 +91,39 @@ fn overrides_that_work_against_each_other_are_a_fault() {
         assert_eq!(found.len(), 1, "{found:#?}");
         let start = format!("--set {}: {what} has no effect", overrides[1]);
         assert!(found[0].starts_with(&start), "{found:#?}");
+    }
+}
+
+#[test]
+fn what_is_said_of_learning_beside_an_adapter_that_is_learnt_is_a_fault_unless_overridden() {
+    let given = [
+        "supervisor.adapter=a.safetensors",
+        "supervisor.adapter_digest=digest",
+    ];
+    let learns = "steps = 3\nprompt = \"the {token} {class}\"\n[supervisor.prior_preservation]\n";
+    let text = FILE.replace("[proxies]\n", &format!("{learns}[proxies]\n"));
+    let resolved = resolve(&text, &given).unwrap();
+    let supervisor = resolved.supervisor.as_ref().unwrap();
+    let untouched = resolve(FILE, &[]).unwrap().supervisor.unwrap();
+    assert_eq!(supervisor.training, untouched.training);
+    assert_eq!((supervisor.steps(), untouched.steps()), (0, 500));
+    let again = resolved.to_toml().unwrap();
+    assert_eq!(resolve(&again, &[]).unwrap(), resolved, "{again}");
+    let lines = "adapter = \"a.safetensors\"\nadapter_digest = \"digest\"\n";
+    let found = faults(
+        &text.replace("steps = 3\n", &format!("{lines}steps = 3\n")),
+        &[],
+    );
+    assert_eq!(found.len(), 3, "{found:#?}");
+    for (fault, what) in found.iter().zip([
+        "how the supervisor learns",
+        "supervisor.prompt",
+        "prior_preservation",
+    ]) {
+        assert!(
+            fault.contains(what) && fault.contains("has no effect with supervisor.adapter"),
+            "{fault}"
+        );
     }
 }
 

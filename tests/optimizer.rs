@@ -366,7 +366,7 @@ fn described(component: &str, json: &serde_json::Value) -> (OptimizerConfig, Opt
 
 #[test]
 fn diffusers_arguments_are_the_defaults_of_a_pipeline_that_trains_with_prodigy() {
-    let flux = config::training_defaults(config::Family::Flux);
+    let flux = proxytune::models::flux::FAMILY.training();
     assert_eq!(flux.optimizer, config::Optimizer::Prodigy);
     assert_eq!(flux.learning_rate, 1.0);
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/prodigy/diffusers");
@@ -468,10 +468,16 @@ model = "llamagen-xl"
 fn a_pipeline_names_its_optimizer_and_a_rate_goes_with_it() {
     let resolve = |overrides: &[&str]| {
         let overrides: Vec<String> = overrides.iter().map(|text| text.to_string()).collect();
-        let document = config::Document::parse(PIPELINE, "test.toml", &overrides);
+        let document = config::Document::parse(
+            PIPELINE,
+            "test.toml",
+            &overrides,
+            &proxytune::models::Registry,
+        );
         let resolved = document.resolve().unwrap();
         let text = resolved.to_toml().unwrap();
-        let again = config::Document::parse(&text, "resolved.toml", &[]);
+        let again =
+            config::Document::parse(&text, "resolved.toml", &[], &proxytune::models::Registry);
         assert_eq!(again.resolve().unwrap(), resolved, "{text}");
         (resolved, text)
     };

@@ -7,12 +7,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
-use proxytune::models::adapters::AdapterFile;
 use proxytune::models::chameleon::files::open_image_tokenizer;
 use proxytune::models::chameleon::grammar::{Format, Vocabulary};
 use proxytune::models::chameleon::{Backbone, Config, Dropout, Sequence, VqGan, vq};
 use proxytune::models::checkpoint_files::{self, WeightFiles};
 use proxytune::models::llamagen::Sampling;
+use proxytune::models::lora_file::LoraFile;
 use proxytune::models::pickle::Pickle;
 use proxytune::nn::{Adapter, Weights};
 use rand::SeedableRng;
@@ -54,12 +54,11 @@ fn chameleon_with_a_peft_adapter_equals_transformers_and_so_do_the_adapters_grad
     for name in CASES {
         let case = case("chameleon", name);
         let reference = load(case.join("reference.safetensors"));
-        let file = AdapterFile::read(&case.join("adapter")).unwrap();
-        let adapter = Arc::new(Adapter::new(file.config(), 0));
+        let file = LoraFile::read(&case.join("adapter")).unwrap();
+        let adapter = Arc::new(Adapter::from_factors(file.layers, str::to_string));
         let weights = frozen(&case).with_adapter(adapter.clone());
         let model = Backbone::new(&config(&case), &weights).unwrap();
         weights.finish().unwrap();
-        adapter.load(&file.tensors).unwrap();
         let output = model.forward(&ids(&reference, "input.input_ids")).unwrap();
         assert_close(name, &output, &reference["output"]);
         let loss = dot(&output, &reference["cotangent"]);

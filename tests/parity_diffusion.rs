@@ -8,7 +8,9 @@ use std::sync::Arc;
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 use proxytune::Result;
-use proxytune::diffusion::{FlowMatchEuler, LossForm, SchedulerConfig, Spacing, TrainingDraw};
+use proxytune::diffusion::{
+    FlowMatchEuler, Guidance, LossForm, SchedulerConfig, Spacing, TrainingDraw, Weighting,
+};
 use proxytune::models::autoencoder::{self, AutoencoderKl};
 use proxytune::models::sd3::{
     self, Conditioning, LORA_TARGETS, SampleSettings, Sd3, Sd3Transformer,
@@ -206,7 +208,7 @@ fn ten_guided_steps_end_where_diffusers_ends_and_leave_no_graph() -> Result<()> 
             context: sampling["negative_context"].clone(),
             pooled: sampling["negative_pooled"].clone(),
         };
-        let guided = Some((&negative, 4.5));
+        let guided = Some((&negative, Guidance::from(4.5)));
         let latents = sd3::denoise(
             &case.model,
             &schedule,
@@ -370,7 +372,7 @@ fn a_step_and_both_forms_of_the_loss_equal_diffusers() -> Result<()> {
         let loss = schedule.loss(
             &reference["loss.latents"],
             &draw,
-            form,
+            (form, Weighting::One),
             |noisy, timesteps| {
                 assert_close(noisy, &reference["loss.noisy"], 1e-6, "noisy latents");
                 assert_close(timesteps, &reference["loss.timesteps"], 1e-7, "timesteps");
@@ -383,11 +385,7 @@ fn a_step_and_both_forms_of_the_loss_equal_diffusers() -> Result<()> {
 }
 
 fn open_pipeline(directory: &Path) -> Result<Sd3> {
-    let weights = Weights::from_files(
-        &sd3::transformer_files(directory)?,
-        DType::F32,
-        &Device::Cpu,
-    )?;
+    let weights = sd3::transformer_files(directory)?.open(DType::F32, &Device::Cpu)?;
     Sd3::open(directory, &weights)
 }
 
@@ -525,7 +523,7 @@ fn an_adapter_learns_from_the_training_loss_and_without_one_there_is_no_graph() 
         0,
     ));
     let files = sd3::transformer_files(&directory)?;
-    let weights = Weights::from_files(&files, DType::F32, &Device::Cpu)?;
+    let weights = files.open(DType::F32, &Device::Cpu)?;
     let model = Sd3::open(&directory, &weights.with_adapter(adapter.clone()))?;
     let images = Tensor::rand(-1f32, 1f32, (2, 3, 12, 12), &Device::Cpu)?;
     let (mean, logvar) = model.encode_images(&images)?;

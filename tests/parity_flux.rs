@@ -7,10 +7,10 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use proxytune::Result;
 use proxytune::diffusion::TrainingDraw;
-use proxytune::models::adapters::AdapterFile;
 use proxytune::models::flux::{Flux, FluxDenoiser, pack, unpack};
 use proxytune::models::latent_diffusion::{Framing, network_files};
-use proxytune::nn::{Adapter, Weights, recomputing};
+use proxytune::models::lora_file::LoraFile;
+use proxytune::nn::{Adapter, recomputing};
 use proxytune::training::TrainingLoop;
 use proxytune::training::optimizer::{AdamWConfig, OptimizerConfig};
 
@@ -24,12 +24,11 @@ fn golden(path: &str) -> PathBuf {
 
 fn adapted() -> Result<(Flux, Arc<Adapter>)> {
     let directory = golden("text-to-image/flux/model");
-    let file = AdapterFile::read(&golden("flux-training/dev/adapter"))?;
-    let adapter = Arc::new(Adapter::new(file.config(), 0));
+    let file = LoraFile::read(&golden("flux-training/dev/adapter"))?;
+    let adapter = Arc::new(Adapter::from_factors(file.layers, str::to_string));
     let files = network_files::<FluxDenoiser>(&directory)?;
-    let weights = Weights::from_files(&files, DType::F32, &Device::Cpu)?;
+    let weights = files.open(DType::F32, &Device::Cpu)?;
     let model = Flux::open(&directory, &weights.with_adapter(adapter.clone()))?;
-    adapter.load(&file.tensors)?;
     Ok((model, adapter))
 }
 

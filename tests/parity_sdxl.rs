@@ -7,16 +7,14 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
 use proxytune::Result;
-use proxytune::config::{Dtype, Family, Memory, training_defaults};
+use proxytune::config::{DiffusionSampling, Dtype, Memory, Sampling};
 use proxytune::diffusion::{
     Ddpm, DiscreteConfig, PredictionType, SamplerKind, TrainingDraw, dpm_solver_2m, euler,
 };
 use proxytune::models::latent_diffusion::{Conditioning, Framing, network_files};
 use proxytune::models::sdxl::{Sdxl, SdxlDenoiser};
-use proxytune::models::{
-    Example, Learner, Opening, Request, Sampling, TrainingExample, Tuning, open,
-};
-use proxytune::nn::{Adapter, LoraConfig, Weights, backward, recomputing};
+use proxytune::models::{Example, Learner, LearnerOptions, Request, TrainingExample, Tuning, open};
+use proxytune::nn::{Adapter, LoraConfig, backward, recomputing};
 use proxytune::training::TrainingLoop;
 use proxytune::training::optimizer::{AdamWConfig, OptimizerConfig};
 use rand::SeedableRng;
@@ -158,7 +156,8 @@ fn the_loss_of_every_prediction_with_and_without_min_snr_equals_the_scripts() ->
         let config: DiscreteConfig = serde_json::from_value(config).unwrap();
         assert_eq!(config.prediction_type, prediction);
         let plain = Ddpm::new(&config)?;
-        let weighted = plain.clone().with_snr_gamma(5.0);
+        let mut weighted = plain.clone();
+        weighted.snr_gamma = Some(5.0);
         for (schedule, name) in [(plain, name.to_string()), (weighted, format!("{name}.snr"))] {
             let loss = schedule.loss(&reference["loss.latents"], &draw, |noisy, timesteps| {
                 assert_close(noisy, &reference["loss.noisy"], 1e-6, "noisy latents");
@@ -176,12 +175,11 @@ fn the_loss_of_every_prediction_with_and_without_min_snr_equals_the_scripts() ->
 fn adapted() -> Result<(Sdxl, Arc<Adapter>)> {
     let directory = pipeline("sdxl-euler");
     let file =
-        proxytune::models::adapters::AdapterFile::read(&golden("sdxl-training/epsilon/adapter"))?;
-    let adapter = Arc::new(Adapter::new(file.config(), 0));
+        proxytune::models::lora_file::LoraFile::read(&golden("sdxl-training/epsilon/adapter"))?;
+    let adapter = Arc::new(Adapter::from_factors(file.layers, str::to_string));
     let files = network_files::<SdxlDenoiser>(&directory)?;
-    let weights = Weights::from_files(&files, DType::F32, &Device::Cpu)?;
+    let weights = files.open(DType::F32, &Device::Cpu)?;
     let model = Sdxl::open(&directory, &weights.with_adapter(adapter.clone()))?;
-    adapter.load(&file.tensors)?;
     Ok((model, adapter))
 }
 
@@ -252,11 +250,11 @@ fn a_training_step_with_and_without_prior_preservation_equals_the_scripts() -> R
     Ok(())
 }
 
-fn opening(model: &str, tuning: Tuning, memory: Memory) -> Opening {
-    Opening {
+fn opening(model: &str, tuning: Tuning, memory: Memory) -> LearnerOptions {
+    LearnerOptions {
         dir: pipeline(model),
         name: "tiny".into(),
-        family: Family::Sdxl,
+        family: proxytune::models::sdxl::FAMILY,
         resolution: None,
         tuning,
         seed: 3,
@@ -272,7 +270,7 @@ fn lora() -> Tuning {
     Tuning::Lora(LoraConfig {
         rank: 2,
         alpha: 3.0,
-        targets: training_defaults(Family::Sdxl).targets,
+        targets: proxytune::models::sdxl::FAMILY.training().targets,
     })
 }
 
@@ -378,15 +376,13 @@ fn an_image_depends_on_its_own_seed_and_prompt_and_on_what_it_is_guided_away_fro
                     seed: *seed,
                 })
                 .collect();
-            let sampling = Sampling {
+            let sampling = Sampling::Diffusion(DiffusionSampling {
                 guidance_scale: 4.0,
                 num_inference_steps: 3,
                 negative_prompt: negative.into(),
-                top_k: 0,
-                top_p: 1.0,
-                temperature: 1.0,
-                guidance_interval: None,
-            };
+                guidance_start: None,
+                guidance_stop: None,
+            });
             learner.generate(&requests, &sampling).unwrap()
         };
         let pair = draw(&[("a dog", 1), ("a cat", 2)], "");
@@ -404,7 +400,7 @@ fn no_prompt_is_zeros_or_what_the_encoders_say_of_nothing_as_the_checkpoint_has_
     for (model, zeros) in [("sdxl-euler", true), ("sdxl-dpm", false)] {
         let directory = pipeline(model);
         let files = network_files::<SdxlDenoiser>(&directory)?;
-        let weights = Weights::from_files(&files, DType::F32, &Device::Cpu)?;
+        let weights = files.open(DType::F32, &Device::Cpu)?;
         let model = Sdxl::open(&directory, &weights)?;
         let none = model.condition("")?;
         let sum = |t: &Tensor| t.abs()?.sum_all()?.to_scalar::<f32>();

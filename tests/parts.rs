@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
-use proxytune::config::{Dtype, Family, Memory, training_defaults};
+use proxytune::config::{Dtype, Family, Memory};
 use proxytune::models::sd3::{self, Sd3};
-use proxytune::models::{Example, Learner, Opening, TrainingExample, Tuning, open};
-use proxytune::nn::{Adapter, LoraConfig, Weights, backward};
+use proxytune::models::{Example, Learner, LearnerOptions, TrainingExample, Tuning, open};
+use proxytune::nn::{Adapter, LoraConfig, backward};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
@@ -22,7 +22,7 @@ fn checkpoint(name: &str) -> PathBuf {
 }
 
 fn lora(family: Family) -> LoraConfig {
-    let defaults = training_defaults(family);
+    let defaults = family.training();
     LoraConfig {
         rank: 4,
         alpha: 4.0,
@@ -31,7 +31,7 @@ fn lora(family: Family) -> LoraConfig {
 }
 
 fn learner(family: Family, dir: &Path) -> Box<dyn Learner> {
-    let learner = open(&Opening {
+    let learner = open(&LearnerOptions {
         dir: dir.to_path_buf(),
         name: "nano".into(),
         family,
@@ -117,7 +117,10 @@ fn assert_close((loss, gradients): (f32, Vec<f32>), (wanted, all): (f32, Vec<f32
 /// Nine pairs, of which two pairs of photo and prompt occur twice and one three times.
 #[test]
 fn an_autoregressive_batch_is_the_mean_of_its_lessons() {
-    for (family, dir) in [(Family::LlamaGen, "llamagen"), (Family::Lumina, "lumina")] {
+    for (family, dir) in [
+        (proxytune::models::llamagen::FAMILY, "llamagen"),
+        (proxytune::models::chameleon::FAMILY, "lumina"),
+    ] {
         let mut learner = learner(family, &checkpoint(dir));
         let examples = examples(learner.as_mut());
         let batch: Vec<TrainingExample> = [
@@ -154,7 +157,7 @@ fn an_autoregressive_batch_is_the_mean_of_its_lessons() {
 #[test]
 fn a_diffusion_batch_in_parts_has_the_draws_and_the_loss_of_the_whole() {
     let dir = checkpoint("sd3");
-    let mut learner = learner(Family::Sd3, &dir);
+    let mut learner = learner(proxytune::models::sd3::FAMILY, &dir);
     let examples = examples(learner.as_mut());
     let prompts = ["a dog", "a dog in the snow", "a toy", "a cat", "a dog"];
     let batch: Vec<TrainingExample> = prompts
@@ -167,9 +170,9 @@ fn a_diffusion_batch_in_parts_has_the_draws_and_the_loss_of_the_whole() {
         .collect();
     let parts = learnt(learner.as_mut(), &batch);
 
-    let adapter = Arc::new(Adapter::new(lora(Family::Sd3), 3));
+    let adapter = Arc::new(Adapter::new(lora(proxytune::models::sd3::FAMILY), 3));
     let files = sd3::transformer_files(&dir).unwrap();
-    let weights = Weights::from_files(&files, DType::F32, &Device::Cpu).unwrap();
+    let weights = files.open(DType::F32, &Device::Cpu).unwrap();
     let model = Sd3::open(&dir, &weights.with_adapter(adapter.clone())).unwrap();
     disturb(&adapter.variables());
     let (means, logvars): (Vec<Tensor>, Vec<Tensor>) = batch

@@ -34,9 +34,14 @@ batch_size = 3
 "#;
 
 fn resolve(overrides: &[String]) -> Resolved {
-    Document::parse(PIPELINE, "plan.toml", overrides)
-        .resolve()
-        .unwrap()
+    Document::parse(
+        PIPELINE,
+        "plan.toml",
+        overrides,
+        &proxytune::models::Registry,
+    )
+    .resolve()
+    .unwrap()
 }
 
 fn with(overrides: &[&str]) -> Resolved {

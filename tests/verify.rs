@@ -189,6 +189,27 @@ fn pipelines_of_sd3_go_from_text_to_image_too() {
 }
 
 #[test]
+fn guidance_over_a_part_of_the_steps_is_diffusers() {
+    for (model, reference) in [
+        ("sd3-pipeline/tiny", "sd3-pipeline/tiny"),
+        ("text-to-image/sdxl-euler/model", "text-to-image/sdxl-euler"),
+    ] {
+        let reference = golden()
+            .join(reference)
+            .join("reference-interval.safetensors");
+        let case = Case {
+            component: "text-to-image",
+            reference,
+            adapter: None,
+            model: golden().join(model),
+        };
+        let said = case.run(&[]);
+        assert_eq!(said.code, Some(0), "{said:?}");
+        assert!(said.out.contains("output.image [2, 3, 16, 24]"), "{said:?}");
+    }
+}
+
+#[test]
 fn what_text_to_image_is_not_told_or_told_wrongly_is_named() {
     let case = Case::named("text-to-image", "sdxl-euler", "zeros");
     // Rewritten without its metadata.

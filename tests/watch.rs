@@ -345,9 +345,14 @@ async fn a_chain_is_replayed_to_the_same_adapters_by_a_watch_and_by_its_pipeline
         assert_eq!(ended.init, before.adapter);
     }
     // The last run makes new proxies of one subject, and replays five of two others.
-    let last = Document::parse(&resolved_of(&first, 5), "", &[])
-        .resolve()
-        .unwrap();
+    let last = Document::parse(
+        &resolved_of(&first, 5),
+        "",
+        &[],
+        &proxytune::models::Registry,
+    )
+    .resolve()
+    .unwrap();
     let replays: Vec<(&str, Option<usize>)> = last
         .subjects
         .iter()

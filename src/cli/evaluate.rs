@@ -7,9 +7,8 @@ use super::models::make_ready;
 use super::sample::draw;
 use super::unread::{say_unread, say_unscored};
 use super::{Ended, EvaluateArgs, block_on, output_failed};
-use crate::config::models::evaluators;
 use crate::config::prompts::without_token;
-use crate::config::{locate, prompt_list, prompts};
+use crate::config::{prompt_list, prompts};
 use crate::console;
 use crate::evaluation::captions::{captions, few, side_files};
 use crate::evaluation::embed::{Evaluator, ImageEmbedder, Prepared};
@@ -18,7 +17,9 @@ use crate::evaluation::metrics::ScoredImage;
 use crate::evaluation::report::{ModelScores, Report};
 use crate::images::{Photo, expect_photos, folder};
 use crate::models::Request;
+use crate::models::locate;
 use crate::models::reading::Prompt;
+use crate::models::registry::evaluators;
 use crate::pipeline::{device, use_threads};
 use crate::plan::derive_seed;
 use crate::stream::{Board, Worker};
@@ -34,6 +35,7 @@ struct Scored {
 }
 
 pub(super) fn evaluate(args: &EvaluateArgs, out: &mut impl Write) -> Result<Ended> {
+    args.nano.check()?;
     let (Some(references), Some(class)) = (&args.references, args.class.as_deref()) else {
         return Err(Error::invalid(
             "nothing to compare with",
@@ -223,7 +225,7 @@ fn drawn(
 ) -> Result<Scored> {
     let mut requests = Vec::new();
     let mut texts = Vec::new();
-    let templates = prompt_list(&args.prompts)?.templates(class);
+    let templates = prompt_list(&args.prompts, &crate::models::Registry)?.templates(class);
     let mut read: Vec<Prompt> = templates
         .iter()
         .map(|template| Prompt::of(template, &args.token, class))

@@ -1,7 +1,7 @@
 //! `proxytune evaluate --nano`: how good the nano checkpoints are, row by row of the table in their README.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 
@@ -35,25 +35,44 @@ pub struct NanoArgs {
     /// Draw sheets of reconstructions and samples into this folder
     #[arg(long, value_name = "DIR", requires = "nano")]
     pub sheets: Option<PathBuf>,
-    /// The settings that the checkpoints were trained with
-    #[arg(
-        long,
-        value_name = "FILE",
-        requires = "nano",
-        default_value = "pipelines/nano-pretrain.toml"
-    )]
-    pub settings: PathBuf,
-    /// The nano job
-    #[arg(
-        long,
-        value_name = "FILE",
-        requires = "nano",
-        default_value = "pipelines/nano.toml"
-    )]
-    pub job: PathBuf,
+    /// The settings that the checkpoints were trained with. Default: pipelines/nano-pretrain.toml
+    #[arg(long, value_name = "FILE", requires = "nano")]
+    pub settings: Option<PathBuf>,
+    /// The nano job. Default: pipelines/nano.toml
+    #[arg(long, value_name = "FILE", requires = "nano")]
+    pub job: Option<PathBuf>,
     /// Print JSON instead of a table
     #[arg(long, requires = "nano")]
     pub json: bool,
+}
+
+const SETTINGS: &str = "pipelines/nano-pretrain.toml";
+const JOB: &str = "pipelines/nano.toml";
+
+impl NanoArgs {
+    /// Refuses what was typed and has no effect without --nano. (clap lets a requirement go where the option that is
+    /// required conflicts with another that is there.)
+    ///
+    /// # Errors
+    /// With the first such option.
+    pub(super) fn check(&self) -> Result<()> {
+        let typed = [
+            ("--only", !self.only.is_empty()),
+            ("--runs", self.runs.is_some()),
+            ("--checkpoints", self.checkpoints.is_some()),
+            ("--sheets", self.sheets.is_some()),
+            ("--settings", self.settings.is_some()),
+            ("--job", self.job.is_some()),
+            ("--json", self.json),
+        ];
+        match typed.iter().find(|(_, is_typed)| *is_typed && !self.nano) {
+            None => Ok(()),
+            Some((option, _)) => Err(Error::invalid(
+                format!("{option} has no effect without --nano"),
+                "leave it out",
+            )),
+        }
+    }
 }
 
 pub(super) fn evaluate_nano(
@@ -64,7 +83,7 @@ pub(super) fn evaluate_nano(
     if compute.threads > 0 {
         use_threads(compute.threads);
     }
-    let settings = Settings::read(&args.settings)?;
+    let settings = Settings::read(args.settings.as_deref().unwrap_or(Path::new(SETTINGS)))?;
     let context = Context {
         out: args
             .checkpoints
@@ -77,6 +96,7 @@ pub(super) fn evaluate_nano(
         machine: String::new(),
         curves: None,
     };
+    let job = args.job.as_deref().unwrap_or(Path::new(JOB));
     let runs = match (args.runs, args.only.is_empty()) {
         (Some(runs), _) => runs,
         (None, true) => adaptation::RUNS,
@@ -93,7 +113,7 @@ pub(super) fn evaluate_nano(
         rows.extend(models::rows(&context, model, args.sheets.as_deref())?);
     }
     if runs > 0 {
-        rows.extend(block_on(adaptation::rows(&context, &args.job, runs))?);
+        rows.extend(block_on(adaptation::rows(&context, job, runs))?);
     }
     let text = match args.json {
         false => table(&rows),

@@ -3,12 +3,12 @@
 use std::io::Write;
 
 use super::{MergeArgs, output_failed};
-use crate::config::models::known;
-use crate::config::{family, locate};
 use crate::hub::human_bytes;
 use crate::models::adapters::CHECKPOINT_WEIGHTS;
 use crate::models::lora_file::LoraFile;
 use crate::models::merge;
+use crate::models::registry::known;
+use crate::models::{family, locate};
 use crate::{Error, Result};
 
 pub(super) fn merge(args: &MergeArgs, out: &mut impl Write) -> Result<()> {

@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod check;
+mod convert;
 mod evaluate;
 mod evaluate_nano;
 mod export;
@@ -64,6 +65,8 @@ pub enum Command {
     Report(ReportArgs),
     /// Write a checkpoint with an adapter worked into its weights
     Merge(MergeArgs),
+    /// Write an adapter in another program's layout: diffusers, kohya and ComfyUI, or peft
+    Convert(convert::ConvertArgs),
     /// List the models known by name, with what is here of them, or download one
     Models(ModelsArgs),
     /// Learn every subject whose photos arrive in a folder, with one student, again and again
@@ -104,7 +107,7 @@ impl PipelineArgs {
     ///
     /// # Errors
     /// When the file cannot be read.
-    fn open(&self, more: Option<String>) -> Result<(String, Document)> {
+    fn open(&self, more: Option<String>) -> Result<(String, Document<'static>)> {
         let text = text::read(&self.file, limits::TEXT_BYTES)?;
         let overrides: Vec<String> = self.overrides.iter().cloned().chain(more).collect();
         let changes = Changes {
@@ -112,7 +115,12 @@ impl PipelineArgs {
             subjects_dir: self.subjects_dir.as_deref(),
             overrides: &overrides,
         };
-        let document = Document::with_changes(&text, &self.file.display().to_string(), &changes);
+        let document = Document::with_changes(
+            &text,
+            &self.file.display().to_string(),
+            &changes,
+            &crate::models::Registry,
+        );
         Ok((text, document))
     }
 }
@@ -193,8 +201,8 @@ pub struct SampleArgs {
     /// A known model, a checkpoint directory, or a repository of the hub (owner/name)
     #[arg(long, value_name = "NAME|DIR|OWNER/NAME")]
     pub model: String,
-    /// An adapter directory: PEFT's layout for students, diffusers' for supervisors
-    #[arg(long, value_name = "DIR")]
+    /// An adapter: a folder or file of diffusers, peft, kohya's scripts or ComfyUI
+    #[arg(long, value_name = "DIR|FILE")]
     pub adapter: Option<PathBuf>,
     /// What to draw; may be given several times
     #[arg(long = "prompt", value_name = "TEXT", required = true)]
@@ -226,6 +234,12 @@ pub struct SamplingArgs {
     /// What to lead away from (diffusion models)
     #[arg(long, value_name = "TEXT")]
     pub negative_prompt: Option<String>,
+    /// Guide only after this share of the steps (SDXL, SD3)
+    #[arg(long, value_name = "SHARE", value_parser = limits::SHARE.parser())]
+    pub guidance_start: Option<f64>,
+    /// Guide only before this share of the steps (SDXL, SD3)
+    #[arg(long, value_name = "SHARE", value_parser = limits::SHARE.parser())]
+    pub guidance_stop: Option<f64>,
     /// Draw among this many likeliest tokens; 0 is all (autoregressive models)
     #[arg(long, value_name = "N", value_parser = limits::TOP_K.parser())]
     pub top_k: Option<usize>,
@@ -258,7 +272,7 @@ pub struct ComputeArgs {
 }
 
 /// What says how images are drawn: images that are there already have no use for it.
-const FOR_DRAWING: [&str; 12] = [
+const FOR_DRAWING: [&str; 14] = [
     "prompts",
     "images_per_prompt",
     "seed",
@@ -267,6 +281,8 @@ const FOR_DRAWING: [&str; 12] = [
     "guidance_scale",
     "num_inference_steps",
     "negative_prompt",
+    "guidance_start",
+    "guidance_stop",
     "top_k",
     "top_p",
     "temperature",
@@ -303,8 +319,8 @@ pub struct EvaluateArgs {
     /// A known model, a checkpoint directory, or a repository of the hub (owner/name)
     #[arg(long, value_name = "NAME|DIR|OWNER/NAME", conflicts_with = "images")]
     pub model: Option<String>,
-    /// An adapter directory
-    #[arg(long, value_name = "DIR", requires = "model")]
+    /// An adapter: a folder or file of diffusers, peft, kohya's scripts or ComfyUI
+    #[arg(long, value_name = "DIR|FILE", requires = "model")]
     pub adapter: Option<PathBuf>,
     /// What the model draws: dreambooth, nano-10, or a file with one prompt per line
     #[arg(long, value_name = "LIST", default_value = "nano-10")]
@@ -351,8 +367,8 @@ pub struct MergeArgs {
     /// A known model, a checkpoint directory, or a repository of the hub (owner/name)
     #[arg(long, value_name = "NAME|DIR|OWNER/NAME")]
     pub model: String,
-    /// An adapter directory: PEFT's layout for students, diffusers' for supervisors
-    #[arg(long, value_name = "DIR")]
+    /// An adapter: a folder or file of diffusers, peft, kohya's scripts or ComfyUI
+    #[arg(long, value_name = "DIR|FILE")]
     pub adapter: PathBuf,
     /// Folder for the merged checkpoint; new or empty
     #[arg(long, value_name = "DIR")]
@@ -460,6 +476,7 @@ pub fn dispatch(cli: Cli) -> Result<Ended> {
         Command::Evaluate(args) => evaluate::evaluate(&args, &mut out),
         Command::Report(args) => report::report(&args, &mut out),
         Command::Merge(args) => merge::merge(&args, &mut out).map(|()| Ended::Well),
+        Command::Convert(args) => convert::convert(&args, &mut out).map(|()| Ended::Well),
         Command::Models(args) => models::models(&args, &mut out).map(|()| Ended::Well),
         Command::Watch(args) => watch::watch(&args, &mut out),
         Command::Remove(args) => remove::remove(&args, &mut out),

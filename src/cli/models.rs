@@ -3,10 +3,11 @@
 use std::io::Write;
 
 use super::{ModelsArgs, output_failed};
-use crate::config::locate::{self, Whereabouts};
-use crate::config::models::{KNOWN, KnownModel, known};
-use crate::config::{Resolved, family};
+use crate::config::Resolved;
 use crate::hub::{self, Published, RepoId, Settings, human_bytes};
+use crate::models::locate::{self, Whereabouts};
+use crate::models::registry::known_models;
+use crate::models::{KnownModel, family, known};
 use crate::{Error, Result};
 
 pub(super) fn models(args: &ModelsArgs, out: &mut impl Write) -> Result<()> {
@@ -89,7 +90,7 @@ fn table() -> Result<String> {
         ]
         .map(String::from),
     ];
-    for model in KNOWN {
+    for (family, model) in known_models() {
         let found = locate::look_for(model.name)?;
         let side = model
             .resolution
@@ -98,7 +99,7 @@ fn table() -> Result<String> {
             Some(published) => columns(published),
             None => ["-", "-", "-", "ships with proxytune"].map(String::from),
         };
-        let family = model.family.to_string();
+        let family = family.to_string();
         let name = model.name.to_string();
         rows.push([
             name,
@@ -159,9 +160,9 @@ fn here(found: &Whereabouts) -> String {
 fn details(name: &str) -> Result<String> {
     let found = locate::look_for(name)?;
     let mut text = String::new();
+    text += &format!("{name}: {}", family(name)?);
     match known(name) {
         Some(model) => {
-            text += &format!("{name}: {}", model.family);
             if let Some(side) = model.resolution {
                 text += &format!(", images of {side} pixels");
             }
@@ -170,7 +171,7 @@ fn details(name: &str) -> Result<String> {
                 text += &of_published(model, published, &found)?;
             }
         }
-        None => text += &format!("{name}: {}\n", family(name)?),
+        None => text.push('\n'),
     }
     match &found.folder {
         Some(folder) => {

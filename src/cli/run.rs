@@ -6,8 +6,8 @@ use std::path::Path;
 use super::models::{make_ready, models_of};
 use super::{Ended, RunArgs, block_on, output_failed};
 use crate::Result;
-use crate::config::locate;
 use crate::console;
+use crate::models::locate;
 use crate::pipeline::{self, Options, Outcome, Purpose, preflight};
 use crate::stream::{StageReport, Stop};
 

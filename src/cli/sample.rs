@@ -11,12 +11,12 @@ use super::memory::{gibibytes, peak_memory};
 use super::models::make_ready;
 use super::unread::say_unread;
 use super::{ComputeArgs, Ended, SampleArgs, SamplingArgs, block_on, output_failed};
-use crate::config::{Kind, draws_with, sampling_defaults};
+use crate::config::Sampling;
 use crate::console::{self, escaped, shown};
 use crate::evaluation::captions::SAMPLES;
 use crate::images::encode_png_with;
 use crate::models::reading::Prompt;
-use crate::models::{Opening, Request, Sampling, open, sampling_file};
+use crate::models::{LearnerOptions, Request, open, sampling_file};
 use crate::pipeline::{opening_for, use_threads};
 use crate::plan::derive_seed;
 use crate::stream::{Board, Worker};
@@ -215,7 +215,11 @@ impl std::fmt::Display for Costs {
 
 /// The sampling that was asked for; what was not is as the adapter was evaluated with, or the merged checkpoint, and
 /// else by the family's defaults. Says which, and where the numbers come from.
-fn sampling(opening: &Opening, adapter: Option<&Path>, args: &SamplingArgs) -> Result<Sampling> {
+fn sampling(
+    opening: &LearnerOptions,
+    adapter: Option<&Path>,
+    args: &SamplingArgs,
+) -> Result<Sampling> {
     let mut found = None;
     for place in adapter.into_iter().chain([opening.dir.as_path()]) {
         if found.is_none() {
@@ -226,19 +230,21 @@ fn sampling(opening: &Opening, adapter: Option<&Path>, args: &SamplingArgs) -> R
     let (noted, source) = match found {
         Some((noted, place)) => (noted, format!("as noted in {place}")),
         None => (
-            sampling_defaults(opening.family),
+            opening.family.sampling(),
             format!("the defaults of {}", opening.family),
         ),
     };
     for (option, is_given) in [
         ("num_inference_steps", args.num_inference_steps.is_some()),
         ("negative_prompt", args.negative_prompt.is_some()),
+        ("guidance_start", args.guidance_start.is_some()),
+        ("guidance_stop", args.guidance_stop.is_some()),
         ("top_k", args.top_k.is_some()),
         ("top_p", args.top_p.is_some()),
         ("temperature", args.temperature.is_some()),
         ("guidance_interval", args.guidance_interval.is_some()),
     ] {
-        if is_given && !draws_with(opening.family, option) {
+        if is_given && !opening.family.draws_with(option) {
             return Err(Error::invalid(
                 format!(
                     "--{} has no effect on a {} model",
@@ -249,21 +255,31 @@ fn sampling(opening: &Opening, adapter: Option<&Path>, args: &SamplingArgs) -> R
             ));
         }
     }
-    let mut sampling = Sampling::student(&noted);
-    sampling.guidance_scale = args.guidance_scale.unwrap_or(sampling.guidance_scale);
-    sampling.num_inference_steps = args
-        .num_inference_steps
-        .unwrap_or(sampling.num_inference_steps);
-    sampling.top_k = args.top_k.unwrap_or(sampling.top_k);
-    sampling.top_p = args.top_p.unwrap_or(sampling.top_p);
-    sampling.temperature = args.temperature.unwrap_or(sampling.temperature);
-    sampling.guidance_interval = args.guidance_interval.or(sampling.guidance_interval);
-    if let Some(negative) = &args.negative_prompt {
-        sampling.negative_prompt = negative.clone();
+    let mut sampling = noted.clone();
+    match &mut sampling {
+        Sampling::Diffusion(settings) => {
+            put(&mut settings.guidance_scale, args.guidance_scale);
+            put(&mut settings.num_inference_steps, args.num_inference_steps);
+            put(&mut settings.negative_prompt, args.negative_prompt.clone());
+            settings.guidance_start = args.guidance_start.or(settings.guidance_start);
+            settings.guidance_stop = args.guidance_stop.or(settings.guidance_stop);
+            if settings.guidance_start.unwrap_or(0.0) >= settings.guidance_stop.unwrap_or(1.0) {
+                return Err(Error::invalid(
+                    "guidance ends before it has begun",
+                    "give a --guidance-stop above --guidance-start",
+                ));
+            }
+        }
+        Sampling::Autoregressive(settings) => {
+            put(&mut settings.guidance_scale, args.guidance_scale);
+            put(&mut settings.top_k, args.top_k);
+            put(&mut settings.top_p, args.top_p);
+            put(&mut settings.temperature, args.temperature);
+            settings.guidance_interval = args.guidance_interval.or(settings.guidance_interval);
+        }
     }
-    let kind = opening.family.kind();
-    let before = settings(&Sampling::student(&noted), kind);
-    let used = settings(&sampling, kind);
+    let before = settings(&noted);
+    let used = settings(&sampling);
     let asked = used
         .iter()
         .any(|(key, value)| before.get(key) != Some(value));
@@ -283,22 +299,41 @@ fn sampling(opening: &Opening, adapter: Option<&Path>, args: &SamplingArgs) -> R
     Ok(sampling)
 }
 
-/// `sampling` by the names of the options, as far as a model of this `kind` reads it.
-fn settings(sampling: &Sampling, kind: Kind) -> Map<String, Value> {
+/// Takes what was given.
+fn put<T>(field: &mut T, given: Option<T>) {
+    if let Some(given) = given {
+        *field = given;
+    }
+}
+
+/// `sampling` by the names of the options.
+fn settings(sampling: &Sampling) -> Map<String, Value> {
     let mut settings = Map::new();
     let mut say = |key: &str, value: Value| drop(settings.insert(key.into(), value));
-    say("guidance_scale", sampling.guidance_scale.into());
-    if kind == Kind::Autoregressive {
-        say("top_k", sampling.top_k.into());
-        say("top_p", sampling.top_p.into());
-        say("temperature", sampling.temperature.into());
-        if let Some(tokens) = sampling.guidance_interval {
-            say("guidance_interval", tokens.into());
+    match sampling {
+        Sampling::Autoregressive(sampling) => {
+            say("guidance_scale", sampling.guidance_scale.into());
+            say("top_k", sampling.top_k.into());
+            say("top_p", sampling.top_p.into());
+            say("temperature", sampling.temperature.into());
+            if let Some(tokens) = sampling.guidance_interval {
+                say("guidance_interval", tokens.into());
+            }
         }
-    } else {
-        say("num_inference_steps", sampling.num_inference_steps.into());
-        if !sampling.negative_prompt.is_empty() {
-            say("negative_prompt", sampling.negative_prompt.clone().into());
+        Sampling::Diffusion(sampling) => {
+            say("guidance_scale", sampling.guidance_scale.into());
+            say("num_inference_steps", sampling.num_inference_steps.into());
+            if !sampling.negative_prompt.is_empty() {
+                say("negative_prompt", sampling.negative_prompt.clone().into());
+            }
+            for (key, share) in [
+                ("guidance_start", sampling.guidance_start),
+                ("guidance_stop", sampling.guidance_stop),
+            ] {
+                if let Some(share) = share {
+                    say(key, share.into());
+                }
+            }
         }
     }
     settings
@@ -318,26 +353,30 @@ pub(super) fn draw(
         use_threads(compute.threads);
     }
     make_ready([model])?;
-    let opening = Opening {
+    let opening = LearnerOptions {
         dtype: compute.dtype,
         ..opening_for(model, adapter, compute.device)?
     };
-    let kind = opening.family.kind();
-    if kind == Kind::Evaluator {
+    if !opening.family.kind().draws() {
         return Err(Error::invalid(
             format!("{model} does not draw"),
             "name a diffusion or an autoregressive model",
         ));
     }
     let sampling = sampling(&opening, adapter, asked)?;
-    let settings = settings(&sampling, kind);
+    let settings = settings(&sampling);
     let adapter = adapter.map(Path::to_path_buf);
     block_on(async move {
         let board = Board::default();
         let meter = board.meter("sample", "images");
         let start = Instant::now();
+        let mut prompts: Vec<String> = requests.iter().map(|one| one.prompt.clone()).collect();
+        if let Sampling::Diffusion(sampling) = &sampling {
+            prompts.push(sampling.negative_prompt.clone());
+        }
         let worker = Worker::spawn("sample", move || {
-            let learner = open(&opening)?;
+            let mut learner = open(&opening)?;
+            learner.foresee(&prompts)?;
             if let Some(dir) = &adapter {
                 restore(&learner.variables(), &learner.read(dir)?, dir)?;
             }

@@ -2,9 +2,9 @@
 
 use super::Ended;
 use super::models::make_ready;
-use crate::config::{family, locate};
 use crate::console;
-use crate::models::reading::{Prompt, TextReader, clip_reader, text_readers, unread};
+use crate::models::reading::{Prompt, TextReader, clip_reader, unread};
+use crate::models::{architecture, family, locate};
 use crate::{Error, Result};
 
 /// Names the words of `prompts` that `model`, which is downloaded if need be, does not read.
@@ -13,7 +13,7 @@ use crate::{Error, Result};
 /// [`Error::Config`] when a prompt loses its subject's token, or is refused; when there is no such model.
 pub(super) fn say_unread(model: &str, prompts: &[Prompt]) -> Result<Ended> {
     make_ready([model])?;
-    let readers = text_readers(family(model)?, &locate(model)?, None, false)?;
+    let readers = (architecture(family(model)?)?.readers)(&locate(model)?, None, false)?;
     say(model, &readers, prompts)
 }
 

@@ -19,7 +19,8 @@ const STACK_BYTES: usize = 256 << 20;
 #[command(
     after_help = "The reference file holds input.NAME, output (or output.NAME), and for gradients cotangent and \
                   grad.KEY for each weight of the adapter. Of text-to-image its metadata holds prompt, \
-                  negative_prompt, height, width, num_inference_steps and guidance_scale as JSON.\nExit code: 0 within tolerance, 1 not, 2 unusable input.\n\n\
+                  negative_prompt, height, width, num_inference_steps and guidance_scale as JSON, and where not \
+                  all steps are guided guidance_start and guidance_stop.\nExit code: 0 within tolerance, 1 not, 2 unusable input.\n\n\
                   Example:\n  proxytune verify llamagen-gpt --model tests/golden/llamagen-gpt/two-layers/model \
                   --adapter tests/golden/llamagen-gpt/two-layers/adapter \
                   --reference tests/golden/llamagen-gpt/two-layers/reference.safetensors"

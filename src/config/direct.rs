@@ -32,7 +32,7 @@ pub(super) fn resolve(typed: &typed::Pipeline, student: &Student, faults: &Fault
         enabled: or(&section.enabled, student.source == Source::Proxies),
         source: or(&section.source, Source::References),
         training: training(
-            ("direct", student.family),
+            ("direct", student.family, model_place),
             &section.training,
             &student.training,
             inherited,

@@ -3,47 +3,62 @@
 use std::path::Path;
 
 use super::limits::TEXT_BYTES;
-use super::models;
 use super::own_subjects::Changes;
 use super::reader::Faults;
 use super::resolve::pipeline;
 use super::resolved::Resolved;
+use super::surroundings::Surroundings;
 use super::tree::{self, Place, Table};
 use super::typed;
 use crate::files::text;
-use crate::hub::RepoId;
 use crate::{Error, Result};
 
 /// A pipeline file that has been read but not yet given a meaning; it remembers where everything was typed.
-pub struct Document {
+pub struct Document<'a> {
     tree: Table,
     typed: typed::Pipeline,
     faults: Faults,
     syntax_is_broken: bool,
+    surroundings: &'a dyn Surroundings,
 }
 
-impl Document {
+impl<'a> Document<'a> {
     /// Reads the file at `path` and lays `overrides` (`a.b=value`) over it.
     ///
     /// # Errors
     /// Only when the file cannot be read; faults in it are kept for [`Document::resolve`].
-    pub fn open(path: &Path, overrides: &[String]) -> Result<Self> {
+    pub fn open(
+        path: &Path,
+        overrides: &[String],
+        surroundings: &'a dyn Surroundings,
+    ) -> Result<Self> {
         let text = text::read(path, TEXT_BYTES)?;
-        Ok(Self::parse(&text, &path.display().to_string(), overrides))
+        let name = path.display().to_string();
+        Ok(Self::parse(&text, &name, overrides, surroundings))
     }
 
     /// Reads `text`, which faults call `file`, and lays `overrides` over it.
-    pub fn parse(text: &str, file: &str, overrides: &[String]) -> Self {
+    pub fn parse(
+        text: &str,
+        file: &str,
+        overrides: &[String],
+        surroundings: &'a dyn Surroundings,
+    ) -> Self {
         let changes = Changes {
             overrides,
             ..Changes::default()
         };
-        Self::with_changes(text, file, &changes)
+        Self::with_changes(text, file, &changes, surroundings)
     }
 
     /// Reads `text`, which faults call `file`, and lays `changes` over it.
-    pub fn with_changes(text: &str, file: &str, changes: &Changes<'_>) -> Self {
-        let (table, syntax, overriding) = tree::parse(text, file, changes);
+    pub fn with_changes(
+        text: &str,
+        file: &str,
+        changes: &Changes<'_>,
+        surroundings: &'a dyn Surroundings,
+    ) -> Self {
+        let (table, syntax, overriding) = tree::parse(text, file, changes, surroundings);
         let start = Place::File {
             file: file.into(),
             line: 1,
@@ -63,6 +78,7 @@ impl Document {
             typed,
             faults,
             syntax_is_broken,
+            surroundings,
         }
     }
 
@@ -93,7 +109,7 @@ impl Document {
         let resolved = if self.syntax_is_broken {
             None
         } else {
-            pipeline(&self.typed, &faults)
+            pipeline(&self.typed, self.surroundings, &faults)
         };
         let lines = faults.into_lines();
         match resolved {
@@ -119,8 +135,13 @@ impl Document {
         .flatten()
         .map(|at| at.value.as_str())
         .filter(|name| {
-            let is_here = models::known(name).is_some() || Path::new(name).is_dir();
-            !is_here && RepoId::parse(name).is_some()
+            let is_known = self
+                .surroundings
+                .models()
+                .iter()
+                .any(|(known, _)| known == name);
+            let is_here = is_known || self.surroundings.is_dir(Path::new(name));
+            !is_here && self.surroundings.names_a_place(name)
         })
         .collect()
     }

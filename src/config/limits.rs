@@ -132,6 +132,10 @@ pub const BELOW_ONE: Real = Real::new(Bound::Included(0.0), Bound::Excluded(1.0)
 pub const AT_LEAST_ONE: Real = Real::new(Bound::Included(1.0), Bound::Included(FINITE));
 pub const PROBABILITY: Real = Real::new(Bound::Excluded(0.0), Bound::Included(1.0));
 pub const GUIDANCE_SCALE: Real = Real::new(Bound::Included(1.0), Bound::Included(1000.0));
+/// A logit: beyond it a sigmoid is 0 or 1.
+pub const LOGIT: Real = Real::new(Bound::Included(-100.0), Bound::Included(100.0));
+/// Between these every noise level is drawn by a density (Esser et al. 2024, section 3.1: up to 2 / (π − 2)).
+pub const MODE_SCALE: Real = Real::new(Bound::Included(-1.0), Bound::Included(1.75));
 /// Seconds: a year at most, as clocks overflow at some time.
 pub const SECONDS: Real = Real::new(Bound::Included(0.0), Bound::Included(31_536_000.0));
 

@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use super::reader::Faults;
+use super::surroundings::Surroundings;
 use super::tree::{Entry, Node, Place, Table, Value};
 use crate::files::system::is_system;
 use crate::images::is_photo_name;
@@ -20,7 +21,12 @@ pub struct Changes<'a> {
 }
 
 /// Lays the subjects of `changes` over `root`: where there are any, its own do not count.
-pub(super) fn lay_over(root: &mut Table, changes: &Changes<'_>, faults: &Faults) {
+pub(super) fn lay_over(
+    root: &mut Table,
+    changes: &Changes<'_>,
+    surroundings: &dyn Surroundings,
+    faults: &Faults,
+) {
     let mut subjects = Table::default();
     let mut add = |(name, subject): (String, Table), place: &Place| {
         if subjects.get(&name).is_some() {
@@ -36,7 +42,7 @@ pub(super) fn lay_over(root: &mut Table, changes: &Changes<'_>, faults: &Faults)
     };
     for typed in changes.subjects {
         let place = Place::Argument(format!("--subject {typed}").into());
-        match parse(typed, &place) {
+        match parse(typed, &place, |path| surroundings.is_dir(path)) {
             Some(subject) => add(subject, &place),
             None => faults.push(
                 &place,
@@ -47,7 +53,7 @@ pub(super) fn lay_over(root: &mut Table, changes: &Changes<'_>, faults: &Faults)
     }
     if let Some(dir) = changes.subjects_dir {
         let place = Place::Argument(format!("--subjects {}", dir.display()).into());
-        match in_folder(dir, &place) {
+        match in_folder(dir, &place, surroundings) {
             Ok(found) => found.into_iter().for_each(|subject| add(subject, &place)),
             Err(what) => faults.push(
                 &place,
@@ -93,7 +99,7 @@ fn subject(images: &str, class: &str, token: Option<&str>, place: &Place) -> Tab
 
 /// Name and fields of `NAME=DIR:CLASS` or `NAME=DIR:CLASS:TOKEN`. A folder may have colons in its name: of both readings
 /// the one counts whose folder is there, the longer one first.
-fn parse(typed: &str, place: &Place) -> Option<(String, Table)> {
+fn parse(typed: &str, place: &Place, is_dir: impl Fn(&Path) -> bool) -> Option<(String, Table)> {
     let (name, rest) = typed.split_once('=')?;
     // The colon of a drive ends nothing: C:\photos.
     let drive = match rest.as_bytes() {
@@ -103,7 +109,7 @@ fn parse(typed: &str, place: &Place) -> Option<(String, Table)> {
     let (before_last, last) = split_last(rest, drive)?;
     let longer = (before_last, last, None);
     let chosen = match split_last(before_last, drive) {
-        Some((dir, class)) if !Path::new(before_last).is_dir() => (dir, class, Some(last)),
+        Some((dir, class)) if !is_dir(Path::new(before_last)) => (dir, class, Some(last)),
         _ => longer,
     };
     let (dir, class, token) = chosen;
@@ -121,20 +127,36 @@ fn split_last(text: &str, start: usize) -> Option<(&str, &str)> {
 }
 
 /// The subjects in `dir`, in the order of their paths.
-fn in_folder(dir: &Path, place: &Place) -> Result<Vec<(String, Table)>, String> {
+fn in_folder(
+    dir: &Path,
+    place: &Place,
+    surroundings: &dyn Surroundings,
+) -> Result<Vec<(String, Table)>, String> {
+    // Sorted, without what is hidden or a system's own.
+    let entries = |dir: &Path| -> Result<Vec<PathBuf>, String> {
+        let mut paths = surroundings
+            .entries(dir)
+            .map_err(|error| error.to_string())?;
+        paths.retain(|path| {
+            let name = last_part(path);
+            !name.starts_with('.') && !is_system(&name)
+        });
+        paths.sort();
+        Ok(paths)
+    };
     let mut found: Vec<(String, Table)> = Vec::new();
     for class in entries(dir)? {
-        if !class.is_dir() {
+        if !surroundings.is_dir(&class) {
             continue;
         }
         for path in entries(&class)? {
-            if is_photo_name(&path) && path.is_file() {
-                return Err(format!(
-                    "{} holds photos, not folders of subjects",
-                    class.display()
-                ));
-            }
-            if !path.is_dir() {
+            if !surroundings.is_dir(&path) {
+                if is_photo_name(&path) {
+                    return Err(format!(
+                        "{} holds photos, not folders of subjects",
+                        class.display()
+                    ));
+                }
                 continue;
             }
             let images = path
@@ -150,21 +172,6 @@ fn in_folder(dir: &Path, place: &Place) -> Result<Vec<(String, Table)>, String> 
         true => Err(format!("there is no subject in {}", dir.display())),
         false => Ok(found),
     }
-}
-
-/// What is in `dir`, sorted, without what is hidden or a system's own.
-fn entries(dir: &Path) -> Result<Vec<PathBuf>, String> {
-    let failed = |error: std::io::Error| format!("{} cannot be listed: {error}", dir.display());
-    let mut paths = Vec::new();
-    for entry in std::fs::read_dir(dir).map_err(failed)? {
-        let path = entry.map_err(failed)?.path();
-        let name = last_part(&path);
-        if !name.starts_with('.') && !is_system(&name) {
-            paths.push(path);
-        }
-    }
-    paths.sort();
-    Ok(paths)
 }
 
 fn last_part(path: &Path) -> String {
@@ -206,7 +213,9 @@ mod tests {
     use super::*;
 
     fn read(typed: &str) -> Option<(String, Vec<String>)> {
-        let (name, table) = parse(typed, &Place::Argument("".into()))?;
+        let (name, table) = parse(typed, &Place::Argument("".into()), |path| {
+            path == Path::new("photos/a:b")
+        })?;
         let fields = table
             .entries
             .iter()
@@ -216,10 +225,7 @@ mod tests {
 
     #[test]
     fn a_typed_subject_is_a_name_a_folder_a_class_and_perhaps_a_token() {
-        let dir = tempfile::tempdir().unwrap();
-        let odd = dir.path().join("a:b");
-        std::fs::create_dir(&odd).unwrap();
-        let odd = odd.to_str().unwrap();
+        let odd = "photos/a:b";
         for (typed, fields) in [
             ("rex=photos/rex:dog", vec!["photos/rex", "dog"]),
             (

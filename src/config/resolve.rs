@@ -2,21 +2,19 @@
 
 use std::path::Path;
 
-use super::defaults;
 use super::direct;
 use super::effect::{first_idle, unlike};
+use super::family::{Family, Kind};
 use super::limits;
-use super::models::{self, Family, Kind};
 use super::prompts::PromptList;
 use super::reader::{At, Faults, did_you_mean};
 use super::resolved::*;
 use super::subjects;
+use super::surroundings::{Model, Surroundings};
 use super::templates::{self, Token};
-use super::training::{check_dtype, training, training_defaults};
+use super::training::{check_dtype, training};
 use super::tree::Place;
 use super::typed::{self, Typed};
-use crate::files;
-use crate::hub::RepoId;
 
 pub(super) fn place_of<'a, T>(typed: &'a Typed<T>, otherwise: &'a Place) -> &'a Place {
     typed.as_ref().map_or(otherwise, |at| &at.place)
@@ -31,10 +29,14 @@ pub(super) fn or<T: Clone>(typed: &Typed<T>, default: T) -> T {
 const OVERLAP: f64 = 0.5;
 
 /// `None` only with a fault.
-pub(super) fn pipeline(typed: &typed::Pipeline, faults: &Faults) -> Option<Resolved> {
+pub(super) fn pipeline(
+    typed: &typed::Pipeline,
+    surroundings: &dyn Surroundings,
+    faults: &Faults,
+) -> Option<Resolved> {
     let subjects = subjects::resolve(typed, faults);
     let student = match &typed.student {
-        Some(student) => resolve_student(student, &typed.direct, faults),
+        Some(student) => resolve_student(student, &typed.direct, surroundings, faults),
         None => {
             missing_section(faults, &typed.start, "student", "nano-llamagen");
             None
@@ -47,11 +49,12 @@ pub(super) fn pipeline(typed: &typed::Pipeline, faults: &Faults) -> Option<Resol
     let mut proxies = None;
     match (&typed.supervisor, source) {
         (Some(section), Source::Proxies) => {
-            supervisor = resolve_supervisor(section, faults);
-            let family = supervisor
-                .as_ref()
-                .map_or(Family::Sd3, |supervisor| supervisor.family);
-            proxies = Some(resolve_proxies(&typed.proxies, Some(family), faults));
+            supervisor = resolve_supervisor(section, surroundings, faults);
+            let family = supervisor.as_ref().map(|supervisor| supervisor.family);
+            let sampling =
+                family.and_then(|family| proxies_sampling(&typed.proxies, family, faults));
+            let resolved = resolve_proxies(&typed.proxies, sampling, faults);
+            proxies = resolved.sampling.is_some().then_some(resolved);
         }
         (None, Source::Proxies) => missing_section(faults, &typed.start, "supervisor", "nano-sd3"),
         (_, Source::Custom) => {
@@ -60,12 +63,15 @@ pub(super) fn pipeline(typed: &typed::Pipeline, faults: &Faults) -> Option<Resol
         }
         (_, Source::References | Source::Augmented) => no_effect_of_proxies(typed, faults),
     }
-    let evaluation = resolve_evaluation(&typed.evaluation, student.as_ref(), faults);
+    let evaluation = resolve_evaluation(&typed.evaluation, student.as_ref(), surroundings, faults);
     let student = student?;
     let direct = direct::resolve(typed, &student, faults);
     let resolved = Resolved {
         seed: or(&typed.seed, 0) as u64,
-        threads: threads(or(&typed.threads, 0)),
+        threads: match or(&typed.threads, 0) {
+            0 => surroundings.threads(),
+            threads => threads,
+        },
         subjects: subjects?,
         supervisor,
         proxies,
@@ -178,70 +184,71 @@ fn no_effect_of_proxies(typed: &typed::Pipeline, faults: &Faults) {
     }
 }
 
-/// Reports a supervisor beside a source that needs none.
+/// Reports what a custom source makes itself.
 fn no_effect_of_supervisor(typed: &typed::Pipeline, faults: &Faults) {
-    if let Some(section) = &typed.supervisor {
+    let student = typed.student.as_ref();
+    let switch = student.and_then(|student| student.source.as_ref());
+    let switch = switch.map(|at| &at.place);
+    let supervisor = typed.supervisor.iter();
+    let supervisor = supervisor
+        .flat_map(|section| std::iter::once(&section.place).chain(section.training.places()));
+    if let Some(place) = first_idle(switch, supervisor) {
         faults.push(
-            &section.place,
+            place,
             "[supervisor] has no effect beside a custom source",
             "remove it, or set student.source = \"proxies\"",
         );
     }
-}
-
-fn threads(typed: usize) -> usize {
-    match typed {
-        0 => std::thread::available_parallelism().map_or(1, usize::from),
-        threads => threads,
+    for (_, place) in sampling_places(&typed.proxies.sampling) {
+        if let Some(place) = first_idle(switch, place) {
+            faults.push(
+                place,
+                "how proxies are sampled has no effect on a custom source",
+                "remove the line: the source's own program decides that",
+            );
+        }
     }
 }
 
-/// The family of a model that is to play `role`.
-fn family(
-    model: &At<String>,
+/// What the model is that is to play `role`.
+fn model(
+    name: &At<String>,
     role: &str,
-    fits: impl Fn(Family) -> bool,
+    fits: impl Fn(Kind) -> bool,
+    surroundings: &dyn Surroundings,
     faults: &Faults,
-) -> Option<Family> {
-    match models::family(&model.value) {
-        Ok(family) if fits(family) => Some(family),
-        Ok(family) => {
-            let fitting = models::KNOWN
-                .iter()
-                .filter(|model| fits(model.family))
-                .map(|model| model.name);
+) -> Option<Model> {
+    let known = surroundings.models();
+    match surroundings.model(&name.value) {
+        Ok(model) if fits(model.family.kind()) => Some(model),
+        Ok(model) => {
+            let fitting = known.iter().filter(|(_, family)| fits(family.kind()));
+            let fitting: Vec<&str> = fitting.map(|(name, _)| *name).collect();
             faults.push(
-                &model.place,
+                &name.place,
                 format!(
-                    "{} is a {family} model and cannot be the {role}",
-                    model.value
+                    "{} is a {} model and cannot be the {role}",
+                    name.value, model.family
                 ),
-                format!(
-                    "models for this role are {}",
-                    fitting.collect::<Vec<_>>().join(", ")
-                ),
+                format!("models for this role are {}", fitting.join(", ")),
             );
             None
         }
         Err(error) => {
-            let names_a_place =
-                Path::new(&model.value).is_dir() || RepoId::parse(&model.value).is_some();
-            let hint = if names_a_place {
-                error.hint().unwrap_or_default()
-            } else {
-                did_you_mean(
-                    &model.value,
-                    models::known_names().into_iter(),
-                    "the known models are",
-                )
+            let hint = match surroundings.names_a_place(&name.value) {
+                true => error.hint().unwrap_or_default(),
+                false => {
+                    let names = known.iter().map(|(name, _)| *name);
+                    did_you_mean(&name.value, names, "the known models are")
+                }
             };
-            faults.push(&model.place, error.to_string(), hint);
+            faults.push(&name.place, error.to_string(), hint);
             None
         }
     }
 }
 
-fn resolution(typed: &Typed<usize>, model: &str, faults: &Faults) -> Option<usize> {
+fn resolution(typed: &Typed<usize>, model: Model, faults: &Faults) -> Option<usize> {
     if let Some(at) = typed
         && at.value % 8 != 0
     {
@@ -252,17 +259,18 @@ fn resolution(typed: &Typed<usize>, model: &str, faults: &Faults) -> Option<usiz
         );
     }
     let typed = typed.as_ref().map(|at| at.value);
-    typed.or_else(|| models::known(model).and_then(|model| model.resolution))
+    typed.or(model.resolution)
 }
 
-fn resolve_supervisor(typed: &typed::Supervisor, faults: &Faults) -> Option<Supervisor> {
-    let model = typed.model.as_ref()?;
-    let family = family(
-        model,
-        "supervisor",
-        |family| family.kind() == Kind::Diffusion,
-        faults,
-    )?;
+fn resolve_supervisor(
+    typed: &typed::Supervisor,
+    surroundings: &dyn Surroundings,
+    faults: &Faults,
+) -> Option<Supervisor> {
+    let name = typed.model.as_ref()?;
+    let is_diffusion = |kind| kind == Kind::Diffusion;
+    let model = model(name, "supervisor", is_diffusion, surroundings, faults)?;
+    let family = model.family;
     let prior_preservation = typed.prior_preservation.as_ref().map(|prior| {
         if let Some(prompt) = &prior.prompt {
             templates::check(prompt, Token::Forbidden, faults);
@@ -276,63 +284,127 @@ fn resolve_supervisor(typed: &typed::Supervisor, faults: &Faults) -> Option<Supe
     if let Some(prompt) = &typed.prompt {
         templates::check(prompt, Token::Required, faults);
     }
-    let default = training_defaults(family);
+    let default = family.training();
     check_dtype(&typed.dtype, &typed.training, "supervisor", faults);
-    Some(Supervisor {
-        model: model.value.clone(),
+    let own = ("supervisor", family, &name.place);
+    let mut supervisor = Supervisor {
+        model: name.value.clone(),
         family,
         device: or(&typed.device, Device::Cpu),
         dtype: or(&typed.dtype, Dtype::Auto),
-        resolution: resolution(&typed.resolution, &model.value, faults),
-        prompt: or(&typed.prompt, "a {token} {class}".to_string()),
-        training: training(
-            ("supervisor", family),
-            &typed.training,
-            &default,
-            None,
-            false,
+        resolution: resolution(&typed.resolution, model, faults),
+        adapter: typed.adapter.as_ref().map(|at| at.value.clone().into()),
+        adapter_digest: digest(
+            ("supervisor.adapter", &typed.adapter),
+            &typed.adapter_digest,
+            "name the file or folder of an adapter",
+            surroundings,
             faults,
         ),
+        prompt: or(&typed.prompt, SUPERVISOR_PROMPT.to_string()),
+        center_crop: or(&typed.center_crop, true),
+        random_flip: or(&typed.random_flip, false),
+        training: training(own, &typed.training, &default, None, false, faults),
         prior_preservation,
-    })
+    };
+    if let Some(adapter) = &typed.adapter {
+        no_effect_of_learning(
+            typed,
+            &adapter.place,
+            supervisor.training != default,
+            faults,
+        );
+        supervisor.training = default;
+        supervisor.prompt = SUPERVISOR_PROMPT.to_string();
+        (supervisor.center_crop, supervisor.random_flip) = (true, false);
+        supervisor.prior_preservation = None;
+    }
+    Some(supervisor)
 }
 
-fn diffusion_sampling(typed: &typed::Sampling, family: Family) -> DiffusionSampling {
-    let default = defaults::diffusion_sampling(family);
+/// The caption of references where nothing is typed.
+const SUPERVISOR_PROMPT: &str = "a {token} {class}";
+
+/// Reports what is said of how a supervisor learns whose adapter is given, at `switch`; `trains` says whether its training
+/// is another than the default.
+fn no_effect_of_learning(typed: &typed::Supervisor, switch: &Place, trains: bool, faults: &Faults) {
+    let training = typed.training.places();
+    let prior = typed.prior_preservation.as_ref().map(|prior| &prior.place);
+    let prompt = unlike(&typed.prompt, &SUPERVISOR_PROMPT.to_string());
+    for (what, place) in [
+        (
+            "how the supervisor learns",
+            first_idle(Some(switch), training).filter(|_| trains),
+        ),
+        ("supervisor.prompt", first_idle(Some(switch), prompt)),
+        (
+            "supervisor.center_crop",
+            first_idle(Some(switch), unlike(&typed.center_crop, &true)),
+        ),
+        (
+            "supervisor.random_flip",
+            first_idle(Some(switch), unlike(&typed.random_flip, &false)),
+        ),
+        (
+            "[supervisor.prior_preservation]",
+            first_idle(Some(switch), prior),
+        ),
+    ] {
+        if let Some(place) = place {
+            faults.push(
+                place,
+                format!("{what} has no effect with supervisor.adapter, which is learnt already"),
+                "remove it, or remove supervisor.adapter",
+            );
+        }
+    }
+}
+
+/// What was typed over `default`.
+fn diffusion_sampling(
+    typed: &typed::Sampling,
+    default: DiffusionSampling,
+    faults: &Faults,
+) -> DiffusionSampling {
+    let share = |typed: &Typed<f64>, whole: f64| {
+        let share = typed.as_ref().map(|at| at.value);
+        share.filter(|share| *share != whole)
+    };
+    let (start, stop) = (
+        share(&typed.guidance_start, 0.0),
+        share(&typed.guidance_stop, 1.0),
+    );
+    let place = [&typed.guidance_stop, &typed.guidance_start]
+        .into_iter()
+        .flatten()
+        .next();
+    if let Some(at) = place.filter(|_| start.unwrap_or(0.0) >= stop.unwrap_or(1.0)) {
+        faults.push(
+            &at.place,
+            "guidance ends before it has begun",
+            "set guidance_stop above guidance_start, or guidance_scale = 1 for no guidance",
+        );
+    }
     DiffusionSampling {
         num_inference_steps: or(&typed.num_inference_steps, default.num_inference_steps),
         guidance_scale: or(&typed.guidance_scale, default.guidance_scale),
         negative_prompt: or(&typed.negative_prompt, default.negative_prompt),
+        guidance_start: start,
+        guidance_stop: stop,
     }
 }
 
 /// Faults of what is said of drawing in `section` and has no effect on a model of `family`.
 fn no_effect_of_sampling(section: &str, typed: &typed::Sampling, family: Family, faults: &Faults) {
-    let negative = typed.negative_prompt.as_ref();
-    for (field, place) in [
-        (
-            "num_inference_steps",
-            typed.num_inference_steps.as_ref().map(|at| &at.place),
-        ),
-        // Resolved files say that there is none.
-        (
-            "negative_prompt",
-            negative
-                .filter(|at| family != Family::Flux || !at.value.is_empty())
-                .map(|at| &at.place),
-        ),
-        ("top_k", typed.top_k.as_ref().map(|at| &at.place)),
-        ("top_p", typed.top_p.as_ref().map(|at| &at.place)),
-        (
-            "temperature",
-            typed.temperature.as_ref().map(|at| &at.place),
-        ),
-        (
-            "guidance_interval",
-            typed.guidance_interval.as_ref().map(|at| &at.place),
-        ),
-    ] {
-        if let Some(place) = place.filter(|_| !draws_with(family, field)) {
+    // Resolved files say that there is none.
+    let is_none = typed
+        .negative_prompt
+        .as_ref()
+        .is_some_and(|at| at.value.is_empty());
+    let said = is_none && family.kind() == Kind::Diffusion;
+    for (field, place) in sampling_places(typed) {
+        let is_read = family.draws_with(field) || (said && field == "negative_prompt");
+        if let Some(place) = place.filter(|_| !is_read) {
             faults.push(
                 place,
                 format!("{section}.{field} has no effect on a {family} model"),
@@ -342,95 +414,111 @@ fn no_effect_of_sampling(section: &str, typed: &typed::Sampling, family: Family,
     }
 }
 
-/// Whether models of `family` draw with the setting `field`.
-pub fn draws_with(family: Family, field: &str) -> bool {
-    match field {
-        "num_inference_steps" => family.kind() == Kind::Diffusion,
-        // FLUX was distilled: there is no second prediction to lead away from.
-        "negative_prompt" => family.kind() == Kind::Diffusion && family != Family::Flux,
-        "top_k" | "top_p" | "temperature" => family.kind() == Kind::Autoregressive,
-        "guidance_interval" => family == Family::LlamaGen,
-        _ => true,
+/// Where each setting of sampling was typed.
+fn sampling_places(typed: &typed::Sampling) -> [(&'static str, Option<&Place>); 9] {
+    fn place<T>(typed: &Typed<T>) -> Option<&Place> {
+        typed.as_ref().map(|at| &at.place)
     }
+    let typed::Sampling {
+        guidance_scale,
+        num_inference_steps,
+        negative_prompt,
+        guidance_start,
+        guidance_stop,
+        top_k,
+        top_p,
+        temperature,
+        guidance_interval,
+    } = typed;
+    [
+        ("guidance_scale", place(guidance_scale)),
+        ("num_inference_steps", place(num_inference_steps)),
+        ("negative_prompt", place(negative_prompt)),
+        ("guidance_start", place(guidance_start)),
+        ("guidance_stop", place(guidance_stop)),
+        ("top_k", place(top_k)),
+        ("top_p", place(top_p)),
+        ("temperature", place(temperature)),
+        ("guidance_interval", place(guidance_interval)),
+    ]
 }
 
-/// `family` is that of the supervisor; a custom source has none.
-fn resolve_proxies(typed: &typed::Proxies, family: Option<Family>, faults: &Faults) -> Proxies {
+/// How supervisors of `family` draw proxies.
+fn proxies_sampling(
+    typed: &typed::Proxies,
+    family: Family,
+    faults: &Faults,
+) -> Option<DiffusionSampling> {
+    no_effect_of_sampling("proxies", &typed.sampling, family, faults);
+    let Sampling::Diffusion(default) = family.sampling() else {
+        return None;
+    };
+    Some(diffusion_sampling(&typed.sampling, default, faults))
+}
+
+/// `sampling` is that of supervisors; a custom source has none.
+fn resolve_proxies(
+    typed: &typed::Proxies,
+    sampling: Option<DiffusionSampling>,
+    faults: &Faults,
+) -> Proxies {
     let prompts = typed.prompts.as_ref().map(|list| {
         list.value
             .iter()
             .for_each(|template| templates::check(template, Token::Required, faults));
         list.value.iter().map(|at| at.value.clone()).collect()
     });
-    match family {
-        Some(family) => no_effect_of_sampling("proxies", &typed.sampling, family, faults),
-        None => {
-            let typed::Sampling {
-                num_inference_steps,
-                guidance_scale,
-                negative_prompt,
-                ..
-            } = &typed.sampling;
-            let steps = num_inference_steps.as_ref().map(|at| &at.place);
-            let scale = guidance_scale.as_ref().map(|at| &at.place);
-            let negative = negative_prompt.as_ref().map(|at| &at.place);
-            for place in [steps, scale, negative].into_iter().flatten() {
-                faults.push(
-                    place,
-                    "how proxies are sampled has no effect on a custom source",
-                    "remove the line: the source's own program decides that",
-                );
-            }
-        }
-    }
     Proxies {
         count: or(&typed.count, 100),
         batch_size: or(&typed.batch_size, 4),
         prompts: prompts.unwrap_or_else(|| vec!["a {token} {class}".to_string()]),
-        sampling: family.map(|family| diffusion_sampling(&typed.sampling, family)),
+        sampling,
     }
 }
 
 fn resolve_student(
     typed: &typed::Student,
     direct: &typed::Direct,
+    surroundings: &dyn Surroundings,
     faults: &Faults,
 ) -> Option<Student> {
-    let model = typed.model.as_ref()?;
-    let family = family(
-        model,
-        "student",
-        |family| family.kind() != Kind::Evaluator,
-        faults,
-    )?;
+    let name = typed.model.as_ref()?;
+    let model = model(name, "student", Kind::draws, surroundings, faults)?;
+    let family = model.family;
     let sampling = &typed.sampling;
     no_effect_of_sampling("student", sampling, family, faults);
-    let resolved_sampling = if family.kind() == Kind::Diffusion {
-        Sampling::Diffusion(diffusion_sampling(sampling, family))
-    } else {
-        let default = defaults::autoregressive_sampling(family);
-        Sampling::Autoregressive(AutoregressiveSampling {
+    let resolved_sampling = match family.sampling() {
+        Sampling::Diffusion(default) => {
+            Sampling::Diffusion(diffusion_sampling(sampling, default, faults))
+        }
+        Sampling::Autoregressive(default) => Sampling::Autoregressive(AutoregressiveSampling {
             guidance_scale: or(&sampling.guidance_scale, default.guidance_scale),
             top_k: or(&sampling.top_k, default.top_k),
             top_p: or(&sampling.top_p, default.top_p),
             temperature: or(&sampling.temperature, default.temperature),
             guidance_interval: sampling.guidance_interval.as_ref().map(|at| at.value),
-        })
+        }),
     };
-    let default = training_defaults(family);
+    let default = family.training();
     check_dtype(&typed.dtype, &typed.training, "student", faults);
     let source = or(&typed.source, Source::Proxies);
     Some(Student {
-        model: model.value.clone(),
+        model: name.value.clone(),
         family,
         device: or(&typed.device, Device::Cpu),
         dtype: or(&typed.dtype, Dtype::Auto),
-        resolution: resolution(&typed.resolution, &model.value, faults),
+        resolution: resolution(&typed.resolution, model, faults),
         source,
         init: typed.init.as_ref().map(|at| at.value.clone().into()),
-        init_digest: init_digest(typed, faults),
+        init_digest: digest(
+            ("student.init", &typed.init),
+            &typed.init_digest,
+            "name the folder of a trained student, such as student in a run's directory",
+            surroundings,
+            faults,
+        ),
         training: training(
-            ("student", family),
+            ("student", family, &name.place),
             &typed.training,
             &default,
             None,
@@ -440,8 +528,8 @@ fn resolve_student(
         condition_dropout: or(&typed.condition_dropout, 0.1),
         dropout: dropout(
             ("student", &typed.dropout),
-            (family, defaults::training(family).dropout),
-            &model.place,
+            (family, family.dropout()),
+            &name.place,
             faults,
         ),
         overlap: match source {
@@ -452,28 +540,34 @@ fn resolve_student(
     })
 }
 
-/// The digest of the adapter that the student starts from: as it was typed or, where it was not, as its files are now.
-fn init_digest(typed: &typed::Student, faults: &Faults) -> Option<String> {
-    let Some(init) = &typed.init else {
-        if let Some(digest) = &typed.init_digest {
+/// The digest of the adapter that `field` names: as it was typed or, where it was not, as its files are now.
+fn digest(
+    (field, path): (&str, &Typed<String>),
+    typed: &Typed<String>,
+    hint: &str,
+    surroundings: &dyn Surroundings,
+    faults: &Faults,
+) -> Option<String> {
+    let Some(path) = path else {
+        if let Some(digest) = typed {
             faults.push(
                 &digest.place,
-                "student.init_digest has no effect without student.init",
+                format!("{field}_digest has no effect without {field}"),
                 "remove the line",
             );
         }
         return None;
     };
-    if let Some(digest) = &typed.init_digest {
+    if let Some(digest) = typed {
         return Some(digest.value.clone());
     }
-    match files::digest_dir(Path::new(&init.value)) {
+    match surroundings.digest(Path::new(&path.value)) {
         Ok(digest) => Some(digest),
         Err(error) => {
             faults.push(
-                &init.place,
-                format!("student.init cannot be read: {error}"),
-                "name the folder of a trained student, such as student in a run's directory",
+                &path.place,
+                format!("{field} cannot be read: {error}"),
+                hint,
             );
             None
         }
@@ -503,17 +597,21 @@ pub(super) fn dropout(
 fn resolve_evaluation(
     typed: &typed::Evaluation,
     student: Option<&Student>,
+    surroundings: &dyn Surroundings,
     faults: &Faults,
 ) -> Option<Evaluation> {
-    let [clip, dino] = models::evaluators(student.map(|student| student.model.as_str()));
-    let fits = [(&typed.clip, Family::Clip), (&typed.dino, Family::Dino)].map(|(typed, wanted)| {
-        let Some(model) = typed else { return true };
-        let role = format!("{wanted} of the evaluation");
-        family(model, &role, |family| family == wanted, faults).is_some()
+    let [clip, dino] = surroundings.evaluators(student.map(|student| student.model.as_str()));
+    let roles = [
+        (&typed.clip, "CLIP of the evaluation", Kind::Clip),
+        (&typed.dino, "DINO of the evaluation", Kind::Dino),
+    ];
+    let fits = roles.map(|(typed, role, wanted)| {
+        let Some(name) = typed else { return true };
+        model(name, role, |kind| kind == wanted, surroundings, faults).is_some()
     });
     let prompts = match &typed.prompts {
         None => Some(PromptList::DreamBooth),
-        Some(typed::Prompts::Named(name)) => templates::read(name, faults),
+        Some(typed::Prompts::Named(name)) => templates::read(name, surroundings, faults),
         Some(typed::Prompts::Listed(templates)) => {
             templates
                 .iter()

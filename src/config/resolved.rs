@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde::ser::SerializeMap;
 use serde::{Deserialize, Serialize, Serializer};
 
-use super::models::Family;
+use super::family::Family;
 use super::prompts::PromptList;
 use crate::{Error, Result};
 
@@ -67,13 +67,36 @@ pub struct Supervisor {
     /// (`None`) the checkpoint's own.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub resolution: Option<usize>,
-    /// Caption of the references; `{token}` and `{class}` are replaced. Default "a {token} {class}".
+    /// File or folder of an adapter that somebody has trained, in diffusers', kohya's, ComfyUI's or peft's layout: nothing is
+    /// learnt, and it makes the proxies of every subject, which it should know by token and class. What else is said of
+    /// learning has no effect then. Default: none, each subject is learnt.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<PathBuf>,
+    /// Digest of the bytes of `adapter`, which keys have in place of the path. Default: read from it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adapter_digest: Option<String>,
+    /// Caption of the references that have none of their own (in `metadata.jsonl`, or a .txt of the photo's name, beside
+    /// them); `{token}` and `{class}` are replaced in all. Default "a {token} {class}".
     pub prompt: String,
+    /// Whether the middle of each photo is learnt, or else a square at random, chosen once. Default true.
+    pub center_crop: bool,
+    /// Whether each photo is flipped left to right with probability 1/2, decided once. Default false.
+    pub random_flip: bool,
     #[serde(flatten)]
     pub training: Training,
     /// DreamBooth's class images beside the references (Ruiz et al. 2023, section 3.2). Default: none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prior_preservation: Option<PriorPreservation>,
+}
+
+impl Supervisor {
+    /// Optimizer steps that a supervisor of this pipeline takes; none where its adapter is given.
+    pub fn steps(&self) -> usize {
+        match self.adapter {
+            Some(_) => 0,
+            None => self.training.steps,
+        }
+    }
 }
 
 /// `[supervisor.prior_preservation]`: the table's presence turns it on.
@@ -118,6 +141,12 @@ pub struct Training {
     pub decay_vectors: bool,
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub prodigy: Option<Prodigy>,
+    /// SDXL alone: the loss of a noise level weighs `min(SNR, snr_gamma) / SNR` (Hang et al. 2023, arXiv 2303.09556), so
+    /// that levels with little noise do not count for too much. Above 0; 5 is usual. Default: all levels weigh alike.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub snr_gamma: Option<f64>,
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub flow_matching: Option<FlowMatching>,
     /// The gradient's norm is clipped to this; above 0. Default 1, Lumina 4.
     pub max_grad_norm: f64,
     /// Default "constant".
@@ -186,6 +215,27 @@ impl Default for Prodigy {
     }
 }
 
+/// Which noise levels SD3 and FLUX learn, and how much each weighs: more fields of `[supervisor]`, `[student]` and
+/// `[direct]` for these models, with the names and formulas of diffusers' DreamBooth scripts (Esser et al. 2024, arXiv
+/// 2403.03206, section 3.1).
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct FlowMatching {
+    /// "logit_normal" and "mode" draw levels by these densities, "sigma_sqrt" and "cosmap" evenly and weigh their losses;
+    /// "none" does neither. Default: SD3 "logit_normal", FLUX "none".
+    pub weighting_scheme: WeightingScheme,
+    /// With "logit_normal" alone: mean of the normal distribution whose sigmoid is drawn; above 0, levels with little noise
+    /// are learnt more often. Default 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub logit_mean: Option<f64>,
+    /// With "logit_normal" alone: its standard deviation, above 0. Default 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub logit_std: Option<f64>,
+    /// With "mode" alone: how far levels in the middle (above 0) or at the ends (below 0) are preferred; -1 to 1.75.
+    /// Default 1.29.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mode_scale: Option<f64>,
+}
+
 /// `[proxies]`: the images the supervisors make, or a custom source, which has no settings of sampling.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Proxies {
@@ -209,6 +259,14 @@ pub struct DiffusionSampling {
     pub guidance_scale: f64,
     /// What guidance leads away from. Default "".
     pub negative_prompt: String,
+    /// Guidance begins after this share of the steps (Kynkäänniemi et al. 2024, arXiv 2404.07724); 0 to 1. FLUX has none.
+    /// Default 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub guidance_start: Option<f64>,
+    /// Guidance ends after this share of the steps, above `guidance_start`; what is not guided costs half. FLUX has none.
+    /// Default 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub guidance_stop: Option<f64>,
 }
 
 /// How an autoregressive model samples.
@@ -228,12 +286,56 @@ pub struct AutoregressiveSampling {
     pub guidance_interval: Option<usize>,
 }
 
+/// How LlamaGen's `sample_t2i.py` draws.
+impl Default for AutoregressiveSampling {
+    fn default() -> Self {
+        Self {
+            guidance_scale: 7.5,
+            top_k: 1000,
+            top_p: 1.0,
+            temperature: 1.0,
+            guidance_interval: None,
+        }
+    }
+}
+
 /// The student's way of sampling follows from its family.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(untagged)]
 pub enum Sampling {
     Diffusion(DiffusionSampling),
     Autoregressive(AutoregressiveSampling),
+}
+
+impl Sampling {
+    /// As a diffusion model draws.
+    ///
+    /// # Errors
+    /// When it is for a model of the other kind.
+    pub fn diffusion(&self) -> Result<&DiffusionSampling> {
+        match self {
+            Self::Diffusion(settings) => Ok(settings),
+            Self::Autoregressive(_) => Err(other_kind("a diffusion")),
+        }
+    }
+
+    /// As an autoregressive model draws.
+    ///
+    /// # Errors
+    /// When it is for a model of the other kind.
+    pub fn autoregressive(&self) -> Result<&AutoregressiveSampling> {
+        match self {
+            Self::Autoregressive(settings) => Ok(settings),
+            Self::Diffusion(_) => Err(other_kind("an autoregressive")),
+        }
+    }
+}
+
+fn other_kind(kind: &str) -> Error {
+    Error::Invalid {
+        what: format!("these settings of sampling are not for {kind} model"),
+        hint: None,
+    }
 }
 
 /// `[student]`: the model that learns from a source of images.
@@ -253,8 +355,8 @@ pub struct Student {
     pub resolution: Option<usize>,
     /// What it learns from; "custom" are images that a program gives to the library (`run_with_source`). Default "proxies".
     pub source: Source,
-    /// Folder of the adapter (or, where all weights are trained, the checkpoint) that it starts from, with fresh
-    /// moments; relative paths start at the working directory. Default: none, it starts from the model.
+    /// Folder or file of the adapter (or, where all weights are trained, folder of the checkpoint) that it starts from, with
+    /// fresh moments; relative paths start at the working directory. Default: none, it starts from the model.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub init: Option<PathBuf>,
     /// Digest of the files in `init`: what the plan depends on in place of the path. Default: read from the folder.
@@ -388,6 +490,22 @@ pub enum Optimizer {
     /// Orthogonal steps (Jordan et al. 2024) for matrices inside the network, AdamW for everything else, both with the
     /// same learning rate and decay.
     Muon,
+}
+
+/// Which noise levels are learnt, and what they weigh. The names are diffusers' own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WeightingScheme {
+    /// All levels equally often, the loss divided by σ².
+    SigmaSqrt,
+    /// Levels in the middle more often.
+    LogitNormal,
+    /// Levels in the middle more often, with more at the ends than a logit-normal density has.
+    Mode,
+    /// All levels equally often, those in the middle weighing more.
+    Cosmap,
+    /// All levels equally often and alike.
+    None,
 }
 
 /// How the learning rate goes on after the warm-up. The names are diffusers' own.

@@ -3,24 +3,23 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::limits::TEXT_BYTES;
 use super::prompts::{self, PromptList};
 use super::reader::{At, Faults, did_you_mean};
+use super::surroundings::Surroundings;
 use super::tree::Place;
-use crate::files::text;
 use crate::{Error, Result};
 
 /// The list of prompts called `list`: one that ships, or a file with one template per line.
 ///
 /// # Errors
 /// [`Error::Config`] with every fault of the file, each as `FILE:LINE:COLUMN: what` and `hint: …`, or that there is none.
-pub fn prompt_list(list: &str) -> Result<PromptList> {
+pub fn prompt_list(list: &str, surroundings: &dyn Surroundings) -> Result<PromptList> {
     let faults = Faults::default();
     let name = At {
         value: list.to_string(),
         place: Place::Argument(format!("--prompts {list}").into()),
     };
-    let templates = read(&name, &faults);
+    let templates = read(&name, surroundings, &faults);
     let lines = faults.into_lines();
     match templates {
         Some(templates) if lines.is_empty() => Ok(templates),
@@ -29,29 +28,21 @@ pub fn prompt_list(list: &str) -> Result<PromptList> {
 }
 
 /// The list of prompts called `name`; `None`, with a fault, when it is a file that cannot be read.
-pub(super) fn read(name: &At<String>, faults: &Faults) -> Option<PromptList> {
+pub(super) fn read(
+    name: &At<String>,
+    surroundings: &dyn Surroundings,
+    faults: &Faults,
+) -> Option<PromptList> {
     if let Some(list) = PromptList::named(&name.value) {
         return Some(list);
     }
-    let text = match text::read(Path::new(&name.value), TEXT_BYTES) {
-        Ok(text) => text,
-        Err(error) if Path::new(&name.value).exists() => {
-            faults.push(
-                &name.place,
-                error.to_string(),
-                error.hint().unwrap_or_default(),
-            );
-            return None;
-        }
-        Err(error) => {
-            let error = match error {
-                Error::Io { source, .. } => source.to_string(),
-                other => other.to_string(),
-            };
+    let text = match surroundings.text(Path::new(&name.value)) {
+        Ok(Some(text)) => text,
+        Ok(None) => {
             faults.push(
                 &name.place,
                 format!(
-                    "{:?} is neither a list of prompts that ships nor a file: {error}",
+                    "{:?} is neither a list of prompts that ships nor a file",
                     name.value
                 ),
                 did_you_mean(
@@ -60,6 +51,11 @@ pub(super) fn read(name: &At<String>, faults: &Faults) -> Option<PromptList> {
                     "the lists are",
                 ),
             );
+            return None;
+        }
+        Err(error) => {
+            let hint = error.hint().unwrap_or_default();
+            faults.push(&name.place, error.to_string(), hint);
             return None;
         }
     };

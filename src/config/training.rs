@@ -1,41 +1,14 @@
 //! How a backbone learns: what was typed over the family's defaults, and what of it has no effect.
 
-use super::defaults;
 use super::effect::{first_idle, unlike};
-use super::models::Family;
+use super::family::Family;
 use super::reader::{At, Faults};
 use super::resolve::or;
-use super::resolved::{Dtype, LrScheduler, Memory, Optimizer, Prodigy, Training, Tuning};
+use super::resolved::{
+    Dtype, FlowMatching, LrScheduler, Optimizer, Prodigy, Training, Tuning, WeightingScheme,
+};
 use super::tree::Place;
 use super::typed::{self, Typed};
-
-/// How a model of this family learns where nothing else is said.
-pub fn training_defaults(family: Family) -> Training {
-    let defaults = defaults::training(family);
-    let optimizer = defaults.optimizer;
-    Training {
-        tuning: Tuning::Lora,
-        steps: defaults.steps,
-        batch_size: defaults.batch_size,
-        gradient_accumulation_steps: 1,
-        learning_rate: defaults::learning_rate(family, optimizer),
-        optimizer,
-        adam_beta1: 0.9,
-        adam_beta2: defaults.adam_beta2,
-        adam_epsilon: 1e-8,
-        weight_decay: defaults.weight_decay,
-        decay_vectors: family != Family::LlamaGen,
-        prodigy: (optimizer == Optimizer::Prodigy).then(Prodigy::default),
-        max_grad_norm: defaults.max_grad_norm,
-        lr_scheduler: LrScheduler::Constant,
-        warmup_steps: 0,
-        rank: defaults::RANK,
-        alpha: defaults::RANK as f64,
-        targets: defaults::targets(family),
-        checkpoint_every: defaults::CHECKPOINT_EVERY,
-        memory: Memory::Auto,
-    }
-}
 
 /// Weights that are all trained are f32.
 pub(super) fn check_dtype(
@@ -56,11 +29,11 @@ pub(super) fn check_dtype(
     }
 }
 
-/// What was typed for `role`, a model of `family`, over `default`. `inherited` is what `default` itself was typed as, if
+/// What was typed for `role`, a model of `family` that `model` names, over `default`. `inherited` is what `default` itself was typed as, if
 /// it was. Where all weights are trained, what an adapter would be like has no effect, unless `keeps_adapter`: somebody
 /// inherits it.
 pub(super) fn training(
-    (role, family): (&str, Family),
+    (role, family, model): (&str, Family, &Place),
     typed: &typed::Training,
     default: &Training,
     inherited: Option<&typed::Training>,
@@ -107,7 +80,7 @@ pub(super) fn training(
     let is_prodigy = |optimizer| optimizer == Optimizer::Prodigy;
     let rate = match is_prodigy(optimizer) == is_prodigy(default.optimizer) {
         true => default.learning_rate,
-        false => defaults::learning_rate(family, optimizer),
+        false => family.learning_rate(optimizer),
     };
     let training = Training {
         tuning,
@@ -122,6 +95,8 @@ pub(super) fn training(
         weight_decay: or(&typed.weight_decay, default.weight_decay),
         decay_vectors: default.decay_vectors,
         prodigy: prodigy(role, typed, (optimizer, default), inherited, faults),
+        snr_gamma: snr_gamma((role, family, model), typed, default, faults),
+        flow_matching: flow_matching((role, family, model), typed, default, inherited, faults),
         max_grad_norm: or(&typed.max_grad_norm, default.max_grad_norm),
         lr_scheduler: or(&typed.lr_scheduler, default.lr_scheduler),
         warmup_steps: or(&typed.warmup_steps, default.warmup_steps),
@@ -168,6 +143,97 @@ fn prodigy(
         decouple: or(&own.decouple, default.decouple),
         use_bias_correction: or(&own.use_bias_correction, default.use_bias_correction),
         safeguard_warmup: or(&own.safeguard_warmup, default.safeguard_warmup),
+    })
+}
+
+/// Faults of the first of `fields` that was typed although `why`, which was said at `switch`.
+fn without_effect<'a>(
+    role: &str,
+    switch: Option<&Place>,
+    fields: impl IntoIterator<Item = (&'static str, Option<&'a Place>)>,
+    (why, hint): (&str, &str),
+    faults: &Faults,
+) {
+    for (field, place) in fields {
+        if let Some(place) = first_idle(switch, place) {
+            faults.push(place, format!("{role}.{field} has no effect {why}"), hint);
+        }
+    }
+}
+
+fn snr_gamma(
+    (role, family, model): (&str, Family, &Place),
+    typed: &typed::Training,
+    default: &Training,
+    faults: &Faults,
+) -> Option<f64> {
+    let own = &typed.snr_gamma;
+    if !family.has_snr() {
+        let field = ("snr_gamma", own.as_ref().map(|at| &at.place));
+        let why = format!("on a {family} model");
+        without_effect(
+            role,
+            Some(model),
+            [field],
+            (&why, "remove the line"),
+            faults,
+        );
+        return None;
+    }
+    own.as_ref().map(|at| at.value).or(default.snr_gamma)
+}
+
+/// What a model of flow matching is trained on; each scheme has numbers of its own.
+fn flow_matching(
+    (role, family, model): (&str, Family, &Place),
+    typed: &typed::Training,
+    default: &Training,
+    inherited: Option<&typed::Training>,
+    faults: &Faults,
+) -> Option<FlowMatching> {
+    let own = &typed.flow_matching;
+    let Some(default) = default.flow_matching else {
+        let why = format!("on a {family} model");
+        without_effect(
+            role,
+            Some(model),
+            own.places(),
+            (&why, "remove the line"),
+            faults,
+        );
+        return None;
+    };
+    let scheme = or(&own.weighting_scheme, default.weighting_scheme);
+    let numbers = match scheme == default.weighting_scheme {
+        true => default,
+        false => FlowMatching::weighted(scheme),
+    };
+    let switch = own.weighting_scheme.as_ref().or_else(|| {
+        let inherited = inherited?;
+        inherited.flow_matching.weighting_scheme.as_ref()
+    });
+    let of = |typed: &Typed<f64>, default: Option<f64>| default.map(|number| or(typed, number));
+    let [_, logit_mean, logit_std, mode_scale] = own.places();
+    for (needed, name, fields) in [
+        (
+            WeightingScheme::LogitNormal,
+            "logit_normal",
+            vec![logit_mean, logit_std],
+        ),
+        (WeightingScheme::Mode, "mode", vec![mode_scale]),
+    ] {
+        if scheme != needed {
+            let why = format!("without weighting_scheme = \"{name}\"");
+            let hint = format!("remove the line, or use weighting_scheme = \"{name}\"");
+            let switch = switch.map(|at| &at.place);
+            without_effect(role, switch, fields, (&why, &hint), faults);
+        }
+    }
+    Some(FlowMatching {
+        weighting_scheme: scheme,
+        logit_mean: of(&own.logit_mean, numbers.logit_mean),
+        logit_std: of(&own.logit_std, numbers.logit_std),
+        mode_scale: of(&own.mode_scale, numbers.mode_scale),
     })
 }
 

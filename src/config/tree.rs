@@ -8,6 +8,7 @@ use toml::de::{DeTable, DeValue};
 
 use super::own_subjects::{self, Changes};
 use super::reader::{Fault, Faults};
+use super::surroundings::Surroundings;
 
 /// Where a value was typed. Its text is shared by all values that stand there.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -126,7 +127,12 @@ const MOST_ERRORS: usize = 100;
 /// then those of the changes.
 ///
 /// The tree is whole even where there are faults; after a fault of syntax it may lack what followed.
-pub(super) fn parse(text: &str, file: &str, changes: &Changes<'_>) -> (Table, Vec<Fault>, Faults) {
+pub(super) fn parse(
+    text: &str,
+    file: &str,
+    changes: &Changes<'_>,
+    surroundings: &dyn Surroundings,
+) -> (Table, Vec<Fault>, Faults) {
     let places = Places::new(text, file);
     let (document, errors) = DeTable::parse_recoverable(text);
     let syntax: Vec<Fault> = errors
@@ -140,7 +146,7 @@ pub(super) fn parse(text: &str, file: &str, changes: &Changes<'_>) -> (Table, Ve
         .collect();
     let mut table = places.table(document.get_ref());
     let faults = Faults::default();
-    own_subjects::lay_over(&mut table, changes, &faults);
+    own_subjects::lay_over(&mut table, changes, surroundings, &faults);
     let overriding = changes.overrides.iter();
     faults.extend(overriding.filter_map(|text| lay_over(&mut table, text).err()));
     (table, syntax, faults)

@@ -2,7 +2,9 @@
 
 use super::limits;
 use super::reader::{At, Choice, Faults, Section};
-use super::resolved::{Device, Dtype, LrScheduler, Memory, Optimizer, Source, Tuning};
+use super::resolved::{
+    Device, Dtype, LrScheduler, Memory, Optimizer, Source, Tuning, WeightingScheme,
+};
 use super::tree::{Place, Table};
 
 /// A field that may have been typed.
@@ -37,12 +39,17 @@ pub(super) struct Supervisor {
     pub device: Typed<Device>,
     pub dtype: Typed<Dtype>,
     pub resolution: Typed<usize>,
+    pub adapter: Typed<String>,
+    pub adapter_digest: Typed<String>,
     pub prompt: Typed<String>,
+    pub center_crop: Typed<bool>,
+    pub random_flip: Typed<bool>,
     pub training: Training,
     pub prior_preservation: Option<PriorPreservation>,
 }
 
 pub(super) struct PriorPreservation {
+    pub place: Place,
     pub class_images: Typed<usize>,
     pub weight: Typed<f64>,
     pub prompt: Typed<String>,
@@ -61,6 +68,8 @@ pub(super) struct Training {
     pub adam_epsilon: Typed<f64>,
     pub weight_decay: Typed<f64>,
     pub prodigy: Prodigy,
+    pub snr_gamma: Typed<f64>,
+    pub flow_matching: FlowMatching,
     pub max_grad_norm: Typed<f64>,
     pub lr_scheduler: Typed<LrScheduler>,
     pub warmup_steps: Typed<usize>,
@@ -83,12 +92,23 @@ pub(super) struct Prodigy {
     pub safeguard_warmup: Typed<bool>,
 }
 
+/// The fields of flow matching, which stand among those of a training.
+#[derive(Default)]
+pub(super) struct FlowMatching {
+    pub weighting_scheme: Typed<WeightingScheme>,
+    pub logit_mean: Typed<f64>,
+    pub logit_std: Typed<f64>,
+    pub mode_scale: Typed<f64>,
+}
+
 /// The fields of both ways of sampling; the model's family decides which may be typed.
 #[derive(Default)]
 pub(super) struct Sampling {
     pub guidance_scale: Typed<f64>,
     pub num_inference_steps: Typed<usize>,
     pub negative_prompt: Typed<String>,
+    pub guidance_start: Typed<f64>,
+    pub guidance_stop: Typed<f64>,
     pub top_k: Typed<usize>,
     pub top_p: Typed<f64>,
     pub temperature: Typed<f64>,
@@ -190,6 +210,16 @@ impl Choice for Optimizer {
     ];
 }
 
+impl Choice for WeightingScheme {
+    const SPELLINGS: &'static [(&'static str, Self)] = &[
+        ("sigma_sqrt", WeightingScheme::SigmaSqrt),
+        ("logit_normal", WeightingScheme::LogitNormal),
+        ("mode", WeightingScheme::Mode),
+        ("cosmap", WeightingScheme::Cosmap),
+        ("none", WeightingScheme::None),
+    ];
+}
+
 impl Choice for LrScheduler {
     const SPELLINGS: &'static [(&'static str, Self)] = &[
         ("constant", LrScheduler::Constant),
@@ -266,7 +296,11 @@ impl Supervisor {
             device: device(&section),
             dtype: section.choice("dtype"),
             resolution: section.count("resolution", &limits::RESOLUTION),
+            adapter: section.text("adapter"),
+            adapter_digest: section.text("adapter_digest"),
             prompt: section.text("prompt"),
+            center_crop: section.boolean("center_crop"),
+            random_flip: section.boolean("random_flip"),
             training: Training::read(&section),
             prior_preservation: section
                 .section("prior_preservation")
@@ -280,6 +314,7 @@ impl Supervisor {
 impl PriorPreservation {
     fn read(section: Section<'_>) -> Self {
         let prior = PriorPreservation {
+            place: section.place().clone(),
             class_images: section.count("class_images", &limits::CLASS_IMAGES),
             weight: section.number("weight", &limits::ABOVE_ZERO),
             prompt: section.text("prompt"),
@@ -308,6 +343,7 @@ impl Training {
             place(&self.adam_beta2),
             place(&self.adam_epsilon),
             place(&self.weight_decay),
+            place(&self.snr_gamma),
             place(&self.max_grad_norm),
             place(&self.lr_scheduler),
             place(&self.warmup_steps),
@@ -318,6 +354,7 @@ impl Training {
             place(&self.memory),
         ];
         let own = self.prodigy.places().into_iter();
+        let own = own.chain(self.flow_matching.places());
         let own = own.filter_map(|(_, place)| place);
         places.into_iter().flatten().chain(own).collect()
     }
@@ -336,6 +373,8 @@ impl Training {
             adam_epsilon: section.number("adam_epsilon", &limits::ABOVE_ZERO),
             weight_decay: section.number("weight_decay", &limits::NOT_NEGATIVE),
             prodigy: Prodigy::read(section),
+            snr_gamma: section.number("snr_gamma", &limits::ABOVE_ZERO),
+            flow_matching: FlowMatching::read(section),
             max_grad_norm: section.number("max_grad_norm", &limits::ABOVE_ZERO),
             lr_scheduler: section.choice("lr_scheduler"),
             warmup_steps: section.count("warmup_steps", &limits::STEPS_OR_NONE),
@@ -378,12 +417,35 @@ impl Prodigy {
     }
 }
 
+impl FlowMatching {
+    /// The fields with the places where they were typed.
+    pub fn places(&self) -> [(&'static str, Option<&Place>); 4] {
+        [
+            ("weighting_scheme", place(&self.weighting_scheme)),
+            ("logit_mean", place(&self.logit_mean)),
+            ("logit_std", place(&self.logit_std)),
+            ("mode_scale", place(&self.mode_scale)),
+        ]
+    }
+
+    fn read(section: &Section<'_>) -> Self {
+        FlowMatching {
+            weighting_scheme: section.choice("weighting_scheme"),
+            logit_mean: section.number("logit_mean", &limits::LOGIT),
+            logit_std: section.number("logit_std", &limits::ABOVE_ZERO),
+            mode_scale: section.number("mode_scale", &limits::MODE_SCALE),
+        }
+    }
+}
+
 impl Sampling {
     fn read_diffusion(section: &Section<'_>) -> Self {
         Sampling {
             guidance_scale: section.number("guidance_scale", &limits::GUIDANCE_SCALE),
             num_inference_steps: section.count("num_inference_steps", &limits::NUM_INFERENCE_STEPS),
             negative_prompt: section.any_text("negative_prompt"),
+            guidance_start: section.number("guidance_start", &limits::SHARE),
+            guidance_stop: section.number("guidance_stop", &limits::SHARE),
             ..Sampling::default()
         }
     }

@@ -322,7 +322,9 @@ fn linspace(start: f64, end: f64, count: usize) -> Vec<f32> {
 pub struct Ddpm {
     alphas_cumprod: Vec<f32>,
     prediction: PredictionType,
-    snr_gamma: Option<f64>,
+    /// Min-SNR weights (Hang et al. 2023, arXiv 2303.09556, section 3.4): each sample's loss times `min(SNR, γ) / SNR`, and
+    /// for v-prediction plus 1, as the script has it.
+    pub snr_gamma: Option<f64>,
 }
 
 impl Ddpm {
@@ -334,13 +336,6 @@ impl Ddpm {
             prediction: config.prediction_type,
             snr_gamma: None,
         })
-    }
-
-    /// The same with min-SNR weights (Hang et al. 2023, arXiv 2303.09556, section 3.4): each sample's loss times
-    /// `min(SNR, γ) / SNR`, and for v-prediction plus 1, as the script has it.
-    pub fn with_snr_gamma(mut self, gamma: f64) -> Self {
-        self.snr_gamma = Some(gamma);
-        self
     }
 
     /// ᾱ of each timestep.
@@ -363,7 +358,7 @@ impl Ddpm {
     }
 
     /// The loss of a batch: the mean over all elements of the squared difference of what the model gives and what
-    /// [`PredictionType`] says, times the weights of [`Ddpm::with_snr_gamma`]. `latents` (b, c, h, w), scaled as the
+    /// [`PredictionType`] says, times the weights of [`Ddpm::snr_gamma`]. `latents` (b, c, h, w), scaled as the
     /// model sees them, f32; `predict` gives the model's output for noisy latents (b, c, h, w) at timesteps (b). The
     /// result is a scalar with a gradient to whatever `predict` depends on.
     ///

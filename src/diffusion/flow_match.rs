@@ -90,15 +90,67 @@ pub enum Spacing {
     Inverse,
 }
 
-/// How training draws its noise levels.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+/// How training draws its noise levels: u in [0, 1], which grows as noise lessens (Esser et al. 2024, section 3.1; diffusers'
+/// `compute_density_for_timestep_sampling`).
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Density {
-    /// u = sigmoid(N(0, 1)): equation 19 with m = 0 and s = 1 (SD3).
-    #[default]
-    LogitNormal,
-    /// u uniform in [0, 1) (diffusers' weighting scheme "none", FLUX).
+    /// u = sigmoid(N(mean, std²)): equation 19.
+    LogitNormal { mean: f64, std: f64 },
+    /// Equation 20.
+    Mode { scale: f64 },
+    /// u uniform in [0, 1).
     Uniform,
+}
+
+impl Density {
+    /// SD3's own.
+    pub const STANDARD: Self = Self::LogitNormal {
+        mean: 0.0,
+        std: 1.0,
+    };
+
+    /// u from a number that was drawn from N(0, 1) for a logit-normal density, else evenly from [0, 1).
+    pub fn u(self, drawn: f64) -> f64 {
+        match self {
+            Self::LogitNormal { mean, std } => 1.0 / (1.0 + (-(mean + std * drawn)).exp()),
+            Self::Mode { scale } => {
+                let cosine = (std::f64::consts::FRAC_PI_2 * drawn).cos();
+                1.0 - drawn - scale * (cosine * cosine - 1.0 + drawn)
+            }
+            Self::Uniform => drawn,
+        }
+    }
+
+    fn draw(self, generator: &mut impl Rng) -> f64 {
+        self.u(match self {
+            Self::LogitNormal { .. } => StandardNormal.sample(generator),
+            Self::Mode { .. } | Self::Uniform => generator.random(),
+        })
+    }
+}
+
+/// What the loss of a noise level σ is multiplied with (diffusers' `compute_loss_weighting_for_sd3`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Weighting {
+    #[default]
+    One,
+    /// 1 / σ².
+    SigmaSqrt,
+    /// 2 / (π (1 − 2σ + 2σ²)).
+    Cosmap,
+}
+
+impl Weighting {
+    /// The weight at `sigma`, above 0.
+    pub fn at(self, sigma: f32) -> f32 {
+        match self {
+            Self::One => 1.0,
+            Self::SigmaSqrt => sigma.powi(-2),
+            Self::Cosmap => {
+                2.0 / (std::f32::consts::PI * (1.0 - 2.0 * sigma + 2.0 * sigma * sigma))
+            }
+        }
+    }
 }
 
 /// What the training loss compares.
@@ -345,26 +397,19 @@ impl FlowMatchEuler {
     ) -> Result<TrainingDraw> {
         let count = self.table.len();
         TrainingDraw::each(latents_shape, generator, device, |generator| {
-            let u = match density {
-                Density::LogitNormal => {
-                    let normal: f64 = StandardNormal.sample(generator);
-                    1.0 / (1.0 + (-normal).exp())
-                }
-                Density::Uniform => generator.random::<f64>(),
-            };
-            ((u * count as f64) as usize).min(count - 1)
+            ((density.draw(generator) * count as f64) as usize).min(count - 1)
         })
     }
 
-    /// The loss of a batch: the mean over all elements of the squared difference that `form` names (the weighting of
-    /// the logit-normal scheme is 1). `latents` (b, c, h, w), scaled as the model sees them, f32; `predict` gives the
+    /// The loss of a batch: the mean over all elements of the squared difference that `form` names, times `weighting`.
+    /// `latents` (b, c, h, w), scaled as the model sees them, f32; `predict` gives the
     /// velocity of noisy latents (b, c, h, w) at timesteps (b). The result is a scalar with a gradient to whatever
     /// `predict` depends on.
     pub fn loss(
         &self,
         latents: &Tensor,
         draw: &TrainingDraw,
-        form: LossForm,
+        (form, weighting): (LossForm, Weighting),
         predict: impl FnOnce(&Tensor, &Tensor) -> Result<Tensor>,
     ) -> Result<Tensor> {
         let b = latents.dim(0)?;
@@ -379,6 +424,7 @@ impl FlowMatchEuler {
                 "draw one index below num_train_timesteps for each sample",
             ));
         }
+        let weights: Vec<f32> = sigmas.iter().map(|&sigma| weighting.at(sigma)).collect();
         let timesteps: Vec<f32> = sigmas.iter().map(|&sigma| self.timestep(sigma)).collect();
         let timesteps = Tensor::from_vec(timesteps, b, latents.device())?;
         let sigmas = Tensor::from_vec(sigmas, (b, 1, 1, 1), latents.device())?;
@@ -389,7 +435,13 @@ impl FlowMatchEuler {
             LossForm::Preconditioned => ((&noisy - velocity.broadcast_mul(&sigmas)?)? - latents)?,
             LossForm::Velocity => (velocity - (&draw.noise - latents)?)?,
         };
-        Ok(difference.sqr()?.mean_all()?)
+        let squared = difference.sqr()?;
+        let squared = match weighting {
+            Weighting::One => squared,
+            Weighting::SigmaSqrt | Weighting::Cosmap => squared
+                .broadcast_mul(&Tensor::from_vec(weights, (b, 1, 1, 1), latents.device())?)?,
+        };
+        Ok(squared.mean_all()?)
     }
 }
 
@@ -406,7 +458,7 @@ mod tests {
             let mut generator = ChaCha8Rng::seed_from_u64(3);
             schedule.draw(
                 (b, 2, 3, 3),
-                Density::LogitNormal,
+                Density::STANDARD,
                 &mut generator,
                 &Device::Cpu,
             )
@@ -428,7 +480,7 @@ mod tests {
         let mut generator = ChaCha8Rng::seed_from_u64(4);
         let draw = schedule.draw(
             (20_000, 1, 1, 1),
-            Density::LogitNormal,
+            Density::STANDARD,
             &mut generator,
             &Device::Cpu,
         )?;

@@ -18,9 +18,9 @@ pub use ddpm::{
 pub use dpm_solver::dpm_solver_2m;
 pub use euler::euler;
 pub use flow_match::{
-    Density, FlowMatchEuler, LossForm, SchedulerConfig, Spacing, TimeShift, TrainingDraw,
+    Density, FlowMatchEuler, LossForm, SchedulerConfig, Spacing, TimeShift, TrainingDraw, Weighting,
 };
-pub use guidance::guide;
+pub use guidance::{Guidance, guide};
 pub use levels::Levels;
 
 use candle_core::{Device, Shape, Tensor};

@@ -7,8 +7,8 @@ use candle_core::Device;
 
 use super::embed::{ImageEmbedder, TextEmbedder};
 use super::embedders::{ClipEmbedder, DinoEmbedder};
-use crate::config::locate;
 use crate::images;
+use crate::models::locate;
 use crate::models::reading::{clip_reader, unread};
 use crate::plan::evaluators_key;
 use crate::store::query::{Snapshot, Space};

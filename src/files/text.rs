@@ -28,6 +28,17 @@ pub fn read(path: &Path, most: u64) -> Result<String> {
     })
 }
 
+/// The same, or `None` where there is no such file.
+///
+/// # Errors
+/// Those of [`read`].
+pub fn read_if_there(path: &Path, most: u64) -> Result<Option<String>> {
+    match read(path, most) {
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        read => read.map(Some),
+    }
+}
+
 fn decode(mut bytes: Vec<u8>) -> Result<String, String> {
     if bytes.starts_with(b"\xEF\xBB\xBF") {
         bytes.drain(..3);

@@ -5,6 +5,7 @@ mod client;
 mod digest;
 mod download;
 mod names;
+pub mod parts;
 mod progress;
 mod published;
 mod settings;

@@ -20,88 +20,6 @@ use crate::{Error, Result};
 /// A whole checkpoint's file name.
 pub const CHECKPOINT_WEIGHTS: &str = "model.safetensors";
 
-/// An adapter as read from disk: `PATH.lora_A.weight` and `PATH.lora_B.weight`, with the module paths of the model.
-#[derive(Debug, Clone)]
-pub struct AdapterFile {
-    pub tensors: BTreeMap<String, Tensor>,
-    /// Rank, read from the tensors.
-    pub rank: usize,
-    /// Alpha, from the configuration or the header; equal to the rank where neither names it.
-    pub alpha: f64,
-    /// The adapted module paths.
-    pub modules: Vec<String>,
-}
-
-impl AdapterFile {
-    /// `alpha / rank`.
-    pub fn scale(&self) -> f64 {
-        self.alpha / self.rank as f64
-    }
-
-    /// Reads a folder (PEFT's or diffusers' layout) or a file; see [`LoraFile::read`]. All layers must be linear and
-    /// of one rank, without whole weights beside them. Where they differ in alpha, B is scaled so that alpha = rank
-    /// holds for all.
-    pub fn read(path: &Path) -> Result<Self> {
-        Self::of(LoraFile::read(path)?)
-    }
-
-    fn of(file: LoraFile) -> Result<Self> {
-        let LoraFile {
-            path,
-            layers,
-            whole,
-            targets: _,
-        } = file;
-        let modules: Vec<String> = layers.keys().cloned().collect();
-        let first = layers.values().next().map(|f| (f.a.dims()[0], f.scale));
-        // A file of LoRA has at least one layer.
-        let (rank, scale) = first.unwrap_or((1, 1.0));
-        let mut faults: Vec<String> = layers
-            .iter()
-            .filter(|(_, f)| f.a.dims().len() != 2 || f.a.dims()[0] != rank)
-            .map(|(module, f)| {
-                format!(
-                    "{module} has a factor of shape {:?}: linear layers of one rank, here {rank}, are taken",
-                    f.a.dims()
-                )
-            })
-            .collect();
-        faults.extend(whole.keys().map(|name| format!("{name} is a whole weight")));
-        if !faults.is_empty() {
-            return Err(Error::invalid(
-                format!("{}: {}", shown(&path), brief(&faults)),
-                "proxytune merge works other adapters into a checkpoint, which sample --model takes",
-            ));
-        }
-        let alike = layers.values().all(|f| f.scale == scale);
-        let mut tensors = BTreeMap::new();
-        for (module, Factors { a, b, scale }) in layers {
-            tensors.insert(format!("{module}.lora_A.weight"), a);
-            let b = if alike { b } else { (b * scale)? };
-            tensors.insert(format!("{module}.lora_B.weight"), b);
-        }
-        Ok(Self {
-            tensors,
-            rank,
-            alpha: if alike {
-                scale * rank as f64
-            } else {
-                rank as f64
-            },
-            modules,
-        })
-    }
-
-    /// The configuration with which a model carries exactly this adapter.
-    pub fn config(&self) -> LoraConfig {
-        LoraConfig {
-            rank: self.rank,
-            alpha: self.alpha,
-            targets: self.modules.clone(),
-        }
-    }
-}
-
 /// Writes `tensors` (names as in [`crate::nn::Adapter::variables`]) in PEFT's layout into the folder `dir`.
 pub fn write_peft(
     dir: &Path,
@@ -154,7 +72,7 @@ pub fn write_diffusers(
 }
 
 /// What is trained of a model, in the learner's own folder: its adapter, or all its weights. The model was built from
-/// `weights`.
+/// `weights`. Factors are scaled as those of `adapter` are.
 ///
 /// # Errors
 /// When a file is missing, cannot be read, holds numbers that are not finite, or anything that has no place in the
@@ -169,44 +87,70 @@ pub fn read_trained(
     };
     let file = LoraFile::read(dir)?;
     file.check_fit(&adapter.places())?;
-    let file = AdapterFile::of(file)?;
-    check_carried(dir, &file, adapter)?;
-    let wanted = adapter.config();
-    let factor = file.scale() / (wanted.alpha / wanted.rank as f64);
-    let scale = |(name, tensor): (String, Tensor)| {
-        let scaled = name.ends_with("lora_B.weight") && factor != 1.0;
-        Ok((name, if scaled { (tensor * factor)? } else { tensor }))
-    };
-    file.tensors.into_iter().map(scale).collect()
+    let carried = adapter.layers();
+    let ranks = carried
+        .iter()
+        .map(|(layer, lora)| Ok((layer.clone(), lora.a.dim(0)?)));
+    check_carried(&file, &ranks.collect::<Result<_>>()?)?;
+    let mut tensors = BTreeMap::new();
+    for (layer, Factors { a, b, scale }) in file.layers {
+        let factor = carried.get(&layer).map_or(1.0, |lora| scale / lora.scale);
+        tensors.insert(format!("{layer}.lora_A.weight"), a);
+        let b = if factor == 1.0 { b } else { (b * factor)? };
+        tensors.insert(format!("{layer}.lora_B.weight"), b);
+    }
+    Ok(tensors)
 }
 
-/// Fails unless `adapter` has the layers and the rank of `file`.
-fn check_carried(path: &Path, file: &AdapterFile, adapter: &Adapter) -> Result<()> {
-    let (layers, rank) = (adapter.layers(), adapter.config().rank);
+/// Fails unless the adapter at `path` can be gone on from by a training as `config` says, on a model with these `layers`,
+/// by name with the shapes of their weights.
+///
+/// # Errors
+/// With everything about it that does not fit.
+pub fn check_start(
+    path: &Path,
+    layers: &BTreeMap<String, Vec<usize>>,
+    config: &LoraConfig,
+) -> Result<()> {
+    let file = LoraFile::read(path)?;
+    file.check_fit(layers)?;
+    let is_target = |layer: &str| {
+        let mut targets = config.targets.iter();
+        targets.any(|target| LoraConfig::names(target, layer))
+    };
+    let ranks = layers
+        .iter()
+        .filter(|(layer, shape)| shape.len() == 2 && is_target(layer))
+        .map(|(layer, _)| (layer.clone(), config.rank));
+    check_carried(&file, &ranks.collect())
+}
+
+/// Fails unless `file` has a layer of that rank for each of `ranks`, and nothing else.
+fn check_carried(file: &LoraFile, ranks: &BTreeMap<String, usize>) -> Result<()> {
     let mut faults = Vec::new();
-    if file.rank != rank {
-        faults.push(format!("its rank is {}, here {rank}", file.rank));
+    for (layer, factors) in &file.layers {
+        let rank = factors.a.dim(0)?;
+        match ranks.get(layer) {
+            None => faults.push(format!("{layer} is adapted by it, and is no target here")),
+            Some(wanted) if *wanted != rank => {
+                faults.push(format!("{layer}: its rank is {rank}, here {wanted}"));
+            }
+            Some(_) => {}
+        }
     }
-    let own = |module: &&String| !layers.contains_key(*module);
     faults.extend(
-        file.modules
-            .iter()
-            .filter(own)
-            .map(|module| format!("{module} is adapted by it, and is no target here")),
-    );
-    faults.extend(
-        layers
+        ranks
             .keys()
-            .filter(|layer| !file.modules.contains(layer))
+            .filter(|layer| !file.layers.contains_key(*layer))
             .map(|layer| format!("{layer} is a target here, and not adapted by it")),
     );
     if faults.is_empty() {
-        return Ok(());
+        return file.check_alone();
     }
     Err(Error::invalid(
         format!(
             "{}: another adapter is wanted: {}",
-            shown(path),
+            shown(&file.path),
             brief(&faults)
         ),
         "set rank and targets to those that the adapter was trained with",

@@ -7,10 +7,48 @@ use candle_core::{D, Tensor};
 use serde::Deserialize;
 
 use super::encoder::{Activation, Layer, Names, Projections, Sizes, with_class_token};
+use super::family::{Architecture, KnownModel};
 use super::limits::{CHANNELS, Limited, Limits, POSITIONS, SIDE, VOCABULARY, WIDTH};
+use super::reading::clip_reader;
+use crate::config::{Family, FamilySettings, Kind, Optimizer, SamplingDefaults, TrainingDefaults};
+use crate::hub::catalogue;
 use crate::nn::ops::Padding;
 use crate::nn::{Conv2d, Embedding, Init, LayerNorm, Linear, Mask, Weights, parameter};
 use crate::{Error, Result};
+
+/// CLIP, image and text.
+pub const FAMILY: Family = Family::new(&FamilySettings {
+    name: "CLIP",
+    kind: Kind::Clip,
+    // Evaluators do not train: a pipeline that makes one learn is refused where its role is read.
+    training: TrainingDefaults::diffusion(Optimizer::Adamw, 1e-4, None),
+    targets: &[],
+    sampling: SamplingDefaults::NONE,
+});
+
+/// CLIP in transformers' layout.
+pub static ARCHITECTURE: Architecture = Architecture {
+    family: FAMILY,
+    recognises: |layout| layout.is_model_type("clip"),
+    models: &[
+        KnownModel {
+            name: "nano-clip",
+            resolution: None,
+            directory: "datasets/nano/checkpoints/clip",
+            hub: None,
+            files: &["config.json", "model.safetensors"],
+        },
+        KnownModel {
+            name: "clip-vit-base-patch32",
+            resolution: None,
+            directory: "datasets/checkpoints/clip-vit-base-patch32",
+            hub: Some(&catalogue::CLIP_VIT_BASE_PATCH32),
+            files: &[],
+        },
+    ],
+    readers: |dir, _, _| Ok(vec![clip_reader(dir)?]),
+    learner: None,
+};
 
 /// The text tower's part of `config.json`, with Hugging Face's defaults.
 #[derive(Debug, Clone, PartialEq, Deserialize)]

@@ -9,8 +9,9 @@ use serde_json::{Map, Value};
 use tokenizers::utils::SysRegex;
 
 use super::lora_fit::{brief, is_finite, kind};
+use super::lora_names;
 use super::pickle::Pickle;
-use super::sdxl::kohya;
+use crate::config::Family;
 use crate::console::{escaped, shown};
 use crate::nn::Factors;
 use crate::{Error, Result, files};
@@ -21,6 +22,8 @@ pub const PEFT_WEIGHTS: &str = "adapter_model.safetensors";
 pub const PEFT_CONFIG: &str = "adapter_config.json";
 /// diffusers' file name.
 pub const DIFFUSERS_WEIGHTS: &str = "pytorch_lora_weights.safetensors";
+/// The name that diffusers' scripts give a file of kohya's layout.
+pub const KOHYA_WEIGHTS: &str = "pytorch_lora_weights_kohya.safetensors";
 /// PEFT's file name in torch's format.
 const PEFT_PICKLE: &str = "adapter_model.bin";
 /// The header's entry with the configuration in diffusers' files.
@@ -42,13 +45,15 @@ const UNSUPPORTED: [(&str, &str); 12] = [
     ("monteclora_config", "MonteCLoRA"),
 ];
 
-/// An adapter's factors by the path of their layer, as the file names it.
+/// An adapter's factors by the path of their layer, as the model names it, whatever the file does.
 #[derive(Debug, Clone)]
 pub struct LoraFile {
     /// The file that holds the factors.
     pub path: PathBuf,
     /// Never empty.
     pub layers: BTreeMap<String, Factors>,
+    /// Whose layers these are, where names or widths tell.
+    pub family: Option<Family>,
     /// Whole weights beside the factors, by name: peft stores those of embeddings and heads, as they are or trained.
     /// See [`LoraFile::check_whole`]. What it stores of an adapted layer's own weight is left out: that is always the
     /// base's.
@@ -72,7 +77,7 @@ impl Parts {
     fn sort(raw: BTreeMap<String, Tensor>) -> Result<(Self, Vec<String>)> {
         let (mut parts, mut faults) = (Self::default(), Vec::new());
         for (original, tensor) in raw {
-            let name = normalise(&original);
+            let name = spelt(&original);
             let told = escaped(&original).into_owned();
             let factor = [".lora_A.weight", ".lora_B.weight"]
                 .into_iter()
@@ -175,6 +180,7 @@ impl LoraFile {
         faults.splice(0..0, settings.unsupported());
         let whole = parts.whole.clone();
         let layers = parts.join(&settings, &mut faults)?;
+        let (layers, family) = lora_names::renamed(layers, &mut faults)?;
         if layers.is_empty() && !whole.is_empty() {
             return Err(Error::invalid(
                 format!("{} holds whole weights, no factors of LoRA", shown(&path)),
@@ -193,6 +199,7 @@ impl LoraFile {
         Ok(Self {
             path,
             layers,
+            family,
             whole,
             targets,
         })
@@ -244,7 +251,7 @@ fn weights_file(path: &Path) -> Result<PathBuf> {
         std::fs::metadata(path).map_err(Error::io(path))?;
         return Ok(path.to_path_buf());
     }
-    [PEFT_WEIGHTS, DIFFUSERS_WEIGHTS, PEFT_PICKLE]
+    [PEFT_WEIGHTS, DIFFUSERS_WEIGHTS, KOHYA_WEIGHTS, PEFT_PICKLE]
         .map(|name| path.join(name))
         .into_iter()
         .find(|file| file.is_file())
@@ -256,29 +263,58 @@ fn weights_file(path: &Path) -> Result<PathBuf> {
         })
 }
 
+/// What stands before the names of all layers, by the program that writes it; several may.
+const PREFIXES: [&str; 5] = [
+    "base_model.model.",
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "unet.",
+    "transformer.",
+];
+
+/// What a factor is called, and what it is called here. diffusers' oldest names have it in the layer's.
+const FACTORS: [(&str, &str); 8] = [
+    (".processor.to_out_lora.", ".to_out.0.lora."),
+    (".processor.to_q_lora.", ".to_q.lora."),
+    (".processor.to_k_lora.", ".to_k.lora."),
+    (".processor.to_v_lora.", ".to_v.lora."),
+    (".lora.down.", ".lora_A."),
+    (".lora.up.", ".lora_B."),
+    (".lora_down.", ".lora_A."),
+    (".lora_up.", ".lora_B."),
+];
+
 /// `base_model.model.X.lora_A.default.weight`, `unet.X.lora.down.weight`, `transformer.X.lora_A.weight`,
-/// `lora_unet_X.lora_down.weight` … all become `X.lora_A.weight`.
-pub fn normalise(name: &str) -> String {
+/// `diffusion_model.X.lora_down.weight` … all become `X.lora_A.weight`.
+fn spelt(name: &str) -> String {
     let mut rest = name;
-    for prefix in ["base_model.model.", "unet.", "transformer."] {
+    for prefix in PREFIXES {
         rest = rest.strip_prefix(prefix).unwrap_or(rest);
     }
-    let mut name = rest.replace(".default", "");
-    for (from, to) in [
-        (".lora.down.", ".lora_A."),
-        (".lora.up.", ".lora_B."),
-        (".lora_down.", ".lora_A."),
-        (".lora_up.", ".lora_B."),
-    ] {
-        name = name.replace(from, to);
-    }
-    // In kohya-like files the dots of a layer's path are underscores, which its first dot ends.
-    match name.split_once('.') {
-        Some((layer, rest)) => match kohya::layer(layer) {
-            Some(path) => format!("{path}.{rest}"),
-            None => name,
-        },
-        None => name,
+    FACTORS
+        .iter()
+        .fold(rest.replace(".default", ""), |name, (from, to)| {
+            name.replace(from, to)
+        })
+}
+
+/// The name of a weight of an adapter, `X.lora_A.weight`, X the layer's path in diffusers: other programs' prefixes, words
+/// and layers are replaced. What is several layers in one keeps its name.
+pub fn normalise(name: &str) -> String {
+    let name = spelt(name);
+    let parts = [".lora_A.", ".lora_B."];
+    let found = parts
+        .iter()
+        .find_map(|part| Some((name.split_once(part)?, part)));
+    let Some(((layer, rest), part)) = found else {
+        return name;
+    };
+    match lora_names::place(layer)
+        .map(|place| place.layers)
+        .as_deref()
+    {
+        Some([layer]) => format!("{layer}{part}{rest}"),
+        _ => name,
     }
 }
 

@@ -10,52 +10,42 @@ use crate::console::{escaped, shown};
 use crate::nn::Factors;
 use crate::{Error, Result};
 
-/// Faults that are told; of more there is the number.
-const TOLD: usize = 4;
+/// Kinds of faults that are told; of more there is the number.
+const TOLD: usize = 24;
 
 /// How adapters are named that other programs write, by a part of the names, and what to do with them.
-const KINDS: [(&str, &str); 16] = [
-    ("lora_unet_", KOHYA),
-    ("lora_transformer_", KOHYA),
-    (
-        "lora_te",
-        "kohya's factors of text encoders are among it, which keep their own weights here: train without them",
-    ),
-    (
-        "diffusion_model.",
-        "ComfyUI's prefix: diffusers reads such a file and writes its own names with save_lora_weights",
-    ),
-    (
-        "text_encoder",
-        "factors of text encoders cannot be applied: train the transformer alone",
-    ),
-    (
-        "text_model.",
-        "factors of text encoders cannot be applied: train the transformer alone",
-    ),
+const KINDS: [(&str, &str); 18] = [
     ("hada_", "this is LoHa of LyCORIS; only LoRA can be applied"),
     ("lokr_", "this is LoKr of LyCORIS; only LoRA can be applied"),
+    (".oft_", "this is OFT; only LoRA can be applied"),
+    (
+        ".lora_mid",
+        "this is LoCon with a core tensor; only LoRA can be applied",
+    ),
     ("dora_scale", "this is DoRA; only LoRA can be applied"),
     (
         "lora_magnitude_vector",
         "this is DoRA; only LoRA can be applied",
     ),
+    (".diff ", DIFFERENCES),
+    (".diff_b", DIFFERENCES),
+    ("lora_te", TEXT),
+    ("text_encoder", TEXT),
+    ("text_model.", TEXT),
+    (
+        "lora_unet_",
+        "these are kohya's names, of no layer of SDXL, SD3 or FLUX.1: name the model that it was trained with",
+    ),
+    (
+        "lora_transformer_",
+        "these are kohya's names, of no layer of SD3 or FLUX.1: name the model that it was trained with",
+    ),
     (
         "single_transformer_blocks.",
         "its layers are those of FLUX: name the model that it was trained with",
     ),
-    (
-        "single_blocks.",
-        "its layers are those of FLUX, in its authors' names: name the model that it was trained with",
-    ),
-    (
-        "joint_blocks.",
-        "these are the names of SD3's authors: diffusers reads such a file and writes its own with save_lora_weights",
-    ),
-    (
-        "down_blocks.",
-        "its layers are those of the UNet of SD or SDXL: name the model that it was trained with",
-    ),
+    ("down_blocks.", UNET),
+    ("up_blocks.", UNET),
     (
         "transformer_blocks.",
         "its layers are those of a transformer of diffusers, as SD3's: name the model that it was trained with",
@@ -65,8 +55,10 @@ const KINDS: [(&str, &str); 16] = [
         "its layers are those of a language model of transformers, as Lumina-mGPT's: name the model that it was trained with",
     ),
 ];
-const KOHYA: &str = "these are kohya's names: diffusers reads such a file with load_lora_weights and writes its own names \
-                     with save_lora_weights";
+const DIFFERENCES: &str = "these are whole differences, no factors; only LoRA can be applied";
+const UNET: &str =
+    "its layers are those of the UNet of SD or SDXL: name the model that it was trained with";
+const TEXT: &str = "factors of text encoders are among it, which keep their own weights here: train the denoiser alone";
 
 const TRAINED_WITH: &str = "use the checkpoint that the adapter was trained with";
 
@@ -123,6 +115,24 @@ impl LoraFile {
         ))
     }
 
+    /// Fails where there are whole weights beside the factors, which only a merge can compare with the model's.
+    ///
+    /// # Errors
+    /// With their names.
+    pub fn check_alone(&self) -> Result<()> {
+        let whole = self.whole.keys();
+        let faults: Vec<String> = whole
+            .map(|name| format!("{name} is a whole weight"))
+            .collect();
+        if faults.is_empty() {
+            return Ok(());
+        }
+        Err(Error::invalid(
+            format!("{}: {}", shown(&self.path), brief(&faults)),
+            "proxytune merge works other adapters into a checkpoint, which is named as the model",
+        ))
+    }
+
     fn is_target(&self, place: &str) -> bool {
         self.targets.iter().flatten().any(|target| {
             let rest = place.strip_suffix(target.as_str());
@@ -138,12 +148,35 @@ pub(super) fn changed(factors: &Factors) -> Vec<usize> {
     shape
 }
 
-/// The first of `faults`, a line each, and how many more there are.
+/// `faults`, a line for all that differ in the numbers of their blocks alone, and how many more there are.
 pub(super) fn brief(faults: &[String]) -> String {
-    let mut lines: Vec<String> = faults.iter().take(TOLD).cloned().collect();
-    let more = faults.len().saturating_sub(TOLD);
+    let mut kinds: Vec<(String, &String, usize)> = Vec::new();
+    for fault in faults {
+        let kind = numberless(fault);
+        match kinds.iter_mut().find(|(known, ..)| *known == kind) {
+            Some((_, _, more)) => *more += 1,
+            None => kinds.push((kind, fault, 0)),
+        }
+    }
+    let told = kinds.iter().take(TOLD).map(|(_, fault, more)| match more {
+        0 => fault.to_string(),
+        more => format!("{fault} (and {more} more of other blocks)"),
+    });
+    let mut lines: Vec<String> = told.collect();
+    let more: usize = kinds.iter().skip(TOLD).map(|(_, _, more)| more + 1).sum();
     lines.extend((more > 0).then(|| format!("and {more} more")));
     lines.join("\n  ")
+}
+
+/// `text` without the numbers of blocks in the name that it begins with.
+fn numberless(text: &str) -> String {
+    let (name, rest) = text.split_at(text.find([' ', ':']).unwrap_or(text.len()));
+    let parts = name.split_inclusive(['.', '_']).map(|part| {
+        let (number, end) = part.split_at(part.trim_end_matches(['.', '_']).len());
+        let is_number = !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit());
+        format!("{}{end}", if is_number { "N" } else { number })
+    });
+    parts.collect::<String>() + rest
 }
 
 /// What a file seems to be in which `name` stands, if that can be told.
@@ -159,13 +192,6 @@ fn hint(layer: &str, places: &BTreeMap<String, Vec<usize>>) -> String {
         prefix
             .filter(|prefix| prefix.ends_with('.'))
             .map(String::from)
-    };
-    let numberless = |name: &str| -> String {
-        let parts = name.split('.').map(|part| match part.parse::<usize>() {
-            Ok(_) => "N",
-            Err(_) => part,
-        });
-        parts.collect::<Vec<_>>().join(".")
     };
     for place in places.keys() {
         if let Some(prefix) = ends(layer, place) {
@@ -215,6 +241,7 @@ mod tests {
                 .iter()
                 .map(|layer| (layer.to_string(), factors()))
                 .collect(),
+            family: None,
             whole: BTreeMap::new(),
             targets: None,
         }
@@ -237,15 +264,7 @@ mod tests {
             ("layers.7.attention.wo", "of a model with more layers"),
             ("gpt.layers.0.attention.wo", "take gpt. out of the names"),
             ("0.attention.wo", "put layers. before the names"),
-            ("lora_unet_joint_blocks_0_x_block_attn_qkv", "kohya's names"),
-            (
-                "diffusion_model.layers.0.attention.wo",
-                "take diffusion_model. out",
-            ),
-            (
-                "diffusion_model.joint_blocks.0.x_block.attn.qkv",
-                "ComfyUI's prefix",
-            ),
+            ("lora_unet_mid_block_something", "kohya's names"),
             ("transformer_blocks.0.attn.to_q", "as SD3's"),
             ("single_transformer_blocks.0.attn.to_q", "FLUX"),
             ("down_blocks.0.attentions.0.to_q", "UNet"),
@@ -270,17 +289,24 @@ mod tests {
     }
 
     #[test]
-    fn many_faults_are_told_by_the_first_few_and_their_number() {
+    fn faults_of_all_blocks_are_told_once_with_their_number_and_of_kinds_the_first_few() {
         let names: Vec<String> = (10..30)
             .map(|i| format!("layers.{i}.attention.wo"))
+            .chain([String::from("something.else")])
             .collect();
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
         let error = file(&names).check_fit(&places()).unwrap_err().to_string();
-        assert!(
-            error.contains("20 of its 20 layers") && error.contains("and 16 more"),
-            "{error}"
-        );
-        assert_eq!(error.lines().count(), 6, "{error}");
+        assert!(error.contains("21 of its 21 layers"), "{error}");
+        for line in [
+            "layers.10.attention.wo: the model has no such layer (and 19 more of other blocks)",
+            "something.else: the model has no such layer",
+        ] {
+            assert!(error.lines().any(|told| told.trim() == line), "{error}");
+        }
+        let kinds: Vec<String> = ('a'..='z').map(|c| format!("{c}: 1 of 2")).collect();
+        let told = brief(&kinds);
+        assert_eq!(told.lines().count(), TOLD + 1);
+        assert!(told.ends_with("and 2 more"), "{told}");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! A checkpoint with an adapter worked into its weights: W + scale · B·A for every adapted layer, each of its own rank
 //! and scale, one tensor at a time.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
@@ -10,10 +10,10 @@ use candle_core::{DType, Device, Tensor};
 use safetensors::View;
 use serde_json::json;
 
-use super::checkpoint_files::WeightFiles;
-use super::llamagen;
+use super::family::{Backbone, Rest};
 use super::lora_file::LoraFile;
 use super::lora_fit::changed;
+use super::registry::architecture;
 use super::sampling_file;
 use super::tensor_writer::{Entry, TensorWriter, in_order};
 use crate::config::Family;
@@ -29,19 +29,6 @@ pub struct Merged {
     pub layers: usize,
     /// Bytes of the backbone's weights.
     pub bytes: u64,
-}
-
-/// The backbone's weights in a checkpoint, and what of the rest goes where.
-struct Backbone {
-    /// Its folder in the merged checkpoint, empty for the checkpoint's own.
-    folder: &'static str,
-    /// Name of its weights without an ending.
-    stem: &'static str,
-    files: Vec<PathBuf>,
-    /// Other files by their path in the merged checkpoint.
-    others: Vec<(PathBuf, PathBuf)>,
-    /// A config that no file holds.
-    config: Option<String>,
 }
 
 /// Writes the checkpoint in `dir`, of this `family`, with `adapter` worked in, into the folder `out`, which must be
@@ -60,8 +47,11 @@ pub fn merge(
     dtype: Option<DType>,
 ) -> Result<Merged> {
     check_empty(out)?;
-    let backbone = backbone(dir, family, resolution)?;
-    let sources = open(&backbone.files)?;
+    let parts = architecture(family)?.learner()?;
+    let backbone = (parts.backbone)(dir, resolution)?;
+    let others = others(dir, &backbone)?;
+    let config = (parts.config)(dir, resolution)?;
+    let sources = open(&backbone.files.into_safetensors()?)?;
     let fitting = fit(adapter, &sources)?;
     adapter.check_whole(|name| {
         let source = sources
@@ -79,13 +69,13 @@ pub fn merge(
         sampling = sampling_file::read(dir, family)?;
     }
     files::fill_dir(out, |aside| {
-        for (from, to) in &backbone.others {
+        for (from, to) in &others {
             copy(from, &aside.join(to))?;
         }
         if let Some(sampling) = &sampling {
             sampling_file::write(aside, sampling)?;
         }
-        if let Some(config) = &backbone.config {
+        if let Some(config) = &config {
             files::write(&aside.join("config.json"), config.as_bytes())?;
         }
         let folder = aside.join(backbone.folder);
@@ -184,59 +174,26 @@ fn addition(factors: &Factors) -> Result<Tensor> {
     Ok((b.matmul(&a)? * factors.scale)?.reshape(changed(factors))?)
 }
 
-fn backbone(dir: &Path, family: Family, resolution: Option<u32>) -> Result<Backbone> {
-    let (folder, stem) = match family {
-        Family::LlamaGen => return llamagen_backbone(dir, resolution),
-        Family::Sd3 | Family::Flux => ("transformer", "diffusion_pytorch_model"),
-        Family::Sdxl => ("unet", "diffusion_pytorch_model"),
-        Family::Lumina => ("", "model"),
-        Family::Clip | Family::Dino => {
-            return Err(Error::invalid(
-                format!("{family} carries no adapter"),
-                "name a diffusion or an autoregressive model",
-            ));
-        }
+/// The files that are copied, each with its path in the merged checkpoint.
+fn others(dir: &Path, backbone: &Backbone) -> Result<Vec<(PathBuf, PathBuf)>> {
+    let Rest::Parts(parts) = &backbone.rest else {
+        let inside = dir.join(backbone.folder);
+        let others = below(dir)?.into_iter().filter(|(from, _)| {
+            let name = from.file_name().unwrap_or_default().to_string_lossy();
+            let of_backbone = from.parent() == Some(&inside) && name.starts_with(backbone.stem);
+            !backbone.files.paths().contains(from) && !of_backbone
+        });
+        return Ok(others.collect());
     };
-    let inside = dir.join(folder);
-    let files = WeightFiles::find(&inside, stem)?.into_safetensors()?;
-    let weights: BTreeSet<PathBuf> = files.iter().cloned().collect();
-    let others = below(dir)?.into_iter().filter(|(from, _)| {
-        let name = from.file_name().unwrap_or_default().to_string_lossy();
-        let of_backbone = from.parent() == Some(&inside) && name.starts_with(stem);
-        !weights.contains(from) && !of_backbone
-    });
-    Ok(Backbone {
-        folder,
-        stem,
-        others: others.collect(),
-        files,
-        config: None,
-    })
-}
-
-/// LlamaGen's parts in proxytune's layout, which names the GPT's config.
-fn llamagen_backbone(dir: &Path, resolution: Option<u32>) -> Result<Backbone> {
-    let parts = llamagen::Files::find(dir, resolution)?;
-    let (config, files) = parts.gpt_files()?;
-    let config = serde_json::to_string_pretty(&config).map_err(|e| Error::Invalid {
-        what: format!("the config of {} cannot be written: {e}", dir.display()),
-        hint: None,
-    })?;
     let mut others = Vec::new();
-    let tokenizer = parts.tokenizer();
-    if tokenizer.is_dir() {
-        others.extend(in_folder("vq", below(tokenizer)?));
-    } else if let Some(name) = tokenizer.file_name() {
-        others.push((tokenizer.to_path_buf(), PathBuf::from(name)));
+    for (from, folder) in parts {
+        if from.is_dir() {
+            others.extend(in_folder(folder, below(from)?));
+        } else if let Some(name) = from.file_name() {
+            others.push((from.clone(), PathBuf::from(name)));
+        }
     }
-    others.extend(in_folder("t5", below(parts.t5())?));
-    Ok(Backbone {
-        folder: "",
-        stem: "model",
-        files,
-        others,
-        config: Some(config + "\n"),
-    })
+    Ok(others)
 }
 
 fn in_folder(
@@ -342,7 +299,14 @@ mod tests {
         files::write(&file, config.to_string().as_bytes()).unwrap();
         let run = |out: &str| {
             let adapter = LoraFile::read(&at("adapter"))?;
-            merge(&at("base"), Family::Lumina, None, &adapter, &at(out), None)
+            merge(
+                &at("base"),
+                crate::models::chameleon::FAMILY,
+                None,
+                &adapter,
+                &at(out),
+                None,
+            )
         };
         assert_eq!(run("out").unwrap().layers, 3);
         let (merged, _) = files::read_tensors(&at("out/model.safetensors")).unwrap();

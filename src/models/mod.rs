@@ -7,15 +7,20 @@ pub mod checkpoint_files;
 pub mod clip;
 mod clip_tokenizer;
 pub mod encoder;
+pub mod family;
 pub mod flux;
 pub mod latent_diffusion;
 pub mod limits;
 pub mod llamagen;
+pub mod locate;
 pub mod lora_file;
 mod lora_fit;
+pub mod lora_names;
+pub mod lora_write;
 pub mod merge;
 pub mod pickle;
 pub mod reading;
+pub mod registry;
 pub mod sampling_file;
 pub mod sd3;
 pub mod sdxl;
@@ -34,11 +39,13 @@ use candle_core::{Device, Tensor, Var};
 use image::RgbImage;
 use rand_chacha::ChaCha8Rng;
 
-use self::checkpoint_files::WeightFiles;
+pub use self::family::{Architecture, ImageTokenizer, KnownModel};
+pub use self::locate::locate;
+pub use self::registry::{Registry, architecture, family, known};
+
 use self::latent_diffusion::Framing;
-use crate::config::{self, Dtype, Family, Memory};
-use crate::nn::map_safetensors;
-use crate::nn::{Adapter, LoraConfig, Weights};
+use crate::config::{Dtype, Family, Memory, Sampling};
+use crate::nn::{Adapter, Factors, LoraConfig, Weights};
 use crate::{Error, Result};
 
 /// What a backbone learns from one image, in its own terms.
@@ -63,6 +70,14 @@ impl Example {
         }
         self
     }
+
+    /// The same, told to be another part of another picture.
+    pub fn framed(mut self, told: Framing) -> Self {
+        if let Self::Latents { framing, .. } = &mut self {
+            *framing = told;
+        }
+        self
+    }
 }
 
 /// An example with its prompt: what one training step learns several of.
@@ -79,56 +94,6 @@ pub struct Request {
     pub seed: u64,
 }
 
-/// How images are drawn; a family reads the fields that it knows.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Sampling {
-    /// Classifier-free guidance; 1 is off.
-    pub guidance_scale: f64,
-    /// Denoising steps of a diffusion model.
-    pub num_inference_steps: usize,
-    /// What a diffusion model is guided away from.
-    pub negative_prompt: String,
-    /// An AR model samples among this many likeliest tokens; 0 is all.
-    pub top_k: usize,
-    /// An AR model samples among the likeliest tokens of this total probability, in (0, 1].
-    pub top_p: f64,
-    /// Logits are divided by this; 0 takes the likeliest token.
-    pub temperature: f64,
-    /// LlamaGen's guidance ends after this many tokens beyond the first.
-    pub guidance_interval: Option<usize>,
-}
-
-impl Sampling {
-    /// As a diffusion model draws.
-    pub fn diffusion(settings: &config::DiffusionSampling) -> Self {
-        Self {
-            guidance_scale: settings.guidance_scale,
-            num_inference_steps: settings.num_inference_steps,
-            negative_prompt: settings.negative_prompt.clone(),
-            top_k: 0,
-            top_p: 1.0,
-            temperature: 1.0,
-            guidance_interval: None,
-        }
-    }
-
-    /// As a student of either kind draws.
-    pub fn student(settings: &config::Sampling) -> Self {
-        match settings {
-            config::Sampling::Diffusion(settings) => Self::diffusion(settings),
-            config::Sampling::Autoregressive(settings) => Self {
-                guidance_scale: settings.guidance_scale,
-                num_inference_steps: 0,
-                negative_prompt: String::new(),
-                top_k: settings.top_k,
-                top_p: settings.top_p,
-                temperature: settings.temperature,
-                guidance_interval: settings.guidance_interval,
-            },
-        }
-    }
-}
-
 /// A backbone that can learn and draw: diffusion and AR models alike.
 pub trait Learner: Send {
     /// Side length in pixels of the square images that it draws and learns from.
@@ -139,12 +104,25 @@ pub trait Learner: Send {
         None
     }
 
+    /// What is learnt beside that: as `training` says, of which a backbone reads what it knows.
+    fn set_training(&mut self, _training: &crate::config::Training) {}
+
     /// Turns images of that size into examples.
     fn encode(&mut self, images: &[RgbImage]) -> Result<Vec<Example>>;
 
     /// The mean loss of a batch, a scalar with its graph, whose gradients are [`crate::nn::backward`]'s to compute. All
     /// randomness (noise, timesteps, dropout) comes from `generator`.
     fn loss(&mut self, batch: &[TrainingExample], generator: &mut ChaCha8Rng) -> Result<Tensor>;
+
+    /// Told every prompt that is to come, a model keeps what its text encoders say of each and lets go of the encoders,
+    /// which may be larger than the rest; a prompt that comes nevertheless opens them again. Nothing happens in a model
+    /// that reads prompts as it draws.
+    ///
+    /// # Errors
+    /// When a prompt cannot be read.
+    fn foresee(&mut self, _prompts: &[String]) -> Result<()> {
+        Ok(())
+    }
 
     /// Draws one image for each request, without a graph.
     fn generate(&mut self, requests: &[Request], sampling: &Sampling) -> Result<Vec<RgbImage>>;
@@ -177,10 +155,12 @@ pub fn snapshot(variables: &[(String, Var)]) -> Result<BTreeMap<String, Tensor>>
 }
 
 /// What of a model is trained.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub enum Tuning {
     /// A LoRA adapter.
     Lora(LoraConfig),
+    /// An adapter that is there, by layer: each has a rank and scale of its own, and convolutions may be among them.
+    Given(Arc<BTreeMap<String, Factors>>),
     /// All weights of the backbone.
     Full,
     /// Nothing.
@@ -189,7 +169,7 @@ pub enum Tuning {
 
 /// How a learner is opened.
 #[derive(Debug, Clone)]
-pub struct Opening {
+pub struct LearnerOptions {
     /// The checkpoint's folder.
     pub dir: PathBuf,
     /// What adapters name as their base: the model as the pipeline file names it.
@@ -214,7 +194,7 @@ pub struct Opening {
 /// Weights of a large model: LlamaGen-B has 100 million, nano models two.
 const LARGE: usize = 100_000_000;
 
-impl Opening {
+impl LearnerOptions {
     /// Whether the backbone that was built from `weights` runs its blocks again in backward passes.
     fn recomputes(&self, weights: &Weights) -> bool {
         // From here on activations are worth a third more time.
@@ -241,158 +221,52 @@ impl Opening {
                 let adapter = Arc::new(Adapter::new(config.clone(), self.seed));
                 (weights.with_adapter(adapter.clone()), Some(adapter))
             }
+            Tuning::Given(layers) => {
+                let layers = (**layers).clone();
+                let adapter = Arc::new(Adapter::from_factors(layers, str::to_string));
+                (weights.with_adapter(adapter.clone()), Some(adapter))
+            }
             Tuning::Full | Tuning::Frozen => (weights, None),
         }
     }
 }
 
-/// Says why models of this `family` cannot learn or draw here, if they cannot: what [`open`] would say.
-///
-/// # Errors
-/// Then.
-pub fn check_family(family: Family) -> Result<()> {
-    match family {
-        Family::LlamaGen | Family::Lumina | Family::Sd3 | Family::Sdxl | Family::Flux => Ok(()),
-        Family::Clip | Family::Dino => Err(Error::invalid(
-            format!("{family} cannot be trained here"),
-            "models that can: SDXL, SD3, SD3.5 and FLUX.1 (diffusion), LlamaGen and Lumina-mGPT (autoregressive)",
-        )),
-    }
-}
-
-/// Side in pixels of the square images that the checkpoint of this `family` in `dir` draws and learns from: what is
-/// `asked` for, or its own.
-///
-/// # Errors
-/// When it cannot have that side, or a part that tells is missing.
-pub fn resolution(family: Family, dir: &Path, asked: Option<u32>) -> Result<u32> {
-    let own = match family {
-        Family::LlamaGen => llamagen::resolution(dir, asked)?,
-        Family::Lumina => {
-            let (_, format, _) = chameleon::format(dir, asked)?;
-            format.side() as u32
-        }
-        Family::Sd3 => sd3::resolution(dir, asked.map(|side| side as usize))? as u32,
-        Family::Sdxl => sdxl::resolution(dir, asked.map(|side| side as usize))? as u32,
-        Family::Flux => flux::resolution(dir, asked.map(|side| side as usize))? as u32,
-        Family::Clip | Family::Dino => {
-            return asked.ok_or_else(|| Error::Invalid {
-                what: format!("the resolution of a {family} model"),
-                hint: None,
-            });
-        }
-    };
-    match asked {
-        Some(asked) if asked != own => Err(Error::invalid(
-            format!("the model draws images of {own} pixels, not of {asked}"),
-            "leave resolution out, or name the checkpoint for another size",
-        )),
-        _ => Ok(own),
-    }
-}
-
-/// The paths of the linear layers of the backbone of the checkpoint in `dir`, as its file names them; `None` where only
-/// opening it would tell.
+/// The layers that an adapter may join, linear ones and convolutions, of the backbone of the checkpoint in `dir`: their
+/// paths, as its file names them, with the shapes of their weights; `None` where only opening it would tell.
 ///
 /// # Errors
 /// When its weights are missing or damaged.
-pub fn linear_layers(
+pub fn layers(
     family: Family,
     dir: &Path,
     resolution: Option<u32>,
-) -> Result<Option<Vec<String>>> {
-    let files = match family {
-        Family::LlamaGen => llamagen::Files::find(dir, resolution)?.backbone()?,
-        Family::Lumina => WeightFiles::find(dir, "model")?,
-        Family::Sd3 | Family::Sdxl | Family::Flux => {
-            let part = if family == Family::Sdxl {
-                "unet"
-            } else {
-                "transformer"
-            };
-            WeightFiles::find(&dir.join(part), "diffusion_pytorch_model")?
-        }
-        Family::Clip | Family::Dino => return Ok(None),
-    };
-    let WeightFiles::Safetensors(files) = files else {
+) -> Result<Option<BTreeMap<String, Vec<usize>>>> {
+    let Some(parts) = &architecture(family)?.learner else {
         return Ok(None);
     };
-    let mut layers = Vec::new();
-    for (name, view) in map_safetensors(&files)?.tensors() {
+    let Some(shapes) = (parts.backbone)(dir, resolution)?.files.shapes()? else {
+        return Ok(None);
+    };
+    let mut layers = BTreeMap::new();
+    for (name, shape) in shapes {
         let layer = name.strip_suffix(".weight");
         let is_table = |layer: &&str| {
             ["tok_embeddings", "embed_tokens"]
                 .iter()
                 .any(|table| layer.ends_with(table))
         };
-        layers.extend(
-            layer
-                .filter(|layer| view.shape().len() == 2 && !is_table(layer))
-                .map(String::from),
-        );
+        let layer = layer.filter(|layer| shape.len() > 1 && !is_table(layer));
+        layers.extend(layer.map(|layer| (layer.to_string(), shape)));
     }
     Ok(Some(layers))
 }
 
-/// Opens the learner of the opening's family.
-pub fn open(opening: &Opening) -> Result<Box<dyn Learner>> {
-    match opening.family {
-        Family::LlamaGen => Ok(Box::new(llamagen::LlamaGen::open(opening)?)),
-        Family::Lumina => Ok(Box::new(chameleon::Lumina::open(opening)?)),
-        Family::Sd3 => Ok(Box::new(sd3::Sd3Learner::open(opening)?)),
-        Family::Sdxl => Ok(Box::new(sdxl::SdxlLearner::open(opening)?)),
-        Family::Flux => Ok(Box::new(flux::FluxLearner::open(opening)?)),
-        family @ (Family::Clip | Family::Dino) => {
-            check_family(family)?;
-            Err(Error::Invalid {
-                what: format!("{family} is not opened"),
-                hint: None,
-            })
-        }
-    }
-}
-
-/// What the tokenizing stage runs on a thread of its own.
-pub trait ImageTokenizer: Send {
-    /// The tokens of each image, row by row.
-    fn encode(&self, images: &[RgbImage]) -> Result<Vec<Vec<u32>>>;
-}
-
-/// Opens the image tokenizer of a checkpoint of an autoregressive `family`.
-pub fn open_image_tokenizer(
-    family: Family,
-    dir: &Path,
-    resolution: Option<u32>,
-    device: &Device,
-) -> Result<Box<dyn ImageTokenizer>> {
-    match family {
-        Family::LlamaGen => Ok(Box::new(llamagen::VqTokenizer::open(
-            dir, resolution, device,
-        )?)),
-        Family::Lumina => Ok(Box::new(chameleon::VqTokenizer::open(
-            dir, resolution, device,
-        )?)),
-        Family::Sdxl | Family::Sd3 | Family::Flux | Family::Clip | Family::Dino => {
-            Err(Error::Invalid {
-                what: format!("{family} has no image tokenizer"),
-                hint: None,
-            })
-        }
-    }
-}
-
-/// The folder of the image tokenizer of the checkpoint in `dir`, and its tokens for an image of `resolution` pixels a
-/// side (the checkpoint's own where `None`); nothing for a family that reads pixels.
-pub fn image_tokenizer_files(
-    family: Family,
-    dir: &Path,
-    resolution: Option<u32>,
-) -> Result<Option<(PathBuf, usize)>> {
-    match family {
-        Family::LlamaGen => llamagen::tokenizer_files(dir, resolution).map(Some),
-        Family::Lumina => chameleon::tokenizer_files(dir, resolution).map(Some),
-        Family::Sdxl | Family::Sd3 | Family::Flux | Family::Clip | Family::Dino => Ok(None),
-    }
+/// Opens a learner.
+///
+/// # Errors
+/// When its family cannot learn, or its checkpoint cannot be read.
+pub fn open(options: &LearnerOptions) -> Result<Box<dyn Learner>> {
+    (architecture(options.family)?.learner()?.open)(options)
 }
 
 /// Reports the faults of several components of the checkpoint in `directory` at once.

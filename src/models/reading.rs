@@ -3,12 +3,11 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use super::latent_diffusion::text::described_clips;
 use super::tokenizer::TextTokenizer;
-use super::{chameleon, clip, flux, llamagen, sd3};
-use crate::config::{Family, prompts};
+use super::{chameleon, clip};
+use crate::config::prompts;
 use crate::files::read_json;
 use crate::{Error, Result};
 
@@ -62,6 +61,51 @@ pub struct TextReader {
 }
 
 impl TextReader {
+    /// The readers of text encoders: what reports call each, its tokenizer's folder, and the tokens that it takes.
+    ///
+    /// # Errors
+    /// When a tokenizer is missing or damaged.
+    pub fn of_encoders(
+        encoders: impl IntoIterator<Item = (&'static str, PathBuf, usize)>,
+    ) -> Result<Vec<Self>> {
+        let readers = encoders.into_iter().map(|(name, folder, length)| {
+            Ok(Self {
+                name,
+                tokenizer: TextTokenizer::from_folder(&folder)?,
+                length,
+                frame: Frame::Special,
+            })
+        });
+        readers.collect()
+    }
+
+    /// The reader of Lumina-mGPT's requests, as many `positions` as the model has; for learning, which takes a few more,
+    /// or for drawing alone.
+    ///
+    /// # Errors
+    /// When an image takes all positions.
+    pub fn of_requests(
+        (tokenizer, format, positions): (TextTokenizer, chameleon::Format, usize),
+        learns: bool,
+    ) -> Result<Vec<Self>> {
+        let length = positions.saturating_sub(format.tokens_beside_words(learns));
+        if length == 0 {
+            return Err(Error::invalid(
+                format!(
+                    "an image of {} pixels takes all {positions} positions of the model",
+                    format.side()
+                ),
+                "choose a smaller resolution",
+            ));
+        }
+        Ok(vec![Self {
+            name: "Chameleon",
+            tokenizer,
+            length,
+            frame: Frame::Request(format),
+        }])
+    }
+
     /// Where in `text` the words begin that are not read.
     fn cut_at(&self, text: &str) -> Result<Option<usize>> {
         match &self.frame {
@@ -85,67 +129,6 @@ pub fn clip_reader(dir: &Path) -> Result<TextReader> {
         length: config.text_config.max_position_embeddings,
         frame: Frame::Special,
     })
-}
-
-/// The readers of prompts of the checkpoint of this `family` in `dir`, for images of `resolution` pixels a side (the
-/// checkpoint's own where `None`); for learning, which takes a few positions more, or for drawing alone.
-///
-/// # Errors
-/// When a tokenizer or a config is missing or damaged, or the checkpoint is not for images of this size.
-pub fn text_readers(
-    family: Family,
-    dir: &Path,
-    resolution: Option<u32>,
-    learns: bool,
-) -> Result<Vec<TextReader>> {
-    match family {
-        Family::Sd3 | Family::Sdxl | Family::Flux => {
-            let encoders = match family {
-                Family::Flux => flux::text_encoders(dir)?,
-                Family::Sdxl => described_clips(dir)?,
-                _ => sd3::text_encoders(dir)?,
-            };
-            let readers = encoders.into_iter().map(|(name, folder, length)| {
-                Ok(TextReader {
-                    name,
-                    tokenizer: TextTokenizer::from_folder(&folder)?,
-                    length,
-                    frame: Frame::Special,
-                })
-            });
-            readers.collect()
-        }
-        Family::LlamaGen => {
-            let (folder, length) = llamagen::caption_encoder(dir, resolution)?;
-            Ok(vec![TextReader {
-                name: "T5",
-                tokenizer: TextTokenizer::from_folder(&folder)?,
-                length,
-                frame: Frame::Special,
-            }])
-        }
-        Family::Lumina => {
-            let (tokenizer, format, positions) = chameleon::format(dir, resolution)?;
-            let length = positions.saturating_sub(format.tokens_beside_words(learns));
-            if length == 0 {
-                return Err(Error::invalid(
-                    format!(
-                        "an image of {} pixels takes all {positions} positions of the model",
-                        format.side()
-                    ),
-                    "choose a smaller resolution",
-                ));
-            }
-            Ok(vec![TextReader {
-                name: "Chameleon",
-                tokenizer,
-                length,
-                frame: Frame::Request(format),
-            }])
-        }
-        Family::Clip => Ok(vec![clip_reader(dir)?]),
-        Family::Dino => Ok(Vec::new()),
-    }
 }
 
 /// What is not read of some prompts.

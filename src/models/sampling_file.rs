@@ -43,7 +43,7 @@ pub fn read(place: &Path, family: Family) -> Result<Option<Sampling>> {
         Kind::Autoregressive => {
             serde_json::from_str::<AutoregressiveSampling>(&text).map(Sampling::Autoregressive)
         }
-        Kind::Diffusion | Kind::Evaluator => {
+        Kind::Diffusion | Kind::Clip | Kind::Dino => {
             serde_json::from_str::<DiffusionSampling>(&text).map(Sampling::Diffusion)
         }
     };
@@ -59,7 +59,13 @@ fn is_usable(sampling: &Sampling) -> bool {
     let guided = |scale: f64| scale >= 1.0 && scale.is_finite();
     match sampling {
         Sampling::Diffusion(sampling) => {
-            guided(sampling.guidance_scale) && sampling.num_inference_steps > 0
+            let start = sampling.guidance_start.unwrap_or(0.0);
+            let stop = sampling.guidance_stop.unwrap_or(1.0);
+            guided(sampling.guidance_scale)
+                && sampling.num_inference_steps > 0
+                && 0.0 <= start
+                && start < stop
+                && stop <= 1.0
         }
         Sampling::Autoregressive(sampling) => {
             guided(sampling.guidance_scale)
@@ -74,26 +80,31 @@ fn is_usable(sampling: &Sampling) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::sampling_defaults;
 
     #[test]
     fn what_was_noted_is_read_beside_the_folder_or_its_file_and_nothing_is_no_fault() {
         let place = tempfile::tempdir().unwrap();
         let weights = place.path().join("adapter_model.safetensors");
-        assert_eq!(read(place.path(), Family::LlamaGen).unwrap(), None);
-        let mut noted = sampling_defaults(Family::LlamaGen);
+        assert_eq!(
+            read(place.path(), crate::models::llamagen::FAMILY).unwrap(),
+            None
+        );
+        let mut noted = crate::models::llamagen::FAMILY.sampling();
         if let Sampling::Autoregressive(sampling) = &mut noted {
             (sampling.guidance_scale, sampling.top_k) = (2.0, 100);
         }
         write(place.path(), &noted).unwrap();
         for at in [place.path(), &weights] {
-            assert_eq!(read(at, Family::LlamaGen).unwrap(), Some(noted.clone()));
+            assert_eq!(
+                read(at, crate::models::llamagen::FAMILY).unwrap(),
+                Some(noted.clone())
+            );
         }
-        let error = read(place.path(), Family::Sd3).unwrap_err();
+        let error = read(place.path(), crate::models::sd3::FAMILY).unwrap_err();
         assert!(error.to_string().contains(SAMPLING), "{error}");
         let bad = r#"{"guidance_scale": 0.5, "top_k": 0, "top_p": 1, "temperature": 1}"#;
         std::fs::write(place.path().join(SAMPLING), bad).unwrap();
-        let error = read(place.path(), Family::LlamaGen).unwrap_err();
+        let error = read(place.path(), crate::models::llamagen::FAMILY).unwrap_err();
         assert!(error.to_string().contains("out of range"), "{error}");
     }
 }

@@ -1,6 +1,6 @@
 //! Safetensors files written one tensor at a time, so that a file of any size needs the memory of its largest tensor.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -36,11 +36,21 @@ pub struct TensorWriter {
 impl TensorWriter {
     /// Begins the file `path` with a header for `entries`. Values are written in the order that [`in_order`] gives.
     pub fn create(path: &Path, entries: &[Entry]) -> Result<Self> {
+        Self::with_metadata(path, entries, BTreeMap::new())
+    }
+
+    /// [`TensorWriter::create`] with `metadata` in the header, beside `format: pt`, which readers expect.
+    pub fn with_metadata(
+        path: &Path,
+        entries: &[Entry],
+        mut metadata: BTreeMap<String, String>,
+    ) -> Result<Self> {
         if let Some(parent) = path.parent() {
             files::create_dir(parent)?;
         }
         let entries = in_order(entries.to_vec());
-        let mut header = Map::from_iter([("__metadata__".to_string(), json!({"format": "pt"}))]);
+        metadata.insert("format".into(), "pt".into());
+        let mut header = Map::from_iter([("__metadata__".to_string(), json!(metadata))]);
         let mut start = 0;
         for entry in &entries {
             let dtype = safetensors_name(entry)?;

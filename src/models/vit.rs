@@ -13,11 +13,48 @@ use serde_json::Value;
 
 use super::checkpoint_files;
 use super::encoder::{Activation, Layer, Names, Projections, Sizes, with_class_token};
+use super::family::{Architecture, KnownModel};
 use super::limits::{CHANNELS, Limited, Limits, SIDE};
+use crate::config::{Family, FamilySettings, Kind, Optimizer, SamplingDefaults, TrainingDefaults};
 use crate::files::read_json;
+use crate::hub::catalogue;
 use crate::nn::ops::{self, Padding};
 use crate::nn::{Conv2d, Init, LayerNorm, Mask, Weights, parameter};
 use crate::{Error, Result};
+
+/// DINO's vision transformer.
+pub const FAMILY: Family = Family::new(&FamilySettings {
+    name: "DINO",
+    kind: Kind::Dino,
+    // Evaluators do not train: a pipeline that makes one learn is refused where its role is read.
+    training: TrainingDefaults::diffusion(Optimizer::Adamw, 1e-4, None),
+    targets: &[],
+    sampling: SamplingDefaults::NONE,
+});
+
+/// DINO in transformers' layout.
+pub static ARCHITECTURE: Architecture = Architecture {
+    family: FAMILY,
+    recognises: |layout| layout.is_model_type("vit"),
+    models: &[
+        KnownModel {
+            name: "nano-dino",
+            resolution: None,
+            directory: "datasets/nano/checkpoints/dino",
+            hub: None,
+            files: &["config.json", "model.safetensors"],
+        },
+        KnownModel {
+            name: "dino-vits16",
+            resolution: None,
+            directory: "datasets/checkpoints/dino-vits16",
+            hub: Some(&catalogue::DINO_VITS16),
+            files: &[],
+        },
+    ],
+    readers: |_, _, _| Ok(Vec::new()),
+    learner: None,
+};
 
 /// `config.json` of a Hugging Face `ViTModel`, with its defaults.
 #[derive(Debug, Clone, PartialEq, Deserialize)]

@@ -1,7 +1,7 @@
 //! Layers that hold weights: what `candle_nn` offers under the same names, with right gradients, frozen weights off
 //! the tape, and room for an adapter.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use super::adapter::Lora;
 use super::{Init, Weight, Weights, merged, ops};
@@ -225,6 +225,8 @@ impl GroupNorm {
 #[derive(Clone)]
 pub struct Embedding {
     weight: Weight,
+    /// What is computed in.
+    dtype: DType,
 }
 
 impl Embedding {
@@ -232,6 +234,7 @@ impl Embedding {
     pub fn new(count: usize, width: usize, weights: &Weights) -> Result<Self> {
         Ok(Self {
             weight: weights.matrix((count, width), "weight", Init::Normal(0.02))?,
+            dtype: weights.dtype(),
         })
     }
 
@@ -245,6 +248,7 @@ impl Embedding {
         match &self.weight {
             Weight::Tensor(weight) | Weight::Twice { weight, .. } => ops::embedding(weight, ids),
             Weight::Half(weight) => ops::half_embedding(weight, ids),
+            Weight::Quantised(weight) => ops::quantised_embedding(weight, ids, self.dtype),
         }
     }
 }

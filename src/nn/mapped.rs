@@ -6,10 +6,8 @@ use std::path::{Path, PathBuf};
 
 use candle_core::safetensors::MmapedSafetensors;
 
+use crate::files::tensor_headers::LARGEST_HEADER;
 use crate::{Error, Result};
-
-/// The header of 100,000 tensors has 15 MB.
-const LARGEST_HEADER: u64 = 32 << 20;
 
 /// Maps all `files` of one checkpoint.
 ///

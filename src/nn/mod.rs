@@ -4,6 +4,7 @@
 //! - [`Weights`] hands named tensors to models: frozen from a checkpoint, or trainable, with an [`Adapter`] attached.
 //! - [`layers`] holds `Linear`, `Conv2d`, norms and `Embedding`; [`ops`] the functions that they are made of.
 //! - A frozen [`Weight`] may be a [`HalfMatrix`]: bf16 or f16 on the CPU, mapped from its file, with f32 arithmetic.
+//!   A [`QuantisedMatrix`] is one of a GGUF file, kept in blocks of few bits and unpacked where it is multiplied.
 //! - [`recompute`] runs a block again in the backward pass instead of keeping what it computed; [`backward`] gives the
 //!   gradients.
 //! - [`merged`] runs a closure in which small layers carry their adapters inside their weights: sampling uses it.
@@ -24,10 +25,12 @@ pub mod ops;
 mod parts;
 pub mod plain;
 mod precision;
+mod quantised;
 mod recompute;
 mod shapes;
 mod slices;
 mod slot;
+mod tensor_files;
 mod vjp;
 mod weights;
 
@@ -43,8 +46,10 @@ pub(crate) use mapped::map as map_safetensors;
 pub use ops::Mask;
 pub use parts::mean_over_parts;
 pub use precision::{HalfKind, HalfMatrix, Precision, Weight};
+pub use quantised::QuantisedMatrix;
 pub use recompute::{backward, recompute};
 pub use slices::sum_over_rows;
+pub use tensor_files::{Cut, Form, Rename};
 pub use weights::Weights;
 
 use candle_core::Tensor;

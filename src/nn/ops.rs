@@ -4,7 +4,7 @@
 
 use std::borrow::Cow;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
@@ -12,7 +12,7 @@ use super::cpu::activation::{Gelu, GeluErf, QuickGelu, Silu, activation, gated};
 use super::cpu::rope::{Pairing, rope};
 use super::cpu::takes;
 use super::cuda::activation::Activation;
-use super::{HalfMatrix, Lora, Weight, cpu, cuda, layout, parameter, plain};
+use super::{HalfMatrix, Lora, QuantisedMatrix, Weight, cpu, cuda, layout, parameter, plain};
 use crate::{Error, Result};
 
 /// Zeros around the two spatial dimensions of a convolution's input.
@@ -52,8 +52,8 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     plain::linear(x, &weight, bias)
 }
 
-/// [`linear`] and, where there is one, the adapter's addition. With a weight in half precision the arithmetic is in
-/// `x`'s type, and the result is that of the widened weight.
+/// [`linear`] and, where there is one, the adapter's addition. With a weight in half precision or in blocks the arithmetic
+/// is in `x`'s type, and the result is that of the widened weight.
 pub fn adapted_linear(
     x: &Tensor,
     weight: &Weight,
@@ -63,6 +63,7 @@ pub fn adapted_linear(
     if matches!(weight, Weight::Tensor(_)) || !takes([x].into_iter().chain(bias)) {
         let weight = match weight {
             Weight::Half(half) => Cow::Owned(half.to_tensor()?.to_dtype(x.dtype())?),
+            Weight::Quantised(packed) => Cow::Owned(packed.to_dtype(x.dtype())?),
             _ => weight.to_tensor()?,
         };
         return match lora {
@@ -343,6 +344,14 @@ pub fn embedding(weight: &Tensor, ids: &Tensor) -> Result<Tensor> {
 /// [`embedding`] in a frozen table of half precision, (count, width); the result is in f32.
 pub fn half_embedding(weight: &HalfMatrix, ids: &Tensor) -> Result<Tensor> {
     Ok(cpu::embedding::half_embedding(weight, ids)?)
+}
+
+/// [`embedding`] in a frozen table that is kept in blocks, (count, width); the result is in `dtype`.
+pub fn quantised_embedding(weight: &QuantisedMatrix, ids: &Tensor, dtype: DType) -> Result<Tensor> {
+    match ids.device().is_cpu() {
+        true => Ok(cpu::embedding::quantised_embedding(weight, ids)?),
+        false => embedding(&weight.to_dtype(dtype)?, ids),
+    }
 }
 
 /// `x · (1 + scale) + shift` with `x` (b, n, c), `shift` and `scale` (b, c).

@@ -3,12 +3,15 @@
 //! that of the rounded weights in f32. Elsewhere half precision is what candle computes in.
 
 use std::borrow::Cow;
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::safetensors::MmapedSafetensors;
 use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
+use memmap2::Mmap;
 
 use super::cpu::{half::widen, takes};
+use super::quantised::QuantisedMatrix;
 use crate::config::Dtype;
 use crate::{Error, Result};
 
@@ -96,8 +99,25 @@ impl HalfKind {
 
 enum Bits {
     Owned(Vec<u16>),
-    /// A tensor of mapped files.
-    Mapped(Arc<MmapedSafetensors>, String),
+    /// Those of a tensor of mapped files from this number on.
+    Mapped(MappedBytes, usize),
+}
+
+/// The bytes of a tensor in a mapped file.
+pub(super) enum MappedBytes {
+    /// Of the tensor of this name.
+    Safetensors(Arc<MmapedSafetensors>, String),
+    /// These.
+    File(Arc<Mmap>, Range<usize>),
+}
+
+impl MappedBytes {
+    fn get(&self) -> candle_core::Result<&[u8]> {
+        match self {
+            MappedBytes::Safetensors(files, name) => Ok(files.get(name)?.data()),
+            MappedBytes::File(file, range) => Ok(&file[range.clone()]),
+        }
+    }
 }
 
 /// A frozen matrix in half precision on the CPU.
@@ -137,22 +157,21 @@ impl HalfMatrix {
         })
     }
 
-    /// The matrix `name` of `files`, which is of type `kind` there, without copying it; `None` where it does not lie
-    /// at an even address or is no matrix.
+    /// The matrix (rows, columns) of type `kind` that lies in `bytes` from value `first` on, without copying it; `None`
+    /// where it does not lie at an even address.
     pub(super) fn mapped(
-        files: &Arc<MmapedSafetensors>,
-        name: &str,
+        bytes: MappedBytes,
+        first: usize,
         kind: HalfKind,
+        (rows, columns): (usize, usize),
     ) -> Result<Option<Self>> {
-        let view = files.get(name)?;
-        let [rows, columns] = *view.shape() else {
-            return Ok(None);
-        };
-        if !(view.data().as_ptr() as usize).is_multiple_of(align_of::<u16>()) {
+        let there = bytes.get()?;
+        let is_even = (there.as_ptr() as usize).is_multiple_of(align_of::<u16>());
+        if !is_even || there.len() < 2 * (first + rows * columns) {
             return Ok(None);
         }
         Ok(Some(Self {
-            bits: Arc::new(Bits::Mapped(files.clone(), name.to_string())),
+            bits: Arc::new(Bits::Mapped(bytes, first)),
             kind,
             rows,
             columns,
@@ -178,13 +197,14 @@ impl HalfMatrix {
     pub(super) fn bits(&self) -> candle_core::Result<&[u16]> {
         match &*self.bits {
             Bits::Owned(bits) => Ok(bits),
-            Bits::Mapped(files, name) => {
+            Bits::Mapped(bytes, first) => {
                 // SAFETY: every bit pattern is a u16.
-                let (before, bits, _) = unsafe { files.get(name)?.data().align_to::<u16>() };
-                if !before.is_empty() || bits.len() != self.rows * self.columns {
-                    candle_core::bail!("{name} does not lie in its file as it did before");
+                let (before, bits, _) = unsafe { bytes.get()?.align_to::<u16>() };
+                let range = *first..first + self.rows * self.columns;
+                match bits.get(range) {
+                    Some(bits) if before.is_empty() => Ok(bits),
+                    _ => candle_core::bail!("a matrix does not lie in its file as it did before"),
                 }
-                Ok(bits)
             }
         }
     }
@@ -222,6 +242,8 @@ pub enum Weight {
     },
     /// Frozen, on the CPU.
     Half(HalfMatrix),
+    /// Frozen, in blocks of few bits.
+    Quantised(QuantisedMatrix),
 }
 
 impl From<Tensor> for Weight {
@@ -236,22 +258,24 @@ impl Weight {
         match self {
             Weight::Tensor(weight) | Weight::Twice { weight, .. } => weight.dims2(),
             Weight::Half(half) => Ok(half.dims2()),
+            Weight::Quantised(packed) => Ok(packed.dims2()),
         }
     }
 
-    /// As a tensor: itself, or widened to f32.
+    /// As a tensor: itself, or widened or unpacked to f32.
     pub fn to_tensor(&self) -> Result<Cow<'_, Tensor>> {
         match self {
             Weight::Tensor(weight) | Weight::Twice { weight, .. } => Ok(Cow::Borrowed(weight)),
             Weight::Half(half) => Ok(Cow::Owned(half.to_tensor()?)),
+            Weight::Quantised(packed) => Ok(Cow::Owned(packed.to_tensor()?)),
         }
     }
 
-    /// The tensor that it is, unless it is in half precision.
+    /// The tensor that it is, unless it is kept in fewer bits.
     pub fn tensor(&self) -> Option<&Tensor> {
         match self {
             Weight::Tensor(weight) | Weight::Twice { weight, .. } => Some(weight),
-            Weight::Half(_) => None,
+            Weight::Half(_) | Weight::Quantised(_) => None,
         }
     }
 

@@ -5,19 +5,22 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use candle_core::safetensors::MmapedSafetensors;
+use candle_core::quantized::GgmlDType;
 use candle_core::{DType, Device, Shape, Tensor, Var};
 
 use super::adapter::{Adapter, Lora};
 use super::init::{Init, draw};
-use super::mapped::map;
 use super::precision::{HalfKind, HalfMatrix, Precision, Weight};
+use super::quantised::QuantisedMatrix;
+use super::tensor_files::{Rename, Stored, TensorFiles};
 use crate::{Error, Result};
 
 enum Source {
-    Files(Arc<MmapedSafetensors>),
+    Files(TensorFiles),
     Memory(Mutex<HashMap<String, Held>>),
     Nothing,
+    /// Nothing, and what is drawn is packed so.
+    Blocks(GgmlDType),
 }
 
 /// A tensor in memory, as it is kept.
@@ -108,14 +111,25 @@ impl Weights {
         }
     }
 
-    /// Frozen weights, memory-mapped from safetensors `files` (all shards of one checkpoint). `precision` is a type or
-    /// [`Precision::AsStored`]; on the CPU matrices in half precision are not copied where the files have them so.
+    /// Frozen weights, memory-mapped from `files` of safetensors (all shards of one checkpoint) or GGUF. `precision` is a
+    /// type or [`Precision::AsStored`]; on the CPU matrices in half precision are not copied where the files have them so.
+    /// Matrices that a GGUF file has in blocks of few bits stay as they are whatever it is.
     pub fn from_files(
         files: &[PathBuf],
         precision: impl Into<Precision>,
         device: &Device,
     ) -> Result<Self> {
-        let (source, path) = open(files)?;
+        Self::from_renamed(files, None, precision, device)
+    }
+
+    /// [`Weights::from_files`] for models that call the tensors as `rename` says.
+    pub fn from_renamed(
+        files: &[PathBuf],
+        rename: Option<&Rename>,
+        precision: impl Into<Precision>,
+        device: &Device,
+    ) -> Result<Self> {
+        let (source, path) = open(files, rename)?;
         Ok(Self::new(
             source,
             &path,
@@ -152,13 +166,36 @@ impl Weights {
         )
     }
 
+    /// [`Weights::drawn`] with matrices in blocks of `kind`, where their rows are whole blocks, on the CPU.
+    pub fn drawn_in_blocks(seed: u64, kind: GgmlDType) -> Self {
+        let path = Path::new("(drawn)");
+        let how = (false, Some(seed));
+        Self::new(
+            Source::Blocks(kind),
+            path,
+            DType::F32.into(),
+            &Device::Cpu,
+            how,
+        )
+    }
+
     /// Trainable f32 weights; those that `files` hold start from there (`files` may be empty), the others are drawn by
     /// a generator seeded with `seed` and their name.
     pub fn trainable(files: &[PathBuf], seed: u64, device: &Device) -> Result<Self> {
+        Self::trainable_renamed(files, None, seed, device)
+    }
+
+    /// [`Weights::trainable`] for models that call the tensors as `rename` says.
+    pub fn trainable_renamed(
+        files: &[PathBuf],
+        rename: Option<&Rename>,
+        seed: u64,
+        device: &Device,
+    ) -> Result<Self> {
         let (source, path) = if files.is_empty() {
             (Source::Nothing, PathBuf::from("(new)"))
         } else {
-            open(files)?
+            open(files, rename)?
         };
         let precision = Precision::In(DType::F32);
         Ok(Self::new(
@@ -234,9 +271,9 @@ impl Weights {
 
     fn shape(&self, full: &str) -> Option<Vec<usize>> {
         match &self.inner.source {
-            Source::Files(files) => files.get(full).ok().map(|view| view.shape().to_vec()),
+            Source::Files(files) => files.shape(full),
             Source::Memory(tensors) => lock(tensors).get(full).map(Held::dims),
-            Source::Nothing => None,
+            Source::Nothing | Source::Blocks(_) => None,
         }
     }
 
@@ -252,12 +289,37 @@ impl Weights {
     }
 
     /// Like [`Weights::get`] for the matrix (rows, columns) of a linear layer or a table, which may be kept in half
-    /// precision.
+    /// precision or in blocks of few bits.
     pub fn matrix(&self, shape: (usize, usize), name: &str, init: Init) -> Result<Weight> {
+        if let Some(packed) = self.packed(shape, name)? {
+            return Ok(Weight::Quantised(packed));
+        }
         match self.half(shape, name, init)? {
             Some(half) => Ok(Weight::Half(half)),
             None => Ok(Weight::Tensor(self.get(shape, name, init)?)),
         }
+    }
+
+    /// The matrix `name`, if it is there with `shape`, frozen, and kept in blocks.
+    fn packed(&self, shape: (usize, usize), name: &str) -> Result<Option<QuantisedMatrix>> {
+        let (full, inner) = (self.name(name), &self.inner);
+        let packed = match (&inner.source, inner.seed) {
+            (Source::Files(files), _)
+                if !inner.trainable && files.shape(&full) == Some(vec![shape.0, shape.1]) =>
+            {
+                files.packed(&full, &inner.device)?
+            }
+            (Source::Blocks(kind), Some(seed)) if shape.1.is_multiple_of(kind.block_size()) => {
+                let init = Init::fan_in(shape.1);
+                let drawn = draw(&shape.into(), init, seed, &full, &inner.device)?;
+                Some(QuantisedMatrix::pack(&drawn, *kind)?)
+            }
+            _ => None,
+        };
+        if packed.is_some() {
+            self.note(full, shape.0 * shape.1);
+        }
+        Ok(packed)
     }
 
     /// The matrix `name`, if it is there (or drawn) with `shape` and kept in half precision.
@@ -272,9 +334,12 @@ impl Weights {
             (Some(dims), _) if dims != [shape.0, shape.1] => None,
             (Some(_), Source::Memory(tensors)) => half_in(&mut lock(tensors), &full, kept)?,
             (Some(_), Source::Files(files)) => {
-                let stored = DType::try_from(files.get(&full)?.dtype())?;
-                match kept(stored) {
-                    Some(kind) => Some(read_half(files, &full, stored, kind)?),
+                let kind = match files.stored(&full) {
+                    Some(Stored::Plain(stored)) => kept(stored),
+                    Some(Stored::Packed(_) | Stored::Unknown) | None => None,
+                };
+                match kind {
+                    Some(kind) => Some(read_half(files, &full, kind)?),
                     None => None,
                 }
             }
@@ -285,7 +350,7 @@ impl Weights {
                 }
                 _ => None,
             },
-            (Some(_), Source::Nothing) => None,
+            (Some(_), Source::Nothing | Source::Blocks(_)) => None,
         };
         if half.is_some() {
             self.note(full, elements);
@@ -307,7 +372,7 @@ impl Weights {
             (Some(dims), _) if dims.as_slice() == shape.dims() => match &inner.source {
                 Source::Files(files) => files
                     .load(&full, &inner.device)
-                    .and_then(|tensor| tensor.to_dtype(inner.dtype))
+                    .and_then(|tensor| Ok(tensor.to_dtype(inner.dtype)?))
                     .map_err(|e| self.fault(format!("{full} cannot be read: {e}")))?,
                 Source::Memory(tensors) => match &lock(tensors)[&full] {
                     Held::Tensor(tensor) => {
@@ -315,7 +380,9 @@ impl Weights {
                     }
                     Held::Half(half) => half.to_tensor()?,
                 },
-                Source::Nothing => Tensor::zeros(&shape, inner.dtype, &inner.device)?,
+                Source::Nothing | Source::Blocks(_) => {
+                    Tensor::zeros(&shape, inner.dtype, &inner.device)?
+                }
             },
             (Some(dims), _) => {
                 lock(&inner.faults).push(format!(
@@ -359,7 +426,8 @@ impl Weights {
         let inner = &self.inner;
         let made = inner.made.load(Relaxed).saturating_add(elements);
         inner.made.store(made, Relaxed);
-        if made <= inner.most_made || matches!(inner.source, Source::Nothing) {
+        let limited = !matches!(inner.source, Source::Nothing | Source::Blocks(_));
+        if made <= inner.most_made || !limited {
             return Ok(());
         }
         self.finish()?;
@@ -432,9 +500,9 @@ impl Weights {
     /// All names in the checkpoint, sorted.
     pub fn names(&self) -> Vec<String> {
         let mut names: Vec<String> = match &self.inner.source {
-            Source::Files(files) => files.tensors().into_iter().map(|(name, _)| name).collect(),
+            Source::Files(files) => files.names().cloned().collect(),
             Source::Memory(tensors) => lock(tensors).keys().cloned().collect(),
-            Source::Nothing => Vec::new(),
+            Source::Nothing | Source::Blocks(_) => Vec::new(),
         };
         names.sort();
         names
@@ -443,7 +511,7 @@ impl Weights {
     /// The tensor `full` of the checkpoint, on the CPU and in the type that it is kept in, if it is there.
     pub fn stored(&self, full: &str) -> Result<Option<Tensor>> {
         Ok(match &self.inner.source {
-            Source::Files(files) if files.get(full).is_ok() => {
+            Source::Files(files) if files.shape(full).is_some() => {
                 Some(files.load(full, &Device::Cpu)?)
             }
             Source::Memory(tensors) => match lock(tensors).get(full) {
@@ -451,7 +519,7 @@ impl Weights {
                 Some(Held::Half(half)) => Some(half.to_tensor()?.to_dtype(half.kind().dtype())?),
                 None => None,
             },
-            Source::Files(_) | Source::Nothing => None,
+            Source::Files(_) | Source::Nothing | Source::Blocks(_) => None,
         })
     }
 
@@ -480,24 +548,17 @@ fn joined(path: &str, name: &str) -> String {
     }
 }
 
-fn open(files: &[PathBuf]) -> Result<(Source, PathBuf)> {
+fn open(files: &[PathBuf], rename: Option<&Rename>) -> Result<(Source, PathBuf)> {
     let path = files.first().cloned().unwrap_or_default();
-    Ok((Source::Files(Arc::new(map(files)?)), path))
+    Ok((Source::Files(TensorFiles::open(files, rename)?), path))
 }
 
 /// A matrix of `files` in half precision: in place where it has that type already, else a rounded copy.
-fn read_half(
-    files: &Arc<MmapedSafetensors>,
-    name: &str,
-    stored: DType,
-    kind: HalfKind,
-) -> Result<HalfMatrix> {
-    if HalfKind::of(stored) == Some(kind)
-        && let Some(mapped) = HalfMatrix::mapped(files, name, kind)?
-    {
-        return Ok(mapped);
+fn read_half(files: &TensorFiles, name: &str, kind: HalfKind) -> Result<HalfMatrix> {
+    match files.half(name, kind)? {
+        Some(mapped) => Ok(mapped),
+        None => HalfMatrix::new(&files.load(name, &Device::Cpu)?, kind),
     }
-    HalfMatrix::new(&files.load(name, &Device::Cpu)?, kind)
 }
 
 /// The matrix `name` of tensors in memory, if it is to be kept in half precision: rounded at the first call.
@@ -526,11 +587,7 @@ fn elements_in(source: &Source) -> usize {
     };
     let add = |all: usize, more: usize| all.saturating_add(more);
     match source {
-        Source::Files(files) => {
-            let tensors = files.tensors();
-            let sizes = tensors.iter().map(|(_, view)| product(view.shape()));
-            sizes.fold(0, add)
-        }
+        Source::Files(files) => files.shapes().map(|dims| product(&dims)).fold(0, add),
         Source::Memory(tensors) => {
             let tensors = lock(tensors);
             tensors
@@ -538,20 +595,14 @@ fn elements_in(source: &Source) -> usize {
                 .map(|held| product(&held.dims()))
                 .fold(0, add)
         }
-        Source::Nothing => 0,
+        Source::Nothing | Source::Blocks(_) => 0,
     }
 }
 
 /// The type of the first matrix by name: what the checkpoint is stored in.
 fn stored_dtype(source: &Source) -> Option<DType> {
     match source {
-        Source::Files(files) => {
-            let mut matrices: Vec<_> = files.tensors();
-            matrices.retain(|(_, view)| view.shape().len() == 2);
-            matrices.sort_by(|(one, _), (two, _)| one.cmp(two));
-            let (_, first) = matrices.first()?;
-            DType::try_from(first.dtype()).ok()
-        }
+        Source::Files(files) => files.dtype(),
         Source::Memory(tensors) => {
             let tensors = lock(tensors);
             let matrices = tensors.iter().filter_map(|(name, held)| match held {
@@ -562,6 +613,6 @@ fn stored_dtype(source: &Source) -> Option<DType> {
                 .min_by_key(|(name, _)| *name)
                 .map(|(_, dtype)| dtype)
         }
-        Source::Nothing => None,
+        Source::Nothing | Source::Blocks(_) => None,
     }
 }

@@ -47,7 +47,7 @@ pub(super) fn go_on(
         let Ok(text) = files::read_text(&path.join(RESOLVED), files::SETTINGS) else {
             continue;
         };
-        let Ok(old) = Document::parse(&text, &name, &[]).resolve() else {
+        let Ok(old) = Document::parse(&text, &name, &[], &crate::models::Registry).resolve() else {
             continue;
         };
         let is_longest = shorter

@@ -1,7 +1,7 @@
 //! Builds and runs what a [`Topology`] pictures: a channel for each edge, a task for each stage. Nobody else spawns
 //! stages.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
@@ -154,7 +154,7 @@ fn expected(stage: Stage, context: &Context, shared: Option<&Shared>) -> usize {
         Stage::References => subjects,
         Stage::Supervise => {
             let taught = shared.map_or(subjects, |shared| shared.subjects.len());
-            let steps = resolved.supervisor.as_ref().map(|s| s.training.steps);
+            let steps = resolved.supervisor.as_ref().map(|s| s.steps());
             steps.unwrap_or(0) * taught
         }
         Stage::Synthesize | Stage::Keep | Stage::Tokenize | Stage::Score => match shared {
@@ -316,9 +316,11 @@ impl Builder {
 
     fn supervise(&mut self, meter: &Meter) {
         let context = &self.context;
-        let (Some((settings, _, sampling)), Some(open)) =
-            (context.resolved.teacher(), &self.models.supervisor)
-        else {
+        let (Some((settings, _, sampling)), Some(open), Some(sampler)) = (
+            context.resolved.teacher(),
+            &self.models.supervisor,
+            &context.supervisor_sampler,
+        ) else {
             return;
         };
         let needs = Supervise {
@@ -328,6 +330,8 @@ impl Builder {
             sampling: sampling.clone(),
             keys: context.sources.clone(),
             open: open.clone(),
+            sampler: sampler.clone(),
+            given: self.models.given.clone(),
             store: context.store.clone(),
             dir: context.dir.clone(),
             seed: context.resolved.seed,
@@ -367,6 +371,7 @@ impl Builder {
             return stream::empty().boxed();
         };
         let sampling = sampling.clone();
+        let foreseen = Arc::new(self.sampled_prompts(&sampling.negative_prompt));
         let ready = move |supervisor: Supervisor| ReadySource {
             subject: supervisor.subject,
             adapter: Some(supervisor.adapter.clone()),
@@ -375,9 +380,20 @@ impl Builder {
                 sampler: sampler.clone(),
                 adapter: supervisor.adapter,
                 sampling: sampling.clone(),
+                foreseen: foreseen.clone(),
             }),
         };
         supervisors.map(ready).boxed()
+    }
+
+    /// Every prompt that a supervisor's model will be asked for: by proxies, and where it is evaluated.
+    fn sampled_prompts(&self, negative: &str) -> Vec<String> {
+        let plan = &self.context.plan;
+        let proxies = plan.proxies().iter().map(|proxy| &proxy.prompt);
+        let evaluated = plan.evaluation().images.iter().map(|image| &image.prompt);
+        let mut distinct = BTreeSet::from([negative]);
+        distinct.extend(proxies.chain(evaluated).map(String::as_str));
+        distinct.into_iter().map(String::from).collect()
     }
 
     fn synthesize(&mut self, meter: &Meter) {
@@ -396,7 +412,7 @@ impl Builder {
             return;
         };
         let steps = context.resolved.supervisor.as_ref();
-        let steps = steps.map(|supervisor| supervisor.training.steps);
+        let steps = steps.map(|supervisor| supervisor.steps());
         let needs = Synthesize {
             subjects: context.subjects.clone(),
             keys,

@@ -69,7 +69,12 @@ impl Options {
         overrides: &[String],
     ) -> Result<Self> {
         let (pipeline, text) = (pipeline.into(), text.into());
-        let document = Document::parse(&text, &pipeline.display().to_string(), overrides);
+        let document = Document::parse(
+            &text,
+            &pipeline.display().to_string(),
+            overrides,
+            &crate::models::Registry,
+        );
         Ok(Self {
             resolved: document.resolve()?,
             pipeline,
@@ -256,7 +261,8 @@ pub fn report_again<'a>(
                 "run the pipeline again to renew it",
             )
         })?;
-        let resolved = Document::parse(&resolved, "resolved.toml", &[]).resolve()?;
+        let resolved =
+            Document::parse(&resolved, "resolved.toml", &[], &crate::models::Registry).resolve()?;
         let options = Options {
             pipeline: dir.to_path_buf(),
             text,

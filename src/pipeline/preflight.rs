@@ -10,12 +10,15 @@ use std::sync::Arc;
 use super::Options;
 use super::prepare::{Purpose, device};
 use crate::config::limits::NAME_BYTES;
-use crate::config::{Family, Resolved, Source, Training, Tuning, locate, models, prompts};
+use crate::config::{Family, Resolved, Source, Training, Tuning, prompts};
 use crate::evaluation::embedders;
-use crate::models::reading::{Prompt, TextReader, clip_reader, text_readers, unread};
-use crate::models::{self as architectures, check_family};
+use crate::models::adapters::check_start;
+use crate::models::lora_file::LoraFile;
+use crate::models::reading::{Prompt, TextReader, clip_reader, unread};
+use crate::models::{self as architectures, architecture, known, locate};
 use crate::nn::LoraConfig;
 use crate::stages::{Subject, Warning, direct, references};
+use crate::training::tuning;
 use crate::{Error, Result};
 
 /// Something that stands in the way, and the field of the pipeline that it is about.
@@ -137,10 +140,9 @@ pub(super) fn preflight_with(options: &Options, purpose: Purpose, has_source: bo
         }
     }
     read_photos(resolved, &mut found);
-    let wanted = Wanted::of(resolved, purpose);
+    let wanted = Wanted::of(resolved, &found.subjects, purpose);
     let learns_tokens = purpose != Purpose::Proxies { tokens: false };
-    let teacher = resolved.supervisor.as_ref();
-    let drawn = teacher.and_then(|supervisor| {
+    if let Some(supervisor) = &resolved.supervisor {
         let role = Role {
             name: "supervisor",
             model: &supervisor.model,
@@ -148,10 +150,11 @@ pub(super) fn preflight_with(options: &Options, purpose: Purpose, has_source: bo
             resolution: supervisor.resolution,
             device: supervisor.device,
             training: &supervisor.training,
+            adapter: supervisor.adapter.as_deref().map(Adapter::Given),
             prompts: &wanted.supervisor,
         };
-        role.look(&mut found)
-    });
+        role.look(&mut found);
+    }
     if learns_tokens {
         let student = &resolved.student;
         let role = Role {
@@ -161,29 +164,23 @@ pub(super) fn preflight_with(options: &Options, purpose: Purpose, has_source: bo
             resolution: student.resolution,
             device: student.device,
             training: &student.training,
+            adapter: match (&student.init, purpose, student.training.tuning) {
+                (Some(init), Purpose::Run, Tuning::Lora) => Some(Adapter::Start(init)),
+                _ => None,
+            },
             prompts: &wanted.student,
         };
-        let learnt = role.look(&mut found);
-        if let (Some(drawn), Some(learnt)) = (drawn, learnt)
-            && drawn != learnt
-        {
-            found.faults.push(Obstacle::new(
-                &["supervisor", "resolution"],
-                format!(
-                    "the supervisor draws images of {drawn} pixels, and the student learns from images of {learnt}"
-                ),
-                format!("set supervisor.resolution = {learnt}, if the supervisor can draw such images"),
-            ));
-        }
+        role.look(&mut found);
         if let Some(direct) = resolved.direct() {
             let folder = locate(&student.model).ok();
             let role = Role {
                 name: "direct",
                 training: &direct.training,
+                adapter: None,
                 ..role
             };
             if let Some(folder) = folder {
-                role.check_targets(&folder, &mut found);
+                role.check_layers(&folder, &mut found);
             }
         }
     }
@@ -267,6 +264,15 @@ fn read_photos(resolved: &Resolved, found: &mut Preflight) {
     }
 }
 
+/// An adapter that is there before a run.
+#[derive(Clone, Copy)]
+enum Adapter<'a> {
+    /// It is used as it is.
+    Given(&'a Path),
+    /// Training goes on from it.
+    Start(&'a Path),
+}
+
 /// A model that learns.
 #[derive(Clone, Copy)]
 struct Role<'a> {
@@ -276,40 +282,57 @@ struct Role<'a> {
     resolution: Option<usize>,
     device: crate::config::Device,
     training: &'a Training,
+    adapter: Option<Adapter<'a>>,
     /// What it reads.
     prompts: &'a [Prompt],
 }
 
 impl Role<'_> {
-    /// Looks at everything about the model; the side of its images in pixels, where that is known.
-    fn look(&self, found: &mut Preflight) -> Option<u32> {
+    /// Looks at everything about the model.
+    fn look(&self, found: &mut Preflight) {
         let field = |name| [self.name, name];
         found.take(&field("device"), device(self.device));
-        found.take(&field("model"), check_family(self.family))?;
+        let architecture = found.take(&field("model"), architecture(self.family));
+        let Some(architecture) = architecture else {
+            return;
+        };
+        found.take(&field("model"), architecture.learner());
         let asked = self.resolution.map(|side| side as u32);
         let Some(folder) = folder_of(self.model, &field("model"), found) else {
-            return asked;
+            return;
         };
-        let side = architectures::resolution(self.family, &folder, asked);
-        let side = found.take(&field("resolution"), side)?;
-        self.check_targets(&folder, found);
-        let readers = text_readers(self.family, &folder, asked, true);
+        let side = architecture.resolution(&folder, asked);
+        if found.take(&field("resolution"), side).is_none() {
+            return;
+        }
+        self.check_layers(&folder, found);
+        let readers = (architecture.readers)(&folder, asked, true);
         if let Some(readers) = found.take(&field("model"), readers) {
             look_at_prompts(self.model, &readers, self.prompts, self.name, found);
         }
-        Some(side)
     }
 
-    /// Every target is the name of a layer.
-    fn check_targets(&self, folder: &Path, found: &mut Preflight) {
+    /// Every target is the name of a layer, and the adapter that is there fits.
+    fn check_layers(&self, folder: &Path, found: &mut Preflight) {
         if self.training.tuning == Tuning::Full {
             return;
         }
         let asked = self.resolution.map(|side| side as u32);
-        let layers = architectures::linear_layers(self.family, folder, asked);
-        let Some(Some(layers)) = found.take(&[self.name, "model"], layers) else {
+        let places = architectures::layers(self.family, folder, asked);
+        let Some(Some(places)) = found.take(&[self.name, "model"], places) else {
             return;
         };
+        if let Some(Adapter::Given(path)) = self.adapter {
+            let fits = LoraFile::read(path).and_then(|file| {
+                file.check_fit(&places)?;
+                file.check_alone()
+            });
+            found.take(&[self.name, "adapter"], fits);
+            return;
+        }
+        let linear = places.iter().filter(|(_, shape)| shape.len() == 2);
+        let layers: Vec<&String> = linear.map(|(layer, _)| layer).collect();
+        let before = found.faults.len();
         for target in &self.training.targets {
             if !layers.iter().any(|layer| LoraConfig::names(target, layer)) {
                 let ends: BTreeSet<&str> = layers
@@ -325,6 +348,13 @@ impl Role<'_> {
                 ));
             }
         }
+        if let Some(Adapter::Start(path)) = self.adapter
+            && found.faults.len() == before
+            && let architectures::Tuning::Lora(config) = tuning(self.training)
+        {
+            let fits = check_start(path, &places, &config);
+            found.take(&[self.name, "init"], fits);
+        }
     }
 }
 
@@ -334,7 +364,7 @@ fn folder_of(model: &str, field: &[&str], found: &mut Preflight) -> Option<std::
         Ok(folder) => Some(folder),
         Err(error) => {
             found.absent.push(Obstacle::of(field, &error));
-            if models::known(model).is_none_or(|known| known.hub.is_some()) {
+            if known(model).is_none_or(|known| known.hub.is_some()) {
                 found.downloads.push(model.to_string());
             }
             None
@@ -388,8 +418,19 @@ struct Wanted {
 }
 
 impl Wanted {
-    fn of(resolved: &Resolved, purpose: Purpose) -> Self {
+    fn of(resolved: &Resolved, loaded: &[Arc<Subject>], purpose: Purpose) -> Self {
         let mut wanted = Self::default();
+        let captions = || {
+            let captions = loaded.iter().flat_map(|subject| &subject.captions);
+            captions.flatten().map(|caption| caption.as_str().into())
+        };
+        if resolved.teacher().is_some() {
+            wanted.supervisor.extend(captions());
+        }
+        let is_direct = !resolved.student.source.makes_proxies() || resolved.direct().is_some();
+        if is_direct && purpose == Purpose::Run {
+            wanted.student.extend(captions());
+        }
         for subject in &resolved.subjects {
             let (token, class) = (&subject.token, &subject.class);
             let of = |template: &String| Prompt::of(template, token, class);

@@ -1,23 +1,27 @@
 //! What must be known before anything starts: the photos, the plan, and the digests that work is addressed by.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::context::Context;
 use super::preflight::{Preflight, preflight_with};
 use super::{Options, RunDir};
-use crate::config::{Device, Dtype, Memory, Resolved, Student, Supervisor, locate};
+use crate::config::{Device, Dtype, Memory, Resolved, Student, Supervisor};
 use crate::evaluation::embed::{Evaluator, ImageScorer};
 use crate::evaluation::embedders::{ClipEmbedder, DinoEmbedder};
+use crate::models::adapters::CHECKPOINT_WEIGHTS;
 use crate::models::limits::read_config;
-use crate::models::{Opening, Tuning, clip, image_tokenizer_files, open_image_tokenizer, vit};
+use crate::models::lora_file::LoraFile;
+use crate::models::{LearnerOptions, Tuning, architecture, clip, locate, vit};
+use crate::nn::Factors;
 use crate::plan::{
-    Plan, Versions, checkpoint_digest, derive_seed, evaluators_key, photos_digest, source_key,
-    student_key, supervisor_keys,
+    Plan, Versions, captioned_photos_digest, checkpoint_digest, derive_seed, evaluators_key,
+    source_key, student_key, supervisor_keys, tokens_key,
 };
 use crate::stages::source::ImageSource;
 use crate::stages::supervise::key_in;
-use crate::stages::tokenize::OpenTokenizer;
+use crate::stages::tokenize::{OpenTokenizer, Resizing};
 use crate::stages::{
     LazyEvaluator, LazyLearner, OpenLearner, ProxyKeys, Subject, TokenizerIdentity, Warnings,
     opener, references,
@@ -44,6 +48,8 @@ pub(super) struct Models {
     pub baseline: OpenLearner,
     /// `None` without supervisors.
     pub supervisor: Option<OpenLearner>,
+    /// The adapter that is the supervisor of every subject, where one is given.
+    pub given: Option<Arc<BTreeMap<String, Factors>>>,
     pub tokenizer: Arc<OpenTokenizer>,
 }
 
@@ -163,28 +169,26 @@ pub(super) async fn prepare(
     run.note_store(&store)?;
 
     let student_dir = locate(&resolved.student.model)?;
-    let student = student_opening(resolved, &resolved.student, student_dir.clone())?;
+    let student = student_opening(resolved, &resolved.student, student_dir)?;
     let supervisor = match &resolved.supervisor {
-        Some(supervisor) => Some(supervisor_opening(resolved, supervisor)?),
+        Some(supervisor) => Some(supervisor_opening(resolved, supervisor, purpose)?),
         None => None,
     };
-    let dirs = (
-        student_dir.clone(),
-        supervisor.as_ref().map(|opening| opening.dir.clone()),
-    );
+    let (learning, teaching) = (student.clone(), supervisor.clone());
     let own = resolved.clone();
     let reading = blocking("reading checkpoints", move || {
         let evaluator = match purpose {
             Purpose::Run | Purpose::Report => evaluator(&own)?,
             Purpose::Proxies { .. } => no_evaluator(),
         };
-        let student_base = checkpoint_digest(&dirs.0)?;
-        let supervisor_base = dirs.1.as_deref().map(checkpoint_digest).transpose()?;
-        let (tokenizer, identity) = image_tokenizer(&own, &dirs.0)?;
+        let student_base = checkpoint_digest(&learning.dir)?;
+        let teacher = teaching.as_ref();
+        let supervisor_base = teacher.map(|opening| checkpoint_digest(&opening.dir));
+        let (tokenizer, identity) = image_tokenizer(&learning, teacher)?;
         Ok((
             evaluator,
             student_base,
-            supervisor_base,
+            supervisor_base.transpose()?,
             tokenizer,
             identity,
         ))
@@ -195,7 +199,7 @@ pub(super) async fn prepare(
     if let Some((settings, _, sampling)) = resolved.teacher() {
         for (subject, loaded) in resolved.subjects.iter().zip(&subjects) {
             known.push(supervisor_keys(
-                &photos_digest(&loaded.digests),
+                &captioned_photos_digest(&loaded.digests, &loaded.captions),
                 &supervisor_base,
                 subject,
                 settings,
@@ -213,7 +217,12 @@ pub(super) async fn prepare(
     let identity = identity.filter(|_| purpose != Purpose::Proxies { tokens: false });
     let photos: Vec<String> = subjects
         .iter()
-        .flat_map(|subject| subject.digests.clone())
+        .flat_map(|subject| {
+            let captions = subject.captions.iter().flatten().next();
+            let learnt =
+                captions.map(|_| captioned_photos_digest(&subject.digests, &subject.captions));
+            subject.digests.iter().cloned().chain(learnt)
+        })
         .collect();
     let newest = |keys: &Versions<String>| keys.newest().clone();
     let origin = StudentOrigin {
@@ -261,19 +270,26 @@ pub(super) async fn prepare(
         store: Arc::new(store),
     };
     let direct = &resolved.direct;
-    let baseline = Opening {
+    let baseline = LearnerOptions {
         tuning: tuning(&direct.training),
         memory: direct.training.memory,
         dropout: direct.dropout,
         condition_dropout: direct.condition_dropout,
         ..student.clone()
     };
+    let given = supervisor
+        .as_ref()
+        .and_then(|opening| match &opening.tuning {
+            Tuning::Given(layers) => Some(layers.clone()),
+            Tuning::Lora(_) | Tuning::Full | Tuning::Frozen => None,
+        });
     Ok(Prepared {
         context: Arc::new(context),
         models: Models {
             student: opener(student),
             baseline: opener(baseline),
             supervisor: supervisor.map(opener),
+            given,
             tokenizer,
         },
         origin,
@@ -315,8 +331,8 @@ pub(super) async fn photos(options: &Options) -> Result<Preflight> {
     .await
 }
 
-fn student_opening(resolved: &Resolved, student: &Student, dir: PathBuf) -> Result<Opening> {
-    Ok(Opening {
+fn student_opening(resolved: &Resolved, student: &Student, dir: PathBuf) -> Result<LearnerOptions> {
+    Ok(LearnerOptions {
         dir,
         name: student.model.clone(),
         family: student.family,
@@ -331,13 +347,23 @@ fn student_opening(resolved: &Resolved, student: &Student, dir: PathBuf) -> Resu
     })
 }
 
-fn supervisor_opening(resolved: &Resolved, supervisor: &Supervisor) -> Result<Opening> {
-    Ok(Opening {
+fn supervisor_opening(
+    resolved: &Resolved,
+    supervisor: &Supervisor,
+    purpose: Purpose,
+) -> Result<LearnerOptions> {
+    let tuning = match &supervisor.adapter {
+        None => tuning(&supervisor.training),
+        // A report opens no model.
+        Some(_) if purpose == Purpose::Report => Tuning::Frozen,
+        Some(path) => given(path, supervisor.adapter_digest.as_deref())?,
+    };
+    Ok(LearnerOptions {
         dir: locate(&supervisor.model)?,
         name: supervisor.model.clone(),
         family: supervisor.family,
         resolution: supervisor.resolution.map(|side| side as u32),
-        tuning: tuning(&supervisor.training),
+        tuning,
         seed: derive_seed(resolved.seed, "supervisor adapter", 0),
         device: device(supervisor.device)?,
         dtype: supervisor.dtype,
@@ -347,9 +373,26 @@ fn supervisor_opening(resolved: &Resolved, supervisor: &Supervisor) -> Result<Op
     })
 }
 
+/// The adapter at `path` that is a supervisor, if it is the one of this `digest`. Scales are worked into it: so it is kept
+/// in the store.
+fn given(path: &std::path::Path, digest: Option<&str>) -> Result<Tuning> {
+    if Some(crate::files::digest_of(path)?.as_str()) != digest {
+        return Err(Error::invalid(
+            format!(
+                "{}: this is not the adapter of supervisor.adapter_digest",
+                path.display()
+            ),
+            "restore it, or take adapter_digest out of the pipeline file and start a new run",
+        ));
+    }
+    let file = LoraFile::read(path)?;
+    file.check_alone()?;
+    Ok(Tuning::Given(Arc::new(file.folded()?)))
+}
+
 /// How a student is opened for drawing: as for training, without dropout.
-pub fn sampler_opening(resolved: &Resolved, student: &Opening) -> Opening {
-    Opening {
+pub fn sampler_opening(resolved: &Resolved, student: &LearnerOptions) -> LearnerOptions {
+    LearnerOptions {
         tuning: tuning(&resolved.student.training),
         dropout: 0.0,
         condition_dropout: 0.0,
@@ -357,21 +400,36 @@ pub fn sampler_opening(resolved: &Resolved, student: &Opening) -> Opening {
     }
 }
 
+/// How the image tokenizer of `student` is opened, and which it is for the proxies of `supervisor`, whose sides may be others.
 fn image_tokenizer(
-    resolved: &Resolved,
-    dir: &std::path::Path,
+    student: &LearnerOptions,
+    supervisor: Option<&LearnerOptions>,
 ) -> Result<(Arc<OpenTokenizer>, Option<TokenizerIdentity>)> {
-    let (dir, family) = (dir.to_path_buf(), resolved.student.family);
-    let side = resolved.student.resolution.map(|side| side as u32);
-    let identity = match image_tokenizer_files(family, &dir, side)? {
-        Some((folder, count)) => Some(TokenizerIdentity {
-            digest: checkpoint_digest(&folder)?,
-            count,
-        }),
+    let side = |of: &LearnerOptions| architecture(of.family)?.resolution(&of.dir, of.resolution);
+    let learnt = side(student)?;
+    let parts = architecture(student.family)?.learner()?.tokenizer;
+    let identity = match parts {
+        Some(parts) => {
+            let (folder, count) = (parts.files)(&student.dir, student.resolution)?;
+            let drawn = supervisor.map_or(Ok(learnt), side)?;
+            Some(TokenizerIdentity {
+                digest: tokens_key(&checkpoint_digest(&folder)?, drawn, learnt),
+                count,
+            })
+        }
         None => None,
     };
-    let on = device(resolved.student.device)?;
-    let open: OpenTokenizer = Box::new(move || open_image_tokenizer(family, &dir, side, &on));
+    let student = student.clone();
+    let open: OpenTokenizer = Box::new(move || match parts {
+        Some(parts) => Ok(Box::new(Resizing {
+            tokenizer: (parts.open)(&student.dir, student.resolution, &student.device)?,
+            side: learnt,
+        })),
+        None => Err(Error::Invalid {
+            what: format!("{} has no image tokenizer", student.family),
+            hint: None,
+        }),
+    });
     Ok((Arc::new(open), identity))
 }
 
@@ -464,23 +522,25 @@ pub(super) async fn protocol(context: &Context) -> Result<Vec<String>> {
 ///
 /// # Errors
 /// When the model or the adapter cannot be found or read.
-pub fn opening_for(model: &str, adapter: Option<&std::path::Path>, on: Device) -> Result<Opening> {
+pub fn opening_for(
+    model: &str,
+    adapter: Option<&std::path::Path>,
+    on: Device,
+) -> Result<LearnerOptions> {
     let tuning = match adapter {
         None => Tuning::Frozen,
-        Some(dir)
-            if dir
-                .join(crate::models::adapters::CHECKPOINT_WEIGHTS)
-                .is_file() =>
-        {
-            Tuning::Full
+        Some(dir) if dir.join(CHECKPOINT_WEIGHTS).is_file() => Tuning::Full,
+        Some(path) => {
+            let file = LoraFile::read(path)?;
+            file.check_alone()?;
+            Tuning::Given(Arc::new(file.layers))
         }
-        Some(dir) => Tuning::Lora(crate::models::adapters::AdapterFile::read(dir)?.config()),
     };
-    Ok(Opening {
+    Ok(LearnerOptions {
         dir: locate(model)?,
         name: model.to_string(),
-        family: crate::config::models::family(model)?,
-        resolution: crate::config::models::known(model)
+        family: crate::models::registry::family(model)?,
+        resolution: crate::models::registry::known(model)
             .and_then(|known| known.resolution)
             .map(|side| side as u32),
         tuning,

@@ -374,7 +374,7 @@ fn runs_of(out: &Path, stem: &str) -> Result<Vec<(SystemTime, String, PathBuf)>>
 fn run_that_means(out: &Path, stem: &str, resolved: &str) -> Result<Option<String>> {
     for (_, name, file) in runs_of(out, stem)? {
         let text = files::read_text(&file, files::SETTINGS)?;
-        let read = Document::parse(&text, RESOLVED, &[]).resolve();
+        let read = Document::parse(&text, RESOLVED, &[], &crate::models::Registry).resolve();
         if read
             .and_then(|read| read.to_toml())
             .is_ok_and(|text| text == resolved)
@@ -490,7 +490,7 @@ mod tests {
             "[student]\nmodel = \"nano-llamagen\"\nsource = \"references\"\n"
         );
         let resolved = |overrides: &[String]| {
-            let document = Document::parse(text, "dog.toml", overrides);
+            let document = Document::parse(text, "dog.toml", overrides, &crate::models::Registry);
             document.resolve().unwrap().to_toml().unwrap()
         };
         let today = resolved(&[]);

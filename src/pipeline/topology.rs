@@ -4,6 +4,7 @@
 use std::fmt::Write as _;
 
 use crate::config::{Channels, Resolved, Source, Training};
+use crate::console::shown;
 
 /// A box of the picture, in the order of the dataflow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -289,6 +290,13 @@ fn does(stage: Stage, resolved: &Resolved) -> String {
             .teacher()
             .map_or_else(String::new, |(supervisor, ..)| {
                 let training = &supervisor.training;
+                if let Some(adapter) = &supervisor.adapter {
+                    return format!(
+                        "{} with {}, learnt already",
+                        supervisor.model,
+                        shown(adapter)
+                    );
+                }
                 format!(
                     "{}, {} steps of {} per subject on {}",
                     supervisor.model,
@@ -352,9 +360,14 @@ mod tests {
     fn resolved(overrides: &[&str]) -> Resolved {
         let overrides: Vec<String> = overrides.iter().map(|text| text.to_string()).collect();
         let text = std::fs::read_to_string("pipelines/nano-smoke.toml").unwrap();
-        Document::parse(&text, "nano-smoke.toml", &overrides)
-            .resolve()
-            .unwrap()
+        Document::parse(
+            &text,
+            "nano-smoke.toml",
+            &overrides,
+            &crate::models::Registry,
+        )
+        .resolve()
+        .unwrap()
     }
 
     fn pairs(topology: &Topology) -> Vec<(Stage, Stage)> {

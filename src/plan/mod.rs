@@ -9,9 +9,9 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 
 pub use key::{
-    Digest, Sampled, Versions, checkpoint_digest, drawing_key, evaluators_key, photos_digest,
-    proxy_keys, reference_key, sample_keys, settings_digest, source_key, student_key,
-    supervisor_keys,
+    Digest, Sampled, Versions, captioned_photos_digest, checkpoint_digest, drawing_key,
+    evaluators_key, photos_digest, proxy_keys, reference_key, sample_keys, settings_digest,
+    source_key, student_key, supervisor_keys, tokens_key,
 };
 pub use schedule::Schedule;
 

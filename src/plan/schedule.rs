@@ -24,7 +24,7 @@ impl Schedule {
     }
 
     /// All uses, step after step.
-    pub(super) fn items(&self) -> &[usize] {
+    pub fn items(&self) -> &[usize] {
         &self.items
     }
 
@@ -35,13 +35,7 @@ impl Schedule {
     }
 
     /// Goes through all of `0..count` again and again, each time in another order, which depends on `seed` and `name`.
-    pub(super) fn epochs(
-        steps: usize,
-        batch_size: usize,
-        count: usize,
-        seed: u64,
-        name: &str,
-    ) -> Self {
+    pub fn epochs(steps: usize, batch_size: usize, count: usize, seed: u64, name: &str) -> Self {
         let uses = steps * batch_size;
         let mut items = Vec::with_capacity(uses);
         let mut epoch = 0;

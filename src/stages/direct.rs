@@ -9,14 +9,14 @@ use futures::{Stream, StreamExt};
 use image::RgbImage;
 use rand::SeedableRng;
 
-use super::references::at_resolution;
+use super::references::{at_side, examples};
 use super::session::{SessionSettings, TrainingSession};
 use super::train::StudentSettings;
 use super::{Checkpoint, Log, Method, OpenLearner, Subjects};
 use crate::config::{Sampling, Training, prompts};
 use crate::images::augment;
 use crate::models::{Example, TrainingExample};
-use crate::plan::{Plan, Schedule, step_seed};
+use crate::plan::{Plan, Reference, Schedule, step_seed};
 use crate::store::MetricStage;
 use crate::training::Checkpoints;
 use crate::{Error, Result, nn};
@@ -155,19 +155,20 @@ impl Photos {
         let (images, examples) = session
             .call(move |trainer| {
                 let learner = trainer.learner();
-                let side = learner.resolution();
-                let images: Vec<_> = subjects
-                    .iter()
-                    .flat_map(|subject| at_resolution(subject, side))
-                    .collect();
-                let examples = learner.encode(&images)?;
-                Ok((images, examples))
+                let (mut resized, mut learnt) = (Vec::new(), Vec::new());
+                for subject in subjects.iter() {
+                    resized.extend(at_side(&subject.images, learner.resolution()));
+                    learnt.extend(examples(learner, &subject.images)?);
+                }
+                Ok((resized, learnt))
             })
             .await?;
-        let prompts = needs.plan.references().iter().map(|photo| {
+        let prompt = |photo: &Reference| {
             let subject = &needs.subjects[photo.subject];
-            prompts::fill(PROMPT, &subject.token, &subject.class)
-        });
+            let own = subject.captions.get(photo.index).cloned().flatten();
+            own.unwrap_or_else(|| prompts::fill(PROMPT, &subject.token, &subject.class))
+        };
+        let prompts = needs.plan.references().iter().map(prompt);
         Ok(Self {
             images: Arc::new(images),
             examples,

@@ -14,7 +14,7 @@ use crate::evaluation::embed::Embeddings;
 use crate::evaluation::metrics::Scores;
 use crate::files::values_digest;
 use crate::images::encode_png;
-use crate::models::{Request, Sampling};
+use crate::models::Request;
 use crate::plan::{Plan, Sampled, Versions, sample_keys};
 use crate::store::{EvaluationRow, PictureKind, now_us};
 use crate::stream::blocking;
@@ -143,7 +143,7 @@ impl Evaluate {
 
     async fn draw(&self, checkpoint: &Checkpoint, requests: Vec<Request>) -> Result<Vec<RgbImage>> {
         let sampler = self.sampler(checkpoint.method)?;
-        let sampling = Sampling::student(&sampler.sampling);
+        let sampling = sampler.sampling.clone();
         let values = checkpoint.values.clone();
         let model = sampler.model.get().await?;
         model

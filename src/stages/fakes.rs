@@ -17,10 +17,10 @@ use super::{
     Lazy, LazyEvaluator, LazyLearner, Log, OpenLearner, ProxyKeys, Subject, Subjects,
     TokenizerIdentity, Warnings,
 };
-use crate::config::{Document, Resolved};
+use crate::config::{Document, Resolved, Sampling};
 use crate::evaluation::embed::{Embeddings, ImageScorer};
 use crate::evaluation::metrics::Scores;
-use crate::models::{Example, ImageTokenizer, Learner, Request, Sampling, TrainingExample};
+use crate::models::{Example, ImageTokenizer, Learner, Request, TrainingExample};
 use crate::plan::{Plan, Versions};
 use crate::store::{Limits, Store, Writer};
 use crate::stream::{Board, Stop};
@@ -252,7 +252,7 @@ impl Fakes {
 
     fn resolved(store: Arc<Store>, text: &str, overrides: &[&str]) -> Self {
         let overrides: Vec<String> = overrides.iter().map(|text| text.to_string()).collect();
-        let document = Document::parse(text, "fake.toml", &overrides);
+        let document = Document::parse(text, "fake.toml", &overrides, &crate::models::Registry);
         let resolved = document.resolve().unwrap();
         let subject = |subject: &crate::config::Subject| {
             let images: Vec<RgbImage> = (1..=3).map(picture).collect();
@@ -263,6 +263,8 @@ impl Fakes {
                 token: subject.token.clone(),
                 digests: (1..=3).map(|photo| format!("{name} {photo}")).collect(),
                 files: (1..=3).map(|photo| format!("{photo}.png")).collect(),
+                whole: images.clone(),
+                captions: vec![None; images.len()],
                 images,
             })
         };
@@ -445,6 +447,7 @@ pub(crate) fn supervisors(fakes: &Fakes, sampler: &LazyLearner) -> Vec<super::so
                 sampler: sampler.clone(),
                 adapter,
                 sampling: fakes.keys().sampling.unwrap(),
+                foreseen: Arc::default(),
             }),
         }
     };

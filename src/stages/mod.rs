@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::DiffusionSampling;
 use crate::evaluation::embed::ImageScorer;
-use crate::models::{Learner, Opening, open};
+use crate::models::{Learner, LearnerOptions, open};
 use crate::plan::{Plan, Versions, drawing_key, proxy_keys};
 use crate::store::{Claim, MetricRow, MetricStage, ProxyRow, Store, Table, Writer, now_us};
 use crate::stream::{Meter, Stop, Worker};
@@ -29,6 +29,7 @@ use crate::{Error, Result};
 
 pub use crate::store::Method;
 
+mod class_images;
 pub mod direct;
 pub mod disk;
 pub mod evaluate;
@@ -116,14 +117,14 @@ impl ProxyKeys {
 /// Which image tokenizer the student reads.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TokenizerIdentity {
-    /// Digest of its files.
+    /// Key of the tokens that it makes of the run's proxies: the digest of its files, and how proxies are resized for it.
     pub digest: String,
     /// Tokens per image; the grid is square.
     pub count: usize,
 }
 
 /// A subject with its reference images.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Subject {
     pub name: String,
     pub class: String,
@@ -134,6 +135,10 @@ pub struct Subject {
     pub files: Vec<String>,
     /// The central squares, at most 1024 px wide, in the same order.
     pub images: Vec<RgbImage>,
+    /// The same with all that is beside their squares.
+    pub whole: Vec<RgbImage>,
+    /// Their own captions, in the same order, where they have some: else they have the prompt of all.
+    pub captions: Vec<Option<String>>,
 }
 
 /// A supervisor that has learnt its subject.
@@ -202,7 +207,7 @@ pub struct Checkpoint {
 pub type OpenLearner = Arc<dyn Fn() -> Result<Box<dyn Learner>> + Send + Sync>;
 
 /// Opens the learner that `opening` asks for.
-pub fn opener(opening: Opening) -> OpenLearner {
+pub fn opener(opening: LearnerOptions) -> OpenLearner {
     Arc::new(move || open(&opening))
 }
 
@@ -257,7 +262,7 @@ pub type LazyLearner = Lazy<Box<dyn Learner>>;
 impl LazyLearner {
     /// The learner that `opening` asks for, on a thread called `name`; `base` is the digest of its checkpoint. Its own
     /// digest also names the side length, the type of the weights and the kind of device.
-    pub fn of_checkpoint(name: &str, opening: Opening, base: &str) -> Self {
+    pub fn of_checkpoint(name: &str, opening: LearnerOptions, base: &str) -> Self {
         let kind = match opening.device.is_cpu() {
             true => "cpu",
             false => "cuda",
@@ -397,16 +402,16 @@ async fn evaluations(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Dtype, Memory, models::Family};
+    use crate::config::{Dtype, Memory};
     use crate::models::Tuning;
 
     #[test]
     fn samples_of_models_that_draw_otherwise_have_other_keys() {
         let drawn = |base: &str, resolution, dtype| {
-            let opening = Opening {
+            let opening = LearnerOptions {
                 dir: "anywhere".into(),
                 name: "any name".into(),
-                family: Family::LlamaGen,
+                family: crate::models::llamagen::FAMILY,
                 resolution,
                 tuning: Tuning::Frozen,
                 seed: 0,

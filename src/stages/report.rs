@@ -260,6 +260,12 @@ async fn compose(
     ];
     if let Some((supervisor, proxies, _)) = resolved.teacher() {
         facts.push(("supervisor".into(), supervisor.model.clone()));
+        if let Some(adapter) = &supervisor.adapter {
+            facts.push((
+                "adapter of the supervisor".into(),
+                adapter.display().to_string(),
+            ));
+        }
         facts.push(("proxies per subject".into(), proxies.count.to_string()));
     }
     facts.push(("wall time".into(), format!("{:.0} s", summary.wall_seconds)));

@@ -78,7 +78,7 @@ impl TrainingSession {
             return Ok(self);
         };
         self.call(move |trainer| {
-            if Some(files::digest_dir(&dir)?) != digest {
+            if Some(files::digest_of(&dir)?) != digest {
                 return Err(Error::invalid(
                     format!(
                         "{}: this is not the adapter that the run was planned with",

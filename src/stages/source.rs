@@ -9,8 +9,8 @@ use futures::{StreamExt, TryStreamExt, stream};
 use image::RgbImage;
 
 use super::{Caption, LazyLearner, Made, Subject};
-use crate::config::DiffusionSampling;
-use crate::models::{Request, Sampling};
+use crate::config::{DiffusionSampling, Sampling};
+use crate::models::Request;
 use crate::plan::Plan;
 use crate::stream::Meter;
 use crate::training::restore;
@@ -58,7 +58,7 @@ pub struct WantedImage {
 /// An image that a source has made.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SourceImage {
-    /// A square of the side that the student learns from.
+    /// A square; one of another side than the student learns from is resized.
     pub image: RgbImage,
     /// What the student learns it by: the prompt that was asked for, or a better one.
     pub prompt: String,
@@ -96,7 +96,7 @@ impl ReadySource {
     /// Makes batch `batch` of `plan`.
     ///
     /// # Errors
-    /// Those of the source; when it gives fewer images than it was asked for.
+    /// Those of the source; when it gives fewer images than it was asked for, or one that is no square.
     pub(super) async fn make(
         &self,
         plan: &Plan,
@@ -120,6 +120,21 @@ impl ReadySource {
                     made.len()
                 ),
                 "let it give an image for each that is wanted, or lower proxies.count",
+            ));
+        }
+        if let Some(image) = made
+            .iter()
+            .map(|made| &made.image)
+            .find(|image| image.width() != image.height())
+        {
+            return Err(Error::invalid(
+                format!(
+                    "the source of {} gave an image of {} x {} pixels",
+                    subject.name,
+                    image.width(),
+                    image.height()
+                ),
+                "let it give squares",
             ));
         }
         let (images, captions): (Vec<_>, Vec<_>) = made
@@ -148,6 +163,8 @@ pub struct SupervisorSource {
     /// The folder with its adapter.
     pub adapter: PathBuf,
     pub sampling: DiffusionSampling,
+    /// Every prompt that the sampler will be asked for.
+    pub foreseen: Arc<Vec<String>>,
 }
 
 impl SupervisorSource {
@@ -161,18 +178,19 @@ impl SupervisorSource {
                 seed: image.seed,
             })
             .collect();
-        let sampling = Sampling::diffusion(&self.sampling);
+        let sampling = Sampling::Diffusion(self.sampling.clone());
         let settings = serde_json::to_string(&self.sampling).map_err(|e| Error::Invalid {
             what: format!("settings as JSON: {e}"),
             hint: None,
         })?;
-        let adapter = self.adapter.clone();
+        let (adapter, foreseen) = (self.adapter.clone(), self.foreseen.clone());
         let drawn = self
             .sampler
             .get()
             .await?
             .call(meter, move |learner| {
                 restore(&learner.variables(), &learner.read(&adapter)?, &adapter)?;
+                learner.foresee(&foreseen)?;
                 learner.generate(&requests, &sampling)
             })
             .await?;

@@ -1,21 +1,27 @@
 //! supervise: a diffusion model learns each subject from its photos (DreamBooth with LoRA, Ruiz et al. 2023). An
 //! adapter that the store has for the very same photos, checkpoint and settings is not trained again.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_stream::try_stream;
+use candle_core::DType;
 use futures::{Stream, StreamExt};
 
+use super::class_images::{ClassImages, Drawing};
+use super::references::photo_examples;
 use super::session::{SessionSettings, TrainingSession};
-use super::{Log, OpenLearner, Subject, Subjects, Supervisor, references::at_resolution};
-use crate::config::{self, DiffusionSampling};
-use crate::models::{Example, Request, Sampling, TrainingExample, sampling_file};
-use crate::plan::{Plan, SupervisorPlan, Versions};
+use super::{LazyLearner, Log, OpenLearner, Subject, Subjects, Supervisor};
+use crate::config::{self, DiffusionSampling, prompts};
+use crate::models::adapters::DIFFUSERS_WEIGHTS;
+use crate::models::lora_write::{Layout, Written};
+use crate::models::{Example, TrainingExample, sampling_file};
+use crate::nn::Factors;
+use crate::plan::{Plan, Versions};
 use crate::store::{Claim, MetricStage, Store};
-use crate::training::Checkpoints;
+use crate::training::{Checkpoints, Trainer};
 use crate::{Error, Result, files};
 
 /// What the stage needs.
@@ -29,6 +35,10 @@ pub struct Supervise {
     pub keys: Vec<String>,
     /// Opens the model for training.
     pub open: OpenLearner,
+    /// Draws class images.
+    pub sampler: LazyLearner,
+    /// The adapter that is the supervisor of every subject, by layer; `None` where supervisors are trained.
+    pub given: Option<Arc<BTreeMap<String, Factors>>>,
     pub store: Arc<Store>,
     /// The run's directory.
     pub dir: PathBuf,
@@ -103,9 +113,12 @@ impl Supervise {
                         }
                         continue;
                     }
-                    Turn::Published => meter.reuse(self.settings.training.steps),
+                    Turn::Published => meter.reuse(self.settings.steps()),
                     Turn::Ours(claim) => {
-                        let learnt = self.learn(subject).await?;
+                        let learnt = match &self.given {
+                            Some(layers) => self.publish_given(layers, key).map(|()| true)?,
+                            None => self.learn(subject).await?,
+                        };
                         drop(claim);
                         if !learnt {
                             return;
@@ -124,6 +137,20 @@ impl Supervise {
 
     fn noted_sampling(&self) -> config::Sampling {
         config::Sampling::Diffusion(self.sampling.clone())
+    }
+
+    /// Puts the given adapter into the store as the supervisor `key`, as one that was trained here: in diffusers' layout.
+    fn publish_given(&self, layers: &BTreeMap<String, Factors>, key: &str) -> Result<()> {
+        let written = Written {
+            layers,
+            family: self.settings.family,
+            base: Some(&self.settings.model),
+            dtype: DType::F32,
+        };
+        files::write_dir(&adapter_dir(&self.store, key), |aside| {
+            written.write(Layout::Diffusers, &aside.join(DIFFUSERS_WEIGHTS))?;
+            sampling_file::write(aside, &self.noted_sampling())
+        })
     }
 
     /// Trains the supervisor of a subject and publishes it in the store; false if the run was asked to stop before.
@@ -165,27 +192,40 @@ impl Supervise {
             })?;
         let steps = self.settings.training.steps;
         let subject = &self.subjects[subject];
-        let photos = photos(session, subject).await?;
-        let prompt = config::prompts::fill(&self.settings.prompt, &subject.token, &subject.class);
-        // Class images come from the model as it was, so they are drawn before a checkpoint is restored.
-        let class = match &self.settings.prior_preservation {
-            Some(prior) => match self.class_images(session, planned, prior, subject).await? {
-                Some(images) => Some((prior.weight, images)),
-                None => return Ok(false),
-            },
+        let photos = self.photos(session, subject).await?;
+        let prompt = prompts::fill(&self.settings.prompt, &subject.token, &subject.class);
+        self.foresee(session, subject, &prompt).await?;
+        // Before a checkpoint is restored.
+        let untouched = match self.settings.prior_preservation {
+            Some(_) => Some(session.snapshot().await?),
             None => None,
         };
         let mut step = session.resume().await?;
+        let prior = self.settings.prior_preservation.as_ref();
+        let mut class = match (prior, &planned.class_images, untouched) {
+            (Some(prior), Some(schedule), Some(untouched)) => {
+                let drawing = Drawing {
+                    sampler: self.sampler.clone(),
+                    untouched,
+                    prompt: prompts::fill_without_token(&prior.prompt, &subject.class),
+                    seeds: planned.class_seeds.clone(),
+                    sampling: self.noted_sampling(),
+                    batch_size: self.settings.training.batch_size,
+                    meter: self.log.meter.clone(),
+                };
+                Some((prior.weight, ClassImages::start(drawing, schedule, step)))
+            }
+            _ => None,
+        };
         while step < steps && !self.log.stop.requested() {
-            let pair = |&i: &usize| TrainingExample {
-                example: photos[i].clone(),
-                prompt: prompt.clone(),
+            let pair = |&photo: &usize| TrainingExample {
+                example: photos[photo].clone(),
+                prompt: subject.captions[photo].as_ref().unwrap_or(&prompt).clone(),
             };
             let learnt = planned.references.batch(step).iter().map(pair);
             let mut batches = vec![(1.0, learnt.collect())];
-            if let (Some((weight, images)), Some(schedule)) = (&class, &planned.class_images) {
-                let learnt = schedule.batch(step).iter().map(|&i| images[i].clone());
-                batches.push((*weight, learnt.collect()));
+            if let Some((weight, images)) = &mut class {
+                batches.push((*weight, images.batch(session, step).await?));
             }
             session.step(step, batches).await?;
             step += 1;
@@ -196,63 +236,38 @@ impl Supervise {
         Ok(step >= steps)
     }
 
-    /// What the model as it was draws of the class; none if the run was asked to stop before.
-    async fn class_images(
+    /// The photos of `subject` as the model learns them.
+    async fn photos(
         &self,
         session: &TrainingSession,
-        planned: &SupervisorPlan,
-        prior: &config::PriorPreservation,
-        subject: &Subject,
-    ) -> Result<Option<Vec<TrainingExample>>> {
-        let prompt = config::prompts::fill_without_token(&prior.prompt, &subject.class);
-        let requests: Vec<Request> = planned
-            .class_seeds
-            .iter()
-            .map(|&seed| Request {
-                prompt: prompt.clone(),
-                seed,
-            })
-            .collect();
-        let sampling = Sampling::diffusion(&self.sampling);
-        let mut pairs = Vec::new();
-        for requests in requests.chunks(self.settings.training.batch_size) {
-            if self.log.stop.requested() {
-                return Ok(None);
-            }
-            let (requests, sampling) = (requests.to_vec(), sampling.clone());
-            let drawn = session
-                .call(move |trainer| {
-                    let learner = trainer.learner();
-                    let images = learner.generate(&requests, &sampling)?;
-                    learner.encode(&images)
-                })
-                .await?;
-            pairs.extend(drawn.into_iter().map(|example| TrainingExample {
-                example,
-                prompt: prompt.clone(),
-            }));
-        }
-        Ok(Some(pairs))
+        subject: &Arc<Subject>,
+    ) -> Result<Vec<Example>> {
+        let (subject, settings, seed) = (subject.clone(), self.settings.clone(), self.seed);
+        let learn = move |trainer: &mut Trainer| {
+            photo_examples(trainer.learner(), &subject, &settings, seed)
+        };
+        session.call(learn).await
     }
-}
 
-/// The photos of `subject` as the model learns them.
-async fn photos(session: &TrainingSession, subject: &Arc<Subject>) -> Result<Vec<Example>> {
-    let subject = subject.clone();
-    session
-        .call(move |trainer| {
-            let learner = trainer.learner();
-            let examples = learner.encode(&at_resolution(&subject, learner.resolution()))?;
-            let sizes = subject.images.iter().map(|photo| {
-                let (width, height) = photo.dimensions();
-                [height as usize, width as usize]
-            });
-            let told = examples.into_iter().zip(sizes);
-            Ok(told
-                .map(|(example, size)| example.of_original(size))
-                .collect())
-        })
-        .await
+    /// Tells the model every prompt that is to come: `prompt`, that of `subject`, among them.
+    async fn foresee(
+        &self,
+        session: &TrainingSession,
+        subject: &Subject,
+        prompt: &str,
+    ) -> Result<()> {
+        let negative = self.sampling.negative_prompt.clone();
+        let mut foreseen = vec![prompt.to_string(), String::new(), negative];
+        foreseen.extend(subject.captions.iter().flatten().cloned());
+        let prior = self.settings.prior_preservation.iter();
+        let class = |prior: &config::PriorPreservation| {
+            prompts::fill_without_token(&prior.prompt, &subject.class)
+        };
+        foreseen.extend(prior.map(class));
+        session
+            .call(move |trainer| trainer.learner().foresee(&foreseen))
+            .await
+    }
 }
 
 fn claim_of(key: &str) -> String {
@@ -307,6 +322,7 @@ fn clear_leftovers(store: &Store) -> Result<()> {
 mod tests {
     use std::sync::atomic::Ordering::SeqCst;
 
+    use candle_core::{Device, Tensor};
     use futures::stream;
 
     use super::super::fakes::{Fakes, all, next};
@@ -320,6 +336,8 @@ mod tests {
             sampling: fakes.keys().sampling.unwrap(),
             keys: vec!["key0".into(), "key1".into()],
             open: fakes.learner(),
+            sampler: fakes.sampler(),
+            given: None,
             store: fakes.store.clone(),
             dir: fakes.dir.path().to_path_buf(),
             seed: fakes.resolved.seed,
@@ -354,6 +372,47 @@ mod tests {
             .unwrap();
         assert_eq!(order(&found), [(1, "key1"), (0, "key0")]);
         assert_eq!(again.work.of_learners(), [0; 4]);
+    }
+
+    #[tokio::test]
+    async fn an_adapter_that_is_given_is_put_into_the_store_and_nothing_is_trained() {
+        let fakes = Fakes::new(&[]).await;
+        let factor = |shape: &[usize]| Tensor::ones(shape, DType::F32, &Device::Cpu).unwrap();
+        let layer = "transformer_blocks.0.attn.to_q";
+        let factors = Factors {
+            a: factor(&[2, 4]),
+            b: factor(&[4, 2]),
+            scale: 1.0,
+        };
+        let mut stage = stage(&fakes).await;
+        stage.given = Some(Arc::new([(layer.to_string(), factors)].into()));
+        let ready = all(stage.run(stream::iter([0, 1]))).await.unwrap();
+        assert_eq!(order(&ready), [(0, "key0"), (1, "key1")]);
+        assert_eq!(fakes.work.of_learners(), [0; 4]);
+        for supervisor in ready {
+            let file = crate::models::lora_file::LoraFile::read(&supervisor.adapter).unwrap();
+            assert_eq!(file.layers.keys().collect::<Vec<_>>(), [layer]);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_photo_is_learnt_by_its_own_caption() {
+        let mut fakes = Fakes::new(&[]).await;
+        let subject = Subject {
+            captions: vec![None, Some("sks dog in a car".into()), None],
+            ..Subject::clone(&fakes.subjects[0])
+        };
+        fakes.subjects = Arc::new(vec![Arc::new(subject), fakes.subjects[1].clone()]);
+        all(stage(&fakes).await.run(stream::iter([0])))
+            .await
+            .unwrap();
+        let planned = &fakes.plan.supervisor(0).unwrap().references;
+        let caption = |&photo: &usize| match photo {
+            1 => "sks dog in a car",
+            _ => "a sks dog",
+        };
+        let expected: Vec<&str> = planned.items().iter().map(caption).collect();
+        assert_eq!(*fakes.work.learnt.lock().unwrap(), expected);
     }
 
     #[tokio::test]

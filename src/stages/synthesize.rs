@@ -130,9 +130,11 @@ mod tests {
 
     use futures::stream;
 
+    use super::super::Subject;
     use super::super::fakes::{FakeSource, Fakes, all, next, picture, supervisors};
+    use super::super::source::{ImageSource, SourceImage, WantedBatch};
     use super::*;
-    use crate::stream::channel;
+    use crate::stream::{Meter, channel};
 
     async fn stage(fakes: &Fakes, sampler: Option<LazyLearner>) -> Synthesize {
         Synthesize {
@@ -233,8 +235,33 @@ mod tests {
         assert!(error.to_string().starts_with("synthesize: "), "{error}");
     }
 
+    /// Gives `count` images of 8 by `height` pixels.
+    struct Poor {
+        count: usize,
+        height: u32,
+    }
+
+    impl ImageSource for Poor {
+        fn key(&self, _: &Subject) -> String {
+            "poor".into()
+        }
+
+        fn images<'a>(
+            &'a self,
+            _: &'a WantedBatch,
+            _: &'a Meter,
+        ) -> stream::BoxStream<'a, Result<SourceImage>> {
+            let image = SourceImage {
+                image: image::RgbImage::new(8, self.height),
+                prompt: "a dog".into(),
+                settings: "{}".into(),
+            };
+            stream::iter(vec![image; self.count]).map(Ok).boxed()
+        }
+    }
+
     #[tokio::test]
-    async fn a_source_captions_its_images_itself_and_must_give_all_of_them() {
+    async fn a_source_captions_its_images_itself_and_must_give_all_of_them_as_squares() {
         let fakes = Fakes::new(&[]).await;
         let source = Arc::new(FakeSource(fakes.work.clone()));
         let ready = |subject| ReadySource {
@@ -251,32 +278,34 @@ mod tests {
         // Their claims: nobody keeps them here.
         drop(batches);
 
-        struct Short;
-        impl super::super::source::ImageSource for Short {
-            fn key(&self, _: &super::super::Subject) -> String {
-                "short".into()
-            }
-            fn images<'a>(
-                &'a self,
-                _: &'a super::super::source::WantedBatch,
-                _: &'a crate::stream::Meter,
-            ) -> stream::BoxStream<'a, Result<super::super::source::SourceImage>> {
-                let image = super::super::source::SourceImage {
-                    image: picture(1),
-                    prompt: "a dog".into(),
-                    settings: "{}".into(),
-                };
-                stream::iter([Ok(image)]).boxed()
-            }
+        for (poor, fault) in [
+            (
+                Poor {
+                    count: 1,
+                    height: 8,
+                },
+                "1 of 4 images",
+            ),
+            (
+                Poor {
+                    count: 4,
+                    height: 6,
+                },
+                "an image of 8 x 6 pixels",
+            ),
+        ] {
+            let poor = ReadySource {
+                images: Arc::new(poor),
+                ..ready(0)
+            };
+            let stage = self::stage(&fakes, None).await;
+            let error = all(stage.run(stream::iter([poor]), Vec::new()))
+                .await
+                .unwrap_err();
+            assert_eq!(
+                error.to_string(),
+                format!("the source of dog1 gave {fault}")
+            );
         }
-        let short = ReadySource {
-            images: Arc::new(Short),
-            ..ready(0)
-        };
-        let stage = self::stage(&fakes, None).await;
-        let error = all(stage.run(stream::iter([short]), Vec::new()))
-            .await
-            .unwrap_err();
-        assert_eq!(error.to_string(), "the source of dog1 gave 1 of 4 images");
     }
 }

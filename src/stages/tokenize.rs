@@ -6,6 +6,7 @@ use async_stream::try_stream;
 use futures::{Stream, StreamExt};
 use image::RgbImage;
 
+use super::references::at_side;
 use super::{Log, ProxyBatch, ReadyBatch, TokenizerIdentity, ended_early};
 use crate::images::{decode_png, pixel_digest};
 use crate::models::ImageTokenizer;
@@ -15,6 +16,19 @@ use crate::{Error, Result};
 
 /// Opens an image tokenizer.
 pub type OpenTokenizer = Box<dyn Fn() -> Result<Box<dyn ImageTokenizer>> + Send + Sync>;
+
+/// A tokenizer for square images of any size, which it resizes to its own.
+pub struct Resizing {
+    pub tokenizer: Box<dyn ImageTokenizer>,
+    /// Pixels a side.
+    pub side: u32,
+}
+
+impl ImageTokenizer for Resizing {
+    fn encode(&self, images: &[RgbImage]) -> Result<Vec<Vec<u32>>> {
+        self.tokenizer.encode(&at_side(images, self.side))
+    }
+}
 
 /// What the stage needs.
 pub struct Tokenize {

@@ -9,7 +9,9 @@ use async_stream::try_stream;
 use futures::{Stream, StreamExt};
 
 use super::session::{InitialAdapter, SessionSettings, TrainingSession};
-use super::{Checkpoint, Log, Method, OpenLearner, ReadyBatch, TokenizerIdentity, ended_early};
+use super::{
+    Checkpoint, Log, Method, OpenLearner, ReadyBatch, TokenizerIdentity, ended_early, references,
+};
 use crate::Result;
 use crate::config::{Sampling, Training};
 use crate::images::decode_png;
@@ -162,7 +164,7 @@ impl Train {
                     .call(move |trainer| {
                         let images = rows.iter().map(|row| decode_png(&row.image, &row.key));
                         let images = images.collect::<Result<Vec<_>>>()?;
-                        trainer.learner().encode(&images)
+                        references::examples(trainer.learner(), &images)
                     })
                     .await?
             }

@@ -27,7 +27,8 @@ impl Trainer {
     ///
     /// # Errors
     /// When nothing of it is trained.
-    pub fn new(learner: Box<dyn Learner>, settings: &Training) -> Result<Self> {
+    pub fn new(mut learner: Box<dyn Learner>, settings: &Training) -> Result<Self> {
+        learner.set_training(settings);
         let variables = learner.variables();
         if variables.is_empty() {
             return Err(Error::invalid(

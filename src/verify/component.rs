@@ -140,7 +140,7 @@ impl Component {
     pub(super) fn is_in(self, dir: &Path) -> bool {
         match self {
             Component::ChameleonVq => tokenizer_dir(dir).join(VQ_CONFIG).is_file(),
-            Component::TextToImage => dir.join(text_to_image::INDEX).is_file(),
+            Component::TextToImage => text_to_image::is_in(dir),
             _ => false,
         }
     }

@@ -25,7 +25,7 @@ use crate::models::sdxl::UNet;
 use crate::models::t5::T5Encoder;
 use crate::models::vit::{self, Vit};
 use crate::models::vqgan::Compared;
-use crate::nn::{Adapter, Weights, map_safetensors};
+use crate::nn::{Adapter, Weights};
 use crate::{Error, Result};
 
 /// What a component gives.
@@ -124,19 +124,14 @@ impl Place {
 /// All tensors of `files` that hold numbers which can be rounded.
 fn read_all(files: &WeightFiles) -> Result<HashMap<String, Tensor>> {
     let mut tensors = HashMap::new();
-    match files {
-        WeightFiles::Pickles(paths) => {
-            for path in paths {
-                tensors.extend(Pickle::open(path)?.read_all()?);
-            }
+    if let WeightFiles::Pickles(paths) = files {
+        for path in paths {
+            tensors.extend(Pickle::open(path)?.read_all()?);
         }
-        WeightFiles::Safetensors(paths) => {
-            for path in paths {
-                let mapped = map_safetensors(std::slice::from_ref(path))?;
-                for (name, _) in mapped.tensors() {
-                    tensors.insert(name.clone(), mapped.load(&name, &Device::Cpu)?);
-                }
-            }
+    } else {
+        let weights = files.clone().open(DType::F32, &Device::Cpu)?;
+        for name in weights.names() {
+            tensors.extend(weights.stored(&name)?.map(|tensor| (name, tensor)));
         }
     }
     tensors.retain(|_, tensor| tensor.dtype().is_float());

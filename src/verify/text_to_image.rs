@@ -1,38 +1,46 @@
 //! A whole pipeline: prompts and noise to latents and images.
 
+use std::path::Path;
+
 use serde::de::DeserializeOwned;
-use serde_json::Value;
 
 use super::reference::Inputs;
 use super::runners::{Opened, Output, Place, Runner};
-use crate::files::read_json;
-use crate::models::checkpoint_files::WeightFiles;
+use crate::diffusion::Guidance;
+use crate::hub::parts::Parts;
 use crate::models::flux::FluxDenoiser;
-use crate::models::latent_diffusion::{Denoiser, LatentDiffusion};
+use crate::models::latent_diffusion::{Denoiser, LatentDiffusion, network_files};
+use crate::models::registry::family_of;
 use crate::models::sd3::Mmdit;
 use crate::models::sdxl::SdxlDenoiser;
+use crate::models::{flux, sd3, sdxl};
 use crate::{Error, Result, nn};
 
 /// The file that says which pipeline a folder holds.
 pub(super) const INDEX: &str = "model_index.json";
 
+/// Whether a pipeline lies at `place`.
+pub(super) fn is_in(place: &Path) -> bool {
+    place.join(INDEX).is_file() || Parts::find(place).is_ok_and(|parts| parts.is_some())
+}
+
 pub(super) fn open(place: &Place) -> Opened {
-    let path = place.folder.join(INDEX);
-    let index: Value = read_json(&path)?;
-    match index.get("_class_name").and_then(Value::as_str) {
-        Some("StableDiffusionXLPipeline") => of::<SdxlDenoiser>(place),
-        Some("StableDiffusion3Pipeline") => of::<Mmdit>(place),
-        Some("FluxPipeline") => of::<FluxDenoiser>(place),
-        class => Err(Error::invalid(
-            format!("{} is of {}", path.display(), class.unwrap_or("no class")),
-            "StableDiffusionXLPipeline, StableDiffusion3Pipeline and FluxPipeline are known here",
+    match family_of(&place.folder)? {
+        Some(family) if family == sdxl::FAMILY => of::<SdxlDenoiser>(place),
+        Some(family) if family == sd3::FAMILY => of::<Mmdit>(place),
+        Some(family) if family == flux::FAMILY => of::<FluxDenoiser>(place),
+        _ => Err(Error::invalid(
+            format!(
+                "{} is no pipeline that is known here",
+                place.folder.display()
+            ),
+            "StableDiffusionXLPipeline, StableDiffusion3Pipeline and FluxPipeline are, and single files of their families",
         )),
     }
 }
 
 fn of<D: Denoiser + 'static>(place: &Place) -> Opened {
-    let folder = place.folder.join(D::COMPONENT);
-    let weights = place.open(WeightFiles::find(&folder, "diffusion_pytorch_model")?)?;
+    let weights = place.open(network_files::<D>(&place.folder)?)?;
     let model = LatentDiffusion::<D>::open(&place.folder, &weights)?;
     Ok((Box::new(model), weights))
 }
@@ -70,12 +78,17 @@ impl<D: Denoiser> Runner for LatentDiffusion<D> {
             };
             Ok((self.denoiser.encode(&prompts, length)?, negative))
         })?;
+        let guidance = Guidance {
+            scale: needed(inputs, "guidance_scale")?,
+            start: inputs.setting("guidance_start")?.unwrap_or(0.0),
+            stop: inputs.setting("guidance_stop")?.unwrap_or(1.0),
+        };
         let latents = self.denoise(
             &noise,
             &conditioning,
             &negative,
             needed(inputs, "num_inference_steps")?,
-            needed(inputs, "guidance_scale")?,
+            guidance,
         )?;
         let image = self.decode(&latents)?.affine(0.5, 0.5)?;
         Ok(vec![

@@ -27,7 +27,7 @@ impl Recipe {
         let stand_in =
             ["images=\"-\"", "class=\"thing\""].map(|field| format!("subject.any.{field}"));
         let overrides = [overrides, &stand_in].concat();
-        let mut resolved = Document::open(path, &overrides)?.resolve()?;
+        let mut resolved = Document::open(path, &overrides, &crate::models::Registry)?.resolve()?;
         if resolved.student.source != Source::Proxies {
             return Err(Error::invalid(
                 format!("{}: a watch needs proxies", path.display()),
@@ -122,7 +122,9 @@ impl Recipe {
 /// Whether `pipeline`, the resolved file of a run under way, reads photos and adapters of the watch in `home` alone: one
 /// of a folder that was moved does not, nor one that somebody else wrote.
 pub fn is_of(home: &Home, pipeline: &str) -> bool {
-    let Ok(resolved) = Document::parse(pipeline, "pipeline.toml", &[]).resolve() else {
+    let Ok(resolved) =
+        Document::parse(pipeline, "pipeline.toml", &[], &crate::models::Registry).resolve()
+    else {
         return false;
     };
     let photos = home.path().join("photos");

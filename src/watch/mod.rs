@@ -371,7 +371,13 @@ impl Watching<'_> {
         let options = pipeline::Options {
             pipeline: format!("run-{:04}.toml", run.number).into(),
             text: run.pipeline.clone(),
-            resolved: Document::parse(&run.pipeline, "pipeline.toml", &[]).resolve()?,
+            resolved: Document::parse(
+                &run.pipeline,
+                "pipeline.toml",
+                &[],
+                &crate::models::Registry,
+            )
+            .resolve()?,
             store: Some(self.state().store.path.clone()),
             out: self.home.runs(),
             new: false,

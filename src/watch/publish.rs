@@ -89,7 +89,13 @@ pub async fn dino_before(
     if !before.contains_key(&run.subject) {
         return Ok(before);
     }
-    let resolved = crate::config::Document::parse(&run.pipeline, "pipeline.toml", &[]).resolve()?;
+    let resolved = crate::config::Document::parse(
+        &run.pipeline,
+        "pipeline.toml",
+        &[],
+        &crate::models::Registry,
+    )
+    .resolve()?;
     let table = pipeline::evaluations(&resolved, store).await?;
     let reference = |photo: &String| reference_key(&run.subject, photo);
     let references: Vec<String> = run.look.photos.iter().map(reference).collect();

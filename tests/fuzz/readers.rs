@@ -3,8 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
-use proxytune::config::Family;
-use proxytune::config::{Document, models, prompt_list};
+use proxytune::config::{Document, prompt_list};
 use proxytune::diffusion::{Ddpm, DiscreteConfig, FlowMatchEuler, SchedulerConfig, Spacing};
 use proxytune::evaluation::captions::captions;
 use proxytune::evaluation::embed::ImageEmbedder;
@@ -20,7 +19,7 @@ use proxytune::models::pickle::Pickle;
 use proxytune::models::sampling_file;
 use proxytune::models::tokenizer::TextTokenizer;
 use proxytune::models::{autoencoder, chameleon, clip, flux, llamagen, sd3, sdxl, t5, vit};
-use proxytune::nn::Weights;
+use proxytune::nn::{Init, Weights};
 use proxytune::watch::state::Home;
 
 use super::{Reader, fuzz};
@@ -99,6 +98,41 @@ fn safetensors_of_any_content_are_read_or_refused() {
         seeds,
         |folder| read_safetensors(&folder.join("model.safetensors")),
     ));
+}
+
+#[test]
+fn gguf_files_of_any_content_are_read_or_refused() {
+    let whole = seed("tests/golden/single-file/kinds/kinds.gguf");
+    // The headers alone have room for more faults than the numbers behind them.
+    let small = {
+        let mut small = b"GGUF".to_vec();
+        small.extend(3u32.to_le_bytes());
+        small.extend([1u64, 1].map(u64::to_le_bytes).concat());
+        small.extend(4u64.to_le_bytes());
+        small.extend(b"name");
+        small.extend(8u32.to_le_bytes());
+        small.extend(4u64.to_le_bytes());
+        small.extend(b"flux");
+        small.extend(6u64.to_le_bytes());
+        small.extend(b"weight");
+        small.extend(2u32.to_le_bytes());
+        small.extend([32u64, 2].map(u64::to_le_bytes).concat());
+        small.extend(8u32.to_le_bytes());
+        small.extend(0u64.to_le_bytes());
+        small.extend([7; 30 + 68]);
+        small
+    };
+    fuzz(reader("gguf", "model.gguf", vec![small, whole], |folder| {
+        let path = folder.join("model.gguf");
+        let Ok(weights) = Weights::from_files(&[path], DType::F32, &Device::Cpu) else {
+            return false;
+        };
+        let read = |name: String| weights.stored(&name).is_ok_and(|tensor| tensor.is_some());
+        let names = weights.names();
+        let read = names.into_iter().filter(|name| !name.is_empty()).map(read);
+        let packed = weights.matrix((2, 32), "weight", Init::Zeros);
+        read.fold(true, |all, one| all & one) && packed.is_ok()
+    }));
 }
 
 /// A safetensors file with this header and some values.
@@ -183,7 +217,7 @@ fn read_configs(folder: &Path) -> bool {
         read_config::<autoencoder::Config>(&path).is_ok(),
         read_config::<chameleon::Config>(&path).is_ok(),
         chameleon::files::tokenizer_config(folder).is_ok(),
-        models::family(&folder.display().to_string()).is_ok(),
+        proxytune::models::family(&folder.display().to_string()).is_ok(),
     ];
     accepted.contains(&true)
 }
@@ -282,7 +316,11 @@ fn sampling_notes_of_any_content_are_read_or_refused() {
     let seeds = seeds.map(|text| text.as_bytes().to_vec()).into();
     fuzz(reader("sampling", "sampling.json", seeds, |folder| {
         let read = |family| sampling_file::read(folder, family).is_ok();
-        [read(Family::LlamaGen), read(Family::Sdxl)].contains(&true)
+        [
+            read(proxytune::models::llamagen::FAMILY),
+            read(proxytune::models::sdxl::FAMILY),
+        ]
+        .contains(&true)
     }));
 }
 
@@ -293,7 +331,7 @@ fn pipelines_of_diffusers_of_any_content_are_read_or_refused() {
         "tests/golden/sd3-pipeline/tiny/model_index.json",
     ]);
     fuzz(reader("model-index", "model_index.json", seeds, |folder| {
-        models::family(&folder.display().to_string()).is_ok()
+        proxytune::models::family(&folder.display().to_string()).is_ok()
     }));
 }
 
@@ -394,7 +432,11 @@ fn pipeline_files_and_overrides_of_any_content_are_read_or_refused() {
         "pipelines/table1-direct.toml",
     ]);
     fuzz(reader("pipeline", "pipeline.toml", seeds, |folder| {
-        let document = Document::open(&folder.join("pipeline.toml"), &[]);
+        let document = Document::open(
+            &folder.join("pipeline.toml"),
+            &[],
+            &proxytune::models::Registry,
+        );
         document.is_ok_and(|document| document.resolve().is_ok())
     }));
     let overrides = [
@@ -408,9 +450,14 @@ fn pipeline_files_and_overrides_of_any_content_are_read_or_refused() {
         let text = std::fs::read(folder.join("override.txt")).unwrap();
         let text = String::from_utf8_lossy(&text).into_owned();
         let pipeline = std::fs::read_to_string(root().join("pipelines/nano-smoke.toml")).unwrap();
-        Document::parse(&pipeline, "pipeline.toml", &[text])
-            .resolve()
-            .is_ok()
+        Document::parse(
+            &pipeline,
+            "pipeline.toml",
+            &[text],
+            &proxytune::models::Registry,
+        )
+        .resolve()
+        .is_ok()
     }));
 }
 
@@ -439,7 +486,7 @@ fn prompts_captions_and_metadata_of_any_content_are_read_or_refused() {
         vec![prompts.into()],
         |folder| {
             let path = folder.join("prompts.txt");
-            prompt_list(&path.display().to_string()).is_ok()
+            prompt_list(&path.display().to_string(), &proxytune::models::Registry).is_ok()
         },
     ));
     let read = |folder: &Path| captions(folder, &[folder.join("0.png")]).is_ok();

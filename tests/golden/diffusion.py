@@ -14,8 +14,9 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionXLPipeline,
 )
-from diffusers.training_utils import compute_loss_weighting_for_sd3
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
@@ -257,6 +258,46 @@ def text_to_image_case():
         sort_metadata(path)
 
 
+def guided_in(pipeline, start, stop, guidance_scale, num_inference_steps):
+    """Arguments with which `pipeline` guides a part of its steps alone, as `ClassifierFreeGuidance(start=, stop=)` of diffusers'
+    modular pipelines does: steps int(start * n) to int(stop * n) - 1. A scale just above 1 keeps both predictions and takes
+    the one with the text."""
+    guided = range(int(start * num_inference_steps), int(stop * num_inference_steps))
+
+    def scale(step):
+        return guidance_scale if step in guided else 1 + 1e-12
+
+    def set_next(pipeline, step, _timestep, _tensors):
+        pipeline._guidance_scale = scale(step + 1)
+        return {}
+
+    return dict(guidance_scale=scale(0), num_inference_steps=num_inference_steps, callback_on_step_end=set_next)
+
+
+def guidance_interval_case(folder, pipeline, channels):
+    """A part of the steps guided, as `proxytune verify text-to-image` takes it."""
+    out = HERE / folder
+    pipeline = pipeline.from_pretrained(out, **({"variant": "fp16"} if "sdxl" in folder else {}))
+    pipeline.to(torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    latents = torch.randn(2, channels, 8, 12, generator=torch.Generator().manual_seed(8))
+    settings = dict(prompt=["a dog in the sks", "a cat"], negative_prompt=["a cat", "the beach"], height=16, width=24)
+    told = dict(guidance_scale=4.0, num_inference_steps=12, guidance_start=0.2, guidance_stop=0.7)
+    part = guided_in(pipeline, told["guidance_start"], told["guidance_stop"], 4.0, 12)
+    if "sd3" in folder:
+        settings["max_sequence_length"] = 40
+    with torch.no_grad():
+        ended = pipeline(latents=latents.clone(), output_type="latent", **settings, **part).images
+        image = pipeline(latents=latents.clone(), output_type="pt", **settings, **part).images
+    path = out / "reference-interval.safetensors"
+    if "sdxl" in folder:
+        path = out.parent / path.name
+    metadata = {key: json.dumps(value) for key, value in (settings | told).items()}
+    tensors = {"input.latents": latents, "output.latents": ended, "output.image": image}
+    save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata)
+    sort_metadata(path)
+
+
 def scheduler_case():
     generator = torch.Generator().manual_seed(5)
     tensors = {}
@@ -299,6 +340,50 @@ def scheduler_case():
     save(HERE / "scheduler" / "flow_match.safetensors", tensors)
 
 
+def noise_levels_case():
+    """What diffusers draws noise levels by, beside what it was drawn from, and what their losses weigh."""
+    count, tensors = 64, {}
+
+    def drawn(name, **settings):
+        generator = torch.Generator().manual_seed(6)
+        settings = dict(logit_mean=0.0, logit_std=1.0, mode_scale=1.29) | settings
+        u = compute_density_for_timestep_sampling(
+            settings.pop("scheme"), batch_size=count, device="cpu", generator=generator, **settings
+        )
+        tensors[f"u.{name}"] = u
+        tensors[f"indices.{name}"] = (u * 1000).long()
+
+    tensors["normal"] = torch.normal(0.0, 1.0, (count,), generator=torch.Generator().manual_seed(6))
+    tensors["even"] = torch.rand(count, generator=torch.Generator().manual_seed(6))
+    drawn("logit_normal", scheme="logit_normal")
+    drawn("logit_normal.moved", scheme="logit_normal", logit_mean=-0.5, logit_std=1.7)
+    drawn("mode", scheme="mode")
+    drawn("mode.ends", scheme="mode", mode_scale=-0.6)
+    for scheme in ["none", "cosmap", "sigma_sqrt"]:
+        drawn(scheme, scheme=scheme)
+    training = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    indices = torch.tensor([0, 17, 431, 800, 999])
+    sigmas = training.sigmas[indices]
+    tensors |= {"indices": indices, "sigmas": sigmas}
+    for scheme in ["none", "logit_normal", "mode", "cosmap", "sigma_sqrt"]:
+        tensors[f"weights.{scheme}"] = compute_loss_weighting_for_sd3(scheme, sigmas=sigmas).float()
+    # The loss of train_dreambooth_lora_sd3.py, its lines written out.
+    generator = torch.Generator().manual_seed(7)
+    latents, noise, velocity = (torch.randn(5, 2, 3, 4, generator=generator) for _ in range(3))
+    tensors |= {"latents": latents, "noise": noise, "velocity": velocity}
+    sigmas = sigmas.reshape(-1, 1, 1, 1)
+    noisy = (1.0 - sigmas) * latents + sigmas * noise
+    for form, difference in [
+        ("preconditioned", velocity * (-sigmas) + noisy - latents),
+        ("velocity", velocity - (noise - latents)),
+    ]:
+        for scheme in ["cosmap", "sigma_sqrt"]:
+            weighting = compute_loss_weighting_for_sd3(scheme, sigmas=sigmas)
+            each = torch.mean((weighting.float() * difference.float() ** 2).reshape(5, -1), 1)
+            tensors[f"loss.{scheme}.{form}"] = each.mean().reshape(1)
+    save(HERE / "scheduler" / "noise_levels.safetensors", tensors)
+
+
 if __name__ == "__main__":
     transformer_case(
         "sd3", 1, batch=2, height=8, width=8, tokens=7, rank=4, alpha=6,
@@ -324,5 +409,9 @@ if __name__ == "__main__":
         latent_channels=4, norm_num_groups=4,
     )
     scheduler_case()
+    noise_levels_case()
     pipeline_case()
     text_to_image_case()
+    guidance_interval_case("sd3-pipeline/tiny", StableDiffusion3Pipeline, 3)
+    # What sdxl.py has saved.
+    guidance_interval_case("text-to-image/sdxl-euler/model", StableDiffusionXLPipeline, 4)

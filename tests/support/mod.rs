@@ -24,6 +24,9 @@ pub const SMOKE: &str = "pipelines/nano-smoke.toml";
 /// Proxies that it plans.
 pub const PROXIES: usize = 12;
 
+/// Tokens of an image, of all sizes that the nano students have.
+const TOKENS: [usize; 2] = [64, 16];
+
 /// Copies what lies in the folder `from`, at any depth, to the folder `to`; links stay links.
 pub fn copy_tree(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).unwrap();
@@ -90,7 +93,8 @@ impl Place {
         let text = std::fs::read_to_string(SMOKE).unwrap();
         let options = Options {
             pipeline: SMOKE.into(),
-            resolved: Document::parse(&text, SMOKE, &overrides).resolve()?,
+            resolved: Document::parse(&text, SMOKE, &overrides, &proxytune::models::Registry)
+                .resolve()?,
             text,
             store: Some(self.store()),
             out: self.out(),
@@ -152,7 +156,6 @@ impl Place {
 /// stopped is not part of what it came to.
 pub async fn tables(store: &Path) -> BTreeMap<String, String> {
     let store = Store::open(store).await.unwrap();
-    let tokens = number("llamagen/config.json", "block_size");
     let (clip, dino) = (
         number("clip/config.json", "projection_dim"),
         number("dino/config.json", "hidden_size"),
@@ -161,8 +164,13 @@ pub async fn tables(store: &Path) -> BTreeMap<String, String> {
     for name in store.table_names().await.unwrap() {
         let digest = match name.split_once('_') {
             Some(("tokens", digest)) => {
-                let table = store.tokens(digest, tokens).await.unwrap();
-                table.digest().await
+                let mut table = store.tokens(digest, TOKENS[0]).await;
+                for tokens in &TOKENS[1..] {
+                    if table.is_err() {
+                        table = store.tokens(digest, *tokens).await;
+                    }
+                }
+                table.unwrap().digest().await
             }
             Some(("evaluations", digest)) => {
                 let table = store.evaluations(digest, clip, dino).await.unwrap();

@@ -1,5 +1,6 @@
 //! `proxytune bench`: times on this machine, in the terms of the reference implementations.
 
+mod denoiser;
 mod instructions;
 mod operations;
 mod step;
@@ -29,6 +30,8 @@ pub struct BenchArgs {
 pub enum Bench {
     /// Time the training step of a model at full size with random weights, and its peak memory
     Step(step::StepArgs),
+    /// Time a diffusion model's network at full size with random weights, and its peak memory
+    Denoiser(denoiser::DenoiserArgs),
     /// Time operations and the steps of the nano models, beside torch's
     Table(table::TableArgs),
 }
@@ -47,6 +50,7 @@ impl BenchArgs {
 pub(super) fn run(args: &BenchArgs) -> Result<()> {
     match &args.what {
         Bench::Step(step) => step::run(step, args.instructions),
+        Bench::Denoiser(denoiser) => denoiser::run(denoiser),
         Bench::Table(table) => table::run(table, args.instructions),
     }
 }

@@ -13,7 +13,7 @@ use rand_chacha::ChaCha8Rng;
 use super::instructions::Instructions;
 use super::torch::{Torch, median, threads};
 use crate::cli::memory::{gibibytes, peak_memory};
-use crate::config::{Device, Dtype, Family, training_defaults};
+use crate::config::{Device, Dtype};
 use crate::console;
 use crate::models::llamagen::gpt::{Config, Gpt};
 use crate::nn::{Adapter, Init, LoraConfig, Weights, ops, recomputing};
@@ -186,7 +186,7 @@ impl Bench {
             block_size: side * side,
             ..Config::default()
         };
-        let settings = training_defaults(Family::LlamaGen);
+        let settings = crate::models::llamagen::FAMILY.training();
         let lora = LoraConfig {
             rank: settings.rank,
             alpha: settings.alpha,

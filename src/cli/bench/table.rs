@@ -10,8 +10,9 @@ use super::instructions::Instructions;
 use super::operations::{Operation, operations};
 use super::torch::{Torch, median, threads};
 use crate::config;
+use crate::config::Sampling;
 use crate::console;
-use crate::models::{self, Learner, Opening, Request, Sampling, TrainingExample};
+use crate::models::{self, Learner, LearnerOptions, Request, TrainingExample};
 use crate::training::{Trainer, tuning};
 use crate::{Error, Result, pipeline};
 
@@ -177,7 +178,9 @@ fn time(operation: &mut Operation, repeats: usize) -> Result<f64> {
 /// Steps and sampling as `pipelines/nano.toml` does them, on noise for images.
 fn nano() -> Result<Vec<Operation>> {
     let text = include_str!("../../../pipelines/nano.toml");
-    let resolved = config::Document::parse(text, "pipelines/nano.toml", &[]).resolve()?;
+    let resolved =
+        config::Document::parse(text, "pipelines/nano.toml", &[], &crate::models::Registry)
+            .resolve()?;
     let mut rows = Vec::new();
     let Some((supervisor, proxies, drawn)) = resolved.teacher() else {
         return Ok(rows);
@@ -193,14 +196,14 @@ fn nano() -> Result<Vec<Operation>> {
         "nano proxies",
         &opening,
         proxies.batch_size,
-        Sampling::diffusion(drawn),
+        Sampling::Diffusion(drawn.clone()),
     )?);
     let student = &resolved.student;
     let mut opening = pipeline::opening_for(&student.model, None, config::Device::Cpu)?;
     opening.tuning = tuning(&student.training);
     rows.push(step(
         "nano student step",
-        &Opening {
+        &LearnerOptions {
             condition_dropout: student.condition_dropout,
             ..opening.clone()
         },
@@ -210,12 +213,12 @@ fn nano() -> Result<Vec<Operation>> {
         "nano student's images",
         &opening,
         resolved.evaluation.batch_size,
-        Sampling::student(&student.sampling),
+        student.sampling.clone(),
     )?);
     Ok(rows)
 }
 
-fn step(name: &str, opening: &Opening, settings: &config::Training) -> Result<Operation> {
+fn step(name: &str, opening: &LearnerOptions, settings: &config::Training) -> Result<Operation> {
     let mut trainer = Trainer::new(models::open(opening)?, settings)?;
     let batch = examples(trainer.learner(), settings.batch_size)?;
     let batches = vec![(1.0, batch)];
@@ -228,7 +231,12 @@ fn step(name: &str, opening: &Opening, settings: &config::Training) -> Result<Op
     }))
 }
 
-fn sampling(name: &str, opening: &Opening, count: usize, sampling: Sampling) -> Result<Operation> {
+fn sampling(
+    name: &str,
+    opening: &LearnerOptions,
+    count: usize,
+    sampling: Sampling,
+) -> Result<Operation> {
     let mut learner = models::open(opening)?;
     let requests: Vec<Request> = (0..count as u64)
         .map(|seed| Request {

@@ -19,10 +19,10 @@ use super::vq::VqGan;
 use crate::files::{SETTINGS, read_text};
 use crate::models::checkpoint_files::WeightFiles;
 use crate::models::limits::read_config;
-use crate::models::llamagen::Sampling as TokenSampling;
 use crate::models::tokenizer::TextTokenizer;
 use crate::models::{
-    Example, ImageTokenizer, Learner, Opening, Request, Sampling, TrainingExample, Tuning, adapters,
+    Example, ImageTokenizer, Learner, LearnerOptions, Request, Sampling, TrainingExample, Tuning,
+    adapters,
 };
 use crate::nn::{Adapter, Weights, mean_over_parts, merged, no_grad, recomputing};
 use crate::{Error, Result, images};
@@ -138,7 +138,7 @@ pub struct Lumina {
 
 impl Lumina {
     /// Opens the checkpoint in `opening.dir`; see [`files`] for its parts.
-    pub fn open(opening: &Opening) -> Result<Self> {
+    pub fn open(opening: &LearnerOptions) -> Result<Self> {
         let (dir, device) = (&opening.dir, &opening.device);
         let config_path = dir.join("config.json");
         let config: Config = read_config(&config_path)?;
@@ -146,7 +146,9 @@ impl Lumina {
         let found = WeightFiles::find(dir, "model")?;
         let weights = match opening.tuning {
             Tuning::Full => Weights::trainable(&found.into_safetensors()?, opening.seed, device)?,
-            Tuning::Lora(_) | Tuning::Frozen => found.open(opening.dtype, device)?,
+            Tuning::Lora(_) | Tuning::Given(_) | Tuning::Frozen => {
+                found.open(opening.dtype, device)?
+            }
         };
         let (weights, adapter) = opening.attach(weights);
         let backbone = Backbone::new(&config, &weights)?;
@@ -240,17 +242,11 @@ impl Learner for Lumina {
             .map(|request| self.format.prompt(&self.text, &request.prompt))
             .collect::<Result<Vec<_>>>()?;
         let seeds: Vec<u64> = requests.iter().map(|request| request.seed).collect();
-        let settings = TokenSampling {
-            guidance_scale: sampling.guidance_scale,
-            guidance_interval: sampling.guidance_interval,
-            temperature: sampling.temperature,
-            top_k: sampling.top_k,
-            top_p: sampling.top_p,
-        };
+        let settings = sampling.autoregressive()?;
         let count = self.format.count();
         let codes = merged(|| {
             self.backbone
-                .draw(&prompts, &self.format, count, &settings, &seeds)
+                .draw(&prompts, &self.format, count, settings, &seeds)
         })?;
         self.tokenizer.decode(&codes)
     }

@@ -15,14 +15,55 @@ use rand_chacha::ChaCha8Rng;
 
 use self::text::TextEncoders;
 use super::autoencoder;
+use super::checkpoint_files::Layout;
+use super::family::{Architecture, Backbone, KnownModel, LearnerParts};
 use super::latent_diffusion::{
-    Conditioning, Denoiser, DiffusionLearner, Framing, LatentDiffusion, multiple_of,
+    Conditioning, Denoiser, DiffusionLearner, Framing, LatentDiffusion, Levels, multiple_of, opened,
 };
-use super::limits::read_config;
-use crate::diffusion::{Density, FlowMatchEuler, LossForm, Spacing, TrainingDraw};
-use crate::files::read_json;
+use super::reading::TextReader;
+use crate::config::{
+    Family, FamilySettings, Kind, Optimizer, SamplingDefaults, Training, TrainingDefaults,
+    WeightingScheme,
+};
+use crate::diffusion::{FlowMatchEuler, Guidance, LossForm, Spacing, TrainingDraw};
+use crate::hub::catalogue;
 use crate::nn::{self, Weights};
 use crate::{Error, Result};
+
+/// FLUX.1: double and single stream blocks, rectified flow. It was distilled: there is no second prediction to lead away
+/// from.
+pub const FAMILY: Family = Family::new(&FamilySettings {
+    name: "FLUX",
+    kind: Kind::Diffusion,
+    training: TrainingDefaults::diffusion(Optimizer::Prodigy, 1e-4, Some(WeightingScheme::None)),
+    targets: &LORA_TARGETS,
+    sampling: SamplingDefaults::Diffusion {
+        num_inference_steps: 28,
+        guidance_scale: 3.5,
+        classifier_free: false,
+    },
+});
+
+/// FLUX.1 in diffusers' layout.
+pub static ARCHITECTURE: Architecture = Architecture {
+    family: FAMILY,
+    recognises: |layout| layout.is_pipeline("FluxPipeline"),
+    models: &[KnownModel {
+        name: "flux.1-dev",
+        resolution: Some(512),
+        directory: "datasets/checkpoints/flux.1-dev",
+        hub: Some(&catalogue::FLUX_1_DEV),
+        files: &[],
+    }],
+    readers: |dir, _, _| TextReader::of_encoders(text_encoders(dir)?),
+    learner: Some(LearnerParts {
+        open: |options| Ok(Box::new(FluxLearner::open(options)?)),
+        resolution: |dir, asked| Ok(resolution(dir, asked.map(|side| side as usize))? as u32),
+        backbone: |dir, _| Backbone::of_pipeline(dir, "transformer"),
+        config: |_, _| Ok(None),
+        tokenizer: None,
+    }),
+};
 
 /// The whole model.
 pub type Flux = LatentDiffusion<FluxDenoiser>;
@@ -38,9 +79,10 @@ const TRAINING_GUIDANCE: f64 = 1.0;
 
 /// The transformer with its text encoders and its schedule.
 pub struct FluxDenoiser {
-    text: TextEncoders,
+    text: Option<TextEncoders>,
     transformer: FluxTransformer,
     schedule: FlowMatchEuler,
+    levels: Levels,
     dtype: DType,
 }
 
@@ -103,7 +145,7 @@ fn image_positions(height: usize, width: usize, device: &Device) -> Result<Tenso
 /// # Errors
 /// When the config of CLIP cannot be read.
 pub fn text_encoders(directory: &Path) -> Result<Vec<(&'static str, PathBuf, usize)>> {
-    text::described(directory)
+    text::described(&Layout::open(directory)?)
 }
 
 /// Side in pixels of the square images that the checkpoint in `directory` draws: what is `asked` for, or its own.
@@ -111,15 +153,16 @@ pub fn text_encoders(directory: &Path) -> Result<Vec<(&'static str, PathBuf, usi
 /// # Errors
 /// When it cannot draw such images, or its configs cannot be read.
 pub fn resolution(directory: &Path, asked: Option<usize>) -> Result<usize> {
-    let config = config(directory)?;
-    let vae: autoencoder::Config = read_config(&directory.join("vae/config.json"))?;
+    let layout = Layout::open(directory)?;
+    let config = config(&layout)?;
+    let vae: autoencoder::Config = layout.config("vae")?;
     let own = vae.downscale().saturating_mul(config.side());
     multiple_of(vae.downscale() * PACKED, asked.unwrap_or(own))
 }
 
 /// The transformer's config; the pipeline's positions have three coordinates.
-fn config(directory: &Path) -> Result<Config> {
-    let config: Config = read_config(&directory.join("transformer/config.json"))?;
+fn config(layout: &Layout) -> Result<Config> {
+    let config: Config = layout.config("transformer")?;
     match config.axes_dims_rope.len() {
         3 => Ok(config),
         other => Err(Error::invalid(
@@ -162,15 +205,33 @@ impl Denoiser for FluxDenoiser {
     const COMPONENT: &'static str = "transformer";
     const BUFFERS: &'static [&'static str] = &[];
 
-    fn open(directory: &Path, weights: &Weights, opened: &mut Vec<Weights>) -> Result<Self> {
-        let config = config(directory)?;
-        let scheduler = read_json(&directory.join("scheduler/scheduler_config.json"))?;
+    fn open(layout: &Layout, weights: &Weights, opened: &mut Vec<Weights>) -> Result<Self> {
+        let config = config(layout)?;
         Ok(Self {
-            text: TextEncoders::open(directory, weights, opened)?,
+            text: Some(TextEncoders::open(layout, weights, opened)?),
             transformer: FluxTransformer::new(config, weights)?,
-            schedule: FlowMatchEuler::new(scheduler)?,
+            schedule: FlowMatchEuler::new(layout.scheduler()?)?,
+            levels: Levels::EVEN,
             dtype: weights.dtype(),
         })
+    }
+
+    fn close_text(&mut self) {
+        self.text = None;
+    }
+
+    fn has_text(&self) -> bool {
+        self.text.is_some()
+    }
+
+    fn open_text(
+        &mut self,
+        layout: &Layout,
+        weights: &Weights,
+        opened: &mut Vec<Weights>,
+    ) -> Result<()> {
+        self.text = Some(TextEncoders::open(layout, weights, opened)?);
+        Ok(())
     }
 
     fn channels(&self) -> usize {
@@ -190,7 +251,11 @@ impl Denoiser for FluxDenoiser {
         prompts: &[String],
         max_sequence_length: Option<usize>,
     ) -> Result<Conditioning> {
-        self.text.encode(prompts, max_sequence_length)
+        opened(&self.text)?.encode(prompts, max_sequence_length)
+    }
+
+    fn set_training(&mut self, training: &Training) {
+        self.levels = Levels::of(training).unwrap_or(Levels::EVEN);
     }
 
     fn draw(
@@ -200,7 +265,7 @@ impl Denoiser for FluxDenoiser {
         device: &Device,
     ) -> Result<TrainingDraw> {
         self.schedule
-            .draw(latents_shape, Density::Uniform, generator, device)
+            .draw(latents_shape, self.levels.density, generator, device)
     }
 
     fn loss(
@@ -210,11 +275,11 @@ impl Denoiser for FluxDenoiser {
         _framings: &[Framing],
         draw: &TrainingDraw,
     ) -> Result<Tensor> {
-        self.schedule
-            .loss(latents, draw, LossForm::Velocity, |noisy, timesteps| {
-                let sigma = self.schedule.sigma(timesteps)?;
-                self.velocity(noisy, &sigma, TRAINING_GUIDANCE, conditioning)
-            })
+        let form = (LossForm::Velocity, self.levels.weighting);
+        self.schedule.loss(latents, draw, form, |noisy, timesteps| {
+            let sigma = self.schedule.sigma(timesteps)?;
+            self.velocity(noisy, &sigma, TRAINING_GUIDANCE, conditioning)
+        })
     }
 
     fn handed_over(&self, latents: &Tensor) -> Result<Tensor> {
@@ -231,13 +296,13 @@ impl Denoiser for FluxDenoiser {
         &self,
         noise: &Tensor,
         conditioning: &Conditioning,
-        negative: Option<(&Conditioning, f64)>,
+        negative: Option<(&Conditioning, Guidance)>,
         _framing: Framing,
         num_inference_steps: usize,
     ) -> Result<Tensor> {
         nn::no_grad(|| {
             let (b, _, h, w) = noise.dims4()?;
-            let guidance = negative.map_or(1.0, |(_, scale)| scale);
+            let guidance = negative.map_or(1.0, |(_, guidance)| guidance.scale);
             let tokens = (h / PACKED) * (w / PACKED);
             let velocity = |latents: &Tensor, sigma| {
                 let sigma = Tensor::full(sigma, b, noise.device())?;

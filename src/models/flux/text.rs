@@ -1,24 +1,24 @@
 //! The text encoders of FLUX.1 as `FluxPipeline.encode_prompt` combines them: T5's states of every token, and CLIP-L's
 //! pooled state of the whole text.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use candle_core::Device;
 
 use crate::Result;
+use crate::models::checkpoint_files::Layout;
 use crate::models::latent_diffusion::Conditioning;
 use crate::models::latent_diffusion::text::{ClipText, PaddedTokenizer, described_clip};
-use crate::models::limits::read_config;
-use crate::models::{checkpoint_files, t5};
+use crate::models::t5;
 use crate::nn::Weights;
 
 /// Tokens of a prompt for T5: the pipeline's default.
 const T5_TOKENS: usize = 512;
 
 /// See [`super::text_encoders`].
-pub(super) fn described(directory: &Path) -> Result<Vec<(&'static str, PathBuf, usize)>> {
-    let t5 = ("T5", directory.join("tokenizer_2"), T5_TOKENS);
-    Ok(vec![described_clip(directory, "", "CLIP")?, t5])
+pub(super) fn described(layout: &Layout) -> Result<Vec<(&'static str, PathBuf, usize)>> {
+    let t5 = ("T5", layout.tokenizer("tokenizer_2")?, T5_TOKENS);
+    Ok(vec![described_clip(layout, "", "CLIP")?, t5])
 }
 
 /// CLIP and T5.
@@ -30,28 +30,27 @@ pub(super) struct TextEncoders {
 }
 
 impl TextEncoders {
-    /// Opens `text_encoder` (CLIP) and `text_encoder_2` (T5) of `directory` in the precision of the transformer. The
+    /// Opens `text_encoder` (CLIP) and `text_encoder_2` (T5) in the precision of the transformer. The
     /// weights that were opened are added to `opened`, for their faults to be reported together.
     pub(super) fn open(
-        directory: &Path,
+        layout: &Layout,
         transformer: &Weights,
         opened: &mut Vec<Weights>,
     ) -> Result<Self> {
-        let clip = ClipText::open(directory, "", transformer, opened)?;
-        let folder = directory.join("text_encoder_2");
-        let config: t5::Config = read_config(&folder.join("config.json"))?;
-        let weights = checkpoint_files::open(
-            &folder,
-            "model",
-            transformer.precision(),
-            transformer.device(),
-        )?;
+        let clip = ClipText::open(layout, "", transformer, opened)?;
+        let config: t5::Config = layout.config("text_encoder_2")?;
+        let files = layout.weights("text_encoder_2")?;
+        let weights = files.open(transformer.precision(), transformer.device())?;
         let t5 = t5::T5Encoder::new(&config, &weights)?;
         opened.push(weights);
         Ok(Self {
             clip,
             t5,
-            tokenizer: PaddedTokenizer::open(&directory.join("tokenizer_2"), T5_TOKENS, "<pad>")?,
+            tokenizer: PaddedTokenizer::open(
+                &layout.tokenizer("tokenizer_2")?,
+                T5_TOKENS,
+                "<pad>",
+            )?,
             device: transformer.device().clone(),
         })
     }

@@ -1,7 +1,7 @@
 //! A latent diffusion model as a [`Learner`].
 
-use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{Tensor, Var};
@@ -10,9 +10,11 @@ use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
 use super::{Conditioning, Denoiser, Framing, LatentDiffusion, network_files};
-use crate::files::{SETTINGS, read_text};
+use crate::config::Training;
+use crate::diffusion::Guidance;
+use crate::models::checkpoint_files::Layout;
 use crate::models::{
-    Example, Learner, Opening, Request, Sampling, TrainingExample, Tuning, adapters,
+    Example, Learner, LearnerOptions, Request, Sampling, TrainingExample, Tuning, adapters,
 };
 use crate::nn::{Adapter, Weights, mean_over_parts, merged, recomputing};
 use crate::{Error, Result, images};
@@ -20,9 +22,13 @@ use crate::{Error, Result, images};
 /// Examples of a small model that are differentiated at once: its batches are small, and two keep a processor busy.
 const AT_ONCE: usize = 2;
 
+/// What the encoders say of so many prompts is kept at most: 8 MB each of FLUX's in f32.
+const MOST_FORESEEN: usize = 256;
+
 /// The denoiser with what it needs to learn and to draw.
 pub struct DiffusionLearner<D> {
     model: LatentDiffusion<D>,
+    dir: PathBuf,
     known: HashMap<String, Conditioning>,
     weights: Weights,
     adapter: Option<Arc<Adapter>>,
@@ -34,13 +40,13 @@ pub struct DiffusionLearner<D> {
 }
 
 impl<D: Denoiser> DiffusionLearner<D> {
-    /// Opens the checkpoint in `opening.dir`, in diffusers' layout.
-    pub fn open(opening: &Opening) -> Result<Self> {
+    /// Opens the checkpoint in `opening.dir`, in diffusers' layout or in single files.
+    pub fn open(opening: &LearnerOptions) -> Result<Self> {
         let files = network_files::<D>(&opening.dir)?;
         let weights = match opening.tuning {
-            Tuning::Full => Weights::trainable(&files, opening.seed, &opening.device)?,
-            Tuning::Lora(_) | Tuning::Frozen => {
-                Weights::from_files(&files, opening.dtype, &opening.device)?
+            Tuning::Full => files.open_trainable(opening.seed, &opening.device)?,
+            Tuning::Lora(_) | Tuning::Given(_) | Tuning::Frozen => {
+                files.open(opening.dtype, &opening.device)?
             }
         };
         let (weights, adapter) = opening.attach(weights);
@@ -48,10 +54,10 @@ impl<D: Denoiser> DiffusionLearner<D> {
         let side = opening
             .resolution
             .map_or(model.resolution(), |side| side as usize);
-        let config = opening.dir.join(D::COMPONENT).join("config.json");
-        let config_text = read_text(&config, SETTINGS)?;
+        let config_text = Layout::open(&opening.dir)?.config_text(D::COMPONENT)?;
         Ok(Self {
             model,
+            dir: opening.dir.clone(),
             known: HashMap::new(),
             recomputes: opening.recomputes(&weights),
             at_once: opening.at_once(&weights, AT_ONCE),
@@ -66,6 +72,7 @@ impl<D: Denoiser> DiffusionLearner<D> {
     fn condition(&mut self, prompts: &[&str]) -> Result<Conditioning> {
         for &prompt in prompts {
             if !self.known.contains_key(prompt) {
+                self.model.open_text(&self.dir, &self.weights)?;
                 let conditioning = self.model.condition(prompt)?;
                 self.known.insert(prompt.to_string(), conditioning);
             }
@@ -78,6 +85,10 @@ impl<D: Denoiser> DiffusionLearner<D> {
 impl<D: Denoiser> Learner for DiffusionLearner<D> {
     fn resolution(&self) -> u32 {
         self.side as u32
+    }
+
+    fn set_training(&mut self, training: &Training) {
+        self.model.denoiser.set_training(training);
     }
 
     fn encode(&mut self, images: &[RgbImage]) -> Result<Vec<Example>> {
@@ -146,7 +157,20 @@ impl<D: Denoiser> Learner for DiffusionLearner<D> {
         )
     }
 
+    fn foresee(&mut self, prompts: &[String]) -> Result<()> {
+        let distinct: BTreeSet<&str> = prompts.iter().map(String::as_str).collect();
+        if distinct.len() > MOST_FORESEEN {
+            return Ok(());
+        }
+        for prompt in distinct {
+            self.condition(&[prompt])?;
+        }
+        self.model.denoiser.close_text();
+        Ok(())
+    }
+
     fn generate(&mut self, requests: &[Request], sampling: &Sampling) -> Result<Vec<RgbImage>> {
+        let sampling = sampling.diffusion()?;
         let prompts: Vec<&str> = requests
             .iter()
             .map(|request| request.prompt.as_str())
@@ -155,13 +179,18 @@ impl<D: Denoiser> Learner for DiffusionLearner<D> {
         let negative = self.condition(&[sampling.negative_prompt.as_str()])?;
         let seeds: Vec<u64> = requests.iter().map(|request| request.seed).collect();
         let noise = self.model.noise(&seeds, self.side, self.side)?;
+        let guidance = Guidance {
+            scale: sampling.guidance_scale,
+            start: sampling.guidance_start.unwrap_or(0.0),
+            stop: sampling.guidance_stop.unwrap_or(1.0),
+        };
         images::from_tensor(&merged(|| {
             self.model.generate_from(
                 &noise,
                 &conditioning,
                 &negative,
                 sampling.num_inference_steps,
-                sampling.guidance_scale,
+                guidance,
             )
         })?)
     }

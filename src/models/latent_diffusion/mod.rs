@@ -2,21 +2,23 @@
 //! once, noise by seed, guidance, and learning with an adapter. A family is a [`Denoiser`].
 
 mod learner;
+mod levels;
 pub(super) mod text;
 
 pub use learner::DiffusionLearner;
+pub use levels::Levels;
 
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use rand_chacha::ChaCha8Rng;
 
 use super::autoencoder::{self, AutoencoderKl};
-use super::checkpoint_files::{self, WeightFiles};
+use super::checkpoint_files::{Layout, WeightFiles};
 use super::finish_all;
-use super::limits::read_config;
-use crate::diffusion::{self, TrainingDraw};
+use crate::config::Training;
+use crate::diffusion::{self, Guidance, TrainingDraw};
 use crate::nn::{self, Weights};
 use crate::{Error, Result};
 
@@ -107,6 +109,17 @@ pub(super) fn multiple_of(unit: usize, side: usize) -> Result<usize> {
     }
 }
 
+/// The text encoders, which are to be open.
+///
+/// # Errors
+/// When they are closed.
+pub(super) fn opened<T>(text: &Option<T>) -> Result<&T> {
+    text.as_ref().ok_or_else(|| Error::Invalid {
+        what: "a prompt for text encoders that are closed".into(),
+        hint: None,
+    })
+}
+
 /// What a family adds to the autoencoder: text encoders, the network that denoises, and its schedule. The adapter, if
 /// any, is on the network alone.
 pub trait Denoiser: Sized + Send + Sync {
@@ -117,9 +130,23 @@ pub trait Denoiser: Sized + Send + Sync {
     /// Variables of a network whose own weights are trained in which nothing is learnt.
     const BUFFERS: &'static [&'static str];
 
-    /// Opens all but the autoencoder of `directory`, with the network's `weights`. What else is opened is added to
-    /// `opened`, for faults to be reported together.
-    fn open(directory: &Path, weights: &Weights, opened: &mut Vec<Weights>) -> Result<Self>;
+    /// Opens all but the autoencoder of the model that lies as `layout` says, with the network's `weights`. What else is
+    /// opened is added to `opened`, for faults to be reported together.
+    fn open(layout: &Layout, weights: &Weights, opened: &mut Vec<Weights>) -> Result<Self>;
+
+    /// Lets go of the text encoders, until [`Denoiser::open_text`].
+    fn close_text(&mut self);
+
+    /// Whether the text encoders are open.
+    fn has_text(&self) -> bool;
+
+    /// Opens the text encoders again, as [`Denoiser::open`] did.
+    fn open_text(
+        &mut self,
+        layout: &Layout,
+        weights: &Weights,
+        opened: &mut Vec<Weights>,
+    ) -> Result<()>;
 
     /// Channels of the latents.
     fn channels(&self) -> usize;
@@ -142,6 +169,9 @@ pub trait Denoiser: Sized + Send + Sync {
     fn unconditional(&self, max_sequence_length: Option<usize>) -> Result<Conditioning> {
         self.encode(&[String::new()], max_sequence_length)
     }
+
+    /// Which noise levels are learnt, and what they weigh: as `training` says, of which a family reads what it knows.
+    fn set_training(&mut self, training: &Training);
 
     /// Noise levels and noise for latents of a shape, sample by sample.
     fn draw(
@@ -172,15 +202,32 @@ pub trait Denoiser: Sized + Send + Sync {
     }
 
     /// Latents of the shape of `noise` (b, c, h, w), f32, scaled as the network sees them, for pictures framed alike. With
-    /// `negative`, as many rows and a guidance scale, every step is guided. Records no graph.
+    /// `negative`, as many rows and how strongly to lead away from them, steps are guided. Records no graph.
     fn denoise(
         &self,
         noise: &Tensor,
         conditioning: &Conditioning,
-        negative: Option<(&Conditioning, f64)>,
+        negative: Option<(&Conditioning, Guidance)>,
         framing: Framing,
         num_inference_steps: usize,
     ) -> Result<Tensor>;
+}
+
+/// Pixels of the pictures that pass through the autoencoder together: of 1024×1024 it is one. At their full size it holds some
+/// tensors of 256 channels, 1 GiB each for so many.
+const PIXELS_AT_ONCE: usize = 1 << 20;
+
+/// `b` pictures of `h`×`w` pixels, so many together as the autoencoder takes.
+fn parts((b, h, w): (usize, usize, usize)) -> impl Iterator<Item = Range<usize>> {
+    let together = (PIXELS_AT_ONCE / (h * w).max(1)).max(1);
+    (0..b)
+        .step_by(together)
+        .map(move |start| start..b.min(start + together))
+}
+
+/// Some of the rows of `x`.
+fn rows(x: &Tensor, range: Range<usize>) -> Result<Tensor> {
+    Ok(x.narrow(0, range.start, range.len())?)
 }
 
 /// A whole model.
@@ -192,30 +239,40 @@ pub struct LatentDiffusion<D> {
 
 /// The weight files of the network of a family in `directory`, for [`LatentDiffusion::open`]. Fails where there are
 /// none.
-pub fn network_files<D: Denoiser>(directory: &Path) -> Result<Vec<PathBuf>> {
-    WeightFiles::find(&directory.join(D::COMPONENT), "diffusion_pytorch_model")?.into_safetensors()
+pub fn network_files<D: Denoiser>(directory: &Path) -> Result<WeightFiles> {
+    Layout::open(directory)?.weights(D::COMPONENT)
 }
 
 impl<D: Denoiser> LatentDiffusion<D> {
-    /// Opens `directory`, in diffusers' layout. `weights` are those of [`network_files`], frozen, with an adapter, or
+    /// Opens the model at `directory`, in diffusers' layout or in single files (see [`Layout`]). `weights` are those of [`network_files`], frozen, with an adapter, or
     /// trainable; their precision and device are those of the text encoders too, while the autoencoder computes in f32,
     /// in which half precision would overflow. Everything that is missing or misshapen in any component is reported at
     /// once.
     pub fn open(directory: &Path, weights: &Weights) -> Result<Self> {
         let device = weights.device().clone();
-        let vae = directory.join("vae");
-        let vae_config: autoencoder::Config = read_config(&vae.join("config.json"))?;
-        let vae_weights =
-            checkpoint_files::open(&vae, "diffusion_pytorch_model", DType::F32, &device)?;
+        let layout = Layout::open(directory)?;
+        let vae_config: autoencoder::Config = layout.config("vae")?;
+        let vae_weights = layout.weights("vae")?.open(DType::F32, &device)?;
         let mut opened = vec![weights.clone(), vae_weights.clone()];
         let model = Self {
-            denoiser: D::open(directory, weights, &mut opened)?,
+            denoiser: D::open(&layout, weights, &mut opened)?,
             vae: AutoencoderKl::new(vae_config, &vae_weights)?,
             device,
         };
         weights.expect_no_others();
         finish_all(directory, &opened)?;
         Ok(model)
+    }
+
+    /// Opens the text encoders of the model at `directory` again where they were closed.
+    pub(super) fn open_text(&mut self, directory: &Path, weights: &Weights) -> Result<()> {
+        if self.denoiser.has_text() {
+            return Ok(());
+        }
+        let mut opened = Vec::new();
+        let layout = Layout::open(directory)?;
+        self.denoiser.open_text(&layout, weights, &mut opened)?;
+        finish_all(directory, &opened)
     }
 
     /// The autoencoder.
@@ -259,7 +316,14 @@ impl<D: Denoiser> LatentDiffusion<D> {
 
     /// Mean and log-variance of the latents of `images` (b, 3, h, w) in [−1, 1], not rescaled, f32, without a graph.
     pub fn encode_images(&self, images: &Tensor) -> Result<(Tensor, Tensor)> {
-        nn::no_grad(|| self.vae.encode(&images.to_dtype(DType::F32)?))
+        nn::no_grad(|| {
+            let (b, _, h, w) = images.dims4()?;
+            let parts = parts((b, h, w))
+                .map(|part| self.vae.encode(&rows(images, part)?.to_dtype(DType::F32)?))
+                .collect::<Result<Vec<_>>>()?;
+            let (means, logvars): (Vec<_>, Vec<_>) = parts.into_iter().unzip();
+            Ok((Tensor::cat(&means, 0)?, Tensor::cat(&logvars, 0)?))
+        })
     }
 
     /// Latents drawn from the distribution that [`LatentDiffusion::encode_images`] gives, scaled as
@@ -354,15 +418,9 @@ impl<D: Denoiser> LatentDiffusion<D> {
         conditioning: &Conditioning,
         negative: &Conditioning,
         num_inference_steps: usize,
-        guidance_scale: f64,
+        guidance: impl Into<Guidance>,
     ) -> Result<Tensor> {
-        let latents = self.denoise(
-            noise,
-            conditioning,
-            negative,
-            num_inference_steps,
-            guidance_scale,
-        )?;
+        let latents = self.denoise(noise, conditioning, negative, num_inference_steps, guidance)?;
         self.decode(&latents)
     }
 
@@ -373,7 +431,7 @@ impl<D: Denoiser> LatentDiffusion<D> {
         conditioning: &Conditioning,
         negative: &Conditioning,
         num_inference_steps: usize,
-        guidance_scale: f64,
+        guidance: impl Into<Guidance>,
     ) -> Result<Tensor> {
         let (b, rows) = (noise.dim(0)?, conditioning.context.dim(0)?);
         if b != rows {
@@ -386,7 +444,8 @@ impl<D: Denoiser> LatentDiffusion<D> {
             1 => negative.repeat(b)?,
             _ => negative.clone(),
         };
-        let guided = (guidance_scale > 1.0).then_some((&negative, guidance_scale));
+        let guidance = guidance.into();
+        let guided = (guidance.scale > 1.0).then_some((&negative, guidance));
         let framing = self.framing(noise)?;
         self.denoiser
             .denoise(noise, conditioning, guided, framing, num_inference_steps)
@@ -396,8 +455,12 @@ impl<D: Denoiser> LatentDiffusion<D> {
     /// graph.
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
         nn::no_grad(|| {
-            let image = self.vae.decode(&self.vae.unscale(latents)?)?;
-            Ok(image.clamp(-1f32, 1f32)?)
+            let f = self.vae.config().downscale();
+            let (b, _, h, w) = latents.dims4()?;
+            let images = parts((b, h * f, w * f))
+                .map(|part| self.vae.decode(&self.vae.unscale(&rows(latents, part)?)?))
+                .collect::<Result<Vec<_>>>()?;
+            Ok(Tensor::cat(&images, 0)?.clamp(-1f32, 1f32)?)
         })
     }
 
@@ -406,5 +469,20 @@ impl<D: Denoiser> LatentDiffusion<D> {
         let (_, _, h, w) = latents.dims4()?;
         let f = self.vae.config().downscale();
         Ok(Framing::whole(h * f, w * f))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn large_pictures_pass_through_the_autoencoder_one_by_one_and_small_ones_together() {
+        let cut = |b, side| parts((b, side, side)).collect::<Vec<_>>();
+        assert_eq!(cut(3, 1024), [0..1, 1..2, 2..3]);
+        assert_eq!(cut(2, 2048), [0..1, 1..2]);
+        assert_eq!(cut(5, 512), [0..4, 4..5]);
+        let whole = 0..64;
+        assert_eq!(cut(64, 32), std::slice::from_ref(&whole));
     }
 }

@@ -6,19 +6,11 @@ use candle_core::{Device, Tensor};
 use serde_json::Value;
 
 use crate::files::read_json;
-use crate::models::checkpoint_files;
+use crate::models::checkpoint_files::Layout;
 use crate::models::clip::{TextConfig, TextModel, TextOutput};
-use crate::models::limits::read_config;
 use crate::models::tokenizer::TextTokenizer;
 use crate::nn::Weights;
 use crate::{Error, Result};
-
-/// Whether `model_index.json` of `directory` names `component` with a class; `[null, null]` stands for none.
-pub fn has_component(directory: &Path, component: &str) -> Result<bool> {
-    let index: Value = read_json(&directory.join("model_index.json"))?;
-    let class = index.get(component).and_then(|entry| entry.get(1));
-    Ok(class.is_some_and(Value::is_string))
-}
 
 /// A tokenizer with the id that fills the rest of a text.
 pub struct PaddedTokenizer {
@@ -74,16 +66,16 @@ fn settings(folder: &Path) -> Result<Vec<Value>> {
         .collect()
 }
 
-/// Every CLIP that the pipeline in `directory` names in `text_encoder` and `text_encoder_2`: what it is called, the folder
+/// Every CLIP that the pipeline has in `text_encoder` and `text_encoder_2`: what it is called, the folder
 /// of its tokenizer, and how many tokens of a prompt it takes.
 ///
 /// # Errors
 /// When `model_index.json` or a config cannot be read.
-pub fn described_clips(directory: &Path) -> Result<Vec<(&'static str, PathBuf, usize)>> {
+pub fn described_clips(layout: &Layout) -> Result<Vec<(&'static str, PathBuf, usize)>> {
     let mut found = Vec::new();
     for (suffix, name) in [("", "CLIP"), ("_2", "the second CLIP")] {
-        if has_component(directory, &format!("text_encoder{suffix}"))? {
-            found.push(described_clip(directory, suffix, name)?);
+        if layout.has(&format!("text_encoder{suffix}"))? {
+            found.push(described_clip(layout, suffix, name)?);
         }
     }
     Ok(found)
@@ -94,13 +86,12 @@ pub fn described_clips(directory: &Path) -> Result<Vec<(&'static str, PathBuf, u
 /// # Errors
 /// When its config cannot be read.
 pub fn described_clip(
-    directory: &Path,
+    layout: &Layout,
     suffix: &str,
     name: &'static str,
 ) -> Result<(&'static str, PathBuf, usize)> {
-    let encoder = directory.join(format!("text_encoder{suffix}"));
-    let config: TextConfig = read_config(&encoder.join("config.json"))?;
-    let folder = directory.join(format!("tokenizer{suffix}"));
+    let config: TextConfig = layout.config(&format!("text_encoder{suffix}"))?;
+    let folder = layout.tokenizer(&format!("tokenizer{suffix}"))?;
     let length = longest(&folder, &config)?;
     Ok((name, folder, length))
 }
@@ -123,44 +114,44 @@ pub struct ClipText {
 }
 
 impl ClipText {
-    /// Every CLIP of `text_encoder` and `text_encoder_2` that `model_index.json` of `directory` names, in its order, in
-    /// the precision of `like`. Their weights are added to `opened`, for faults to be reported together.
+    /// Every CLIP of `text_encoder` and `text_encoder_2` that the pipeline has, in this order, in the precision of `like`.
+    /// Their weights are added to `opened`, for faults to be reported together.
     ///
     /// # Errors
     /// When there is none.
-    pub fn all(directory: &Path, like: &Weights, opened: &mut Vec<Weights>) -> Result<Vec<Self>> {
+    pub fn all(layout: &Layout, like: &Weights, opened: &mut Vec<Weights>) -> Result<Vec<Self>> {
         let mut all = Vec::new();
         for suffix in ["", "_2"] {
-            if has_component(directory, &format!("text_encoder{suffix}"))? {
-                all.push(Self::open(directory, suffix, like, opened)?);
+            if layout.has(&format!("text_encoder{suffix}"))? {
+                all.push(Self::open(layout, suffix, like, opened)?);
             }
         }
         if all.is_empty() {
-            return Err(Error::Checkpoint {
-                path: directory.join("model_index.json"),
-                faults: vec!["names no text_encoder".to_string()],
-            });
+            // What is missing then is said for the first.
+            all.push(Self::open(layout, "", like, opened)?);
         }
         Ok(all)
     }
 
-    /// The CLIP in `text_encoder`SUFFIX of `directory`, with the tokenizer in `tokenizer`SUFFIX, as
+    /// The CLIP in `text_encoder`SUFFIX, with the tokenizer in `tokenizer`SUFFIX, as
     /// [`ClipText::all`] opens them.
     ///
     /// # Errors
     /// When a file of either is missing or unusable.
     pub fn open(
-        directory: &Path,
+        layout: &Layout,
         suffix: &str,
         like: &Weights,
         opened: &mut Vec<Weights>,
     ) -> Result<Self> {
-        let folder = directory.join(format!("text_encoder{suffix}"));
-        let config: TextConfig = read_config(&folder.join("config.json"))?;
-        let weights = checkpoint_files::open(&folder, "model", like.precision(), like.device())?;
+        let component = format!("text_encoder{suffix}");
+        let config: TextConfig = layout.config(&component)?;
+        let weights = layout
+            .weights(&component)?
+            .open(like.precision(), like.device())?;
         let model = TextModel::new(&config, &weights)?;
         opened.push(weights);
-        let folder = directory.join(format!("tokenizer{suffix}"));
+        let folder = layout.tokenizer(&format!("tokenizer{suffix}"))?;
         let length = longest(&folder, &config)?;
         Ok(Self {
             model,

@@ -167,17 +167,21 @@ impl Files {
         Ok((config, weights))
     }
 
-    /// The GPT's weights as safetensors files, and its config.
-    pub fn gpt_files(&self) -> Result<(gpt::Config, Vec<PathBuf>)> {
-        let files = self.gpt.files()?.into_safetensors()?;
+    /// The GPT's config as proxytune's layout has it.
+    pub fn gpt_config_text(&self) -> Result<String> {
         let config = match &self.gpt.config {
             Some(config) => read_config(config)?,
             None => {
+                let files = self.gpt.files()?.into_safetensors()?;
                 let weights = Weights::from_files(&files, DType::F32, &Device::Cpu)?;
                 gpt_config(&weights, self.block_size()?)?.limited(&self.gpt.weights)?
             }
         };
-        Ok((config, files))
+        let text = serde_json::to_string_pretty(&config).map_err(|e| Error::Invalid {
+            what: format!("the GPT's config cannot be written: {e}"),
+            hint: None,
+        })?;
+        Ok(text + "\n")
     }
 
     /// The image tokenizer's weights, frozen in f32, and its config.

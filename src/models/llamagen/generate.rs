@@ -5,34 +5,8 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::gpt::Gpt;
+pub use crate::config::AutoregressiveSampling as Sampling;
 use crate::{Error, Result};
-
-/// How tokens are drawn.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Sampling {
-    /// Classifier-free guidance s in `u + s·(c − u)` on logits; 1 or less samples without it. Default 7.5.
-    pub guidance_scale: f64,
-    /// Guidance ends after this many tokens beyond the first; never where absent, the default.
-    pub guidance_interval: Option<usize>,
-    /// Logits are divided by this; 0 takes the most probable token. Default 1.
-    pub temperature: f64,
-    /// Only the k most probable tokens are drawn from; 0 is all of them. Default 1000.
-    pub top_k: usize,
-    /// Only the most probable tokens that together reach this share are drawn from. Default 1.
-    pub top_p: f64,
-}
-
-impl Default for Sampling {
-    fn default() -> Self {
-        Self {
-            guidance_scale: 7.5,
-            guidance_interval: None,
-            temperature: 1.0,
-            top_k: 1000,
-            top_p: 1.0,
-        }
-    }
-}
 
 impl Gpt {
     /// Draws `count` tokens (at most `block_size`) for each caption, with a key and value cache.

@@ -9,7 +9,6 @@ use image::RgbImage;
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
-use super::generate::Sampling as TokenSampling;
 use super::gpt::{Config, Gpt};
 use super::{Files, vq};
 use crate::models::checkpoint_files;
@@ -17,7 +16,7 @@ use crate::models::limits::read_config;
 use crate::models::t5::T5Encoder;
 use crate::models::tokenizer::TextTokenizer;
 use crate::models::{
-    Example, ImageTokenizer, Learner, Opening, Request, Sampling, TrainingExample, Tuning,
+    Example, ImageTokenizer, Learner, LearnerOptions, Request, Sampling, TrainingExample, Tuning,
     adapters, finish_all,
 };
 use crate::nn::{Adapter, Weights, mean_over_parts, merged, no_grad, ops, recomputing};
@@ -158,12 +157,12 @@ pub struct LlamaGen {
 impl LlamaGen {
     /// Opens the checkpoint in `opening.dir`, in proxytune's layout or as it is published; see [`Files::find`].
     /// Everything that is missing, misshapen or unknown in any part is reported at once.
-    pub fn open(opening: &Opening) -> Result<Self> {
+    pub fn open(opening: &LearnerOptions) -> Result<Self> {
         let device = &opening.device;
         let files = Files::find(&opening.dir, opening.resolution)?;
         let seed = match opening.tuning {
             Tuning::Full => Some(opening.seed),
-            Tuning::Lora(_) | Tuning::Frozen => None,
+            Tuning::Lora(_) | Tuning::Given(_) | Tuning::Frozen => None,
         };
         let (published, weights) = files.open_gpt(opening.dtype, seed, device)?;
         let config = Config {
@@ -330,20 +329,10 @@ impl Learner for LlamaGen {
             .captions
             .batch(requests.iter().map(|request| request.prompt.as_str()))?;
         let seeds: Vec<u64> = requests.iter().map(|request| request.seed).collect();
-        let settings = TokenSampling {
-            guidance_scale: sampling.guidance_scale,
-            guidance_interval: sampling.guidance_interval,
-            temperature: sampling.temperature,
-            top_k: sampling.top_k,
-            top_p: sampling.top_p,
-        };
+        let settings = sampling.autoregressive()?;
         let count = self.gpt.config().block_size;
-        let tokens = merged(|| {
-            no_grad(|| {
-                self.gpt
-                    .generate(&captions, &mask, count, &settings, &seeds)
-            })
-        })?;
+        let tokens =
+            merged(|| no_grad(|| self.gpt.generate(&captions, &mask, count, settings, &seeds)))?;
         self.tokenizer.decode(&tokens)
     }
 

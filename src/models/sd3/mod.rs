@@ -21,14 +21,74 @@ use rand_chacha::ChaCha8Rng;
 
 use self::text::TextEncoders;
 use super::autoencoder;
+use super::checkpoint_files::{Layout, WeightFiles};
+use super::family::{Architecture, Backbone, KnownModel, LearnerParts};
 use super::latent_diffusion::{
-    Denoiser, DiffusionLearner, Framing, LatentDiffusion, network_files,
+    Denoiser, DiffusionLearner, Framing, LatentDiffusion, Levels, network_files, opened,
 };
-use super::limits::read_config;
-use crate::diffusion::{Density, FlowMatchEuler, LossForm, TrainingDraw};
-use crate::files::read_json;
+use super::reading::TextReader;
+use crate::config::{
+    Family, FamilySettings, Kind, Optimizer, SamplingDefaults, Training, TrainingDefaults,
+    WeightingScheme,
+};
+use crate::diffusion::{FlowMatchEuler, Guidance, LossForm, TrainingDraw};
+use crate::hub::catalogue;
 use crate::nn::Weights;
 use crate::{Error, Result};
+
+/// SD3 and SD3.5: MMDiT, rectified flow.
+pub const FAMILY: Family = Family::new(&FamilySettings {
+    name: "SD3",
+    kind: Kind::Diffusion,
+    training: TrainingDefaults::diffusion(
+        Optimizer::Adamw,
+        4e-4,
+        Some(WeightingScheme::LogitNormal),
+    ),
+    targets: &LORA_TARGETS,
+    sampling: SamplingDefaults::Diffusion {
+        num_inference_steps: 28,
+        guidance_scale: 7.0,
+        classifier_free: true,
+    },
+});
+
+/// SD3 and SD3.5 in diffusers' layout.
+pub static ARCHITECTURE: Architecture = Architecture {
+    family: FAMILY,
+    recognises: |layout| layout.is_pipeline("StableDiffusion3Pipeline"),
+    models: &[
+        KnownModel {
+            name: "nano-sd3",
+            resolution: Some(32),
+            directory: "datasets/nano/checkpoints/sd3",
+            hub: None,
+            files: &["model_index.json"],
+        },
+        KnownModel {
+            name: "sd3-medium",
+            resolution: Some(512),
+            directory: "datasets/checkpoints/sd3-medium",
+            hub: Some(&catalogue::SD3_MEDIUM),
+            files: &[],
+        },
+        KnownModel {
+            name: "sd3.5-large",
+            resolution: Some(512),
+            directory: "datasets/checkpoints/sd3.5-large",
+            hub: Some(&catalogue::SD35_LARGE),
+            files: &[],
+        },
+    ],
+    readers: |dir, _, _| TextReader::of_encoders(text_encoders(dir)?),
+    learner: Some(LearnerParts {
+        open: |options| Ok(Box::new(Sd3Learner::open(options)?)),
+        resolution: |dir, asked| Ok(resolution(dir, asked.map(|side| side as usize))? as u32),
+        backbone: |dir, _| Backbone::of_pipeline(dir, "transformer"),
+        config: |_, _| Ok(None),
+        tokenizer: None,
+    }),
+};
 
 /// The whole model.
 pub type Sd3 = LatentDiffusion<Mmdit>;
@@ -38,9 +98,10 @@ pub type Sd3Learner = DiffusionLearner<Mmdit>;
 
 /// The transformer with its text encoders and its schedule.
 pub struct Mmdit {
-    text: TextEncoders,
+    text: Option<TextEncoders>,
     transformer: Sd3Transformer,
     schedule: FlowMatchEuler,
+    levels: Levels,
     dtype: DType,
 }
 
@@ -50,7 +111,7 @@ pub struct Mmdit {
 /// # Errors
 /// When `model_index.json` or the config of an encoder cannot be read.
 pub fn text_encoders(directory: &Path) -> Result<Vec<(&'static str, PathBuf, usize)>> {
-    text::described(directory)
+    text::described(&Layout::open(directory)?)
 }
 
 /// Side in pixels of the square images that the checkpoint in `directory` draws: what is `asked` for, or its own.
@@ -58,8 +119,9 @@ pub fn text_encoders(directory: &Path) -> Result<Vec<(&'static str, PathBuf, usi
 /// # Errors
 /// When it cannot draw such images, or its configs cannot be read.
 pub fn resolution(directory: &Path, asked: Option<usize>) -> Result<usize> {
-    let config: Config = read_config(&directory.join("transformer/config.json"))?;
-    let vae: autoencoder::Config = read_config(&directory.join("vae/config.json"))?;
+    let layout = Layout::open(directory)?;
+    let config: Config = layout.config("transformer")?;
+    let vae: autoencoder::Config = layout.config("vae")?;
     let unit = vae.downscale().saturating_mul(config.patch_size);
     let most = unit.saturating_mul(config.pos_embed_max_size);
     let side = asked.unwrap_or(vae.downscale().saturating_mul(config.sample_size));
@@ -73,7 +135,7 @@ pub fn resolution(directory: &Path, asked: Option<usize>) -> Result<usize> {
 }
 
 /// The weight files of the transformer of `directory`, for [`Sd3::open`]. Fails where there are none.
-pub fn transformer_files(directory: &Path) -> Result<Vec<PathBuf>> {
+pub fn transformer_files(directory: &Path) -> Result<WeightFiles> {
     network_files::<Mmdit>(directory)
 }
 
@@ -82,15 +144,38 @@ impl Denoiser for Mmdit {
     const COMPONENT: &'static str = "transformer";
     const BUFFERS: &'static [&'static str] = &["pos_embed.pos_embed"];
 
-    fn open(directory: &Path, weights: &Weights, opened: &mut Vec<Weights>) -> Result<Self> {
-        let config: Config = read_config(&directory.join("transformer/config.json"))?;
-        let scheduler = read_json(&directory.join("scheduler/scheduler_config.json"))?;
+    fn open(layout: &Layout, weights: &Weights, opened: &mut Vec<Weights>) -> Result<Self> {
+        let config: Config = layout.config("transformer")?;
         Ok(Self {
-            text: TextEncoders::open(directory, &config, weights, opened)?,
+            text: Some(TextEncoders::open(layout, &config, weights, opened)?),
             transformer: Sd3Transformer::new(config, weights)?,
-            schedule: FlowMatchEuler::new(scheduler)?,
+            schedule: FlowMatchEuler::new(layout.scheduler()?)?,
+            levels: Levels::LOGIT_NORMAL,
             dtype: weights.dtype(),
         })
+    }
+
+    fn close_text(&mut self) {
+        self.text = None;
+    }
+
+    fn has_text(&self) -> bool {
+        self.text.is_some()
+    }
+
+    fn open_text(
+        &mut self,
+        layout: &Layout,
+        weights: &Weights,
+        opened: &mut Vec<Weights>,
+    ) -> Result<()> {
+        self.text = Some(TextEncoders::open(
+            layout,
+            self.transformer.config(),
+            weights,
+            opened,
+        )?);
+        Ok(())
     }
 
     fn channels(&self) -> usize {
@@ -110,7 +195,11 @@ impl Denoiser for Mmdit {
         prompts: &[String],
         max_sequence_length: Option<usize>,
     ) -> Result<Conditioning> {
-        self.text.encode(prompts, max_sequence_length)
+        opened(&self.text)?.encode(prompts, max_sequence_length)
+    }
+
+    fn set_training(&mut self, training: &Training) {
+        self.levels = Levels::of(training).unwrap_or(Levels::LOGIT_NORMAL);
     }
 
     fn draw(
@@ -120,7 +209,7 @@ impl Denoiser for Mmdit {
         device: &Device,
     ) -> Result<TrainingDraw> {
         self.schedule
-            .draw(latents_shape, Density::LogitNormal, generator, device)
+            .draw(latents_shape, self.levels.density, generator, device)
     }
 
     fn loss(
@@ -130,19 +219,19 @@ impl Denoiser for Mmdit {
         _framings: &[Framing],
         draw: &TrainingDraw,
     ) -> Result<Tensor> {
-        self.schedule
-            .loss(latents, draw, LossForm::default(), |noisy, timesteps| {
-                let noisy = noisy.to_dtype(self.dtype)?;
-                let Conditioning { context, pooled } = conditioning;
-                self.transformer.forward(&noisy, timesteps, context, pooled)
-            })
+        let form = (LossForm::default(), self.levels.weighting);
+        self.schedule.loss(latents, draw, form, |noisy, timesteps| {
+            let noisy = noisy.to_dtype(self.dtype)?;
+            let Conditioning { context, pooled } = conditioning;
+            self.transformer.forward(&noisy, timesteps, context, pooled)
+        })
     }
 
     fn denoise(
         &self,
         noise: &Tensor,
         conditioning: &Conditioning,
-        negative: Option<(&Conditioning, f64)>,
+        negative: Option<(&Conditioning, Guidance)>,
         _framing: Framing,
         num_inference_steps: usize,
     ) -> Result<Tensor> {

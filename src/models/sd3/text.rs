@@ -1,27 +1,25 @@
 //! The text encoders of Stable Diffusion 3 as `StableDiffusion3Pipeline.encode_prompt` combines them.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use candle_core::{DType, Device, Tensor};
 
 use super::Conditioning;
-use crate::models::latent_diffusion::text::{
-    ClipText, PaddedTokenizer, described_clips, has_component,
-};
-use crate::models::limits::read_config;
-use crate::models::{checkpoint_files, t5};
+use crate::models::checkpoint_files::Layout;
+use crate::models::latent_diffusion::text::{ClipText, PaddedTokenizer, described_clips};
+use crate::models::t5;
 use crate::nn::Weights;
 use crate::{Error, Result};
 
 /// Tokens of a prompt for T5: the pipeline's default, and what stands in zeros where T5 is left out.
 const T5_TOKENS: usize = 256;
 
-/// Every text encoder that the checkpoint in `directory` has: what it is called, the folder of its tokenizer, and how
+/// Every text encoder that a checkpoint has: what it is called, the folder of its tokenizer, and how
 /// many tokens of a prompt it takes.
-pub(super) fn described(directory: &Path) -> Result<Vec<(&'static str, PathBuf, usize)>> {
-    let mut found = described_clips(directory)?;
-    if has_component(directory, "text_encoder_3")? {
-        found.push(("T5", directory.join("tokenizer_3"), T5_TOKENS));
+pub(super) fn described(layout: &Layout) -> Result<Vec<(&'static str, PathBuf, usize)>> {
+    let mut found = described_clips(layout)?;
+    if layout.has("text_encoder_3")? {
+        found.push(("T5", layout.tokenizer("tokenizer_3")?, T5_TOKENS));
     }
     Ok(found)
 }
@@ -42,24 +40,23 @@ pub(super) struct TextEncoders {
 }
 
 impl TextEncoders {
-    /// Opens `text_encoder`, `text_encoder_2` and `text_encoder_3` of `directory`, as far as `model_index.json` names
-    /// them, in the precision of the transformer. The weights that were opened are added to `opened`, for their faults to be reported together.
+    /// Opens `text_encoder`, `text_encoder_2` and `text_encoder_3`, as far as the model has them, in the precision of the
+    /// transformer. The weights that were opened are added to `opened`, for their faults to be reported together.
     pub(super) fn open(
-        directory: &Path,
+        layout: &Layout,
         config: &super::Config,
         transformer: &Weights,
         opened: &mut Vec<Weights>,
     ) -> Result<Self> {
         let (precision, device) = (transformer.precision(), transformer.device());
-        let clips = ClipText::all(directory, transformer, opened)?;
-        let t5 = if has_component(directory, "text_encoder_3")? {
-            let folder = directory.join("text_encoder_3");
-            let text: t5::Config = read_config(&folder.join("config.json"))?;
-            let weights = checkpoint_files::open(&folder, "model", precision, device)?;
+        let clips = ClipText::all(layout, transformer, opened)?;
+        let t5 = if layout.has("text_encoder_3")? {
+            let text: t5::Config = layout.config("text_encoder_3")?;
+            let weights = layout.weights("text_encoder_3")?.open(precision, device)?;
             let model = t5::T5Encoder::new(&text, &weights)?;
             opened.push(weights);
-            let tokenizer =
-                PaddedTokenizer::open(&directory.join("tokenizer_3"), T5_TOKENS, "<pad>")?;
+            let folder = layout.tokenizer("tokenizer_3")?;
+            let tokenizer = PaddedTokenizer::open(&folder, T5_TOKENS, "<pad>")?;
             Some(T5Text { model, tokenizer })
         } else {
             None

@@ -4,7 +4,6 @@
 
 mod block;
 mod config;
-pub(super) mod kohya;
 mod sampling;
 mod text;
 mod unet;
@@ -20,13 +19,57 @@ use rand_chacha::ChaCha8Rng;
 
 use self::text::TextEncoders;
 use super::autoencoder;
-use super::latent_diffusion::multiple_of;
-use super::latent_diffusion::{Conditioning, Denoiser, DiffusionLearner, Framing, LatentDiffusion};
-use super::limits::read_config;
-use crate::diffusion::{Ddpm, DiscreteConfig, TrainingDraw};
-use crate::files::read_json;
+use super::checkpoint_files::Layout;
+use super::family::{Architecture, Backbone, KnownModel, LearnerParts};
+use super::latent_diffusion::text::described_clips;
+use super::latent_diffusion::{
+    Conditioning, Denoiser, DiffusionLearner, Framing, LatentDiffusion, multiple_of, opened,
+};
+use super::reading::TextReader;
+use crate::config::{
+    Family, FamilySettings, Kind, Optimizer, SamplingDefaults, Training, TrainingDefaults,
+};
+use crate::diffusion::{Ddpm, DiscreteConfig, Guidance, TrainingDraw};
+use crate::hub::catalogue;
 use crate::nn::Weights;
 use crate::{Error, Result};
+
+/// SDXL: U-Net, epsilon or v-prediction.
+pub const FAMILY: Family = Family::new(&FamilySettings {
+    name: "SDXL",
+    kind: Kind::Diffusion,
+    training: TrainingDefaults::diffusion(Optimizer::Adamw, 1e-4, None),
+    targets: &LORA_TARGETS,
+    sampling: SamplingDefaults::Diffusion {
+        num_inference_steps: 50,
+        guidance_scale: 5.0,
+        classifier_free: true,
+    },
+});
+
+/// The layers that diffusers' `train_dreambooth_lora_sdxl.py` adapts.
+pub const LORA_TARGETS: [&str; 4] = ["to_k", "to_q", "to_v", "to_out.0"];
+
+/// SDXL in diffusers' layout.
+pub static ARCHITECTURE: Architecture = Architecture {
+    family: FAMILY,
+    recognises: |layout| layout.is_pipeline("StableDiffusionXLPipeline"),
+    models: &[KnownModel {
+        name: "sdxl",
+        resolution: Some(1024),
+        directory: "datasets/checkpoints/sdxl",
+        hub: Some(&catalogue::SDXL),
+        files: &[],
+    }],
+    readers: |dir, _, _| TextReader::of_encoders(described_clips(&Layout::open(dir)?)?),
+    learner: Some(LearnerParts {
+        open: |options| Ok(Box::new(SdxlLearner::open(options)?)),
+        resolution: |dir, asked| Ok(resolution(dir, asked.map(|side| side as usize))? as u32),
+        backbone: |dir, _| Backbone::of_pipeline(dir, "unet"),
+        config: |_, _| Ok(None),
+        tokenizer: None,
+    }),
+};
 
 /// The whole model.
 pub type Sdxl = LatentDiffusion<SdxlDenoiser>;
@@ -36,19 +79,11 @@ pub type SdxlLearner = DiffusionLearner<SdxlDenoiser>;
 
 /// The U-Net with its text encoders and its schedule.
 pub struct SdxlDenoiser {
-    text: TextEncoders,
+    text: Option<TextEncoders>,
     unet: UNet,
     sampling: DiscreteConfig,
     training: Ddpm,
     dtype: DType,
-}
-
-impl Sdxl {
-    /// The same model with min-SNR weights in its loss; see [`Ddpm::with_snr_gamma`].
-    pub fn with_snr_gamma(mut self, gamma: f64) -> Self {
-        self.denoiser.training = self.denoiser.training.with_snr_gamma(gamma);
-        self
-    }
 }
 
 /// Side in pixels of the square images that the checkpoint in `directory` draws: what is `asked` for, or its own.
@@ -56,9 +91,10 @@ impl Sdxl {
 /// # Errors
 /// When it cannot draw such images, or its configs cannot be read.
 pub fn resolution(directory: &Path, asked: Option<usize>) -> Result<usize> {
-    let config: Config = read_config(&directory.join("unet/config.json"))?;
-    let vae: autoencoder::Config = read_config(&directory.join("vae/config.json"))?;
-    let sampling: DiscreteConfig = read_json(&directory.join("scheduler/scheduler_config.json"))?;
+    let layout = Layout::open(directory)?;
+    let config: Config = layout.config("unet")?;
+    let vae: autoencoder::Config = layout.config("vae")?;
+    let sampling: DiscreteConfig = layout.scheduler()?;
     sampling.check_sampler()?;
     let own = vae.downscale().saturating_mul(config.side());
     multiple_of(vae.downscale(), asked.unwrap_or(own))
@@ -91,18 +127,35 @@ impl Denoiser for SdxlDenoiser {
     const COMPONENT: &'static str = "unet";
     const BUFFERS: &'static [&'static str] = &[];
 
-    fn open(directory: &Path, weights: &Weights, opened: &mut Vec<Weights>) -> Result<Self> {
-        let config: Config = read_config(&directory.join("unet/config.json"))?;
-        let sampling: DiscreteConfig =
-            read_json(&directory.join("scheduler/scheduler_config.json"))?;
+    fn open(layout: &Layout, weights: &Weights, opened: &mut Vec<Weights>) -> Result<Self> {
+        let config: Config = layout.config("unet")?;
+        let sampling: DiscreteConfig = layout.scheduler()?;
         sampling.check_sampler()?;
         Ok(Self {
-            text: TextEncoders::open(directory, weights, opened)?,
+            text: Some(TextEncoders::open(layout, weights, opened)?),
             unet: UNet::new(config, weights)?,
             training: Ddpm::new(&sampling)?,
             sampling,
             dtype: weights.dtype(),
         })
+    }
+
+    fn close_text(&mut self) {
+        self.text = None;
+    }
+
+    fn has_text(&self) -> bool {
+        self.text.is_some()
+    }
+
+    fn open_text(
+        &mut self,
+        layout: &Layout,
+        weights: &Weights,
+        opened: &mut Vec<Weights>,
+    ) -> Result<()> {
+        self.text = Some(TextEncoders::open(layout, weights, opened)?);
+        Ok(())
     }
 
     fn channels(&self) -> usize {
@@ -123,7 +176,7 @@ impl Denoiser for SdxlDenoiser {
         max_sequence_length: Option<usize>,
     ) -> Result<Conditioning> {
         fixed(max_sequence_length)?;
-        let conditioning = self.text.encode(prompts)?;
+        let conditioning = opened(&self.text)?.encode(prompts)?;
         let pooled = conditioning.pooled.dim(1)?;
         if pooled != self.unet.text_embeds_dim() {
             return Err(Error::invalid(
@@ -139,7 +192,11 @@ impl Denoiser for SdxlDenoiser {
 
     fn unconditional(&self, max_sequence_length: Option<usize>) -> Result<Conditioning> {
         fixed(max_sequence_length)?;
-        self.text.unconditional()
+        opened(&self.text)?.unconditional()
+    }
+
+    fn set_training(&mut self, training: &Training) {
+        self.training.snr_gamma = training.snr_gamma;
     }
 
     fn draw(
@@ -171,7 +228,7 @@ impl Denoiser for SdxlDenoiser {
         &self,
         noise: &Tensor,
         conditioning: &Conditioning,
-        negative: Option<(&Conditioning, f64)>,
+        negative: Option<(&Conditioning, Guidance)>,
         framing: Framing,
         num_inference_steps: usize,
     ) -> Result<Tensor> {

@@ -4,20 +4,20 @@ use candle_core::Tensor;
 
 use super::{UNet, time_ids};
 use crate::Result;
-use crate::diffusion::{DiscreteConfig, SamplerKind, dpm_solver_2m, euler, guide};
+use crate::diffusion::{DiscreteConfig, Guidance, SamplerKind, dpm_solver_2m, euler, guide};
 use crate::models::latent_diffusion::{Conditioning, Framing};
 use crate::nn;
 
 /// Latents of the shape of `noise` (b, c, h, w), f32, scaled as the model sees them, by the sampler that `schedule`
-/// names. With `negative`, every step predicts without and with the text in one batch of 2b and guides by its scale;
-/// without it the prediction with the text is taken as it is. Records no graph. Source:
+/// names. With `negative`, every guided step predicts without and with the text in one batch of 2b and guides by the
+/// scale; in the others the prediction with the text is taken as it is. Records no graph. Source:
 /// `StableDiffusionXLPipeline.__call__`.
 pub fn denoise(
     unet: &UNet,
     schedule: &DiscreteConfig,
     noise: &Tensor,
     conditioning: &Conditioning,
-    negative: Option<(&Conditioning, f64)>,
+    negative: Option<(&Conditioning, Guidance)>,
     framing: Framing,
     num_inference_steps: usize,
 ) -> Result<Tensor> {
@@ -30,14 +30,24 @@ pub fn denoise(
         let rows = both.context.dim(0)?;
         let dtype = both.context.dtype();
         let time_ids = time_ids(&vec![framing; rows], noise.device())?;
+        let mut steps = 0..num_inference_steps;
         let predict = |sample: &Tensor, timestep: f32| {
+            let step = steps.next().unwrap_or_default();
+            let guidance = negative.map(|(_, guidance)| guidance);
+            let guidance = guidance.filter(|guidance| guidance.guides(step, num_inference_steps));
+            let told = match guidance {
+                Some(_) => &both,
+                None => conditioning,
+            };
+            let rows = told.context.dim(0)?;
+            let time_ids = time_ids.narrow(0, 0, rows)?;
             let timestep = Tensor::full(timestep, rows, noise.device())?;
             let copies = vec![sample; rows / b.max(1)];
             let input = Tensor::cat(&copies, 0)?.to_dtype(dtype)?;
-            let output = unet.forward(&input, &timestep, &both.context, &both.pooled, &time_ids)?;
+            let output = unet.forward(&input, &timestep, &told.context, &told.pooled, &time_ids)?;
             let output = output.to_dtype(noise.dtype())?;
-            match negative {
-                Some((_, guidance_scale)) => guide(&output, guidance_scale),
+            match guidance {
+                Some(guidance) => guide(&output, guidance.scale),
                 None => Ok(output),
             }
         };

@@ -1,11 +1,9 @@
 //! The text encoders of Stable Diffusion XL as `StableDiffusionXLPipeline.encode_prompt` combines them.
 
-use std::path::Path;
-
 use candle_core::Tensor;
 use serde::Deserialize;
 
-use crate::files::read_json;
+use crate::models::checkpoint_files::Layout;
 use crate::models::latent_diffusion::Conditioning;
 use crate::models::latent_diffusion::text::ClipText;
 use crate::nn::Weights;
@@ -34,16 +32,12 @@ pub(super) struct TextEncoders {
 }
 
 impl TextEncoders {
-    /// Opens those that `model_index.json` of `directory` names, in the precision of the U-Net. The weights that were
-    /// opened are added to `opened`, for their faults to be reported together.
-    pub(super) fn open(
-        directory: &Path,
-        unet: &Weights,
-        opened: &mut Vec<Weights>,
-    ) -> Result<Self> {
-        let index: Index = read_json(&directory.join("model_index.json"))?;
+    /// Opens those that the model has, in the precision of the U-Net. The weights that were opened are added to `opened`,
+    /// for their faults to be reported together.
+    pub(super) fn open(layout: &Layout, unet: &Weights, opened: &mut Vec<Weights>) -> Result<Self> {
+        let index: Index = layout.index()?;
         Ok(Self {
-            clips: ClipText::all(directory, unet, opened)?,
+            clips: ClipText::all(layout, unet, opened)?,
             zeros_for_empty_prompt: index.force_zeros_for_empty_prompt,
         })
     }

@@ -4,13 +4,14 @@
 use std::path::{Path, PathBuf};
 
 use super::{Row, Unit};
+use crate::config::Sampling;
 use crate::config::{Document, Resolved, prompts};
 use crate::console;
 use crate::evaluation::embed::Evaluator;
 use crate::evaluation::embedders::{ClipEmbedder, DinoEmbedder};
 use crate::evaluation::metrics::{Scores, mean, standard_error};
 use crate::images::folder;
-use crate::models::{Request, Sampling, open};
+use crate::models::{Request, open};
 use crate::nano::pretrain::Context;
 use crate::nano::subjects::{SUBJECTS, write_subjects};
 use crate::pipeline::{self, Options, opening_for};
@@ -176,7 +177,13 @@ async fn run(
 
 /// The name of the one subject of the pipeline `text`.
 fn subject_of(text: &str, file: &Path) -> Result<String> {
-    let resolved = Document::parse(text, &file.display().to_string(), &[]).resolve()?;
+    let resolved = Document::parse(
+        text,
+        &file.display().to_string(),
+        &[],
+        &crate::models::Registry,
+    )
+    .resolve()?;
     match resolved.subjects.as_slice() {
         [subject] => Ok(subject.name.clone()),
         subjects => Err(Error::invalid(
@@ -210,7 +217,7 @@ fn untouched_supervisor(context: &Context, resolved: &Resolved, photos: PathBuf)
         .map(|template| prompts::fill_without_token(template, &subject.class))
         .collect();
     let mut learner = open(&opening_for(&supervisor.model, None, supervisor.device)?)?;
-    let images = learner.generate(&requests, &Sampling::diffusion(sampling))?;
+    let images = learner.generate(&requests, &Sampling::Diffusion(sampling.clone()))?;
     let evaluator = Evaluator {
         clip: ClipEmbedder::load(&context.out.join("clip"), &context.device)?,
         dino: DinoEmbedder::load(&context.out.join("dino"), &context.device)?,

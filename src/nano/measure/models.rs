@@ -6,12 +6,12 @@ use candle_core::Tensor;
 use image::RgbImage;
 
 use super::{Row, Unit};
-use crate::config::models::family;
-use crate::config::sampling_defaults;
+use crate::config::Sampling;
 use crate::evaluation::embed::{ImageEmbedder, TextEmbedder};
 use crate::evaluation::embedders::{ClipEmbedder, DinoEmbedder};
 use crate::evaluation::metrics::cosine;
-use crate::models::{Request, Sampling, open};
+use crate::models::registry::family;
+use crate::models::{Request, open};
 use crate::nano::identity::{Class, Identity};
 use crate::nano::pretrain::{Context, Model, area_under_curve, psnr, vae, vq};
 use crate::nano::world::{Scene, Setting};
@@ -168,12 +168,17 @@ fn generator(
         .collect();
     let checkpoint = context.out.join(folder).display().to_string();
     let mut learner = open(&opening_for(&checkpoint, None, context.named_device)?)?;
-    let sampling = Sampling {
-        guidance_scale: GUIDANCE_SCALE,
-        num_inference_steps: STEPS,
-        top_k: 0,
-        ..Sampling::student(&sampling_defaults(family(&checkpoint)?))
-    };
+    let mut sampling = family(&checkpoint)?.sampling();
+    match &mut sampling {
+        Sampling::Diffusion(settings) => {
+            settings.guidance_scale = GUIDANCE_SCALE;
+            settings.num_inference_steps = STEPS;
+        }
+        Sampling::Autoregressive(settings) => {
+            settings.guidance_scale = GUIDANCE_SCALE;
+            settings.top_k = 0;
+        }
+    }
     let mut pictures = Vec::new();
     for batch in requests.chunks(BATCH) {
         pictures.extend(learner.generate(batch, &sampling)?);

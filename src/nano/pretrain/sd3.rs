@@ -11,7 +11,7 @@ use super::course::Step;
 use super::pool::Pool;
 use super::scenes::normal;
 use super::{files, frozen};
-use crate::diffusion::{Density, FlowMatchEuler, LossForm, SchedulerConfig};
+use crate::diffusion::{Density, FlowMatchEuler, LossForm, SchedulerConfig, Weighting};
 use crate::models::clip::TextConfig;
 use crate::models::sd3::{Config, Sd3Transformer};
 use crate::models::tokenizer::TextTokenizer;
@@ -111,11 +111,12 @@ pub fn train(context: &Context) -> Result<()> {
         let latents = Tensor::from_vec(values, (count, channels, side, side), device)?;
         let draw = schedule.draw(
             (count, channels, side, side),
-            Density::LogitNormal,
+            Density::STANDARD,
             generator,
             device,
         )?;
-        let loss = schedule.loss(&latents, &draw, LossForm::Velocity, |noisy, timesteps| {
+        let form = (LossForm::Velocity, Weighting::One);
+        let loss = schedule.loss(&latents, &draw, form, |noisy, timesteps| {
             model.forward(noisy, timesteps, &encoded.penultimate, &encoded.pooled)
         })?;
         Ok(Step {

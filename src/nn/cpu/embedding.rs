@@ -4,8 +4,8 @@ use candle_core::{DType, Result, Tensor};
 
 use super::half::widen_piece;
 use super::{detached, pieces, tensor, values};
-use crate::nn::HalfMatrix;
 use crate::nn::vjp::record;
+use crate::nn::{HalfMatrix, QuantisedMatrix};
 
 /// See [`crate::nn::ops::embedding`].
 pub fn embedding(weight: &Tensor, ids: &Tensor) -> Result<Tensor> {
@@ -39,6 +39,17 @@ pub fn half_embedding(weight: &HalfMatrix, ids: &Tensor) -> Result<Tensor> {
         let row = &bits[ids[i] as usize * width..][..width];
         widen_piece(row, weight.kind(), y);
     });
+    tensor(y, shape)
+}
+
+/// [`embedding`] in a table that is kept in blocks.
+pub fn quantised_embedding(weight: &QuantisedMatrix, ids: &Tensor) -> Result<Tensor> {
+    let (count, width) = weight.dims2();
+    let (ids, shape) = rows(ids, count, width)?;
+    let mut y = vec![0.0; ids.len() * width];
+    for (id, row) in ids.iter().zip(y.chunks_exact_mut(width.max(1))) {
+        weight.unpack(*id as usize * width, row)?;
+    }
     tensor(y, shape)
 }
 

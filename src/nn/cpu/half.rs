@@ -1,12 +1,13 @@
-//! Products with matrices in half precision, which are widened to f32 in pieces that stay in a core's cache. The sums
-//! run as they do for matrices in f32.
+//! Products with matrices in half precision or in blocks of few bits, which are widened to f32 in pieces that stay in a
+//! core's cache. The sums run as they do for matrices in f32.
 
+use candle_core::Result;
 use multiversion::multiversion;
 use rayon::prelude::*;
 
 use super::gemm::{Matrix, Shared, Threads, multiply_into};
 use super::{ALONE, PIECE, is_alone, simd};
-use crate::nn::HalfKind;
+use crate::nn::{HalfKind, QuantisedMatrix};
 
 /// Elements of one widened panel: 1 MiB in f32.
 const PANEL: usize = 1 << 18;
@@ -16,6 +17,39 @@ const STEP: usize = 64;
 
 /// About as many panels as this are there to be shared by threads, if they do not get narrower than [`STEP`].
 const PANELS: usize = 16;
+
+/// A matrix that is widened piece by piece.
+pub trait Narrow: Sync {
+    /// Pieces start and end at multiples of this, or at the ends of rows.
+    fn step(&self) -> usize;
+
+    /// `out` = the values from number `start` on.
+    fn widen(&self, start: usize, out: &mut [f32]) -> Result<()>;
+}
+
+/// Values in half precision.
+pub struct Half<'a>(pub &'a [u16], pub HalfKind);
+
+impl Narrow for Half<'_> {
+    fn step(&self) -> usize {
+        1
+    }
+
+    fn widen(&self, start: usize, out: &mut [f32]) -> Result<()> {
+        widen_piece(&self.0[start..start + out.len()], self.1, out);
+        Ok(())
+    }
+}
+
+impl Narrow for QuantisedMatrix {
+    fn step(&self) -> usize {
+        self.block()
+    }
+
+    fn widen(&self, start: usize, out: &mut [f32]) -> Result<()> {
+        self.unpack(start, out)
+    }
+}
 
 /// `out = values of bits`, on all threads if there are many.
 pub fn widen(bits: &[u16], kind: HalfKind, out: &mut [f32]) {
@@ -80,53 +114,76 @@ fn thin_rows(
     }
 }
 
+/// `out` (weights' rows, x's rows): the inner product of each row of `w` from row `first` on with each row of `x`.
+pub fn thin_packed(
+    x: &[f32],
+    w: &QuantisedMatrix,
+    first: usize,
+    inputs: usize,
+    out: &mut [f32],
+) -> Result<()> {
+    let inputs = inputs.max(1);
+    let rows = (x.len() / inputs).max(1);
+    let mut row = vec![0.0; inputs];
+    for (i, out) in out.chunks_exact_mut(rows).enumerate() {
+        w.unpack((first + i) * inputs, &mut row)?;
+        products(x, &row, out);
+    }
+    Ok(())
+}
+
+/// `out`: the inner product of `w` with each row of `x`.
+#[multiversion(targets("x86_64+avx512f+avx512vl+avx512dq+avx512bw", "x86_64+avx2+fma"))]
+fn products(x: &[f32], w: &[f32], out: &mut [f32]) {
+    for (x, out) in x.chunks_exact(w.len()).zip(out) {
+        *out = simd::sum_pairs(x, w, |a, b| a * b);
+    }
+}
+
 /// `out += x·wᵀ` with `x` (rows, inputs), `w` (outputs, inputs) and `out` (rows, outputs).
 pub fn add_times_transposed(
     x: &[f32],
-    w: &[u16],
-    kind: HalfKind,
+    w: &impl Narrow,
     (rows, inputs, outputs): (usize, usize, usize),
     out: &mut [f32],
-) {
-    let width = panel(outputs, inputs);
+) -> Result<()> {
+    let width = panel(outputs, inputs, 1);
     let x = Matrix::new(x, rows, inputs);
-    assert!(out.len() == rows * outputs && w.len() == outputs * inputs);
+    assert!(out.len() == rows * outputs);
     let shared = Shared(out.as_mut_ptr());
     let shared = &shared;
     (0..outputs.div_ceil(width))
         .into_par_iter()
-        .for_each_init(Vec::new, |scratch, i| {
+        .try_for_each_init(Vec::new, |scratch, i| {
             let (from, until) = (i * width, ((i + 1) * width).min(outputs));
-            let w = &w[from * inputs..until * inputs];
-            scratch.resize(w.len(), 0.0);
-            widen_piece(w, kind, scratch);
+            scratch.resize((until - from) * inputs, 0.0);
+            w.widen(from * inputs, scratch)?;
             let panel = Matrix::new(scratch, until - from, inputs).t();
             // SAFETY: columns `from..until` of all rows lie within `out`, and no other task writes them.
             unsafe {
                 let out = shared.0.add(from);
                 multiply_into(1.0, x, panel, out, outputs, true, Threads::One);
             }
-        });
+            Ok(())
+        })
 }
 
 /// `g·w` (rows, inputs) with `g` (rows, outputs) and `w` (outputs, inputs).
 pub fn times(
     g: &[f32],
-    w: &[u16],
-    kind: HalfKind,
+    w: &impl Narrow,
     (rows, inputs, outputs): (usize, usize, usize),
-) -> Vec<f32> {
+) -> Result<Vec<f32>> {
     let g = Matrix::new(g, rows, outputs);
-    assert_eq!(w.len(), outputs * inputs);
     let mut dx = vec![0.0; rows * inputs];
     // Panels of some columns and, of a long matrix, of some of its rows at a time.
-    let width = panel(inputs, outputs.min(PANEL / STEP));
+    let width = panel(inputs, outputs.min(PANEL / STEP), w.step());
     let height = (PANEL / width).max(1);
     let shared = Shared(dx.as_mut_ptr());
     let shared = &shared;
     (0..inputs.div_ceil(width))
         .into_par_iter()
-        .for_each_init(Vec::new, |scratch, i| {
+        .try_for_each_init(Vec::new, |scratch, i| {
             let (from, until) = (i * width, ((i + 1) * width).min(inputs));
             let columns = until - from;
             for first in (0..outputs).step_by(height) {
@@ -134,8 +191,7 @@ pub fn times(
                 scratch.resize((last - first) * columns, 0.0);
                 let lines = scratch.chunks_exact_mut(columns);
                 for (line, row) in lines.zip(first..last) {
-                    let start = row * inputs;
-                    widen_piece(&w[start + from..start + until], kind, line);
+                    w.widen(row * inputs + from, line)?;
                 }
                 let g = g.some_columns(first, last);
                 let panel = Matrix::new(scratch, last - first, columns);
@@ -145,12 +201,14 @@ pub fn times(
                     multiply_into(1.0, g, panel, out, inputs, first > 0, Threads::One);
                 }
             }
-        });
-    dx
+            Ok::<(), candle_core::Error>(())
+        })?;
+    Ok(dx)
 }
 
-/// How many of `count` lines of `length` elements make up a panel.
-fn panel(count: usize, length: usize) -> usize {
+/// How many of `count` lines of `length` elements make up a panel; a multiple of `step`.
+fn panel(count: usize, length: usize, step: usize) -> usize {
     let fits = (PANEL / length.max(1)).min(count.div_ceil(PANELS));
-    fits.next_multiple_of(STEP).max(STEP)
+    let step = STEP.max(step);
+    fits.next_multiple_of(step).max(step)
 }

@@ -8,7 +8,7 @@ use super::gemm::{Matrix, Pair, product, scaled_product};
 use super::{ALONE, ALONE_PRODUCTS, PIECE, Values, detached, half, is_alone, simd, tensor, values};
 use crate::nn::shapes::Linear as Shapes;
 use crate::nn::vjp::record;
-use crate::nn::{HalfKind, Weight};
+use crate::nn::{HalfKind, QuantisedMatrix, Weight};
 
 /// Up to this many rows each weight is read once, straight from memory: packing it would take longer.
 const THIN: usize = 8;
@@ -74,7 +74,7 @@ pub fn linear(
     let x_kept = detached(x)?;
     let weight_kept = match weight {
         Weight::Tensor(tensor) => Weight::Tensor(detached(tensor)?),
-        Weight::Twice { .. } | Weight::Half(_) => weight.clone(),
+        Weight::Twice { .. } | Weight::Half(_) | Weight::Quantised(_) => weight.clone(),
     };
     let (y, low) = {
         let x = values(&x_kept)?;
@@ -174,7 +174,7 @@ fn forward(
     if let (Readable::Full(w), true) = (&w, rows > THIN) {
         let turned = match weight {
             Weight::Twice { turned, .. } => Some(values(turned)?),
-            Weight::Tensor(_) | Weight::Half(_) => None,
+            Weight::Tensor(_) | Weight::Half(_) | Weight::Quantised(_) => None,
         };
         let w = match &turned {
             Some(turned) => Matrix::new(turned, inputs, outputs),
@@ -188,9 +188,13 @@ fn forward(
     };
     match w {
         Readable::Half(bits, kind) if rows > THIN => {
-            half::add_times_transposed(x, bits, kind, (rows, inputs, outputs), &mut y);
+            let w = half::Half(bits, kind);
+            half::add_times_transposed(x, &w, (rows, inputs, outputs), &mut y)?;
         }
-        w => add_thin(x, &w, shape, &mut y),
+        Readable::Packed(w) if rows > THIN => {
+            half::add_times_transposed(x, w, (rows, inputs, outputs), &mut y)?;
+        }
+        w => add_thin(x, &w, shape, &mut y)?,
     }
     if let Some(share) = share {
         share.add_to(&mut y);
@@ -199,7 +203,7 @@ fn forward(
 }
 
 /// `y += x·Wᵀ` for few rows.
-fn add_thin(x: &[f32], w: &Readable, shape: &Shapes, y: &mut [f32]) {
+fn add_thin(x: &[f32], w: &Readable, shape: &Shapes, y: &mut [f32]) -> Result<()> {
     let Shapes {
         rows,
         inputs,
@@ -209,34 +213,38 @@ fn add_thin(x: &[f32], w: &Readable, shape: &Shapes, y: &mut [f32]) {
     let mut columns = vec![0.0; rows * outputs];
     let piece = (PIECE / inputs.max(1)).max(1);
     // `out` may hold any number of pieces.
-    let body = |i: usize, out: &mut [f32]| {
+    let body = |i: usize, out: &mut [f32]| -> Result<()> {
         let from = i * piece;
         let until = from + out.len() / rows.max(1);
         let range = from * inputs..until * inputs;
         match w {
             Readable::Full(w) => thin(x, &w[range], inputs, out),
             Readable::Half(bits, kind) => half::thin(x, &bits[range], *kind, inputs, out),
+            Readable::Packed(w) => half::thin_packed(x, w, from, inputs, out)?,
         }
+        Ok(())
     };
     if is_alone(columns.len() * inputs, ALONE_PRODUCTS) {
-        body(0, &mut columns);
+        body(0, &mut columns)?;
     } else {
         columns
             .par_chunks_mut((piece * rows).max(1))
             .enumerate()
-            .for_each(|(i, out)| body(i, out));
+            .try_for_each(|(i, out)| body(i, out))?;
     }
     for (i, row) in y.chunks_exact_mut(outputs.max(1)).enumerate() {
         for (j, v) in row.iter_mut().enumerate() {
             *v += columns[j * rows + i];
         }
     }
+    Ok(())
 }
 
 /// A weight's values, for reading.
 enum Readable<'a> {
     Full(Values<'a>),
     Half(&'a [u16], HalfKind),
+    Packed(&'a QuantisedMatrix),
 }
 
 impl<'a> Readable<'a> {
@@ -246,6 +254,7 @@ impl<'a> Readable<'a> {
                 Ok(Readable::Full(values(weight)?))
             }
             Weight::Half(half) => Ok(Readable::Half(half.bits()?, half.kind())),
+            Weight::Quantised(packed) => Ok(Readable::Packed(packed)),
         }
     }
 }
@@ -276,13 +285,21 @@ fn input_gradient(
             Ok(product(g, w, None, share))
         }
         Readable::Half(bits, kind) => {
-            let mut dx = half::times(g, bits, kind, (rows, inputs, outputs));
-            if let Some(share) = share {
-                share.add_to(&mut dx);
-            }
-            Ok(dx)
+            let dx = half::times(g, &half::Half(bits, kind), (rows, inputs, outputs))?;
+            Ok(with_share(dx, share))
+        }
+        Readable::Packed(w) => {
+            let dx = half::times(g, w, (rows, inputs, outputs))?;
+            Ok(with_share(dx, share))
         }
     }
+}
+
+fn with_share(mut dx: Vec<f32>, share: Option<Pair>) -> Vec<f32> {
+    if let Some(share) = share {
+        share.add_to(&mut dx);
+    }
+    dx
 }
 
 /// Σ over rows of `g` (rows, `width`): each column from the first row to the last.

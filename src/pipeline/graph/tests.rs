@@ -42,6 +42,7 @@ async fn graph(fakes: &Fakes, topology: &Topology) -> (Graph, Arc<Context>) {
         student: fakes.learner(),
         baseline: fakes.learner(),
         supervisor: Some(fakes.learner()),
+        given: None,
         tokenizer: open,
     };
     let how = GraphOptions {

@@ -4,6 +4,7 @@ use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use super::Digest;
+use crate::hub::parts::Parts;
 use crate::{Error, Result};
 
 /// Above this size only a file's beginning and end are read.
@@ -19,14 +20,24 @@ const READ_PART: u64 = 16 << 20;
 /// When the folder or a file in it cannot be read, or there is no file.
 pub fn checkpoint_digest(directory: &Path) -> Result<String> {
     let mut files = Vec::new();
+    let parts;
     let directory = match (
         directory.is_file(),
         directory.parent(),
         directory.file_name(),
     ) {
         (true, Some(parent), Some(name)) => {
-            files.push(PathBuf::from(name));
-            parent
+            parts = Parts::find(directory)?;
+            match &parts {
+                Some(parts) => {
+                    list_parts(parts, &mut files)?;
+                    parts.folder.as_path()
+                }
+                None => {
+                    files.push(PathBuf::from(name));
+                    parent
+                }
+            }
         }
         _ => {
             list(directory, Path::new(""), &mut files)?;
@@ -34,6 +45,7 @@ pub fn checkpoint_digest(directory: &Path) -> Result<String> {
         }
     };
     files.sort();
+    files.dedup();
     if files.is_empty() {
         return Err(Error::Checkpoint {
             path: directory.to_path_buf(),
@@ -57,10 +69,28 @@ pub fn checkpoint_digest(directory: &Path) -> Result<String> {
     Ok(digest.finish())
 }
 
+/// The files of a diffusion model whose network is a single file: what lies beside it may be of other models.
+fn list_parts(parts: &Parts, files: &mut Vec<PathBuf>) -> Result<()> {
+    let own = parts
+        .files
+        .iter()
+        .filter_map(|part| part.path.strip_prefix(&parts.folder).ok());
+    files.extend(own.map(Path::to_path_buf));
+    let components = parts.network.components().iter().map(|(name, _, _)| *name);
+    let folders = ["scheduler", "tokenizer", "tokenizer_2", "tokenizer_3"];
+    for name in components.chain(folders) {
+        if parts.folder.join(name).is_dir() {
+            list(&parts.folder, Path::new(name), files)?;
+        }
+    }
+    Ok(())
+}
+
 fn list(root: &Path, inside: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
-    const COUNT: [&str; 10] = [
+    const COUNT: [&str; 11] = [
         "json",
         "safetensors",
+        "gguf",
         "pt",
         "pth",
         "ckpt",

@@ -36,9 +36,21 @@ pub fn photos_digest(photos: &[String]) -> String {
     Digest::new("photos 1").list("photos", photos).finish()
 }
 
-/// Keys of a supervisor: the photos ([`photos_digest`]), the base checkpoint ([`checkpoint_digest`]), the subject as
+/// [`photos_digest`] of photos some of which may have captions of their own; where none has, it is the same.
+pub fn captioned_photos_digest(photos: &[String], captions: &[Option<String>]) -> String {
+    let digest = Digest::new("photos 1").list("photos", photos);
+    let any = captions.iter().any(Option::is_some);
+    let digest = digest.added(&any, &false, |digest, _| {
+        captions.iter().fold(digest, |digest, caption| {
+            digest.field("caption", caption.as_deref().unwrap_or_default())
+        })
+    });
+    digest.finish()
+}
+
+/// Keys of a supervisor: the photos ([`captioned_photos_digest`]), the base checkpoint ([`checkpoint_digest`]), the subject as
 /// prompts name it, the seed, and all of `supervisor` but what cannot affect it. With prior preservation also
-/// `sampling`, by which it draws its class images.
+/// `sampling`, by which it draws its class images. Where its adapter is given neither photos nor seed affect it.
 pub fn supervisor_keys(
     photos: &str,
     base: &str,
@@ -48,13 +60,21 @@ pub fn supervisor_keys(
     seed: u64,
 ) -> Versions<String> {
     SUPERVISOR.keys(|kind| {
-        let digest = Digest::new(kind)
-            .field("photos", photos)
+        let digest = Digest::new(kind);
+        let is_learnt = supervisor.adapter_digest.is_none();
+        let digest = match is_learnt {
+            true => digest.field("photos", photos),
+            false => digest,
+        };
+        let digest = digest
             .field("base", base)
             .field("subject", &subject.name)
             .field("class", &subject.class)
-            .field("token", &subject.token)
-            .number("seed", seed);
+            .field("token", &subject.token);
+        let digest = match is_learnt {
+            true => digest.number("seed", seed),
+            false => digest,
+        };
         let digest = settings::supervisor(digest, supervisor);
         match supervisor.prior_preservation {
             Some(_) => settings::diffusion_sampling(digest, sampling).finish(),
@@ -145,6 +165,21 @@ fn places(digest: &Digest, count: usize) -> Vec<String> {
     (0..count as u64)
         .map(|place| digest.clone().number("place", place).finish())
         .collect()
+}
+
+/// Key of the tokens of proxies of `drawn` pixels a side for a tokenizer that reads `learnt`. Where the two are equal it is
+/// `tokenizer`, the digest of its files ([`checkpoint_digest`]); else proxies are resized on their way, and tokens of what
+/// was resized in another way are others.
+pub fn tokens_key(tokenizer: &str, drawn: u32, learnt: u32) -> String {
+    if drawn == learnt {
+        return tokenizer.to_string();
+    }
+    Digest::new("resized tokens 1")
+        .field("tokenizer", tokenizer)
+        .number("drawn", drawn.into())
+        .number("learnt", learnt.into())
+        .field("filter", "Lanczos")
+        .finish()
 }
 
 /// Key of what decides, beside an adapter, what a backbone draws: the checkpoint ([`checkpoint_digest`]), the side

@@ -3,9 +3,9 @@
 
 use super::Digest;
 use crate::config::{
-    AutoregressiveSampling, Device, DiffusionSampling, Direct, Dtype, Evaluation, LrScheduler,
-    Optimizer, PriorPreservation, Prodigy, PromptList, Proxies, Resolved, Sampling, Source,
-    Student, Subject, Supervisor, Training, Tuning,
+    AutoregressiveSampling, Device, DiffusionSampling, Direct, Dtype, Evaluation, Family,
+    FlowMatching, LrScheduler, Optimizer, PriorPreservation, Prodigy, PromptList, Proxies,
+    Resolved, Sampling, Source, Student, Subject, Supervisor, Training, Tuning, WeightingScheme,
 };
 
 /// Every setting of `resolved` that affects the result of a run.
@@ -37,7 +37,7 @@ pub(super) fn pipeline(digest: Digest, resolved: &Resolved) -> Digest {
         None => digest,
     };
     let digest = student(digest.field("section", "student"), learner);
-    let digest = direct(digest.field("section", "direct"), baseline);
+    let digest = direct(digest.field("section", "direct"), baseline, learner.family);
     evaluation(digest.field("section", "evaluation"), evaluated)
 }
 
@@ -62,18 +62,35 @@ pub(super) fn supervisor(digest: Digest, supervisor: &Supervisor) -> Digest {
     let Supervisor {
         model: _,
         // the checkpoint is of one
-        family: _,
+        family,
         device,
         dtype: kept,
         resolution: side,
+        // its digest says it better
+        adapter: _,
+        adapter_digest,
         prompt,
+        center_crop,
+        random_flip,
         training: learning,
         prior_preservation,
     } = supervisor;
     let digest = digest.field("device", device.kind());
     let digest = dtype(digest, *kept);
-    let digest = resolution(digest, side.map(|side| side as u64)).field("prompt", prompt);
-    let digest = training(digest, learning);
+    let digest = resolution(digest, side.map(|side| side as u64));
+    if let Some(adapter) = adapter_digest {
+        // It is learnt already: nothing else affects it.
+        return digest.field("adapter", adapter);
+    }
+    let digest = digest
+        .field("prompt", prompt)
+        .added(center_crop, &true, |digest, is| {
+            digest.flag("centre crop", *is)
+        })
+        .added(random_flip, &false, |digest, is| {
+            digest.flag("random flip", *is)
+        });
+    let digest = training(digest, learning, *family);
     match prior_preservation {
         None => digest,
         Some(PriorPreservation {
@@ -87,7 +104,7 @@ pub(super) fn supervisor(digest: Digest, supervisor: &Supervisor) -> Digest {
     }
 }
 
-fn training(digest: Digest, training: &Training) -> Digest {
+fn training(digest: Digest, training: &Training, family: Family) -> Digest {
     let Training {
         tuning,
         steps,
@@ -101,6 +118,8 @@ fn training(digest: Digest, training: &Training) -> Digest {
         weight_decay,
         decay_vectors,
         prodigy,
+        snr_gamma,
+        flow_matching: levels,
         max_grad_norm,
         lr_scheduler,
         warmup_steps,
@@ -143,6 +162,8 @@ fn training(digest: Digest, training: &Training) -> Digest {
         .real("epsilon", *adam_epsilon)
         .real("weight decay", *weight_decay)
         .flag("vectors decay", *decay_vectors);
+    let digest = optional_real(digest, "SNR gamma", *snr_gamma);
+    let digest = digest.added(levels, &learnt_levels(family), flow_matching);
     match (optimizer, prodigy) {
         (Optimizer::Adamw, _) => digest.field("optimizer", "AdamW"),
         (Optimizer::Muon, _) => digest.field("optimizer", "Muon"),
@@ -167,6 +188,46 @@ fn training(digest: Digest, training: &Training) -> Digest {
     }
 }
 
+/// The noise levels that models of `family` learnt before there were settings for it.
+fn learnt_levels(family: Family) -> Option<FlowMatching> {
+    let (weighting_scheme, normal) = match family.name() {
+        "SD3" => (WeightingScheme::LogitNormal, Some((0.0, 1.0))),
+        "FLUX" => (WeightingScheme::None, None),
+        _ => return None,
+    };
+    Some(FlowMatching {
+        weighting_scheme,
+        logit_mean: normal.map(|(mean, _)| mean),
+        logit_std: normal.map(|(_, std)| std),
+        mode_scale: None,
+    })
+}
+
+fn flow_matching(digest: Digest, levels: &Option<FlowMatching>) -> Digest {
+    let Some(levels) = levels else {
+        return digest;
+    };
+    let FlowMatching {
+        weighting_scheme,
+        logit_mean,
+        logit_std,
+        mode_scale,
+    } = levels;
+    let digest = digest.field(
+        "weighting scheme",
+        match weighting_scheme {
+            WeightingScheme::SigmaSqrt => "sigma sqrt",
+            WeightingScheme::LogitNormal => "logit normal",
+            WeightingScheme::Mode => "mode",
+            WeightingScheme::Cosmap => "cosmap",
+            WeightingScheme::None => "none",
+        },
+    );
+    let digest = optional_real(digest, "logit mean", *logit_mean);
+    let digest = optional_real(digest, "logit deviation", *logit_std);
+    optional_real(digest, "mode scale", *mode_scale)
+}
+
 fn proxies(digest: Digest, proxies: &Proxies) -> Digest {
     let Proxies {
         count,
@@ -188,7 +249,7 @@ fn student(digest: Digest, student: &Student) -> Digest {
     let Student {
         model,
         // the model is of one
-        family: _,
+        family,
         device,
         dtype: kept,
         resolution: side,
@@ -210,14 +271,14 @@ fn student(digest: Digest, student: &Student) -> Digest {
         Some(init) => digest.field("init", init),
         None => digest,
     };
-    let digest = training(digest, learning)
+    let digest = training(digest, learning, *family)
         .real("condition dropout", *condition_dropout)
         .real("dropout", *dropout)
         .real("overlap", *overlap);
     sampling(digest, drawing)
 }
 
-fn direct(digest: Digest, direct: &Direct) -> Digest {
+fn direct(digest: Digest, direct: &Direct, family: Family) -> Digest {
     let Direct {
         enabled,
         source: learnt,
@@ -229,7 +290,7 @@ fn direct(digest: Digest, direct: &Direct) -> Digest {
     if !enabled {
         return digest;
     }
-    training(source(digest, *learnt), learning)
+    training(source(digest, *learnt), learning, family)
         .real("condition dropout", *condition_dropout)
         .real("dropout", *dropout)
 }
@@ -288,12 +349,16 @@ pub(super) fn diffusion_sampling(digest: Digest, sampling: &DiffusionSampling) -
         num_inference_steps,
         guidance_scale,
         negative_prompt,
+        guidance_start,
+        guidance_stop,
     } = sampling;
-    digest
+    let digest = digest
         .field("sampling", "diffusion")
         .number("inference steps", *num_inference_steps as u64)
         .real("guidance scale", *guidance_scale)
-        .field("negative prompt", negative_prompt)
+        .field("negative prompt", negative_prompt);
+    let digest = optional_real(digest, "guidance start", *guidance_start);
+    optional_real(digest, "guidance stop", *guidance_stop)
 }
 
 fn source(digest: Digest, source: Source) -> Digest {

@@ -1,9 +1,6 @@
-//! What kohya-like trainers call the layers of a U-Net: `lora_unet_` and a path with underscores for dots, in the names of
-//! the published single files (`input_blocks_4_1_…`) or of diffusers (`down_blocks_1_attentions_0_…`).
+//! The layers of SDXL's U-Net: a path with underscores for dots, in the names of the published single files
+//! (`input_blocks_4_1_…`) or of diffusers (`down_blocks_1_attentions_0_…`).
 //! Reference: `sdxl_model_util.py` of kohya-ss/sd-scripts and diffusers' `lora_conversion_utils.py`.
-
-/// What starts the names of a U-Net's layers.
-const PREFIX: &str = "lora_unet_";
 
 /// Residual blocks of a level on the way down; there is one more on the way up. SDXL's, which the numbers of the single
 /// files count.
@@ -47,9 +44,8 @@ const BLOCK: [(&str, &str); 10] = [
     ("ff_net_2", "ff.net.2"),
 ];
 
-/// diffusers' path of the layer that kohya-like trainers call `name`; nothing where it is none of a U-Net's.
-pub fn layer(name: &str) -> Option<String> {
-    let rest = name.strip_prefix(PREFIX)?;
+/// diffusers' path of the layer called `rest`; nothing where it is none of a U-Net's.
+pub(super) fn layer(rest: &str) -> Option<String> {
     if let Some(found) = looked_up(&SINGLE, rest) {
         return Some(found.to_string());
     }
@@ -134,6 +130,64 @@ fn transformer(place: &str, rest: &str) -> Option<String> {
     Some(format!("{place}.transformer_blocks.{block}.{layer}"))
 }
 
+/// What the published single file calls diffusers' layer at `path`, with underscores for dots, where it has such a layer.
+pub(super) fn of_authors(path: &str) -> Option<String> {
+    if let Some((theirs, _)) = SINGLE.iter().find(|(_, ours)| *ours == path) {
+        return Some(theirs.to_string());
+    }
+    let parts: Vec<&str> = path.splitn(5, '.').collect();
+    let number = |text: &str| text.parse::<usize>().ok();
+    match parts[..] {
+        ["mid_block", "resnets", at, ..] => {
+            let at = number(at).filter(|at| *at < 2)?;
+            let (_, rest) = path.split_once(&format!("resnets.{at}."))?;
+            Some(format!("middle_block_{}_{}", 2 * at, of_resnet(rest)?))
+        }
+        ["mid_block", "attentions", "0", ..] => {
+            let (_, rest) = path.split_once("attentions.0.")?;
+            Some(format!("middle_block_1_{}", of_transformer(rest)?))
+        }
+        ["down_blocks", level, "downsamplers", "0", "conv"] => {
+            let index = (RESNETS + 1) * (number(level)? + 1);
+            Some(format!("input_blocks_{index}_0_op"))
+        }
+        ["up_blocks", level, "upsamplers", "0", "conv"] => {
+            let index = (RESNETS + 1) * number(level)? + RESNETS;
+            Some(format!("output_blocks_{index}_2_conv"))
+        }
+        [way @ ("down_blocks" | "up_blocks"), level, kind, at, rest] => {
+            let (level, at) = (number(level)?, number(at)?);
+            let (way, first, most) = match way {
+                "down_blocks" => ("input_blocks", 1, RESNETS),
+                _ => ("output_blocks", 0, RESNETS + 1),
+            };
+            let index = first + (RESNETS + 1) * level + Some(at).filter(|at| *at < most)?;
+            match kind {
+                "resnets" => Some(format!("{way}_{index}_0_{}", of_resnet(rest)?)),
+                "attentions" => Some(format!("{way}_{index}_1_{}", of_transformer(rest)?)),
+                _ => None,
+            }
+        }
+        _ => None,
+    }
+}
+
+fn of_resnet(layer: &str) -> Option<String> {
+    let found = RESNET.iter().find(|(_, ours)| *ours == layer);
+    // The first four are the single file's.
+    found.map(|(theirs, _)| theirs.to_string())
+}
+
+fn of_transformer(layer: &str) -> Option<String> {
+    if matches!(layer, "proj_in" | "proj_out") {
+        return Some(layer.to_string());
+    }
+    let (block, rest) = layer.strip_prefix("transformer_blocks.")?.split_once('.')?;
+    block.parse::<usize>().ok()?;
+    let known = BLOCK.iter().any(|(_, ours)| *ours == rest);
+    known.then(|| layer.replace('.', "_"))
+}
+
 fn looked_up(table: &[(&str, &'static str)], name: &str) -> Option<&'static str> {
     let found = table.iter().find(|(theirs, _)| *theirs == name);
     found.map(|(_, ours)| *ours)
@@ -193,13 +247,22 @@ mod tests {
             ),
             ("label_emb_0_2", "add_embedding.linear_2"),
         ] {
-            assert_eq!(layer(&format!("lora_unet_{name}")).as_deref(), Some(path));
+            assert_eq!(layer(name).as_deref(), Some(path));
+            let theirs = of_authors(path).unwrap();
+            // Back it is the single file's name.
+            assert_eq!(layer(&theirs).as_deref(), Some(path));
+            assert!(
+                ["down_blocks", "up_blocks", "mid_block_", "resnets"]
+                    .iter()
+                    .all(|part| !theirs.contains(part)),
+                "{theirs}"
+            );
         }
         for name in [
-            "lora_te1_text_model_encoder_layers_0_mlp_fc1",
-            "lora_unet_double_blocks_0_img_attn_qkv",
-            "lora_unet_input_blocks_4_1_transformer_blocks_0_attn3_to_q",
-            "down_blocks.0",
+            "te1_text_model_encoder_layers_0_mlp_fc1",
+            "double_blocks_0_img_attn_qkv",
+            "input_blocks_4_1_transformer_blocks_0_attn3_to_q",
+            "down_blocks_0",
         ] {
             assert_eq!(layer(name), None, "{name}");
         }

@@ -3,14 +3,15 @@
 
 use std::path::{Path, PathBuf};
 
-use super::models::{Family, KnownModel, family_of, known, known_names};
-use crate::hub::{self, Presence, Published, RepoId, Settings, Snapshot, human_bytes};
+use super::family::KnownModel;
+use super::registry::{family_of, known, known_models};
+use crate::hub::{self, Presence, Published, RepoId, Settings, Snapshot, human_bytes, parts};
 use crate::{Error, Result};
 
 /// How much of a model is on this machine.
 #[derive(Debug, Clone)]
 pub struct Whereabouts {
-    /// What to load, when everything is there.
+    /// What to load, when everything is there: a folder, or a single file.
     pub folder: Option<PathBuf>,
     /// Bytes that are there.
     pub bytes: u64,
@@ -22,7 +23,10 @@ impl Whereabouts {
     fn here(folder: &Path) -> Self {
         Self {
             folder: Some(folder.to_path_buf()),
-            bytes: bytes_below(folder),
+            bytes: match std::fs::metadata(folder) {
+                Ok(file) if file.is_file() => file.len(),
+                _ => bytes_below(folder),
+            },
             presence: None,
         }
     }
@@ -47,8 +51,8 @@ fn bytes_below(folder: &Path) -> u64 {
         .sum()
 }
 
-/// What is there of the model called `name`: a directory, a known model, or `owner/name` on the hub, with or without
-/// `@revision`. Nothing is asked of the hub. Known models are looked for in their directory, below the working
+/// What is there of the model called `name`: a directory or a single file, a known model, or `owner/name` on the hub, with
+/// or without `@revision`. Nothing is asked of the hub. Known models are looked for in their directory, below the working
 /// directory and then above the program's own file, and in the hub's cache.
 ///
 /// # Errors
@@ -62,9 +66,9 @@ pub fn look_for(name: &str) -> Result<Whereabouts> {
             Some(published) => look_for_published(model, published),
         };
     }
-    let directory = Path::new(name);
-    if directory.is_dir() {
-        return Ok(Whereabouts::here(directory));
+    let place = Path::new(name);
+    if place.is_dir() || parts::is_named(place) {
+        return Ok(Whereabouts::here(place));
     }
     match RepoId::parse(name) {
         Some(repo) => Ok(match Snapshot::find(&Settings::from_env()?, &repo) {
@@ -75,7 +79,10 @@ pub fn look_for(name: &str) -> Result<Whereabouts> {
             format!("{name:?} is neither a known model nor a directory"),
             format!(
                 "known models: {}; owner/name names a repository of the hub",
-                known_names().join(", ")
+                known_models()
+                    .map(|(_, model)| model.name)
+                    .collect::<Vec<_>>()
+                    .join(", ")
             ),
         )),
     }
@@ -206,16 +213,8 @@ fn absent(model: &KnownModel, presence: Option<&Presence>) -> Error {
             [] => "everything".to_string(),
             files => files.join(", "),
         };
-        let hint = match model.family {
-            Family::Lumina => {
-                "these files do not ship; make them with: proxytune pretrain pipelines/nano-pretrain.toml \
-                 --only vqgan,chameleon"
-            }
-            _ => {
-                "start in the repository that the program was built in: these files ship with it; or make them again \
-                 with: proxytune pretrain pipelines/nano-pretrain.toml"
-            }
-        };
+        let hint = "start in the repository that the program was built in: these files ship with it; or make them again \
+                    with: proxytune pretrain pipelines/nano-pretrain.toml";
         return Error::invalid(
             format!(
                 "model {}: missing in {}: {files}",
