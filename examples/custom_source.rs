@@ -1,61 +1,90 @@
-//! A source of your own: the student learns pairs of image and prompt from a stream, while they are made. Here they
-//! are drawn; a camera or a folder that fills would be another `pairs`. A full channel makes the source wait.
+//! A source of your own: the student learns images that this program makes, while they are made. Here they are drawn; a
+//! camera, a folder that fills or another model would be another `images`. A full channel makes the source wait, and
+//! a second call finds in the store what the first has made.
 //!
 //! ```sh
-//! cargo run --release --example custom_source
+//! cargo run --release --example custom_source -- [FOLDER]
 //! ```
 
-use async_stream::stream;
-use futures::{Stream, StreamExt};
-use proxytune::models::{Lesson, open};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use futures::stream::{self, BoxStream, StreamExt};
 use proxytune::nano::{subjects::SUBJECTS, world};
-use proxytune::stream::{Board, Stages, Worker, channel};
-use proxytune::training::{Trainer, tuning};
-use proxytune::{Result, config, pipeline::opening_for};
+use proxytune::pipeline::{self, Options, Outcome};
+use proxytune::stages::Subject;
+use proxytune::stages::source::{ImageSource, SourceImage, WantedBatch, WantedImage};
+use proxytune::stream::{Meter, Stop};
+use proxytune::{Error, Result};
 use rand::{SeedableRng, rngs::StdRng};
 
-/// The first subject in one setting after another, without end.
-fn pairs() -> impl Stream<Item = Result<(image::RgbImage, String)>> + Send {
-    stream! {
-        let mut generator = StdRng::seed_from_u64(1);
-        for setting in world::Setting::ALL.into_iter().cycle() {
-            let identity = SUBJECTS[0].identity;
-            let scene = world::Scene::of(identity, Some(setting), None, None, &mut generator);
-            yield Ok((world::render(&scene, 32), format!("a sks dog {}", setting.phrase())));
-        }
+const PIPELINE: &str = r#"
+[subject.dog1]
+images = "datasets/nano/subjects/dog1"
+class = "dog"
+
+[proxies]
+count = 16
+
+[student]
+model = "nano-llamagen"
+source = "custom"
+steps = 20
+batch_size = 4
+
+[evaluation]
+prompts = ["a {token} {class} in the snow", "a {token} {class} on the beach"]
+images_per_prompt = 1
+"#;
+
+/// Draws the subject in one setting after another.
+struct Drawn;
+
+impl ImageSource for Drawn {
+    fn key(&self, subject: &Subject) -> String {
+        format!("drawn 1: {}", subject.name)
     }
+
+    fn images<'a>(
+        &'a self,
+        wanted: &'a WantedBatch,
+        _: &'a Meter,
+    ) -> BoxStream<'a, Result<SourceImage>> {
+        let draw = |image: &WantedImage| draw(&wanted.subject, image);
+        stream::iter(wanted.images.iter().map(draw)).boxed()
+    }
+}
+
+fn draw(subject: &Subject, wanted: &WantedImage) -> Result<SourceImage> {
+    let known = SUBJECTS.iter().find(|known| known.name == subject.name);
+    let known = known.ok_or_else(|| {
+        let names = SUBJECTS.map(|known| known.name).join(", ");
+        Error::invalid(format!("nobody can draw {}", subject.name), names)
+    })?;
+    let setting = world::Setting::ALL[wanted.index % world::Setting::ALL.len()];
+    let mut generator = StdRng::seed_from_u64(wanted.seed);
+    let scene = world::Scene::of(known.identity, Some(setting), None, None, &mut generator);
+    Ok(SourceImage {
+        image: world::render(&scene, 32),
+        prompt: format!("{} {}", wanted.prompt, setting.phrase()),
+        settings: format!(r#"{{"setting":"{}"}}"#, setting.phrase()),
+    })
+}
+
+/// Runs the pipeline, or continues it; in `folder`, where one is named, and else where runs are made by default.
+pub async fn learn(folder: Option<PathBuf>) -> Result<Outcome> {
+    let mut options = Options::new("custom-source.toml", PIPELINE, &[])?;
+    if let Some(folder) = folder {
+        options.store = Some(folder.join("store"));
+        options.out = folder.join("runs");
+    }
+    pipeline::run_with_source(&options, Arc::new(Drawn), Stop::default()).await
 }
 
 #[tokio::main]
 async fn main() -> Result<()> {
-    let mut opening = opening_for("nano-llamagen", None, config::Device::Cpu)?;
-    let mut settings = opening.family.training();
-    settings.learning_rate = 1e-3;
-    opening.tuning = tuning(&settings);
-    // A model lives on a thread of its own and is spoken to with closures.
-    let build = move || Trainer::new(open(&opening)?, &settings);
-    let student = Worker::spawn("student", build).await?;
-
-    let (board, mut stages) = (Board::default(), Stages::default());
-    let (draw, train) = (board.meter("draw", "images"), board.meter("train", "steps"));
-    let (outlet, inlet) = channel(&board, "pairs", 8, &draw, &train);
-    stages.spawn(&draw, pairs(), outlet);
-    let mut batches = inlet.chunks(4).take(50).enumerate();
-    while let Some((step, batch)) = batches.next().await {
-        let (images, prompts): (Vec<_>, Vec<_>) = batch.into_iter().unzip();
-        let learn = move |trainer: &mut Trainer| {
-            let examples = trainer.learner().encode(&images)?;
-            let pairs = examples.into_iter().zip(prompts);
-            let lessons = pairs.map(|(example, prompt)| Lesson { example, prompt });
-            trainer.step(step, &[(1.0, lessons.collect())], step as u64)
-        };
-        println!("step {step}: {:?}", student.call(&train, learn).await?);
-    }
-    // Nobody reads any more, so the source has ended; if it failed, this is its error.
-    drop(batches);
-    stages.join().await?;
-    let folder = std::path::Path::new("datasets/runs/custom-source/student");
-    student
-        .call(&train, |t| t.publish(folder, None).map(drop))
-        .await
+    let outcome = learn(std::env::args().nth(1).map(PathBuf::from)).await?;
+    println!("{}", outcome.report.text());
+    println!("the student: {}", outcome.dir.join("student").display());
+    Ok(())
 }

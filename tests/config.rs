@@ -1077,7 +1077,7 @@ fn every_supervisor_and_student_of_the_paper_has_a_pipeline_with_its_values() {
                 .unwrap()
                 .resolve()
                 .unwrap();
-            let (teacher, _) = resolved.teacher().unwrap();
+            let (teacher, ..) = resolved.teacher().unwrap();
             let learner = &resolved.student;
             assert_eq!(
                 (teacher.model.as_str(), learner.model.as_str()),

@@ -199,8 +199,8 @@ async fn samples_of_evaluations_and_references_are_exported_too() {
         key: blake3::hash(format!("sample {step} {number}").as_bytes())
             .to_hex()
             .to_string(),
-        kind: "sample".into(),
-        method: "student".into(),
+        kind: proxytune::store::PictureKind::Sample,
+        method: Some(proxytune::store::Method::Student),
         step,
         prompt: format!("a sks dog at step {step}"),
         seed: number,

@@ -186,7 +186,7 @@ async fn nothing_is_made_twice_and_a_run_finds_all_proxies() {
     let before = table.digest().await.unwrap();
     let outcome = place.run(&["proxies.count=20"], false).await.unwrap();
     for stage in ["synthesize", "keep"] {
-        let report = outcome.ending.stages.iter().find(|s| s.stage == stage);
+        let report = outcome.summary.stages.iter().find(|s| s.stage == stage);
         let report = report.unwrap();
         assert_eq!((report.done, report.reused), (20, 20), "{stage}");
     }

@@ -28,7 +28,7 @@ async fn what_somebody_else_trained_makes_the_proxies_and_streaming_and_resuming
     let overrides: Vec<&str> = SMALL.into_iter().chain([given.as_str()]).collect();
     let outcome = place.run(&overrides, false).await.unwrap();
     let steps = outcome
-        .ending
+        .summary
         .stages
         .iter()
         .find(|stage| stage.stage == "supervise");
@@ -59,7 +59,7 @@ async fn what_somebody_else_trained_makes_the_proxies_and_streaming_and_resuming
     // Again: all is there.
     let again = place.run(&overrides, false).await.unwrap();
     let drawn = again
-        .ending
+        .summary
         .stages
         .iter()
         .find(|stage| stage.stage == "synthesize");

@@ -48,14 +48,14 @@ fn plan(resolved: &Resolved) -> Plan {
 }
 
 fn supervisor(resolved: &Resolved) -> Versions<String> {
-    let (supervisor, proxies) = resolved.teacher().unwrap();
+    let (supervisor, _, sampling) = resolved.teacher().unwrap();
     let subject = &resolved.subjects[0];
     supervisor_keys(
         "photos",
         "base",
         subject,
         supervisor,
-        &proxies.sampling,
+        sampling,
         resolved.seed,
     )
 }
@@ -65,10 +65,10 @@ fn keys(overrides: &[&str]) -> Vec<(&'static str, String)> {
     let resolved = with(overrides);
     let plan = plan(&resolved);
     let supervisor = supervisor(&resolved);
-    let (_, proxies) = resolved.teacher().unwrap();
-    let made = proxy_keys(&plan, 1, &supervisor, &proxies.sampling);
+    let (_, _, drawn) = resolved.teacher().unwrap();
+    let made = proxy_keys(&plan, 1, &supervisor, Some(drawn));
     let student = resolved.student.sampling.clone();
-    let diffusion = Sampling::Diffusion(proxies.sampling.clone());
+    let diffusion = Sampling::Diffusion(drawn.clone());
     let sampled = |method, sampling| {
         let keys = sample_keys(&Sampled {
             method,
@@ -351,9 +351,9 @@ fn an_adapter_that_is_given_is_in_keys_by_its_digest_in_place_of_all_that_is_sai
             .into_iter()
             .chain(overrides.iter().copied());
         let resolved = with(&overrides.collect::<Vec<_>>());
-        let (supervisor, proxies) = resolved.teacher().unwrap();
+        let (supervisor, _, sampling) = resolved.teacher().unwrap();
         let subject = &resolved.subjects[0];
-        let keys = supervisor_keys(photos, "base", subject, supervisor, &proxies.sampling, seed);
+        let keys = supervisor_keys(photos, "base", subject, supervisor, sampling, seed);
         keys.newest().clone()
     };
     let here = key("photos", 7, &[]);
@@ -479,7 +479,7 @@ fn what_was_made_under_an_older_version_is_found_and_new_things_go_under_the_new
     let resolved = with(&[]);
     let (plan, sampling) = (
         plan(&resolved),
-        &resolved.proxies.as_ref().unwrap().sampling,
+        resolved.proxies.as_ref().unwrap().sampling.as_ref(),
     );
     let of = |supervisors: &Versions<String>| proxy_keys(&plan, 0, supervisors, sampling);
     let only = |key: &str| Versions::new(key.to_string(), Vec::new());

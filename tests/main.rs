@@ -13,6 +13,7 @@ mod config;
 mod console;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod custom_source;
 mod documents;
 mod evaluators;
 mod export;

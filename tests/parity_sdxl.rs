@@ -13,7 +13,7 @@ use proxytune::diffusion::{
 };
 use proxytune::models::latent_diffusion::{Conditioning, Framing, network_files};
 use proxytune::models::sdxl::{Sdxl, SdxlDenoiser};
-use proxytune::models::{Example, Learner, LearnerOptions, Lesson, Request, Tuning, open};
+use proxytune::models::{Example, Learner, LearnerOptions, Request, TrainingExample, Tuning, open};
 use proxytune::nn::{Adapter, LoraConfig, backward, recomputing};
 use proxytune::training::TrainingLoop;
 use proxytune::training::optimizer::{AdamWConfig, OptimizerConfig};
@@ -184,7 +184,7 @@ fn adapted() -> Result<(Sdxl, Arc<Adapter>)> {
 }
 
 /// Four pictures of two prompts: latents, conditioning, framings and what is drawn for them.
-fn lesson(
+fn example(
     model: &Sdxl,
     step: &Tensors,
 ) -> Result<(Tensor, Conditioning, Vec<Framing>, TrainingDraw)> {
@@ -222,7 +222,7 @@ fn a_training_step_with_and_without_prior_preservation_equals_the_scripts() -> R
     for (name, prior) in [("alone", None), ("with_prior", Some(0.7))] {
         for recomputes in [false, true] {
             let (model, adapter) = adapted()?;
-            let (latents, conditioning, framings, draw) = lesson(&model, &step)?;
+            let (latents, conditioning, framings, draw) = example(&model, &step)?;
             let half = |range: std::ops::Range<usize>| {
                 let latents = latents.narrow(0, range.start, range.len())?;
                 let (conditioning, draw) =
@@ -285,18 +285,18 @@ fn pictures(learner: &dyn Learner) -> Vec<image::RgbImage> {
         .collect()
 }
 
-/// Loss and gradients of three lessons, of which one has no prompt.
+/// Loss and gradients of three pairs, of which one has no prompt.
 fn learnt(learner: &mut dyn Learner) -> Result<(f32, Vec<Vec<f32>>)> {
     let examples = learner.encode(&pictures(learner))?;
-    let lessons: Vec<Lesson> = examples
+    let pairs: Vec<TrainingExample> = examples
         .into_iter()
         .zip(["a sks dog", "", "a cat"])
-        .map(|(example, prompt)| Lesson {
+        .map(|(example, prompt)| TrainingExample {
             example,
             prompt: prompt.into(),
         })
         .collect();
-    let loss = learner.loss(&lessons, &mut ChaCha8Rng::seed_from_u64(5))?;
+    let loss = learner.loss(&pairs, &mut ChaCha8Rng::seed_from_u64(5))?;
     let gradients = backward(&loss)?;
     let of = |(name, v): &(String, Var)| {
         let gradient = gradients
@@ -318,15 +318,15 @@ fn an_adapter_learns_is_saved_for_diffusers_and_comes_back() -> Result<()> {
     let (before, _) = learnt(learner.as_mut())?;
     let mut training = TrainingLoop::new(variables.clone(), &ADAMW, Some(1.0))?;
     let examples = learner.encode(&pictures(learner.as_ref()))?;
-    let lessons: Vec<Lesson> = examples
+    let pairs: Vec<TrainingExample> = examples
         .into_iter()
-        .map(|example| Lesson {
+        .map(|example| TrainingExample {
             example,
             prompt: "a sks dog".into(),
         })
         .collect();
     for _ in 0..10 {
-        let loss = learner.loss(&lessons, &mut ChaCha8Rng::seed_from_u64(5))?;
+        let loss = learner.loss(&pairs, &mut ChaCha8Rng::seed_from_u64(5))?;
         training.step(0, 1e-2, 1, |_| Ok(loss.clone()))?;
     }
     let (after, _) = learnt(learner.as_mut())?;
@@ -417,14 +417,14 @@ fn the_denoiser_is_told_the_size_of_the_photo() -> Result<()> {
     let mut learner = open(&opening("sdxl-euler", lora(), Memory::Fast))?;
     let examples = learner.encode(&pictures(learner.as_ref()))?;
     let mut loss = |original: [usize; 2]| -> Result<f32> {
-        let lessons: Vec<Lesson> = examples
+        let pairs: Vec<TrainingExample> = examples
             .iter()
-            .map(|example| Lesson {
+            .map(|example| TrainingExample {
                 example: example.clone().of_original(original),
                 prompt: "a dog".into(),
             })
             .collect();
-        let loss = learner.loss(&lessons, &mut ChaCha8Rng::seed_from_u64(5))?;
+        let loss = learner.loss(&pairs, &mut ChaCha8Rng::seed_from_u64(5))?;
         Ok(loss.to_scalar()?)
     };
     assert_eq!(loss([16, 16])?, loss([16, 16])?);

@@ -1,4 +1,4 @@
-//! Learners cut a batch into parts and compute equal lessons once: the nano models' losses and gradients are those of the
+//! Learners cut a batch into parts and compute equal pairs once: the nano models' losses and gradients are those of the
 //! whole batch all the same.
 
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor, Var};
 use proxytune::config::{Dtype, Family, Memory};
 use proxytune::models::sd3::{self, Sd3};
-use proxytune::models::{Example, Learner, LearnerOptions, Lesson, Tuning, open};
+use proxytune::models::{Example, Learner, LearnerOptions, TrainingExample, Tuning, open};
 use proxytune::nn::{Adapter, LoraConfig, backward};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -92,7 +92,7 @@ fn differentiate(loss: &Tensor, variables: &[(String, Var)]) -> (f32, Vec<f32>) 
     )
 }
 
-fn learnt(learner: &mut dyn Learner, batch: &[Lesson]) -> (f32, Vec<f32>) {
+fn learnt(learner: &mut dyn Learner, batch: &[TrainingExample]) -> (f32, Vec<f32>) {
     let mut generator = ChaCha8Rng::seed_from_u64(1);
     let loss = learner.loss(batch, &mut generator).unwrap();
     differentiate(&loss, &learner.variables())
@@ -114,7 +114,7 @@ fn assert_close((loss, gradients): (f32, Vec<f32>), (wanted, all): (f32, Vec<f32
     );
 }
 
-/// Nine lessons, of which two pairs of photo and prompt occur twice and one three times.
+/// Nine pairs, of which two pairs of photo and prompt occur twice and one three times.
 #[test]
 fn an_autoregressive_batch_is_the_mean_of_its_lessons() {
     for (family, dir) in [
@@ -123,7 +123,7 @@ fn an_autoregressive_batch_is_the_mean_of_its_lessons() {
     ] {
         let mut learner = learner(family, &checkpoint(dir));
         let examples = examples(learner.as_mut());
-        let batch: Vec<Lesson> = [
+        let batch: Vec<TrainingExample> = [
             (0, "a dog"),
             (1, "a dog in the snow"),
             (0, "a dog"),
@@ -135,15 +135,15 @@ fn an_autoregressive_batch_is_the_mean_of_its_lessons() {
             (2, "a toy"),
         ]
         .into_iter()
-        .map(|(i, prompt)| Lesson {
+        .map(|(i, prompt)| TrainingExample {
             example: examples[i].clone(),
             prompt: prompt.into(),
         })
         .collect();
         let whole = learnt(learner.as_mut(), &batch);
         let (mut loss, mut gradients) = (0.0, vec![0.0; whole.1.len()]);
-        for lesson in &batch {
-            let one = learnt(learner.as_mut(), std::slice::from_ref(lesson));
+        for pair in &batch {
+            let one = learnt(learner.as_mut(), std::slice::from_ref(pair));
             loss += one.0 / batch.len() as f32;
             for (sum, g) in gradients.iter_mut().zip(one.1) {
                 *sum += g / batch.len() as f32;
@@ -160,10 +160,10 @@ fn a_diffusion_batch_in_parts_has_the_draws_and_the_loss_of_the_whole() {
     let mut learner = learner(proxytune::models::sd3::FAMILY, &dir);
     let examples = examples(learner.as_mut());
     let prompts = ["a dog", "a dog in the snow", "a toy", "a cat", "a dog"];
-    let batch: Vec<Lesson> = prompts
+    let batch: Vec<TrainingExample> = prompts
         .iter()
         .enumerate()
-        .map(|(i, prompt)| Lesson {
+        .map(|(i, prompt)| TrainingExample {
             example: examples[i % examples.len()].clone(),
             prompt: (*prompt).into(),
         })
@@ -177,7 +177,7 @@ fn a_diffusion_batch_in_parts_has_the_draws_and_the_loss_of_the_whole() {
     disturb(&adapter.variables());
     let (means, logvars): (Vec<Tensor>, Vec<Tensor>) = batch
         .iter()
-        .map(|lesson| match &lesson.example {
+        .map(|pair| match &pair.example {
             Example::Latents { mean, logvar, .. } => (mean.clone(), logvar.clone()),
             Example::Tokens(_) => panic!("a diffusion model learns latents"),
         })

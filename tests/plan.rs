@@ -152,7 +152,7 @@ fn more_proxies_or_subjects_leave_existing_seeds_as_they_are() {
 #[test]
 fn keys_of_whole_batches_survive_more_proxies_and_more_subjects() {
     let keys = |resolved: &Resolved, plan: &Plan, batch: usize| {
-        let sampling = &resolved.proxies.as_ref().unwrap().sampling;
+        let sampling = resolved.proxies.as_ref().unwrap().sampling.as_ref();
         let supervisor = Versions::new("supervisor".to_string(), Vec::new());
         proxy_keys(plan, batch, &supervisor, sampling)
             .newest()
@@ -185,16 +185,16 @@ fn keys_of_whole_batches_survive_more_proxies_and_more_subjects() {
 fn proxies_are_new_when_how_they_are_made_changes_and_only_then() {
     let key = |overrides: &[&str]| {
         let resolved = with(overrides);
-        let (supervisor, proxies) = resolved.teacher().unwrap();
+        let (supervisor, _, sampling) = resolved.teacher().unwrap();
         let made = supervisor_keys(
             "photos",
             "base",
             &resolved.subjects[0],
             supervisor,
-            &proxies.sampling,
+            sampling,
             resolved.seed,
         );
-        let drawn = proxy_keys(&plan(&resolved), 0, &made, &proxies.sampling);
+        let drawn = proxy_keys(&plan(&resolved), 0, &made, Some(sampling));
         (made.newest().clone(), drawn.newest()[0].clone())
     };
     let (supervisor, proxy) = key(&[]);
@@ -241,7 +241,7 @@ fn proxies_are_new_when_how_they_are_made_changes_and_only_then() {
     );
     let resolved = with(&[]);
     let teacher = resolved.supervisor.as_ref().unwrap();
-    let sampling = &resolved.proxies.as_ref().unwrap().sampling;
+    let (_, _, sampling) = resolved.teacher().unwrap();
     let of = |photos, base| {
         let keys = supervisor_keys(photos, base, &resolved.subjects[0], teacher, sampling, 7);
         keys.newest().clone()
@@ -283,7 +283,7 @@ fn a_replayed_subject_teaches_some_of_its_proxies_as_they_were_made() {
     let (whole, plan) = (plan_with(&[]), replay("d1"));
     // The positions within the subject of what a student of `plan` learns.
     let of = |subject: usize, plan: &Plan| -> BTreeSet<usize> {
-        let learnt = (0..40).flat_map(|step| plan.lessons(step));
+        let learnt = (0..40).flat_map(|step| plan.examples(step));
         let proxies = learnt.map(|number| plan.proxy(*number));
         proxies
             .filter(|proxy| proxy.subject == subject)
@@ -293,11 +293,11 @@ fn a_replayed_subject_teaches_some_of_its_proxies_as_they_were_made() {
     assert_eq!((of(0, &plan).len(), of(1, &plan).len()), (20, 5));
     // Its batches are those that were made before, whole, so that they are found in the store.
     let keys = |plan: &Plan| -> BTreeSet<String> {
-        let sampling = &with(&[]).proxies.unwrap().sampling;
+        let sampling = with(&[]).proxies.unwrap().sampling;
         let supervisor = Versions::new("sup".to_string(), Vec::new());
         (0..plan.batches())
             .flat_map(|batch| {
-                proxy_keys(plan, batch, &supervisor, sampling)
+                proxy_keys(plan, batch, &supervisor, sampling.as_ref())
                     .newest()
                     .clone()
             })
@@ -308,7 +308,7 @@ fn a_replayed_subject_teaches_some_of_its_proxies_as_they_were_made() {
     for step in 0..40 {
         let end = plan.batch(plan.needs(step) - 1).numbers.end;
         assert!(
-            plan.lessons(step).iter().all(|number| *number < end),
+            plan.examples(step).iter().all(|number| *number < end),
             "step {step}"
         );
     }
@@ -324,7 +324,7 @@ fn a_replayed_subject_teaches_some_of_its_proxies_as_they_were_made() {
     assert_eq!(moved, plan);
     // More than there are is all of them.
     let all = plan_with(&["subject.can.replay=100"]);
-    assert_eq!(all.lessons(39), whole.lessons(39));
+    assert_eq!(all.examples(39), whole.examples(39));
 }
 
 #[test]
@@ -336,7 +336,7 @@ fn references_come_in_shuffled_epochs() {
     ]);
     let supervisor = plan.supervisor(1).unwrap();
     let uses: Vec<usize> = (0..10)
-        .flat_map(|step| supervisor.references.lessons(step).to_vec())
+        .flat_map(|step| supervisor.references.batch(step).to_vec())
         .collect();
     for epoch in uses.chunks(5) {
         let mut sorted = epoch.to_vec();
@@ -345,10 +345,7 @@ fn references_come_in_shuffled_epochs() {
     }
     assert_ne!(uses[..5], uses[5..10]);
     assert_eq!(supervisor.class_seeds.len(), 7);
-    assert_eq!(
-        supervisor.class_images.as_ref().unwrap().lessons(9).len(),
-        3
-    );
+    assert_eq!(supervisor.class_images.as_ref().unwrap().batch(9).len(), 3);
     assert!(plan.supervisor(0).unwrap().references != supervisor.references);
     assert_eq!(plan.references().len(), 10);
     assert_eq!(plan.direct().unwrap().steps(), 40);
@@ -358,8 +355,8 @@ fn references_come_in_shuffled_epochs() {
 fn a_student_of_references_needs_no_batches() {
     let plan = plan_with(&["student.source=references"]);
     assert_eq!((plan.batches(), plan.needs(0), plan.needs(39)), (0, 0, 0));
-    assert_eq!(plan.lessons(39).len(), 4);
-    assert!(plan.lessons(0).iter().all(|reference| *reference < 10));
+    assert_eq!(plan.examples(39).len(), 4);
+    assert!(plan.examples(0).iter().all(|reference| *reference < 10));
 }
 
 #[test]
@@ -369,7 +366,7 @@ fn without_overlap_everything_is_there_before_the_first_step() {
     // 40 steps of 4 are exactly 4 epochs of 40
     let mut uses = [0; 40];
     for step in 0..40 {
-        plan.lessons(step)
+        plan.examples(step)
             .iter()
             .for_each(|proxy| uses[*proxy] += 1);
         let (least, most) = (uses.iter().min().unwrap(), uses.iter().max().unwrap());
@@ -388,10 +385,10 @@ fn a_step_learns_from_as_many_batches_as_gradients_are_accumulated_over() {
     ]);
     let supervisor = plan.supervisor(0).unwrap();
     let class_images = supervisor.class_images.as_ref().unwrap();
-    assert_eq!(plan.lessons(39).len(), 12);
-    assert_eq!(supervisor.references.lessons(0).len(), 4);
-    assert_eq!(class_images.lessons(0).len(), 4);
-    assert_eq!(plan.direct().unwrap().lessons(0).len(), 4);
+    assert_eq!(plan.examples(39).len(), 12);
+    assert_eq!(supervisor.references.batch(0).len(), 4);
+    assert_eq!(class_images.batch(0).len(), 4);
+    assert_eq!(plan.direct().unwrap().batch(0).len(), 4);
 }
 
 #[test]
@@ -413,7 +410,7 @@ fn twenty_thousand_proxies_are_planned_in_a_moment() {
         "student.batch_size=8",
     ]);
     assert_eq!(plan.proxies().len(), 20_000);
-    assert_eq!(plan.lessons(9_999).len(), 8);
+    assert_eq!(plan.examples(9_999).len(), 8);
     assert!(start.elapsed().as_secs() < 5, "{:?}", start.elapsed());
 }
 
@@ -495,8 +492,8 @@ proptest! {
             prop_assert!(needs >= 1 && needs >= before && needs <= plan.batches());
             before = needs;
             let available = plan.batch(needs - 1).numbers.end;
-            prop_assert_eq!(plan.lessons(step).len(), batch);
-            for &proxy in plan.lessons(step) {
+            prop_assert_eq!(plan.examples(step).len(), batch);
+            for &proxy in plan.examples(step) {
                 prop_assert!(proxy < available);
                 let least = uses[..available].iter().min().copied().unwrap_or(0);
                 prop_assert_eq!(uses[proxy], least);

@@ -74,7 +74,7 @@ async fn runs_that_differ_in_one_setting_are_found() {
     assert_eq!(text, "from_step,n\n50,39\n100,50\n150,50\n");
     let sql = "SELECT status FROM latest_runs ORDER BY run";
     let text = String::from_utf8(written(dir.path(), sql, Format::Csv).await).unwrap();
-    assert_eq!(text, "status\nfinished\ninterrupted\n");
+    assert_eq!(text, "status\ncomplete\ninterrupted\n");
     let sql = "SELECT DISTINCT json_text(settings, 'guidance_scale') AS g FROM proxies";
     let text = String::from_utf8(written(dir.path(), sql, Format::Csv).await).unwrap();
     assert_eq!(text, "g\n2.0\n");

@@ -7,7 +7,8 @@ use std::time::Duration;
 use lance::dataset::{InsertBuilder, WriteMode, WriteParams};
 use proxytune::store::query::Snapshot;
 use proxytune::store::{
-    Columns, EvaluationRow, MetricRow, ProxyRow, Row, RunRow, Store, SubjectRow, TokenRow,
+    Columns, EvaluationRow, Method, MetricRow, MetricStage, PictureKind, ProxyRow, Row, RunRow,
+    RunStatus, Store, SubjectRow, TokenRow,
 };
 
 const DIGEST: &str = "0123456789abcdef";
@@ -60,9 +61,9 @@ fn token(subject: &str, number: u64) -> TokenRow {
 fn sample(subject: &str, number: u64) -> EvaluationRow {
     EvaluationRow {
         key: format!("5ample-{subject}-{number}"),
-        kind: "sample".into(),
+        kind: PictureKind::Sample,
         run: "run-1".into(),
-        method: "student".into(),
+        method: Some(Method::Student),
         step: 1,
         subject: subject.into(),
         prompt: prompt(subject),
@@ -96,7 +97,7 @@ fn photo(subject: &str) -> SubjectRow {
 fn curve(subject: &str) -> MetricRow {
     MetricRow {
         run: format!("5upervisor-of-{subject}"),
-        stage: format!("supervise:{subject}"),
+        stage: MetricStage::Supervise(subject.into()),
         step: 0,
         name: "loss".into(),
         value: 1.0,
@@ -115,7 +116,7 @@ fn run(name: &str, subjects: &[&str]) -> RunRow {
         resolved,
         plan_digest: String::new(),
         versions: "{}".into(),
-        status: "complete".into(),
+        status: RunStatus::Complete,
         event_us: 1,
     }
 }

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use lance::dataset::{InsertBuilder, WriteMode, WriteParams};
 use proxytune::Error;
 use proxytune::store::{
-    Columns, EvaluationRow, Limits, MetricRow, ProxyRow, Row, RunRow, SCHEMA_VERSION, Store,
-    SubjectRow, Table, TokenRow, Writer,
+    Columns, EvaluationRow, Limits, Method, MetricRow, MetricStage, PictureKind, ProxyRow, Row,
+    RunRow, RunStatus, SCHEMA_VERSION, Store, SubjectRow, Table, TokenRow, Writer,
 };
 use rand::seq::SliceRandom;
 use rand::{RngCore, SeedableRng};
@@ -64,7 +64,7 @@ fn token(number: u64, n: usize) -> TokenRow {
 fn metric(step: u64) -> MetricRow {
     MetricRow {
         run: "run-1".into(),
-        stage: "supervise:dog1".into(),
+        stage: MetricStage::Supervise("dog1".into()),
         step,
         name: "loss".into(),
         value: 1.0 / (step + 1) as f64,
@@ -98,7 +98,44 @@ async fn comes_back<R: Row + PartialEq + std::fmt::Debug>(table: Table<R>, rows:
 async fn every_kind_of_row_comes_back_as_it_went_in() {
     let dir = tempfile::tempdir().unwrap();
     // A directory whose name means something in a URL.
-    let store = Store::open(dir.path().join("a %23 #é?")).await.unwrap();
+    for place in [dir.path().join("a %23 #é?"), "memory://".into()] {
+        rows_come_back(Store::open(place).await.unwrap()).await;
+    }
+}
+
+#[tokio::test]
+async fn a_store_in_memory_is_its_own_and_leaves_nothing() {
+    let (one, other) = (
+        Store::open("memory://").await,
+        Store::open("memory://").await,
+    );
+    let (one, other) = (one.unwrap(), other.unwrap());
+    let rows = proxies(0..3);
+    one.proxies()
+        .await
+        .unwrap()
+        .append(&rows[..2])
+        .await
+        .unwrap();
+    one.proxies()
+        .await
+        .unwrap()
+        .append(&rows[2..])
+        .await
+        .unwrap();
+    assert_eq!(all(&one.proxies().await.unwrap()).await, rows);
+    assert_eq!(other.proxies().await.unwrap().count(), 0);
+    let claim = one.locks().try_claim("a").unwrap();
+    assert!(claim.is_some() && one.locks().try_claim("a").unwrap().is_none());
+    let folder = one.path().to_path_buf();
+    assert!(folder.is_dir() && folder != other.path());
+    drop((claim, one));
+    assert!(!folder.exists());
+    let refused = Store::open("memory://a").await.err().unwrap();
+    assert!(refused.to_string().contains("is a URL"), "{refused}");
+}
+
+async fn rows_come_back(store: Store) {
     let subject = |index| SubjectRow {
         key: format!("{index:064}"),
         subject: "dog6".into(),
@@ -117,9 +154,9 @@ async fn every_kind_of_row_comes_back_as_it_went_in() {
     comes_back(tokens, &[token(0, 64), token(1, 64)]).await;
     let scored = EvaluationRow {
         key: "a".into(),
-        kind: "sample".into(),
+        kind: PictureKind::Sample,
         run: "run-1".into(),
-        method: "student".into(),
+        method: Some(Method::Student),
         step: 1250,
         subject: "dog6".into(),
         prompt: "a dog".into(),
@@ -148,20 +185,20 @@ async fn every_kind_of_row_comes_back_as_it_went_in() {
     comes_back(evaluations, &[scored, unscored]).await;
     let metrics = [metric(0), metric(1), metric(10)];
     comes_back(store.metrics().await.unwrap(), &metrics).await;
-    let run = |status: &str, event_us| RunRow {
+    let run = |status, event_us| RunRow {
         run: "run-1".into(),
         pipeline: "seed = 7".into(),
         resolved: "seed = 7\nsteps = 5".into(),
         plan_digest: "d1".into(),
         versions: "{}".into(),
-        status: status.into(),
+        status,
         event_us,
     };
-    let runs = [run("started", 5), run("finished", 9)];
+    let runs = [run(RunStatus::Started, 5), run(RunStatus::Complete, 9)];
     comes_back(store.runs().await.unwrap(), &runs).await;
     assert_eq!(
         store.latest_runs().await.unwrap()["run-1"].status,
-        "finished"
+        RunStatus::Complete
     );
     let names = [
         "evaluations_0123456789ab",

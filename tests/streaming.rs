@@ -10,13 +10,13 @@ use crate::support::{PROXIES, Place};
 async fn streaming_and_sequential_runs_leave_equal_bytes_and_equal_rows() {
     let (streaming, sequential) = (Place::new(), Place::new());
     let outcome = streaming.run(&[], false).await.unwrap();
-    let (first, planned) = outcome.ending.first_training_proxy.unwrap();
+    let (first, planned) = outcome.summary.first_training_proxy.unwrap();
     assert!(
         first < planned && planned == PROXIES,
         "training began with {first} of {planned} proxies"
     );
     let outcome = sequential.run(&[], true).await.unwrap();
-    assert_eq!(outcome.ending.first_training_proxy.unwrap().1, PROXIES);
+    assert_eq!(outcome.summary.first_training_proxy.unwrap().1, PROXIES);
 
     let remains = streaming.remains().await;
     remains.assert_equal(&sequential.remains().await, "sequential");
@@ -61,7 +61,7 @@ async fn another_student_reuses_all_proxies_and_another_guidance_makes_new_ones(
     assert_eq!(proxies.digest().await.unwrap(), before);
     for name in ["supervise", "synthesize", "tokenize", "score"] {
         let stage = outcome
-            .ending
+            .summary
             .stages
             .iter()
             .find(|stage| stage.stage == name)

@@ -43,10 +43,10 @@ pub(super) fn run(args: &RunArgs, out: &mut impl Write) -> Result<Ended> {
         pipeline::run(&options, stop).await
     })?;
     write!(out, "{}", describe(&outcome)).map_err(output_failed)?;
-    if outcome.ending.warnings.is_empty() {
+    if outcome.summary.warnings.is_empty() {
         return Ok(Ended::Well);
     }
-    for warning in &outcome.ending.warnings {
+    for warning in &outcome.summary.warnings {
         console::note(format!("warning: {warning}"));
     }
     Ok(Ended::WithWarnings)
@@ -75,10 +75,10 @@ pub(super) fn stage_table(stages: &[StageReport]) -> String {
 
 /// The tables at the end of a run.
 fn describe(outcome: &Outcome) -> String {
-    let ending = &outcome.ending;
-    let mut text = stage_table(&ending.stages);
-    text += &format!("wall time {:.1} s", ending.wall_seconds);
-    if let Some((first, all)) = ending.first_training_proxy {
+    let summary = &outcome.summary;
+    let mut text = stage_table(&summary.stages);
+    text += &format!("wall time {:.1} s", summary.wall_seconds);
+    if let Some((first, all)) = summary.first_training_proxy {
         text += &format!("; the first training step ran with {first} of {all} proxies committed");
     }
     text += "\n\n";

@@ -11,11 +11,15 @@ use super::typed;
 pub(super) fn resolve(typed: &typed::Pipeline, student: &Student, faults: &Faults) -> Direct {
     let section = &typed.direct;
     if let Some(source) = &section.source
-        && source.value == Source::Proxies
+        && source.value.makes_proxies()
     {
+        let name = match source.value {
+            Source::Custom => "custom",
+            _ => "proxies",
+        };
         faults.push(
             &source.place,
-            "direct.source = \"proxies\" would not be direct",
+            format!("direct.source = \"{name}\" would not be direct"),
             "the choices here are \"references\" and \"augmented\"",
         );
     }

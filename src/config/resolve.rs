@@ -51,9 +51,16 @@ pub(super) fn pipeline(
         (Some(section), Source::Proxies) => {
             supervisor = resolve_supervisor(section, surroundings, faults);
             let family = supervisor.as_ref().map(|supervisor| supervisor.family);
-            proxies = resolve_proxies(&typed.proxies, family, faults);
+            let sampling =
+                family.and_then(|family| proxies_sampling(&typed.proxies, family, faults));
+            let resolved = resolve_proxies(&typed.proxies, sampling, faults);
+            proxies = resolved.sampling.is_some().then_some(resolved);
         }
         (None, Source::Proxies) => missing_section(faults, &typed.start, "supervisor", "nano-sd3"),
+        (_, Source::Custom) => {
+            no_effect_of_supervisor(typed, faults);
+            proxies = Some(resolve_proxies(&typed.proxies, None, faults));
+        }
         (_, Source::References | Source::Augmented) => no_effect_of_proxies(typed, faults),
     }
     let evaluation = resolve_evaluation(&typed.evaluation, student.as_ref(), surroundings, faults);
@@ -98,7 +105,15 @@ fn check_plan(typed: &typed::Pipeline, resolved: &Resolved, faults: &Faults) {
             "the examples of all steps of direct tuning (steps · batch_size)",
         ));
     }
-    if let (Some((supervisor, proxies)), Some(section)) = (resolved.teacher(), &typed.supervisor) {
+    if let Some(proxies) = &resolved.proxies {
+        checks.push((
+            subjects * proxies.count as u128,
+            limits::PICTURES,
+            place_of(&typed.proxies.count, start),
+            "the proxies of all subjects (subjects · count)",
+        ));
+    }
+    if let (Some(supervisor), Some(section)) = (&resolved.supervisor, &typed.supervisor) {
         let prior = supervisor.prior_preservation.as_ref();
         let class_images = prior.map_or(0, |prior| prior.class_images as u128);
         checks.extend([
@@ -107,12 +122,6 @@ fn check_plan(typed: &typed::Pipeline, resolved: &Resolved, faults: &Faults) {
                 limits::USES,
                 place_of(&section.training.steps, &section.place),
                 "the examples of all steps of the supervisors (subjects · steps · batch_size)",
-            ),
-            (
-                subjects * proxies.count as u128,
-                limits::PICTURES,
-                place_of(&typed.proxies.count, start),
-                "the proxies of all subjects (subjects · count)",
             ),
             (
                 subjects * class_images,
@@ -170,6 +179,32 @@ fn no_effect_of_proxies(typed: &typed::Pipeline, faults: &Faults) {
                 place,
                 format!("{what} has no effect without proxies"),
                 "remove it, or set student.source = \"proxies\"",
+            );
+        }
+    }
+}
+
+/// Reports what a custom source makes itself.
+fn no_effect_of_supervisor(typed: &typed::Pipeline, faults: &Faults) {
+    let student = typed.student.as_ref();
+    let switch = student.and_then(|student| student.source.as_ref());
+    let switch = switch.map(|at| &at.place);
+    let supervisor = typed.supervisor.iter();
+    let supervisor = supervisor
+        .flat_map(|section| std::iter::once(&section.place).chain(section.training.places()));
+    if let Some(place) = first_idle(switch, supervisor) {
+        faults.push(
+            place,
+            "[supervisor] has no effect beside a custom source",
+            "remove it, or set student.source = \"proxies\"",
+        );
+    }
+    for (_, place) in sampling_places(&typed.proxies.sampling) {
+        if let Some(place) = first_idle(switch, place) {
+            faults.push(
+                place,
+                "how proxies are sampled has no effect on a custom source",
+                "remove the line: the source's own program decides that",
             );
         }
     }
@@ -361,39 +396,15 @@ fn diffusion_sampling(
 
 /// Faults of what is said of drawing in `section` and has no effect on a model of `family`.
 fn no_effect_of_sampling(section: &str, typed: &typed::Sampling, family: Family, faults: &Faults) {
-    let negative = typed.negative_prompt.as_ref();
-    for (field, place) in [
-        (
-            "num_inference_steps",
-            typed.num_inference_steps.as_ref().map(|at| &at.place),
-        ),
-        // Resolved files say that there is none.
-        (
-            "negative_prompt",
-            negative
-                .filter(|at| family.kind() != Kind::Diffusion || !at.value.is_empty())
-                .map(|at| &at.place),
-        ),
-        (
-            "guidance_start",
-            typed.guidance_start.as_ref().map(|at| &at.place),
-        ),
-        (
-            "guidance_stop",
-            typed.guidance_stop.as_ref().map(|at| &at.place),
-        ),
-        ("top_k", typed.top_k.as_ref().map(|at| &at.place)),
-        ("top_p", typed.top_p.as_ref().map(|at| &at.place)),
-        (
-            "temperature",
-            typed.temperature.as_ref().map(|at| &at.place),
-        ),
-        (
-            "guidance_interval",
-            typed.guidance_interval.as_ref().map(|at| &at.place),
-        ),
-    ] {
-        if let Some(place) = place.filter(|_| !family.draws_with(field)) {
+    // Resolved files say that there is none.
+    let is_none = typed
+        .negative_prompt
+        .as_ref()
+        .is_some_and(|at| at.value.is_empty());
+    let said = is_none && family.kind() == Kind::Diffusion;
+    for (field, place) in sampling_places(typed) {
+        let is_read = family.draws_with(field) || (said && field == "negative_prompt");
+        if let Some(place) = place.filter(|_| !is_read) {
             faults.push(
                 place,
                 format!("{section}.{field} has no effect on a {family} model"),
@@ -403,29 +414,66 @@ fn no_effect_of_sampling(section: &str, typed: &typed::Sampling, family: Family,
     }
 }
 
-/// `None` where it is not known what draws them.
+/// Where each setting of sampling was typed.
+fn sampling_places(typed: &typed::Sampling) -> [(&'static str, Option<&Place>); 9] {
+    fn place<T>(typed: &Typed<T>) -> Option<&Place> {
+        typed.as_ref().map(|at| &at.place)
+    }
+    let typed::Sampling {
+        guidance_scale,
+        num_inference_steps,
+        negative_prompt,
+        guidance_start,
+        guidance_stop,
+        top_k,
+        top_p,
+        temperature,
+        guidance_interval,
+    } = typed;
+    [
+        ("guidance_scale", place(guidance_scale)),
+        ("num_inference_steps", place(num_inference_steps)),
+        ("negative_prompt", place(negative_prompt)),
+        ("guidance_start", place(guidance_start)),
+        ("guidance_stop", place(guidance_stop)),
+        ("top_k", place(top_k)),
+        ("top_p", place(top_p)),
+        ("temperature", place(temperature)),
+        ("guidance_interval", place(guidance_interval)),
+    ]
+}
+
+/// How supervisors of `family` draw proxies.
+fn proxies_sampling(
+    typed: &typed::Proxies,
+    family: Family,
+    faults: &Faults,
+) -> Option<DiffusionSampling> {
+    no_effect_of_sampling("proxies", &typed.sampling, family, faults);
+    let Sampling::Diffusion(default) = family.sampling() else {
+        return None;
+    };
+    Some(diffusion_sampling(&typed.sampling, default, faults))
+}
+
+/// `sampling` is that of supervisors; a custom source has none.
 fn resolve_proxies(
     typed: &typed::Proxies,
-    family: Option<Family>,
+    sampling: Option<DiffusionSampling>,
     faults: &Faults,
-) -> Option<Proxies> {
+) -> Proxies {
     let prompts = typed.prompts.as_ref().map(|list| {
         list.value
             .iter()
             .for_each(|template| templates::check(template, Token::Required, faults));
         list.value.iter().map(|at| at.value.clone()).collect()
     });
-    let family = family?;
-    no_effect_of_sampling("proxies", &typed.sampling, family, faults);
-    let Sampling::Diffusion(default) = family.sampling() else {
-        return None;
-    };
-    Some(Proxies {
+    Proxies {
         count: or(&typed.count, 100),
         batch_size: or(&typed.batch_size, 4),
         prompts: prompts.unwrap_or_else(|| vec!["a {token} {class}".to_string()]),
-        sampling: diffusion_sampling(&typed.sampling, default, faults),
-    })
+        sampling,
+    }
 }
 
 fn resolve_student(
@@ -485,7 +533,7 @@ fn resolve_student(
             faults,
         ),
         overlap: match source {
-            Source::Proxies => or(&typed.overlap, OVERLAP),
+            Source::Proxies | Source::Custom => or(&typed.overlap, OVERLAP),
             Source::References | Source::Augmented => OVERLAP,
         },
         sampling: resolved_sampling,

@@ -23,7 +23,7 @@ pub struct Resolved {
     /// Present exactly when the student learns from proxies.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub supervisor: Option<Supervisor>,
-    /// Present exactly when the student learns from proxies.
+    /// Present exactly when the student learns from proxies, or from a custom source.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub proxies: Option<Proxies>,
     pub student: Student,
@@ -236,7 +236,7 @@ pub struct FlowMatching {
     pub mode_scale: Option<f64>,
 }
 
-/// `[proxies]`: the images the supervisors make.
+/// `[proxies]`: the images the supervisors make, or a custom source, which has no settings of sampling.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Proxies {
     /// Proxies per subject, at least 1. Default 100.
@@ -245,8 +245,8 @@ pub struct Proxies {
     pub batch_size: usize,
     /// Prompt templates, taken in turn. Default ["a {token} {class}"].
     pub prompts: Vec<String>,
-    #[serde(flatten)]
-    pub sampling: DiffusionSampling,
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub sampling: Option<DiffusionSampling>,
 }
 
 /// How a diffusion model samples.
@@ -353,7 +353,7 @@ pub struct Student {
     /// Side of its square images in pixels. Default: known by the model's name, else (`None`) the checkpoint's own.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub resolution: Option<usize>,
-    /// What it learns from. Default "proxies".
+    /// What it learns from; "custom" are images that a program gives to the library (`run_with_source`). Default "proxies".
     pub source: Source,
     /// Folder or file of the adapter (or, where all weights are trained, folder of the checkpoint) that it starts from, with
     /// fresh moments; relative paths start at the working directory. Default: none, it starts from the model.
@@ -532,6 +532,18 @@ pub enum Source {
     References,
     /// The photos, changed at random each time they are drawn (Table 7).
     Augmented,
+    /// Images of a program's own, which it gives to the library's `run_with_source`; `[proxies]` says how many.
+    Custom,
+}
+
+impl Source {
+    /// Whether there are proxies: images that are planned, kept and scored before the student learns them.
+    pub fn makes_proxies(self) -> bool {
+        match self {
+            Source::Proxies | Source::Custom => true,
+            Source::References | Source::Augmented => false,
+        }
+    }
 }
 
 impl Resolved {
@@ -548,9 +560,10 @@ impl Resolved {
         })
     }
 
-    /// Supervisor and proxies, when the student learns from proxies.
-    pub fn teacher(&self) -> Option<(&Supervisor, &Proxies)> {
-        self.supervisor.as_ref().zip(self.proxies.as_ref())
+    /// Supervisor and proxies with how they are sampled, when the student learns from a supervisor's proxies.
+    pub fn teacher(&self) -> Option<(&Supervisor, &Proxies, &DiffusionSampling)> {
+        let (supervisor, proxies) = self.supervisor.as_ref().zip(self.proxies.as_ref())?;
+        Some((supervisor, proxies, proxies.sampling.as_ref()?))
     }
 
     /// The baseline, when it is enabled.

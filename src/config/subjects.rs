@@ -7,7 +7,7 @@ use super::limits::NAME_BYTES;
 use super::prompts;
 use super::reader::Faults;
 use super::resolve::place_of;
-use super::resolved::{Source, Subject};
+use super::resolved::Subject;
 use super::typed;
 
 /// The subjects in the order of the file, each with a token of its own. `None`, with a fault, when there are none.
@@ -40,7 +40,7 @@ pub(super) fn resolve(typed: &typed::Pipeline, faults: &Faults) -> Option<Vec<Su
         .student
         .as_ref()
         .and_then(|student| student.source.as_ref());
-    let learns_from_photos = source.is_some_and(|source| source.value != Source::Proxies);
+    let learns_from_photos = source.is_some_and(|source| !source.value.makes_proxies());
     let mut resolved = Vec::new();
     for subject in &typed.subjects {
         let token = match &subject.token {

@@ -234,6 +234,7 @@ impl Choice for Source {
         ("proxies", Source::Proxies),
         ("references", Source::References),
         ("augmented", Source::Augmented),
+        ("custom", Source::Custom),
     ];
 }
 

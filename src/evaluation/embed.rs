@@ -103,6 +103,46 @@ impl<C: ImageEmbedder + TextEmbedder, D: ImageEmbedder> Evaluator<C, D> {
     }
 }
 
+/// What embeds and scores images, whatever models it does that with.
+pub trait ImageScorer: Send {
+    /// Embeddings of `images` by both models.
+    fn embed(&self, images: &[RgbImage]) -> Result<Embeddings>;
+
+    /// Scores of generated images, as [`Evaluator::score`] gives them.
+    fn score(
+        &self,
+        references: &Embeddings,
+        generated: &Embeddings,
+        texts: &[String],
+    ) -> Result<Vec<Scores>>;
+
+    /// What the report says about it: a sentence for each model.
+    fn protocol(&self) -> Vec<String>;
+}
+
+impl<C, D> ImageScorer for Evaluator<C, D>
+where
+    C: ImageEmbedder + TextEmbedder + Send,
+    D: ImageEmbedder + Send,
+{
+    fn embed(&self, images: &[RgbImage]) -> Result<Embeddings> {
+        Evaluator::embed(self, images)
+    }
+
+    fn score(
+        &self,
+        references: &Embeddings,
+        generated: &Embeddings,
+        texts: &[String],
+    ) -> Result<Vec<Scores>> {
+        Evaluator::score(self, references, generated, texts)
+    }
+
+    fn protocol(&self) -> Vec<String> {
+        vec![self.clip.description(), self.dino.description()]
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -80,9 +80,9 @@ impl Example {
     }
 }
 
-/// An example with its prompt.
+/// An example with its prompt: what one training step learns several of.
 #[derive(Debug, Clone)]
-pub struct Lesson {
+pub struct TrainingExample {
     pub example: Example,
     pub prompt: String,
 }
@@ -112,7 +112,7 @@ pub trait Learner: Send {
 
     /// The mean loss of a batch, a scalar with its graph, whose gradients are [`crate::nn::backward`]'s to compute. All
     /// randomness (noise, timesteps, dropout) comes from `generator`.
-    fn loss(&mut self, batch: &[Lesson], generator: &mut ChaCha8Rng) -> Result<Tensor>;
+    fn loss(&mut self, batch: &[TrainingExample], generator: &mut ChaCha8Rng) -> Result<Tensor>;
 
     /// Told every prompt that is to come, a model keeps what its text encoders say of each and lets go of the encoders,
     /// which may be larger than the rest; a prompt that comes nevertheless opens them again. Nothing happens in a model

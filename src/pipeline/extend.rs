@@ -6,11 +6,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::RunDir;
+use super::context::Context;
 use super::prepare::StudentOrigin;
 use super::run_dir::{COMPLETE, RESOLVED};
 use crate::config::{Document, Resolved, Source};
 use crate::plan::Plan;
-use crate::stages::Context;
 use crate::training::{Checkpoints, optimizer::learning_rate_factor};
 use crate::{Result, files};
 
@@ -18,7 +18,7 @@ use crate::{Result, files};
 pub(super) fn checkpoints(dir: &Path, source: Source, identity: &str) -> Checkpoints {
     // As the stages call them.
     let name = match source {
-        Source::Proxies => "student",
+        Source::Proxies | Source::Custom => "student",
         Source::References | Source::Augmented => "train",
     };
     Checkpoints::new(
@@ -111,7 +111,7 @@ fn differs(old: &Resolved, plan: &Plan, context: &Context) -> Option<String> {
                 .to_string(),
         );
     }
-    if (0..before.steps).all(|step| plan.lessons(step) == context.plan.lessons(step)) {
+    if (0..before.steps).all(|step| plan.examples(step) == context.plan.examples(step)) {
         return None;
     }
     let overlap = old.student.overlap;

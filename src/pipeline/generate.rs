@@ -5,17 +5,18 @@ use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
 
-use super::graph::{Graph, Manner, Shared};
+use super::context::Context;
+use super::graph::{Graph, GraphOptions, Shared};
 use super::prepare::{self, Purpose};
-use super::topology::Topology;
+use super::topology::{Stage, Topology};
 use super::{Options, RunDir, failed};
 use crate::console;
 use crate::plan::Digest;
-use crate::stages::Context;
 use crate::stages::disk::{Disk, FreeSpace, bytes};
-use crate::stages::generate::{Shard, Work};
-use crate::stages::keep::Keeping;
-use crate::store::{Claim, Limits};
+use crate::stages::generate::{AllWork, Shard, Work};
+use crate::stages::keep::CommitPolicy;
+use crate::stages::{ProxyKeys, Warning};
+use crate::store::{Claim, Limits, RunStatus};
 use crate::stream::{Meter, Progress, StageReport, Stop};
 use crate::{Error, Result};
 
@@ -54,13 +55,13 @@ pub struct Generated {
     pub made: usize,
     pub stages: Vec<StageReport>,
     pub wall_seconds: f64,
-    pub warnings: Vec<String>,
+    pub warnings: Vec<Warning>,
 }
 
 impl Generated {
     /// The share of the wall time for which the store was busy.
     pub fn store_share(&self) -> f64 {
-        let writes = |stage: &&StageReport| stage.stage == "keep";
+        let writes = |stage: &&StageReport| stage.stage == Stage::Keep.name();
         let busy: f64 = self.stages.iter().filter(writes).map(|s| s.busy).sum();
         busy / self.wall_seconds.max(f64::MIN_POSITIVE)
     }
@@ -77,15 +78,12 @@ pub fn generate<'a>(generation: &'a Generation, stop: Stop) -> BoxFuture<'a, Res
         let start = Instant::now();
         let options = &generation.options;
         if options.resolved.teacher().is_none() {
-            return Err(Error::invalid(
-                format!("{} makes no proxies", options.pipeline.display()),
-                "it needs a [supervisor], and with --tokens a student that learns from proxies",
-            ));
+            return Err(no_proxies(options));
         }
         let purpose = Purpose::Proxies {
             tokens: generation.tokens,
         };
-        let ready = prepare::ready(options, purpose).await?;
+        let ready = prepare::ready(options, purpose, false).await?;
         let shard = generation.shard;
         let stem = options.pipeline.file_stem().unwrap_or_default();
         let mut name = format!("{}-proxies", stem.to_string_lossy());
@@ -99,7 +97,7 @@ pub fn generate<'a>(generation: &'a Generation, stop: Stop) -> BoxFuture<'a, Res
             &options.resolved.to_toml()?,
             false,
         )?;
-        let prepared = prepare::prepare(options, purpose, &dir, ready, stop).await?;
+        let prepared = prepare::prepare(options, purpose, &dir, ready, None, stop).await?;
         let context = prepared.context.clone();
         if generation.tokens && context.tokenizer.is_none() {
             return Err(Error::invalid(
@@ -110,7 +108,11 @@ pub fn generate<'a>(generation: &'a Generation, stop: Stop) -> BoxFuture<'a, Res
                 "leave --tokens out, or name an autoregressive model as student",
             ));
         }
-        let shards = shard_claims(&context, shard);
+        let keys = context
+            .proxy_keys
+            .clone()
+            .ok_or_else(|| no_proxies(options))?;
+        let shards = shard_claims(&keys, context.subjects.len(), shard);
         let _at_work = come_to_work(&context, shard, &shards[shard.index]).await?;
         let fleet = context.board.meter(
             if shard.of > 1 {
@@ -122,24 +124,25 @@ pub fn generate<'a>(generation: &'a Generation, stop: Stop) -> BoxFuture<'a, Res
         );
         let planned = context.plan.proxies().len();
         fleet.expect(planned);
-        let work = Work::open(
-            context.clone(),
-            shard,
-            generation.tokens,
+        let all = AllWork {
+            subjects: context.subjects.len(),
+            keys: keys.clone(),
+            store: context.store.clone(),
+            tokens: context.tokenizer.clone(),
             shards,
-            fleet.clone(),
-        )
-        .await?;
+            fleet: fleet.clone(),
+        };
+        let work = Work::open(all, shard).await?;
         let found = work.found();
         let disk = look_for_room(generation, &context, planned - found, &fleet)?;
-        prepare::note_status(&context, options, "started").await?;
+        prepare::note_status(&context, options, RunStatus::Started).await?;
         let progress = options
             .progress
             .then(|| Progress::show(context.board.clone()));
         let topology = Topology::of_proxies(&options.resolved, context.tokenizer.is_some());
-        let manner = Manner {
+        let how = GraphOptions {
             sequential: false,
-            keeping: Keeping {
+            commit: CommitPolicy {
                 limits: LIMITS,
                 disk: Some(disk),
             },
@@ -148,7 +151,7 @@ pub fn generate<'a>(generation: &'a Generation, stop: Stop) -> BoxFuture<'a, Res
                 work,
             }),
         };
-        let graph = Graph::build(&topology, prepared, manner);
+        let graph = Graph::build(&topology, context.clone(), prepared.models, how);
         let result = graph.join(&context, true).await;
         if let Some(progress) = progress {
             progress.finish();
@@ -159,19 +162,21 @@ pub fn generate<'a>(generation: &'a Generation, stop: Stop) -> BoxFuture<'a, Res
         }
         flushed?;
         if context.stop.requested() {
-            prepare::note_status(&context, options, "interrupted").await?;
+            prepare::note_status(&context, options, RunStatus::Interrupted).await?;
             return Err(Error::Interrupted);
         }
-        all_there(&context).await?;
+        all_there(&context, &keys).await?;
         fleet.add(planned.saturating_sub(fleet.progress().0 as usize));
-        prepare::note_status(&context, options, "complete").await?;
+        prepare::note_status(&context, options, RunStatus::Complete).await?;
         let stages = context.board.report();
-        let done = |name: &str| stages.iter().find(|stage| stage.stage == name);
+        let made = stages
+            .iter()
+            .find(|stage| stage.stage == Stage::Synthesize.name());
         let generated = Generated {
             dir: dir.path().to_path_buf(),
             planned,
             found,
-            made: done("synthesize").map_or(0, |stage| (stage.done - stage.reused) as usize),
+            made: made.map_or(0, |stage| (stage.done - stage.reused) as usize),
             wall_seconds: start.elapsed().as_secs_f64(),
             warnings: context.warnings.all(),
             stages,
@@ -185,17 +190,23 @@ pub fn generate<'a>(generation: &'a Generation, stop: Stop) -> BoxFuture<'a, Res
     })
 }
 
+fn no_proxies(options: &Options) -> Error {
+    Error::invalid(
+        format!("{} makes no proxies", options.pipeline.display()),
+        "it needs a [supervisor], and with --tokens a student that learns from proxies",
+    )
+}
+
 /// The claims of all processes at this work, which is named after everything that it comes to.
-fn shard_claims(context: &Context, shard: Shard) -> Vec<String> {
+fn shard_claims(keys: &ProxyKeys, subjects: usize, shard: Shard) -> Vec<String> {
     let mut digest = Digest::new("shards 1");
-    for batch in 0..context.plan.batches().min(context.subjects.len()) {
-        let keys = context.known_proxy_keys(batch);
-        for key in keys.iter().flat_map(|keys| keys.newest()) {
+    for batch in 0..keys.plan.batches().min(subjects) {
+        for key in keys.known(batch).newest() {
             digest = digest.field("proxy", key);
         }
     }
     let digest = digest
-        .number("count", context.plan.proxies().len() as u64)
+        .number("count", keys.plan.proxies().len() as u64)
         .finish();
     let name = |index| format!("shards/{}/{}-of-{}", &digest[..12], index + 1, shard.of);
     (0..shard.of).map(name).collect()
@@ -256,7 +267,7 @@ fn look_for_room(
             bytes(usable)
         );
         match needed > usable {
-            true => context.warnings.add(sentence),
+            true => context.warnings.add(Warning::Other(sentence)),
             false if generation.options.progress => console::note(sentence),
             false => {}
         }
@@ -276,12 +287,12 @@ fn taken_up(context: &Context, shard: Shard, work: &Work) -> Vec<usize> {
 }
 
 /// Looks whether every proxy of the plan is in the store.
-async fn all_there(context: &Context) -> Result<()> {
+async fn all_there(context: &Context, keys: &ProxyKeys) -> Result<()> {
     let table = context.store.proxies().await?;
     table.refresh().await?;
     let mut missing = 0;
     for batch in 0..context.plan.batches() {
-        missing += table.missing(&context.proxy_keys(batch, &table)).len();
+        missing += table.missing(&keys.of(batch, &table)).len();
     }
     match missing {
         0 => Ok(()),

@@ -1,37 +1,41 @@
 //! Builds and runs what a [`Topology`] pictures: a channel for each edge, a task for each stage. Nobody else spawns
 //! stages.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use futures::stream::{self, BoxStream};
 use futures::{StreamExt, TryStreamExt};
 
-use super::prepare::Prepared;
+use super::context::Context;
+use super::extend::checkpoints;
+use super::prepare::Models;
 use super::topology::{Item, Stage, Topology};
-use crate::config::Source;
-use crate::models::LearnerOptions;
-use crate::stages::direct::{Tuned, direct};
-use crate::stages::evaluate::{Evaluated, evaluate};
-use crate::stages::generate::{Work, generate};
-use crate::stages::keep::{Keeping, keep};
-use crate::stages::references::references;
-use crate::stages::score::score_proxies;
-use crate::stages::supervise::supervise;
-use crate::stages::synthesize::synthesize;
-use crate::stages::tokenize::tokenize;
-use crate::stages::train::train;
-use crate::stages::{Checkpoint, Context, Method, ProxyBatch, ReadyBatch, Supervisor};
+use crate::config::{Sampling, Source};
+use crate::stages::direct::{BaselineSettings, Direct, Tuned};
+use crate::stages::evaluate::{Evaluate, Evaluated, Sampler};
+use crate::stages::generate::{Generate, Work};
+use crate::stages::keep::{CommitPolicy, Keep};
+use crate::stages::references::References;
+use crate::stages::score::ScoreProxies;
+use crate::stages::session::InitialAdapter;
+use crate::stages::source::{ReadySource, SupervisorSource};
+use crate::stages::supervise::Supervise;
+use crate::stages::synthesize::Synthesize;
+use crate::stages::tokenize::Tokenize;
+use crate::stages::train::{StudentSettings, Train};
+use crate::stages::{Checkpoint, ProxyBatch, ReadyBatch, Supervisor};
 use crate::stream::{Board, Inlet, Meter, Outlet, Stages, channel};
+use crate::training::Checkpoints;
 use crate::{Error, Result};
 
 /// How the graph runs, beside what it is.
-pub(super) struct Manner {
+pub(super) struct GraphOptions {
     /// One stage after another.
     pub sequential: bool,
     /// When proxies are committed.
-    pub keeping: Keeping,
+    pub commit: CommitPolicy,
     /// Proxies are made together with other processes.
     pub shared: Option<Shared>,
 }
@@ -51,8 +55,8 @@ pub(super) struct Graph {
     first_training_proxy: Arc<AtomicUsize>,
 }
 
-/// What a graph came to.
-pub(super) struct Ended {
+/// What a graph leaves when it has ended.
+pub(super) struct Finished {
     /// By method and step.
     pub evaluated: Vec<Evaluated>,
     /// How many proxies were committed when the first training step ran.
@@ -61,25 +65,30 @@ pub(super) struct Ended {
 
 impl Graph {
     /// Lays the channels and spawns the stages of `topology`.
-    pub fn build(topology: &Topology, prepared: Prepared, manner: Manner) -> Self {
-        let context = &prepared.context;
+    pub fn build(
+        topology: &Topology,
+        context: Arc<Context>,
+        models: Models,
+        options: GraphOptions,
+    ) -> Self {
         let meters: BTreeMap<Stage, Meter> = topology
             .nodes
             .iter()
             .map(|node| {
                 let meter = context.board.meter(node.stage.name(), node.stage.unit());
-                meter.expect(expected(node.stage, context, manner.shared.as_ref()));
+                meter.expect(expected(node.stage, &context, options.shared.as_ref()));
                 (node.stage, meter)
             })
             .collect();
         let mut builder = Builder {
-            wires: Wires::lay(topology, &context.board, &meters, manner.sequential),
+            wires: Wires::lay(topology, &context.board, &meters, options.sequential),
             reporting: meters.get(&Stage::Report).cloned(),
             meters,
             stages: Stages::default(),
             first_training_proxy: Arc::new(AtomicUsize::new(usize::MAX)),
-            prepared,
-            manner,
+            context,
+            models,
+            options,
         };
         for node in &topology.nodes {
             builder.spawn(node.stage);
@@ -94,7 +103,7 @@ impl Graph {
 
     /// Waits for all stages. The first failure stops the others: with `drain`, by asking them to, so that what was made
     /// is committed; else at once.
-    pub async fn join(mut self, context: &Context, drain: bool) -> Result<Ended> {
+    pub async fn join(mut self, context: &Context, drain: bool) -> Result<Finished> {
         let mut evaluated = Vec::new();
         let mut failure: Option<Error> = None;
         loop {
@@ -123,7 +132,7 @@ impl Graph {
         }
         evaluated.sort_by_key(|result: &Evaluated| (result.method, result.step));
         let first = self.first_training_proxy.load(Relaxed);
-        Ok(Ended {
+        Ok(Finished {
             evaluated,
             first_training_proxy: (first != usize::MAX).then_some(first),
         })
@@ -166,11 +175,10 @@ fn expected_samples(context: &Context) -> usize {
     let resolved = &context.resolved;
     let (steps, every) = (resolved.student.training.steps, resolved.evaluation.every);
     let between = (steps - 1).checked_div(every).unwrap_or(0);
-    let from_proxies = resolved.student.source == Source::Proxies;
     let methods = 1
         + between
         + usize::from(resolved.evaluation.untouched)
-        + usize::from(from_proxies)
+        + usize::from(resolved.supervisor.is_some())
         + usize::from(resolved.direct().is_some());
     images * methods
 }
@@ -266,8 +274,9 @@ impl Wires {
 }
 
 struct Builder {
-    prepared: Prepared,
-    manner: Manner,
+    context: Arc<Context>,
+    models: Models,
+    options: GraphOptions,
     wires: Wires,
     meters: BTreeMap<Stage, Meter>,
     stages: Stages,
@@ -280,82 +289,56 @@ impl Builder {
         let Some(meter) = self.meters.get(&stage).cloned() else {
             return;
         };
-        let context = self.prepared.context.clone();
         match stage {
-            Stage::References => {
-                let to = self.wires.references.written_by(stage);
-                let subjects = references(context, meter.clone());
-                self.stages.spawn(&meter, subjects, to);
-            }
+            Stage::References => self.references(&meter),
             Stage::Supervise => self.supervise(&meter),
             Stage::Synthesize => self.synthesize(&meter),
-            Stage::Keep => {
-                let keys = self.prepared.supervisor_keys.clone();
-                let input = self.wires.proxies.read_by(stage);
-                let sequential = self.manner.sequential;
-                let kept = keep(
-                    context,
-                    keys,
-                    input,
-                    meter.clone(),
-                    self.manner.keeping.clone(),
-                )
-                .map_ok(move |mut batch| {
-                    if sequential {
-                        // Batches wait for each other; readers take the pixels from the store.
-                        batch.images = None;
-                    }
-                    batch
-                });
-                let to = self.wires.kept.written_by(stage);
-                self.stages.spawn(&meter, kept, to);
-            }
-            Stage::Tokenize => {
-                let input = self.wires.kept.read_by(stage);
-                let tokenizer = self.prepared.tokenizer.clone();
-                let tokens = tokenize(context, tokenizer, input, meter.clone());
-                let to = self.wires.tokens.written_by(stage);
-                self.stages.spawn(&meter, tokens, to);
-            }
-            Stage::Score => {
-                let input = self.wires.kept.read_by(stage);
-                let scores = score_proxies(context, input, meter.clone());
-                self.stages.spawn(&meter, scores, ());
-            }
-            Stage::Direct => {
-                let settings = &context.resolved.direct;
-                let opening = LearnerOptions {
-                    dropout: settings.dropout,
-                    condition_dropout: settings.condition_dropout,
-                    ..self.prepared.student.clone()
-                };
-                let tuned = Tuned {
-                    method: Method::Direct,
-                    source: settings.source,
-                    settings: settings.training.clone(),
-                };
-                self.tune(&meter, stage, opening, tuned);
-            }
+            Stage::Keep => self.keep(&meter),
+            Stage::Tokenize => self.tokenize(&meter),
+            Stage::Score => self.score(&meter),
+            Stage::Direct => self.baseline(&meter),
             Stage::Train => self.train(&meter),
-            Stage::Evaluate => {
-                let input = self.wires.checkpoints.read_by(stage);
-                let scored = evaluate(context, input, meter.clone());
-                let to = self.wires.evaluations.written_by(stage);
-                self.stages.spawn(&meter, scored, to);
-            }
+            Stage::Evaluate => self.evaluate(&meter),
             // Whoever joins the graph writes it, when all else has ended.
             Stage::Report => {}
         }
     }
 
+    fn references(&mut self, meter: &Meter) {
+        let needs = References {
+            subjects: self.context.subjects.clone(),
+            store: self.context.store.clone(),
+            log: self.context.log(meter),
+        };
+        let to = self.wires.references.written_by(Stage::References);
+        self.stages.spawn(meter, needs.run(), to);
+    }
+
     fn supervise(&mut self, meter: &Meter) {
-        let Some(opening) = self.prepared.supervisor.clone() else {
+        let context = &self.context;
+        let (Some((settings, _, sampling)), Some(open), Some(sampler)) = (
+            context.resolved.teacher(),
+            &self.models.supervisor,
+            &context.supervisor_sampler,
+        ) else {
             return;
         };
-        let context = self.prepared.context.clone();
-        let keys = self.prepared.supervisor_keys.clone();
+        let needs = Supervise {
+            plan: context.plan.clone(),
+            subjects: context.subjects.clone(),
+            settings: settings.clone(),
+            sampling: sampling.clone(),
+            keys: context.sources.clone(),
+            open: open.clone(),
+            sampler: sampler.clone(),
+            given: self.models.given.clone(),
+            store: context.store.clone(),
+            dir: context.dir.clone(),
+            seed: context.resolved.seed,
+            log: context.log(meter),
+        };
         let input = self.wires.references.read_by(Stage::Supervise);
-        let input = match &self.manner.shared {
+        let input = match &self.options.shared {
             None => input,
             // Photos are committed for all subjects, and then taken up in this process's own order.
             Some(Shared { subjects, .. }) => {
@@ -365,54 +348,221 @@ impl Builder {
                     .boxed()
             }
         };
-        let keyed = input.map(move |subject| (subject, keys[subject].clone()));
-        let supervisors = supervise(context, opening, keyed, meter.clone());
         let to = self.wires.supervisors.written_by(Stage::Supervise);
-        self.stages.spawn(meter, supervisors, to);
+        self.stages.spawn(meter, needs.run(input), to);
+    }
+
+    /// The sources of the subjects, as soon as they can make images.
+    fn sources(&mut self) -> BoxStream<'static, ReadySource> {
+        if let Some(source) = self.context.source.clone() {
+            let subjects = self.wires.references.read_by(Stage::Synthesize);
+            let ready = move |subject| ReadySource {
+                subject,
+                images: source.clone(),
+                adapter: None,
+            };
+            return subjects.map(ready).boxed();
+        }
+        let supervisors = self.wires.supervisors.read_by(Stage::Synthesize);
+        let (Some(sampler), Some((_, _, sampling))) = (
+            self.context.supervisor_sampler.clone(),
+            self.context.resolved.teacher(),
+        ) else {
+            return stream::empty().boxed();
+        };
+        let sampling = sampling.clone();
+        let foreseen = Arc::new(self.sampled_prompts(&sampling.negative_prompt));
+        let ready = move |supervisor: Supervisor| ReadySource {
+            subject: supervisor.subject,
+            adapter: Some(supervisor.adapter.clone()),
+            images: Arc::new(SupervisorSource {
+                key: supervisor.key,
+                sampler: sampler.clone(),
+                adapter: supervisor.adapter,
+                sampling: sampling.clone(),
+                foreseen: foreseen.clone(),
+            }),
+        };
+        supervisors.map(ready).boxed()
+    }
+
+    /// Every prompt that a supervisor's model will be asked for: by proxies, and where it is evaluated.
+    fn sampled_prompts(&self, negative: &str) -> Vec<String> {
+        let plan = &self.context.plan;
+        let proxies = plan.proxies().iter().map(|proxy| &proxy.prompt);
+        let evaluated = plan.evaluation().images.iter().map(|image| &image.prompt);
+        let mut distinct = BTreeSet::from([negative]);
+        distinct.extend(proxies.chain(evaluated).map(String::as_str));
+        distinct.into_iter().map(String::from).collect()
     }
 
     fn synthesize(&mut self, meter: &Meter) {
-        let context = self.prepared.context.clone();
-        let input = self.wires.supervisors.read_by(Stage::Synthesize);
+        let input = self.sources();
         let to = self.wires.proxies.written_by(Stage::Synthesize);
-        match self.manner.shared.take() {
-            Some(Shared { work, .. }) => {
-                let made = generate(context, work, input, meter.clone());
-                self.stages.spawn(meter, made, to);
-            }
-            None => {
-                let evaluated = self.wires.checkpoints.written_by(Stage::Synthesize);
-                let made = synthesize(context, input, evaluated, meter.clone());
-                self.stages.spawn(meter, made, to);
-            }
+        let context = &self.context;
+        if let Some(Shared { work, .. }) = self.options.shared.take() {
+            let needs = Generate {
+                subjects: context.subjects.clone(),
+                work,
+                log: context.log(meter),
+            };
+            return self.stages.spawn(meter, needs.run(input), to);
         }
+        let Some(keys) = context.proxy_keys.clone() else {
+            return;
+        };
+        let steps = context.resolved.supervisor.as_ref();
+        let steps = steps.map(|supervisor| supervisor.steps());
+        let needs = Synthesize {
+            subjects: context.subjects.clone(),
+            keys,
+            store: context.store.clone(),
+            supervisor: context.supervisor_sampler.clone().zip(steps),
+            log: context.log(meter),
+        };
+        let evaluated = self.wires.checkpoints.written_by(Stage::Synthesize);
+        self.stages.spawn(meter, needs.run(input, evaluated), to);
+    }
+
+    fn keep(&mut self, meter: &Meter) {
+        let needs = Keep {
+            plan: self.context.plan.clone(),
+            subjects: self.context.subjects.clone(),
+            sources: self.context.sources.clone(),
+            store: self.context.store.clone(),
+            policy: self.options.commit.clone(),
+            log: self.context.log(meter),
+        };
+        let sequential = self.options.sequential;
+        let kept = needs.run(self.wires.proxies.read_by(Stage::Keep));
+        let kept = kept.map_ok(move |mut batch| {
+            if sequential {
+                // Batches wait for each other; readers take the pixels from the store.
+                batch.made = None;
+            }
+            batch
+        });
+        let to = self.wires.kept.written_by(Stage::Keep);
+        self.stages.spawn(meter, kept, to);
+    }
+
+    fn tokenize(&mut self, meter: &Meter) {
+        let needs = Tokenize {
+            store: self.context.store.clone(),
+            tokenizer: self.context.tokenizer.clone(),
+            open: self.models.tokenizer.clone(),
+            log: self.context.log(meter),
+        };
+        let tokens = needs.run(self.wires.kept.read_by(Stage::Tokenize));
+        let to = self.wires.tokens.written_by(Stage::Tokenize);
+        self.stages.spawn(meter, tokens, to);
+    }
+
+    fn score(&mut self, meter: &Meter) {
+        let proxies = self.context.resolved.proxies.as_ref();
+        let needs = ScoreProxies {
+            plan: self.context.plan.clone(),
+            prompts: proxies.map_or_else(Vec::new, |proxies| proxies.prompts.clone()),
+            scorer: self.context.scorer(),
+            log: self.context.log(meter),
+        };
+        let scores = needs.run(self.wires.kept.read_by(Stage::Score));
+        self.stages.spawn(meter, scores, ());
+    }
+
+    fn baseline(&mut self, meter: &Meter) {
+        let context = &self.context;
+        let settings = &context.resolved.direct;
+        let baseline = BaselineSettings {
+            open: self.models.baseline.clone(),
+            training: settings.training.clone(),
+            sampling: context.resolved.student.sampling.clone(),
+            checkpoints: Checkpoints::new(
+                context.dir.join("checkpoints/direct"),
+                format!("direct {}", context.student_identity),
+            ),
+            dir: context.dir.clone(),
+        };
+        let augmented = settings.source == Source::Augmented;
+        self.tune(meter, Stage::Direct, Tuned::Baseline(baseline), augmented);
     }
 
     fn train(&mut self, meter: &Meter) {
-        let context = self.prepared.context.clone();
-        let student = &context.resolved.student;
-        let opening = self.prepared.student.clone();
-        if student.source != Source::Proxies {
-            let tuned = Tuned {
-                method: Method::Student,
-                source: student.source,
-                settings: student.training.clone(),
-            };
-            return self.tune(meter, Stage::Train, opening, tuned);
+        let student = self.student();
+        let context = &self.context;
+        let source = context.resolved.student.source;
+        if !source.makes_proxies() {
+            let augmented = source == Source::Augmented;
+            return self.tune(meter, Stage::Train, Tuned::Student(student), augmented);
         }
-        let input = self.wires.tokens.read_by(Stage::Train);
-        let first = self.first_training_proxy.clone();
-        let learning = train(context.clone(), opening, input, first, meter.clone());
+        let needs = Train {
+            plan: context.plan.clone(),
+            subjects: context.subjects.len(),
+            student,
+            store: context.store.clone(),
+            tokenizer: context.tokenizer.clone(),
+            first_training_proxy: self.first_training_proxy.clone(),
+            seed: context.resolved.seed,
+            log: context.log(meter),
+        };
+        let learning = needs.run(self.wires.tokens.read_by(Stage::Train));
         let to = self.wires.checkpoints.written_by(Stage::Train);
         self.stages.spawn(meter, learning, to);
     }
 
+    fn student(&self) -> StudentSettings {
+        let context = &self.context;
+        let (student, evaluation) = (&context.resolved.student, &context.resolved.evaluation);
+        StudentSettings {
+            open: self.models.student.clone(),
+            training: student.training.clone(),
+            sampling: student.sampling.clone(),
+            init: student.init.clone().map(|dir| InitialAdapter {
+                dir,
+                digest: student.init_digest.clone(),
+            }),
+            evaluate_every: evaluation.every,
+            untouched: evaluation.untouched,
+            checkpoints: checkpoints(&context.dir, student.source, &context.student_identity),
+            dir: context.dir.clone(),
+        }
+    }
+
     /// Spawns a stage that learns from the references alone.
-    fn tune(&mut self, meter: &Meter, stage: Stage, opening: LearnerOptions, tuned: Tuned) {
-        let input = self.wires.references.read_by(stage);
-        let context = self.prepared.context.clone();
-        let learning = direct(context, opening, tuned, input, meter.clone());
+    fn tune(&mut self, meter: &Meter, stage: Stage, tuned: Tuned, augmented: bool) {
+        let needs = Direct {
+            plan: self.context.plan.clone(),
+            subjects: self.context.subjects.clone(),
+            tuned,
+            augmented,
+            seed: self.context.resolved.seed,
+            log: self.context.log(meter),
+        };
+        let learning = needs.run(self.wires.references.read_by(stage));
         let to = self.wires.checkpoints.written_by(stage);
         self.stages.spawn(meter, learning, to);
     }
+
+    fn evaluate(&mut self, meter: &Meter) {
+        let context = &self.context;
+        let teacher = context.resolved.teacher();
+        let sampling = teacher.map(|(_, _, sampling)| Sampling::Diffusion(sampling.clone()));
+        let supervisor = context.supervisor_sampler.clone().zip(sampling);
+        let needs = Evaluate {
+            plan: context.plan.clone(),
+            student: Sampler {
+                model: context.student_sampler.clone(),
+                sampling: context.resolved.student.sampling.clone(),
+            },
+            supervisor: supervisor.map(|(model, sampling)| Sampler { model, sampling }),
+            scorer: context.scorer(),
+            log: context.log(meter),
+        };
+        let scored = needs.run(self.wires.checkpoints.read_by(Stage::Evaluate));
+        let to = self.wires.evaluations.written_by(Stage::Evaluate);
+        self.stages.spawn(meter, scored, to);
+    }
 }
+
+#[cfg(test)]
+mod tests;

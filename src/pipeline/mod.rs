@@ -1,6 +1,7 @@
 //! A run: [`topology`] pictures it, `prepare` finds out what the plan needs, `graph` builds the stages and the channels
 //! between them, and nobody else spawns anything.
 
+mod context;
 mod extend;
 mod generate;
 mod graph;
@@ -10,24 +11,27 @@ mod run_dir;
 pub mod topology;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
 
+use self::context::Context;
 pub use self::generate::{Generated, Generation, generate};
-use self::graph::{Ended, Graph, Manner};
+use self::graph::{Finished, Graph, GraphOptions};
 pub use self::preflight::{Obstacle, Preflight, preflight};
 pub use self::prepare::Purpose;
 pub use self::prepare::{device, evaluations, opening_for, sampler_opening, use_threads};
 pub use self::run_dir::RunDir;
-pub(crate) use self::run_dir::{RESOLVED, ending_in, lock};
+pub(crate) use self::run_dir::{RESOLVED, lock, summary_in};
 use self::topology::Topology;
 use crate::config::{Document, Resolved};
 use crate::console;
 use crate::evaluation::report::Report;
-use crate::stages::Context;
-use crate::stages::keep::Keeping;
-use crate::stages::report::{self, Ending};
+use crate::stages::keep::CommitPolicy;
+use crate::stages::report::{self, RunSummary};
+use crate::stages::source::ImageSource;
+use crate::store::RunStatus;
 use crate::stream::{Progress, Stop};
 use crate::training::clear_due;
 use crate::{Error, Result, files};
@@ -84,7 +88,7 @@ impl Options {
     }
 }
 
-/// What a run came to.
+/// The results of a run.
 #[derive(Debug)]
 pub struct Outcome {
     /// The run's directory.
@@ -92,7 +96,7 @@ pub struct Outcome {
     /// The link beside it that leads to the newest run of the pipeline file, where there can be one.
     pub latest: Option<PathBuf>,
     pub report: Report,
-    pub ending: Ending,
+    pub summary: RunSummary,
 }
 
 /// Runs a pipeline to its end, or continues it.
@@ -101,86 +105,120 @@ pub struct Outcome {
 /// [`Error::Interrupted`] when `stop` was requested: everything is committed and the same call continues. Otherwise
 /// the first failure of any stage.
 pub fn run<'a>(options: &'a Options, stop: Stop) -> BoxFuture<'a, Result<Outcome>> {
-    Box::pin(async move {
-        let start = Instant::now();
-        let resolved_text = options.resolved.to_toml()?;
-        let ready = prepare::ready(options, Purpose::Run).await?;
-        let dir = RunDir::open(
-            &options.out,
-            &options.pipeline,
-            &options.text,
-            &resolved_text,
-            options.new,
-        )?;
-        if options.progress {
-            announce(&dir);
-        }
-        let prepared = prepare::prepare(options, Purpose::Run, &dir, ready, stop).await?;
-        let context = prepared.context.clone();
-        if !options.new
-            && let Some(said) = extend::go_on(&context, &prepared.origin, &dir)?
-        {
-            tracing::info!("{}: {said}", dir.id());
-        }
-        let progress = options
-            .progress
-            .then(|| Progress::show(context.board.clone()));
-        prepare::note_status(&context, options, "started").await?;
-        let topology = Topology::of_run(&options.resolved);
-        let manner = Manner {
-            sequential: options.sequential,
-            keeping: Keeping::at_once(),
-            shared: None,
-        };
-        let graph = Graph::build(&topology, prepared, manner);
-        let result = tokio::select! {
-            ended = graph.join(&context, false) => ended,
-            never = link_once_it_shows(&dir) => match never {},
-        };
-        let latest = dir.has_shown().then(|| dir.link()).flatten();
-        if let Some(progress) = progress {
-            progress.finish();
-        }
-        // What was recorded before a failure stays: a resumed run records the same again, which is harmless.
-        let flushed = context.metrics.flush().await;
-        let Ended {
-            evaluated,
-            first_training_proxy,
-        } = match result {
-            Ok(ended) => ended,
-            Err(error) => return Err(failed(&context, options, error, flushed).await),
-        };
-        flushed?;
-        if context.stop.requested() {
-            prepare::note_status(&context, options, "interrupted").await?;
-            return Err(Error::Interrupted);
-        }
-        let ending = Ending {
-            stages: context.board.report(),
-            wall_seconds: start.elapsed().as_secs_f64(),
-            first_training_proxy: first_training_proxy
-                .map(|first| (first, context.plan.proxies().len())),
-            warnings: context.warnings.all(),
-            evaluated: report::with_earlier(&context, evaluated, dir.ending()).await?,
-            protocol: prepare::protocol(&context).await?,
-        };
-        let report = report::write(&context, &ending).await?;
-        prepare::note_status(&context, options, "complete").await?;
-        let summary = serde_json::to_value(&ending).map_err(|e| Error::Invalid {
-            what: format!("the ending as JSON: {e}"),
-            hint: None,
-        })?;
-        dir.complete(&summary)?;
-        for (_, place) in files::list(&dir.join("checkpoints"))? {
-            clear_due(&place)?;
-        }
-        Ok(Outcome {
-            dir: dir.path().to_path_buf(),
-            latest,
-            report,
-            ending,
-        })
+    Box::pin(run_graph(options, None, stop))
+}
+
+/// Runs a pipeline whose student learns from `source` (`student.source = "custom"`), or continues it: what [`run`] does,
+/// with the program's own images in place of supervisors' proxies. They become rows of the store, tokens, scores and
+/// training steps as proxies do, while they are made.
+///
+/// # Errors
+/// Those of [`run`], and of the source.
+pub fn run_with_source<'a>(
+    options: &'a Options,
+    source: Arc<dyn ImageSource>,
+    stop: Stop,
+) -> BoxFuture<'a, Result<Outcome>> {
+    Box::pin(run_graph(options, Some(source), stop))
+}
+
+async fn run_graph(
+    options: &Options,
+    source: Option<Arc<dyn ImageSource>>,
+    stop: Stop,
+) -> Result<Outcome> {
+    let start = Instant::now();
+    let resolved_text = options.resolved.to_toml()?;
+    let ready = prepare::ready(options, Purpose::Run, source.is_some()).await?;
+    let dir = RunDir::open(
+        &options.out,
+        &options.pipeline,
+        &options.text,
+        &resolved_text,
+        options.new,
+    )?;
+    if options.progress {
+        announce(&dir);
+    }
+    let prepared = prepare::prepare(options, Purpose::Run, &dir, ready, source, stop).await?;
+    let context = prepared.context.clone();
+    if !options.new
+        && let Some(said) = extend::go_on(&context, &prepared.origin, &dir)?
+    {
+        tracing::info!("{}: {said}", dir.id());
+    }
+    let progress = options
+        .progress
+        .then(|| Progress::show(context.board.clone()));
+    prepare::note_status(&context, options, RunStatus::Started).await?;
+    let topology = Topology::of_run(&options.resolved);
+    let how = GraphOptions {
+        sequential: options.sequential,
+        commit: CommitPolicy::at_once(),
+        shared: None,
+    };
+    let graph = Graph::build(&topology, context.clone(), prepared.models, how);
+    let result = tokio::select! {
+        ended = graph.join(&context, false) => ended,
+        never = link_once_it_shows(&dir) => match never {},
+    };
+    let latest = dir.has_shown().then(|| dir.link()).flatten();
+    if let Some(progress) = progress {
+        progress.finish();
+    }
+    // What was recorded before a failure stays: a resumed run records the same again, which is harmless.
+    let flushed = context.metrics.flush().await;
+    let finished = match result {
+        Ok(finished) => finished,
+        Err(error) => return Err(failed(&context, options, error, flushed).await),
+    };
+    flushed?;
+    if context.stop.requested() {
+        prepare::note_status(&context, options, RunStatus::Interrupted).await?;
+        return Err(Error::Interrupted);
+    }
+    let (summary, report) = conclude(&context, options, &dir, finished, start).await?;
+    Ok(Outcome {
+        dir: dir.path().to_path_buf(),
+        latest,
+        report,
+        summary,
     })
+}
+
+/// Writes the report of a run that has ended well, and notes that it has.
+async fn conclude(
+    context: &Context,
+    options: &Options,
+    dir: &RunDir,
+    finished: Finished,
+    start: Instant,
+) -> Result<(RunSummary, Report)> {
+    let Finished {
+        evaluated,
+        first_training_proxy,
+    } = finished;
+    let needs = context.report();
+    let summary = RunSummary {
+        stages: context.board.report(),
+        wall_seconds: start.elapsed().as_secs_f64(),
+        first_training_proxy: first_training_proxy
+            .map(|first| (first, context.plan.proxies().len())),
+        warnings: context.warnings.all(),
+        evaluated: report::with_earlier(&needs, evaluated, dir.earlier_summary()).await?,
+        protocol: prepare::protocol(context).await?,
+    };
+    let report = report::write(&needs, &summary).await?;
+    prepare::note_status(context, options, RunStatus::Complete).await?;
+    let value = serde_json::to_value(&summary).map_err(|e| Error::Invalid {
+        what: format!("the summary as JSON: {e}"),
+        hint: None,
+    })?;
+    dir.complete(&value)?;
+    for (_, place) in files::list(&dir.join("checkpoints"))? {
+        clear_due(&place)?;
+    }
+    Ok((summary, report))
 }
 
 /// Between two looks at whether a run has made anything.
@@ -199,7 +237,7 @@ async fn link_once_it_shows(dir: &RunDir) -> std::convert::Infallible {
 /// Notes that the run has failed, and gives the `error` that it failed with: what else goes wrong then is said, too, but
 /// does not hide it.
 async fn failed(context: &Context, options: &Options, error: Error, flushed: Result<()>) -> Error {
-    let noted = prepare::note_status(context, options, "failed").await;
+    let noted = prepare::note_status(context, options, RunStatus::Failed).await;
     for second in [flushed, noted].into_iter().filter_map(Result::err) {
         tracing::error!("after a failure: {second}");
     }
@@ -217,7 +255,7 @@ pub fn report_again<'a>(
     Box::pin(async move {
         let run = RunDir::existing(dir)?;
         let (text, resolved) = run.texts()?;
-        let ending: Ending = serde_json::from_str(&run.summary()?).map_err(|e| {
+        let summary: RunSummary = serde_json::from_str(&run.summary_text()?).map_err(|e| {
             Error::invalid(
                 format!("{}: complete.json: {e}", dir.display()),
                 "run the pipeline again to renew it",
@@ -236,9 +274,16 @@ pub fn report_again<'a>(
             progress: false,
         };
         let ready = prepare::photos(&options).await?;
-        let prepared =
-            prepare::prepare(&options, Purpose::Report, &run, ready, Stop::default()).await?;
-        report::write(&prepared.context, &ending).await
+        let prepared = prepare::prepare(
+            &options,
+            Purpose::Report,
+            &run,
+            ready,
+            None,
+            Stop::default(),
+        )
+        .await?;
+        report::write(&prepared.context.report(), &summary).await
     })
 }
 

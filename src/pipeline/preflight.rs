@@ -10,14 +10,14 @@ use std::sync::Arc;
 use super::Options;
 use super::prepare::{Purpose, device};
 use crate::config::limits::NAME_BYTES;
-use crate::config::{Family, Resolved, Training, Tuning, prompts};
+use crate::config::{Family, Resolved, Source, Training, Tuning, prompts};
 use crate::evaluation::embedders;
 use crate::models::adapters::check_start;
 use crate::models::lora_file::LoraFile;
 use crate::models::reading::{Prompt, TextReader, clip_reader, unread};
 use crate::models::{self as architectures, architecture, known, locate};
 use crate::nn::LoraConfig;
-use crate::stages::{Subject, direct, references};
+use crate::stages::{Subject, Warning, direct, references};
 use crate::training::tuning;
 use crate::{Error, Result};
 
@@ -68,7 +68,7 @@ pub struct Preflight {
     /// Models among those that can be downloaded.
     pub downloads: Vec<String>,
     /// What does not stop a run.
-    pub warnings: Vec<String>,
+    pub warnings: Vec<Warning>,
 }
 
 impl Preflight {
@@ -98,7 +98,7 @@ impl Preflight {
         result.map_err(|error| self.fault(field, &error)).ok()
     }
 
-    fn warn(&mut self, warnings: impl IntoIterator<Item = String>) {
+    fn warn(&mut self, warnings: impl IntoIterator<Item = Warning>) {
         for warning in warnings {
             if !self.warnings.contains(&warning) {
                 self.warnings.push(warning);
@@ -109,9 +109,27 @@ impl Preflight {
 
 /// Looks at everything that a run of `options` needs. Blocks: photos are read, models are not.
 pub fn preflight(options: &Options, purpose: Purpose) -> Preflight {
+    preflight_with(options, purpose, false)
+}
+
+/// The same, where the program brings a source of images if `has_source`.
+pub(super) fn preflight_with(options: &Options, purpose: Purpose, has_source: bool) -> Preflight {
     let mut found = Preflight::default();
     let resolved = &options.resolved;
     check_name(&options.pipeline, &mut found);
+    match (resolved.student.source == Source::Custom, has_source) {
+        (true, false) => found.faults.push(Obstacle::new(
+            &["student", "source"],
+            "a program brings the images of a custom source, and this one brings none",
+            "write one as examples/custom_source.rs does, or set student.source = \"proxies\"",
+        )),
+        (false, true) => found.faults.push(Obstacle::new(
+            &["student", "source"],
+            "the student does not learn from the source that the program brings",
+            "set student.source = \"custom\"",
+        )),
+        (true, true) | (false, false) => {}
+    }
     let places = [
         ("--store", options.store.as_ref()),
         ("--out", Some(&options.out)),
@@ -124,8 +142,7 @@ pub fn preflight(options: &Options, purpose: Purpose) -> Preflight {
     read_photos(resolved, &mut found);
     let wanted = Wanted::of(resolved, &found.subjects, purpose);
     let learns_tokens = purpose != Purpose::Proxies { tokens: false };
-    let teacher = resolved.teacher().map(|(supervisor, _)| supervisor);
-    if let Some(supervisor) = teacher {
+    if let Some(supervisor) = &resolved.supervisor {
         let role = Role {
             name: "supervisor",
             model: &supervisor.model,
@@ -364,7 +381,7 @@ fn look_at_prompts(
 ) {
     let unread = unread(model, readers, prompts);
     if let Some(unread) = found.take(&[role, "model"], unread) {
-        found.warn(unread.warnings);
+        found.warn(unread.warnings.into_iter().map(Warning::Other));
         for fault in &unread.faults {
             found.fault(&[role], fault);
         }
@@ -410,28 +427,30 @@ impl Wanted {
         if resolved.teacher().is_some() {
             wanted.supervisor.extend(captions());
         }
-        let is_direct = resolved.teacher().is_none() || resolved.direct().is_some();
+        let is_direct = !resolved.student.source.makes_proxies() || resolved.direct().is_some();
         if is_direct && purpose == Purpose::Run {
             wanted.student.extend(captions());
         }
         for subject in &resolved.subjects {
             let (token, class) = (&subject.token, &subject.class);
             let of = |template: &String| Prompt::of(template, token, class);
-            if let Some((supervisor, proxies)) = resolved.teacher() {
+            if let Some((supervisor, proxies, sampling)) = resolved.teacher() {
                 wanted.supervisor.push(of(&supervisor.prompt));
                 wanted.supervisor.extend(proxies.prompts.iter().map(of));
-                wanted.student.extend(proxies.prompts.iter().map(of));
-                let negative = proxies.sampling.negative_prompt.as_str();
+                let negative = sampling.negative_prompt.as_str();
                 wanted.supervisor.push(negative.into());
                 if let Some(prior) = &supervisor.prior_preservation {
                     let prompt = prompts::fill_without_token(&prior.prompt, class);
                     wanted.supervisor.push(prompt.as_str().into());
                 }
             }
+            if let Some(proxies) = &resolved.proxies {
+                wanted.student.extend(proxies.prompts.iter().map(of));
+            }
             if purpose != Purpose::Run {
                 continue;
             }
-            if resolved.teacher().is_none() || resolved.direct().is_some() {
+            if !resolved.student.source.makes_proxies() || resolved.direct().is_some() {
                 wanted.student.push(of(&direct::PROMPT.to_string()));
             }
             if let crate::config::Sampling::Diffusion(sampling) = &resolved.student.sampling {

@@ -1,25 +1,34 @@
 //! What must be known before anything starts: the photos, the plan, and the digests that work is addressed by.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::preflight::{Preflight, preflight};
+use super::context::Context;
+use super::preflight::{Preflight, preflight_with};
 use super::{Options, RunDir};
 use crate::config::{Device, Dtype, Memory, Resolved, Student, Supervisor};
-use crate::evaluation::embed::{Evaluator, ImageEmbedder};
+use crate::evaluation::embed::{Evaluator, ImageScorer};
 use crate::evaluation::embedders::{ClipEmbedder, DinoEmbedder};
 use crate::models::adapters::CHECKPOINT_WEIGHTS;
 use crate::models::limits::read_config;
 use crate::models::lora_file::LoraFile;
 use crate::models::{LearnerOptions, Tuning, architecture, clip, locate, vit};
+use crate::nn::Factors;
 use crate::plan::{
     Plan, Versions, captioned_photos_digest, checkpoint_digest, derive_seed, evaluators_key,
-    student_key, supervisor_keys, tokens_key,
+    source_key, student_key, supervisor_keys, tokens_key,
 };
+use crate::stages::source::ImageSource;
 use crate::stages::supervise::key_in;
 use crate::stages::tokenize::{OpenTokenizer, Resizing};
-use crate::stages::{Context, Lazy, LazyEvaluator, TokenizerIdentity, Warnings, references};
-use crate::store::{EvaluationRow, Limits, MetricRow, RunRow, Store, Table, Writer, now_us};
+use crate::stages::{
+    LazyEvaluator, LazyLearner, OpenLearner, ProxyKeys, Subject, TokenizerIdentity, Warnings,
+    opener, references,
+};
+use crate::store::{
+    EvaluationRow, Limits, MetricRow, RunRow, RunStatus, Store, Table, Writer, now_us,
+};
 use crate::stream::{Board, Meter, Stop, blocking};
 use crate::training::tuning;
 use crate::{Error, Result};
@@ -28,14 +37,20 @@ use futures::future::BoxFuture;
 /// Everything from which the graph is built.
 pub(super) struct Prepared {
     pub context: Arc<Context>,
-    /// How the student is opened for training.
-    pub student: LearnerOptions,
-    /// How supervisors are; `None` without proxies.
-    pub supervisor: Option<LearnerOptions>,
-    /// One key for each subject; empty without proxies.
-    pub supervisor_keys: Vec<String>,
-    pub tokenizer: Arc<OpenTokenizer>,
+    pub models: Models,
     pub origin: StudentOrigin,
+}
+
+/// How the models are opened that learn or tokenize; those that draw are in the context.
+pub(super) struct Models {
+    pub student: OpenLearner,
+    /// The student's model, as the baseline trains it.
+    pub baseline: OpenLearner,
+    /// `None` without supervisors.
+    pub supervisor: Option<OpenLearner>,
+    /// The adapter that is the supervisor of every subject, where one is given.
+    pub given: Option<Arc<BTreeMap<String, Factors>>>,
+    pub tokenizer: Arc<OpenTokenizer>,
 }
 
 /// What a student depends on beside the plan.
@@ -123,6 +138,7 @@ pub(super) async fn prepare(
     purpose: Purpose,
     run: &RunDir,
     ready: Preflight,
+    source: Option<Arc<dyn ImageSource>>,
     stop: Stop,
 ) -> Result<Prepared> {
     let resolved = &options.resolved;
@@ -180,20 +196,24 @@ pub(super) async fn prepare(
     let (evaluator, student_base, supervisor_base, tokenizer, identity) = reading.await?;
     let supervisor_base = supervisor_base.unwrap_or_default();
     let mut known = Vec::new();
-    if let Some((settings, proxies)) = resolved.teacher() {
+    if let Some((settings, _, sampling)) = resolved.teacher() {
         for (subject, loaded) in resolved.subjects.iter().zip(&subjects) {
             known.push(supervisor_keys(
                 &captioned_photos_digest(&loaded.digests, &loaded.captions),
                 &supervisor_base,
                 subject,
                 settings,
-                &proxies.sampling,
+                sampling,
                 resolved.seed,
             ));
         }
+    } else if let Some(source) = &source {
+        let key = |subject: &Arc<Subject>| source_key(&source.key(subject));
+        let keys = subjects.iter().map(key);
+        known.extend(keys.map(|key| Versions::new(key, Vec::new())));
     }
     let in_store = |keys: &Versions<String>| key_in(store.path(), keys).clone();
-    let supervisors: Vec<String> = known.iter().map(in_store).collect();
+    let sources: Vec<String> = known.iter().map(in_store).collect();
     let identity = identity.filter(|_| purpose != Purpose::Proxies { tokens: false });
     let photos: Vec<String> = subjects
         .iter()
@@ -215,37 +235,63 @@ pub(super) async fn prepare(
         rows: 1024,
         ..Limits::default()
     };
+    let (plan, subjects) = (Arc::new(plan), Arc::new(subjects));
+    let proxy_keys = resolved.proxies.as_ref().map(|proxies| ProxyKeys {
+        plan: plan.clone(),
+        sources: known,
+        sampling: proxies.sampling.clone(),
+    });
+    let supervisor_sampler = supervisor
+        .clone()
+        .map(|opening| LazyLearner::of_checkpoint("supervisor sampler", opening, &supervisor_base));
+    let student_sampler = LazyLearner::of_checkpoint(
+        "student sampler",
+        sampler_opening(resolved, &student),
+        &student_base,
+    );
     let context = Context {
         run: run.id().to_string(),
         dir: run.path().to_path_buf(),
         student_identity: origin.identity(&plan),
-        supervisors: supervisors.clone(),
-        supervisor_keys: known,
-        metrics: Writer::<MetricRow>::with_limits(metrics, frequent),
+        sources,
+        proxy_keys,
+        metrics: Arc::new(Writer::<MetricRow>::with_limits(metrics, frequent)),
         board: Board::default(),
         stop,
-        painter: supervisor
-            .as_ref()
-            .map(|opening| Lazy::new("painter", opening.clone(), &supervisor_base)),
-        sampler: Lazy::new(
-            "sampler",
-            sampler_opening(resolved, &student),
-            &student_base,
-        ),
+        source,
+        supervisor_sampler,
+        student_sampler,
         evaluator,
         tokenizer: identity,
         warnings,
-        resolved: resolved.clone(),
+        resolved: Arc::new(resolved.clone()),
         plan,
         subjects,
-        store,
+        store: Arc::new(store),
     };
+    let direct = &resolved.direct;
+    let baseline = LearnerOptions {
+        tuning: tuning(&direct.training),
+        memory: direct.training.memory,
+        dropout: direct.dropout,
+        condition_dropout: direct.condition_dropout,
+        ..student.clone()
+    };
+    let given = supervisor
+        .as_ref()
+        .and_then(|opening| match &opening.tuning {
+            Tuning::Given(layers) => Some(layers.clone()),
+            Tuning::Lora(_) | Tuning::Full | Tuning::Frozen => None,
+        });
     Ok(Prepared {
         context: Arc::new(context),
-        student,
-        supervisor,
-        supervisor_keys: supervisors,
-        tokenizer,
+        models: Models {
+            student: opener(student),
+            baseline: opener(baseline),
+            supervisor: supervisor.map(opener),
+            given,
+            tokenizer,
+        },
         origin,
     })
 }
@@ -254,11 +300,15 @@ pub(super) async fn prepare(
 ///
 /// # Errors
 /// With everything that does.
-pub(super) async fn ready(options: &Options, purpose: Purpose) -> Result<Preflight> {
+pub(super) async fn ready(
+    options: &Options,
+    purpose: Purpose,
+    has_source: bool,
+) -> Result<Preflight> {
     use_threads(options.resolved.threads);
     let options = options.clone();
     blocking("looking at what is needed", move || {
-        preflight(&options, purpose).ready()
+        preflight_with(&options, purpose, has_source).ready()
     })
     .await
 }
@@ -390,11 +440,11 @@ fn evaluator(resolved: &Resolved) -> Result<LazyEvaluator> {
     let dino_config = vit::Config::read(&dino_dir)?;
     let digest = evaluators_key(&clip_dir, &dino_dir)?;
     let on = device(evaluation.device)?;
-    let build = move || {
-        Ok(Evaluator {
+    let build = move || -> Result<Box<dyn ImageScorer>> {
+        Ok(Box::new(Evaluator {
             clip: ClipEmbedder::load(&clip_dir, &on)?,
             dino: DinoEmbedder::load(&dino_dir, &on)?,
-        })
+        }))
     };
     Ok(LazyEvaluator::new(
         build,
@@ -433,7 +483,11 @@ pub fn evaluations<'a>(
 }
 
 /// Notes in the store where the run stands.
-pub(super) async fn note_status(context: &Context, options: &Options, status: &str) -> Result<()> {
+pub(super) async fn note_status(
+    context: &Context,
+    options: &Options,
+    status: RunStatus,
+) -> Result<()> {
     let versions = serde_json::json!({
         "proxytune": env!("CARGO_PKG_VERSION"),
         "evaluators": context.evaluator.digest,
@@ -445,7 +499,7 @@ pub(super) async fn note_status(context: &Context, options: &Options, status: &s
         resolved: context.resolved.to_toml()?,
         plan_digest: context.plan.digest().to_string(),
         versions: versions.to_string(),
-        status: status.to_string(),
+        status,
         event_us: now_us(),
     };
     context.store.runs().await?.append(&[row]).await?;
@@ -460,12 +514,7 @@ pub(super) async fn protocol(context: &Context) -> Result<Vec<String>> {
         .evaluator
         .get()
         .await?
-        .call(&meter, |evaluator| {
-            Ok(vec![
-                evaluator.clip.description(),
-                evaluator.dino.description(),
-            ])
-        })
+        .call(&meter, |evaluator| Ok(evaluator.protocol()))
         .await
 }
 

@@ -1,4 +1,4 @@
-//! A run's own directory: what was asked for, what it came to, and the lock that keeps two processes apart.
+//! A run's own directory: what was asked for, its results, and the lock that keeps two processes apart.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::config::Document;
-use crate::stages::report::Ending;
+use crate::stages::report::RunSummary;
 use crate::store::{Store, StoreRef};
 use crate::{Error, Result, files};
 
@@ -216,14 +216,14 @@ impl RunDir {
     }
 
     /// The summary of a run that has ended well.
-    pub fn summary(&self) -> Result<String> {
-        summary_in(&self.path)?.ok_or_else(|| not_ended(&self.path))
+    pub fn summary_text(&self) -> Result<String> {
+        summary_text_in(&self.path)?.ok_or_else(|| not_ended(&self.path))
     }
 
-    /// What the run came to when it last ended well; `None` when it has not, or a version with another layout of the
+    /// The results of the run when it last ended well; `None` when it has not, or a version with another layout of the
     /// summary noted it.
-    pub fn ending(&self) -> Option<Ending> {
-        serde_json::from_str(&summary_in(&self.path).ok()??).ok()
+    pub fn earlier_summary(&self) -> Option<RunSummary> {
+        serde_json::from_str(&summary_text_in(&self.path).ok()??).ok()
     }
 
     /// The run's name: the directory's last part, and what rows of the store call it.
@@ -257,7 +257,7 @@ impl RunDir {
 
 /// The summary of the run in `dir`, if it has ended well. It lists every sample: [`files::LISTS`] is room for half a
 /// million.
-fn summary_in(dir: &Path) -> Result<Option<String>> {
+fn summary_text_in(dir: &Path) -> Result<Option<String>> {
     files::read_text_if_there(&dir.join(COMPLETE), files::LISTS)
 }
 
@@ -268,12 +268,12 @@ fn not_ended(dir: &Path) -> Error {
     )
 }
 
-/// What the run in `dir` came to.
+/// The results of the run in `dir`.
 ///
 /// # Errors
 /// When it has not run to its end, or the summary is another version's.
-pub(crate) fn ending_in(dir: &Path) -> Result<Ending> {
-    let summary = summary_in(dir)?.ok_or_else(|| not_ended(dir))?;
+pub(crate) fn summary_in(dir: &Path) -> Result<RunSummary> {
+    let summary = summary_text_in(dir)?.ok_or_else(|| not_ended(dir))?;
     serde_json::from_str(&summary).map_err(|e| Error::Checkpoint {
         path: dir.join(COMPLETE),
         faults: vec![e.to_string()],
@@ -294,7 +294,7 @@ const PATIENCE: Duration = Duration::from_secs(3);
 /// another process has it.
 pub(crate) fn lock(path: &Path, busy: impl FnOnce() -> Error) -> Result<File> {
     let name = path.join("lock");
-    // LearnerOptions a pipe would wait for somebody at its other end, and a link leads elsewhere.
+    // Opening a pipe would wait for somebody at its other end, and a link leads elsewhere.
     if name.symlink_metadata().is_ok_and(|found| !found.is_file()) {
         return Err(Error::invalid(
             format!("{} is not a file", name.display()),

@@ -156,6 +156,9 @@ impl Topology {
             paths.push(&[References, Supervise, Synthesize, Keep, Tokenize, Train]);
             paths.push(&[Keep, Score]);
             paths.push(&[Synthesize, Evaluate]);
+        } else if resolved.student.source == Source::Custom {
+            paths.push(&[References, Synthesize, Keep, Tokenize, Train]);
+            paths.push(&[Keep, Score]);
         } else {
             paths.push(&[References, Train]);
         }
@@ -285,7 +288,7 @@ fn does(stage: Stage, resolved: &Resolved) -> String {
         }
         Stage::Supervise => resolved
             .teacher()
-            .map_or_else(String::new, |(supervisor, _)| {
+            .map_or_else(String::new, |(supervisor, ..)| {
                 let training = &supervisor.training;
                 if let Some(adapter) = &supervisor.adapter {
                     return format!(
@@ -302,12 +305,15 @@ fn does(stage: Stage, resolved: &Resolved) -> String {
                     supervisor.device
                 )
             }),
-        Stage::Synthesize => resolved.teacher().map_or_else(String::new, |(_, proxies)| {
-            format!(
-                "{} proxies per subject in batches of {}",
-                proxies.count, proxies.batch_size
-            )
-        }),
+        Stage::Synthesize => resolved
+            .proxies
+            .as_ref()
+            .map_or_else(String::new, |proxies| {
+                format!(
+                    "{} proxies per subject in batches of {}",
+                    proxies.count, proxies.batch_size
+                )
+            }),
         Stage::Keep => "commits proxies to the store".to_string(),
         Stage::Tokenize => format!("{} on {}", student.model, student.device),
         Stage::Score => format!(
@@ -334,6 +340,7 @@ fn does(stage: Stage, resolved: &Resolved) -> String {
 fn learns(source: Source, training: &Training, resolved: &Resolved) -> String {
     let from = match source {
         Source::Proxies => "from proxies",
+        Source::Custom => "from a custom source",
         Source::References => "from references",
         Source::Augmented => "from augmented references",
     };

@@ -11,7 +11,7 @@ use std::ops::Range;
 pub use key::{
     Digest, Sampled, Versions, captioned_photos_digest, checkpoint_digest, drawing_key,
     evaluators_key, photos_digest, proxy_keys, reference_key, sample_keys, settings_digest,
-    student_key, supervisor_keys, tokens_key,
+    source_key, student_key, supervisor_keys, tokens_key,
 };
 pub use schedule::Schedule;
 
@@ -173,7 +173,7 @@ impl Plan {
                 .collect(),
         };
         let student = match resolved.student.source {
-            Source::Proxies => {
+            Source::Proxies | Source::Custom => {
                 let seeds: Vec<u64> = learnt.iter().map(|number| proxies[*number].seed).collect();
                 let available = |step| growth.ends[growth.batches(step) - 1]; // proxies imply a first batch
                 let (steps, batch_size) = (training.steps, training.examples_per_step());
@@ -251,8 +251,8 @@ impl Plan {
 
     /// What the student's step `step` (from 0) learns from: numbers of proxies or, when it learns from references,
     /// positions in [`Plan::references`]. The step must be planned.
-    pub fn lessons(&self, step: usize) -> &[usize] {
-        self.student.lessons(step)
+    pub fn examples(&self, step: usize) -> &[usize] {
+        self.student.batch(step)
     }
 
     /// Where the student's randomness comes from: the run's seed, and the digest of the adapter that it starts from.
@@ -309,7 +309,7 @@ pub fn step_seed(seed: u64, stage: &str, step: usize) -> u64 {
 /// that they are made in alone.
 fn plan_proxies(resolved: &Resolved, student_seed: u64) -> (Vec<Proxy>, Vec<Batch>, Vec<usize>) {
     let (mut planned, mut batches, mut learnt) = (Vec::new(), Vec::new(), Vec::new());
-    let Some((_, proxies)) = resolved.teacher() else {
+    let Some(proxies) = &resolved.proxies else {
         return (planned, batches, learnt);
     };
     let replayed: Vec<Option<BTreeSet<usize>>> = resolved

@@ -14,7 +14,7 @@ pub struct Schedule {
 
 impl Schedule {
     /// What step `step` (from 0) uses; the step must be planned.
-    pub fn lessons(&self, step: usize) -> &[usize] {
+    pub fn batch(&self, step: usize) -> &[usize] {
         &self.items[step * self.batch_size..(step + 1) * self.batch_size]
     }
 

@@ -10,13 +10,14 @@ use image::RgbImage;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use super::train::Course;
-use super::{Lazy, ended_early};
+use super::session::TrainingSession;
+use super::{LazyLearner, ended_early};
 use crate::Result;
 use crate::config::Sampling;
-use crate::models::{Example, Lesson, Request};
+use crate::models::{Example, Request, TrainingExample};
 use crate::plan::Schedule;
-use crate::training::restore;
+use crate::stream::Meter;
+use crate::training::{Trainer, restore};
 
 /// Batches that may wait to be learnt.
 const AHEAD: usize = 2;
@@ -27,7 +28,7 @@ type Drawn = (Vec<usize>, Vec<RgbImage>);
 /// What is drawn, and by whom.
 pub(super) struct Drawing {
     /// Draws with the model of the supervisor.
-    pub painter: Lazy,
+    pub sampler: LazyLearner,
     /// The values of what is trained before the first step: with them the model draws as if untouched.
     pub untouched: Arc<BTreeMap<String, Tensor>>,
     pub prompt: String,
@@ -35,6 +36,8 @@ pub(super) struct Drawing {
     pub seeds: Vec<u64>,
     pub sampling: Sampling,
     pub batch_size: usize,
+    /// Counts the time that drawing takes.
+    pub meter: Meter,
 }
 
 /// Class images on their way.
@@ -61,19 +64,19 @@ fn batches(schedule: &Schedule, batch_size: usize) -> Vec<Vec<usize>> {
 
 impl ClassImages {
     /// Begins to draw what the steps from `step` on use.
-    pub fn start(drawing: Drawing, schedule: &Schedule, course: &Course, step: usize) -> Self {
+    pub fn start(drawing: Drawing, schedule: &Schedule, step: usize) -> Self {
         let steps = step..schedule.steps();
         let last_use: BTreeMap<usize, usize> = steps
-            .flat_map(|step| schedule.lessons(step).iter().map(move |&n| (n, step)))
+            .flat_map(|step| schedule.batch(step).iter().map(move |&n| (n, step)))
             .collect();
         let mut batches = batches(schedule, drawing.batch_size);
         batches.retain(|batch| batch.iter().any(|number| last_use.contains_key(number)));
         let (sender, receiver) = mpsc::channel(AHEAD);
-        let (prompt, meter) = (drawing.prompt.clone(), course.meter.clone());
+        let prompt = drawing.prompt.clone();
         let mut task = JoinSet::new();
         task.spawn(async move {
             for batch in batches {
-                let drawn = drawing.draw(batch, &meter).await;
+                let drawn = drawing.draw(batch).await;
                 let failed = drawn.is_err();
                 if sender.send(drawn).await.is_err() || failed {
                     return;
@@ -94,32 +97,36 @@ impl ClassImages {
     ///
     /// # Errors
     /// Those of drawing and encoding.
-    pub async fn lessons(&mut self, course: &Course, step: usize) -> Result<Vec<Lesson>> {
-        let numbers = self.schedule.lessons(step).to_vec();
+    pub async fn batch(
+        &mut self,
+        session: &TrainingSession,
+        step: usize,
+    ) -> Result<Vec<TrainingExample>> {
+        let numbers = self.schedule.batch(step).to_vec();
         while !numbers.iter().all(|number| self.known.contains_key(number)) {
             let drawn = self.batches.recv().await;
             let (batch, images) = drawn.ok_or_else(|| ended_early("class images"))??;
-            let encode = move |trainee: &mut crate::training::Trainer| {
-                crate::nn::no_grad(|| trainee.learner().encode(&images))
+            let encode = move |trainer: &mut Trainer| {
+                crate::nn::no_grad(|| trainer.learner().encode(&images))
             };
-            let examples = course.worker.call(&course.meter, encode).await?;
+            let examples = session.call(encode).await?;
             let needed = batch.into_iter().zip(examples);
             self.known
                 .extend(needed.filter(|(number, _)| self.last_use.contains_key(number)));
         }
-        let lessons = numbers.iter().map(|number| Lesson {
+        let learnt = numbers.iter().map(|number| TrainingExample {
             example: self.known[number].clone(),
             prompt: self.prompt.clone(),
         });
-        let lessons = lessons.collect();
+        let learnt = learnt.collect();
         self.known
             .retain(|number, _| self.last_use.get(number).is_some_and(|last| *last > step));
-        Ok(lessons)
+        Ok(learnt)
     }
 }
 
 impl Drawing {
-    async fn draw(&self, batch: Vec<usize>, meter: &crate::stream::Meter) -> Result<Drawn> {
+    async fn draw(&self, batch: Vec<usize>) -> Result<Drawn> {
         let requests: Vec<Request> = batch
             .iter()
             .map(|&number| Request {
@@ -129,10 +136,10 @@ impl Drawing {
             .collect();
         let (untouched, sampling) = (self.untouched.clone(), self.sampling.clone());
         let images = self
-            .painter
+            .sampler
             .get()
             .await?
-            .call(meter, move |learner| {
+            .call(&self.meter, move |learner| {
                 restore(
                     &learner.variables(),
                     &untouched,

@@ -9,11 +9,12 @@ use std::time::{Duration, Instant};
 use async_stream::try_stream;
 use futures::{FutureExt, Stream, StreamExt};
 
-use super::synthesize::{batch_claim, draw};
-use super::{Context, ProxyBatch, Supervisor};
+use super::source::ReadySource;
+use super::synthesize::batch_claim;
+use super::{Log, ProxyBatch, ProxyKeys, Subjects, TokenizerIdentity};
 use crate::Result;
 use crate::config::limits;
-use crate::store::{Claim, ProxyRow, Table, TokenRow};
+use crate::store::{Claim, ProxyRow, Store, Table, TokenRow};
 use crate::stream::Meter;
 
 /// Between two looks at what other processes have committed.
@@ -67,7 +68,7 @@ struct Lacks {
 
 /// The batches that were not in the store when this process came.
 pub struct Work {
-    context: Arc<Context>,
+    all: AllWork,
     proxies: Table<ProxyRow>,
     tokens: Option<Table<TokenRow>>,
     lacking: BTreeMap<usize, Lacks>,
@@ -78,47 +79,48 @@ pub struct Work {
     queues: Vec<VecDeque<(usize, usize)>>,
     /// What others had in hand when it was looked at.
     busy: Vec<(usize, usize)>,
-    /// The claims by which the processes of this work are counted.
-    shards: Vec<String>,
-    /// Counts what all processes have committed.
-    fleet: Meter,
     looked: Instant,
 }
 
+/// What all processes do together.
+pub struct AllWork {
+    /// How many subjects there are.
+    pub subjects: usize,
+    pub keys: ProxyKeys,
+    pub store: Arc<Store>,
+    /// Whose tokens every proxy gets; `None` for proxies alone.
+    pub tokens: Option<TokenizerIdentity>,
+    /// The claims by which the processes of this work are counted.
+    pub shards: Vec<String>,
+    /// Counts what is in the store, whoever made it.
+    pub fleet: Meter,
+}
+
 impl Work {
-    /// What is left of the plan for `shard`, with tokens for every proxy if `tokens`. `fleet` counts what is in the
-    /// store, whoever made it; `shards` are the claims of all processes at this work.
+    /// What is left of it for `shard`.
     ///
     /// # Errors
     /// Those of the store.
-    pub async fn open(
-        context: Arc<Context>,
-        shard: Shard,
-        tokens: bool,
-        shards: Vec<String>,
-        fleet: Meter,
-    ) -> Result<Self> {
-        let proxies = context.store.proxies().await?;
-        let tokens = match (tokens, &context.tokenizer) {
-            (true, Some(tokenizer)) => {
-                let table = context.store.tokens(&tokenizer.digest, tokenizer.count);
-                Some(table.await?)
+    pub async fn open(all: AllWork, shard: Shard) -> Result<Self> {
+        let proxies = all.store.proxies().await?;
+        let tokens = match &all.tokens {
+            Some(TokenizerIdentity { digest, count }) => {
+                Some(all.store.tokens(digest, *count).await?)
             }
-            _ => None,
+            None => None,
         };
-        let batches = context.plan.batches();
+        let plan = all.keys.plan.clone();
+        let batches = plan.batches();
         let own = (0..batches).filter(|number| number % shard.of == shard.index);
         let others = (0..batches).filter(|number| number % shard.of != shard.index);
         let mut work = Work {
-            queues: vec![VecDeque::new(); context.subjects.len()],
-            context: context.clone(),
+            queues: vec![VecDeque::new(); all.subjects],
+            all,
             proxies,
             tokens,
             lacking: BTreeMap::new(),
             found: 0,
             busy: Vec::new(),
-            shards,
-            fleet,
             looked: Instant::now(),
         };
         for (place, number) in own.chain(others.rev()).enumerate() {
@@ -136,11 +138,11 @@ impl Work {
                 work.found += keys.len();
             }
             if lacks.proxy.is_none() && lacks.tokens.is_none() {
-                work.fleet.reuse(keys.len());
+                work.all.fleet.reuse(keys.len());
                 continue;
             }
             work.lacking.insert(number, lacks);
-            work.queues[context.plan.batch(number).subject].push_back((place, number));
+            work.queues[plan.batch(number).subject].push_back((place, number));
         }
         Ok(work)
     }
@@ -156,11 +158,11 @@ impl Work {
     }
 
     fn size(&self, number: usize) -> usize {
-        self.context.plan.batch(number).numbers.len()
+        self.all.keys.plan.batch(number).numbers.len()
     }
 
     fn keys(&self, number: usize) -> Vec<String> {
-        self.context.proxy_keys(number, &self.proxies)
+        self.all.keys.of(number, &self.proxies)
     }
 
     fn is_there(&self, lacks: &Lacks) -> bool {
@@ -191,17 +193,19 @@ impl Work {
             !there
         });
         self.lacking = lacking;
-        self.fleet.add(come);
-        if self.shards.len() > 1 {
-            let at_work = self.context.store.locks().claimed(self.shards.iter())?;
-            self.fleet
-                .say(format!("{at_work} of {} shards at work", self.shards.len()));
+        self.all.fleet.add(come);
+        if self.all.shards.len() > 1 {
+            let at_work = self.all.store.locks().claimed(self.all.shards.iter())?;
+            self.all.fleet.say(format!(
+                "{at_work} of {} shards at work",
+                self.all.shards.len()
+            ));
         }
         Ok(())
     }
 
     /// Claims the next batch of a subject that is `ready`, if there is one that nobody has in hand.
-    async fn claim(&mut self, ready: &BTreeMap<usize, Supervisor>) -> Result<Option<Taken>> {
+    async fn claim(&mut self, ready: &BTreeMap<usize, ReadySource>) -> Result<Option<Taken>> {
         loop {
             let first = |subject: &&usize| self.queues[**subject].front().map(|(place, _)| *place);
             let waiting = ready.keys().filter(|subject| first(subject).is_some());
@@ -219,7 +223,7 @@ impl Work {
                 continue;
             }
             let keys = self.keys(number);
-            let Some(claim) = self.context.store.locks().try_claim(&batch_claim(&keys))? else {
+            let Some(claim) = self.all.store.locks().try_claim(&batch_claim(&keys))? else {
                 self.busy.push((place, number));
                 continue;
             };
@@ -251,7 +255,7 @@ impl Work {
     fn try_again(&mut self) {
         self.busy.sort_unstable();
         for (place, number) in std::mem::take(&mut self.busy).into_iter().rev() {
-            self.queues[self.context.plan.batch(number).subject].push_front((place, number));
+            self.queues[self.all.keys.plan.batch(number).subject].push_front((place, number));
         }
     }
 }
@@ -265,52 +269,60 @@ struct Taken {
     draw: bool,
 }
 
-/// Makes what is left, as supervisors come through `input`, until every batch is in the store or on its way there from
-/// here.
-pub fn generate(
-    context: Arc<Context>,
-    mut work: Work,
-    input: impl Stream<Item = Supervisor> + Send,
-    meter: Meter,
-) -> impl Stream<Item = Result<ProxyBatch>> + Send {
-    try_stream! {
-        let Some(painter) = context.painter.clone() else { return };
-        let mut ready: BTreeMap<usize, Supervisor> = BTreeMap::new();
-        let mut input = std::pin::pin!(input.fuse());
-        work.look()?;
-        while !context.stop.requested() {
-            while let Some(Some(supervisor)) = input.next().now_or_never() {
-                ready.insert(supervisor.subject, supervisor);
-            }
-            if work.looked.elapsed() >= LOOK {
-                work.look()?;
-            }
-            if let Some(Taken { number, keys, claim, draw: is_absent }) = work.claim(&ready).await? {
-                let supervisor = &ready[&context.plan.batch(number).subject];
-                let images = match is_absent {
-                    true => Some(Arc::new(draw(&context, &painter, supervisor, number, &meter).await?)),
-                    false => None,
-                };
-                match is_absent {
-                    true => meter.add(keys.len()),
-                    false => meter.reuse(keys.len()),
-                }
-                yield ProxyBatch { batch: number, keys, images, claim: Some(Arc::new(claim)) };
-                continue;
-            }
+/// What the stage needs.
+pub struct Generate {
+    pub subjects: Subjects,
+    pub work: Work,
+    pub log: Log,
+}
+
+impl Generate {
+    /// Makes what is left, as sources come through `input`, until every batch is in the store or on its way there from
+    /// here.
+    pub fn run(
+        self,
+        input: impl Stream<Item = ReadySource> + Send,
+    ) -> impl Stream<Item = Result<ProxyBatch>> + Send {
+        try_stream! {
+            let Self { subjects, mut work, log: Log { meter, stop, .. } } = self;
+            let plan = work.all.keys.plan.clone();
+            let mut ready: BTreeMap<usize, ReadySource> = BTreeMap::new();
+            let mut input = std::pin::pin!(input.fuse());
             work.look()?;
-            let theirs = work.theirs();
-            if theirs == 0 {
-                break;
+            while !stop.requested() {
+                while let Some(Some(source)) = input.next().now_or_never() {
+                    ready.insert(source.subject, source);
+                }
+                if work.looked.elapsed() >= LOOK {
+                    work.look()?;
+                }
+                if let Some(Taken { number, keys, claim, draw: is_absent }) = work.claim(&ready).await? {
+                    let subject = plan.batch(number).subject;
+                    let made = match is_absent {
+                        true => Some(ready[&subject].make(&plan, number, &subjects[subject], &meter).await?),
+                        false => None,
+                    };
+                    match is_absent {
+                        true => meter.add(keys.len()),
+                        false => meter.reuse(keys.len()),
+                    }
+                    yield ProxyBatch { batch: number, keys, made, claim: Some(Arc::new(claim)) };
+                    continue;
+                }
+                work.look()?;
+                let theirs = work.theirs();
+                if theirs == 0 {
+                    break;
+                }
+                meter.say(format!("waits for {theirs} batches of other processes, or their supervisors"));
+                tokio::select! {
+                    Some(source) = input.next() => drop(ready.insert(source.subject, source)),
+                    () = tokio::time::sleep(RETRY) => {}
+                    () = stop.wait() => {}
+                }
+                work.refresh().await?;
+                work.try_again();
             }
-            meter.say(format!("waits for {theirs} batches of other processes, or their supervisors"));
-            tokio::select! {
-                Some(supervisor) = input.next() => drop(ready.insert(supervisor.subject, supervisor)),
-                () = tokio::time::sleep(RETRY) => {}
-                () = context.stop.wait() => {}
-            }
-            work.refresh().await?;
-            work.try_again();
         }
     }
 }
@@ -327,5 +339,83 @@ mod tests {
         for wrong in ["", "1", "0/2", "3/2", "1/0", "a/b", "1/2/3", "-1/2"] {
             assert!(wrong.parse::<Shard>().is_err(), "{wrong}");
         }
+    }
+
+    use std::sync::atomic::Ordering::SeqCst;
+
+    use futures::stream;
+
+    use super::super::fakes::{Fakes, all, next, supervisors};
+
+    async fn stage(fakes: &Fakes, index: usize, of: usize) -> Generate {
+        let all = AllWork {
+            subjects: fakes.subjects.len(),
+            keys: fakes.keys(),
+            store: fakes.store.clone(),
+            tokens: None,
+            shards: (0..of).map(|shard| format!("shards/{shard}")).collect(),
+            fleet: fakes.board.meter("fleet", "proxies"),
+        };
+        Generate {
+            subjects: fakes.subjects.clone(),
+            work: Work::open(all, Shard { index, of }).await.unwrap(),
+            log: fakes.log("generate").await,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_shard_makes_its_own_batches_in_order_and_then_those_of_others_from_their_end() {
+        let fakes = Fakes::new(&[]).await;
+        let sources = stream::iter(supervisors(&fakes, &fakes.sampler()));
+        let stage = stage(&fakes, 1, 2).await.run(sources);
+        let mut stage = std::pin::pin!(stage);
+        let mut order = Vec::new();
+        while let Some(batch) = next(&mut stage).await {
+            let batch = batch.unwrap();
+            assert!(batch.made.is_some() && batch.claim.is_some());
+            order.push(batch.batch);
+            // As keep does, so that it sees an end.
+            all(fakes.keep().await.run(stream::iter([batch])))
+                .await
+                .unwrap();
+        }
+        assert_eq!(order, [1, 3, 5, 4, 2, 0]);
+        assert_eq!(fakes.work.drawn.load(SeqCst), 24);
+        let again = fakes.again(&[]);
+        let sources = stream::iter(supervisors(&again, &again.sampler()));
+        let found = self::stage(&again, 0, 2).await;
+        assert_eq!(found.work.found(), 24);
+        assert!(all(found.run(sources)).await.unwrap().is_empty());
+        assert_eq!(again.work.of_learners(), [0; 4]);
+    }
+
+    #[tokio::test]
+    async fn what_another_has_in_hand_is_left_to_it_and_taken_when_it_is_killed() {
+        let fakes = Fakes::new(&["proxies.count=4"]).await;
+        let keys = fakes.keys().known(0).newest().clone();
+        let theirs = fakes.store.locks().try_claim(&batch_claim(&keys)).unwrap();
+        assert!(theirs.is_some());
+        let sources = stream::iter(supervisors(&fakes, &fakes.sampler()));
+        let stage = stage(&fakes, 0, 1).await.run(sources);
+        let mut stage = std::pin::pin!(stage);
+        assert_eq!(next(&mut stage).await.unwrap().unwrap().batch, 1);
+        drop(theirs);
+        assert_eq!(next(&mut stage).await.unwrap().unwrap().batch, 0);
+    }
+
+    #[tokio::test]
+    async fn a_stop_and_a_failure_end_it_at_once() {
+        let fakes = Fakes::new(&[]).await;
+        let sources = supervisors(&fakes, &fakes.sampler());
+        fakes.work.fails_after.store(4, SeqCst);
+        let broken = stage(&fakes, 0, 1).await.run(stream::iter(sources.clone()));
+        let mut broken = std::pin::pin!(broken);
+        assert_eq!(next(&mut broken).await.unwrap().unwrap().batch, 0);
+        let error = next(&mut broken).await.unwrap().unwrap_err();
+        assert_eq!(error.to_string(), "the model is broken");
+        let again = fakes.again(&[]);
+        again.stop.request();
+        let stopped = stage(&again, 0, 1).await.run(stream::iter(sources));
+        assert!(all(stopped).await.unwrap().is_empty());
     }
 }

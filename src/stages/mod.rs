@@ -1,4 +1,4 @@
-//! The boxes of the dataflow, one file each: a stream in, a stream out.
+//! The boxes of the dataflow, one file each: a struct of what the stage needs, a stream in, a stream out.
 //!
 //! ```text
 //! references ─┬─▶ supervise ──▶ synthesize ─┬─▶ keep ──┬─▶ tokenize ──▶ train ──┬─▶ evaluate ──▶ report
@@ -8,7 +8,8 @@
 //! ```
 //! [`generate`] stands in for synthesize where proxies alone are made, and the batches shared between processes.
 //! [`direct`] trains the baseline on the references alone. A pipeline without proxies has nothing between references
-//! and train, which then runs [`direct`](direct::direct) too.
+//! and train, which then runs [`direct`](direct::Direct) too. Where a program brings its own [`source`] of images, there
+//! is no supervise.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -16,96 +17,67 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::Tensor;
 use image::RgbImage;
+use serde::{Deserialize, Serialize};
 
-use crate::config::Resolved;
-use crate::evaluation::embed::Evaluator;
-use crate::evaluation::embedders::{ClipEmbedder, DinoEmbedder};
+use crate::config::DiffusionSampling;
+use crate::evaluation::embed::ImageScorer;
 use crate::models::{Learner, LearnerOptions, open};
 use crate::plan::{Plan, Versions, drawing_key, proxy_keys};
-use crate::store::{Claim, MetricRow, ProxyRow, Store, Table, Writer, now_us};
-use crate::stream::{Board, Stop, Worker};
+use crate::store::{Claim, MetricRow, MetricStage, ProxyRow, Store, Table, Writer, now_us};
+use crate::stream::{Meter, Stop, Worker};
 use crate::{Error, Result};
+
+pub use crate::store::Method;
 
 mod class_images;
 pub mod direct;
 pub mod disk;
 pub mod evaluate;
+#[cfg(test)]
+pub(crate) mod fakes;
 pub mod generate;
 pub mod keep;
 pub mod references;
 pub mod report;
 pub mod score;
+pub mod session;
+pub mod source;
 pub mod supervise;
 pub mod synthesize;
 pub mod tokenize;
 pub mod train;
 
-/// What all stages of a run share.
-pub struct Context {
+/// The subjects of a run, in the order of the plan.
+pub type Subjects = Arc<Vec<Arc<Subject>>>;
+
+/// Where a stage notes its work, and by what it hears that it is to stop.
+#[derive(Clone)]
+pub struct Log {
     /// The run's name in the store.
     pub run: String,
-    /// The run's directory.
-    pub dir: PathBuf,
-    pub resolved: Resolved,
-    pub plan: Plan,
-    pub subjects: Vec<Arc<Subject>>,
-    /// Digest of everything that affects the student: a checkpoint of another one is not continued.
-    pub student_identity: String,
-    /// One supervisor's key for each subject; empty without proxies.
-    pub supervisors: Vec<String>,
-    /// The same in every known version.
-    pub supervisor_keys: Vec<Versions<String>>,
-    pub store: Store,
-    /// Loss curves.
-    pub metrics: Writer<MetricRow>,
-    pub board: Board,
+    pub meter: Meter,
     pub stop: Stop,
-    /// The supervisor's backbone for drawing: proxies, and its own samples in the evaluation.
-    pub painter: Option<Lazy>,
-    /// The student's backbone for drawing.
-    pub sampler: Lazy,
-    pub evaluator: LazyEvaluator,
-    /// Digest of the student's image tokenizer and its tokens per image; `None` for a diffusion student.
-    pub tokenizer: Option<TokenizerIdentity>,
     pub warnings: Warnings,
+    /// Loss curves.
+    pub metrics: Arc<Writer<MetricRow>>,
 }
 
-impl Context {
-    /// The subject at `index` of the plan.
-    pub fn subject(&self, index: usize) -> &Arc<Subject> {
-        &self.subjects[index]
-    }
-
-    /// The keys of the proxies of batch `batch` of the plan: those under which `table` has all of them, or else those
-    /// under which they are made now. Empty without proxies.
-    pub fn proxy_keys(&self, batch: usize, table: &Table<ProxyRow>) -> Vec<String> {
-        let keys = self.known_proxy_keys(batch);
-        let keys = keys.map(|keys| {
-            let found = keys.found(|keys| table.missing(keys).is_empty());
-            found.clone()
-        });
-        keys.unwrap_or_default()
-    }
-
-    /// The keys of the proxies of batch `batch` of the plan in every known version; `None` without proxies.
-    pub fn known_proxy_keys(&self, batch: usize) -> Option<Versions<Vec<String>>> {
-        let (_, proxies) = self.resolved.teacher()?;
-        let supervisor = &self.supervisor_keys[self.plan.batch(batch).subject];
-        Some(proxy_keys(&self.plan, batch, supervisor, &proxies.sampling))
-    }
-
-    /// Records the numbers of one training step.
+impl Log {
+    /// Records the numbers of one training step of `stage`; `owner` is whose curve it is.
+    ///
+    /// # Errors
+    /// When they are due to be committed and cannot be.
     pub async fn record(
         &self,
         owner: &str,
-        stage: &str,
+        stage: &MetricStage,
         step: usize,
         numbers: &[(&str, f64)],
     ) -> Result<()> {
         for (name, value) in numbers {
             let row = MetricRow {
                 run: owner.to_string(),
-                stage: stage.to_string(),
+                stage: stage.clone(),
                 step: step as u64,
                 name: name.to_string(),
                 value: *value,
@@ -114,6 +86,31 @@ impl Context {
             self.metrics.push(row).await?;
         }
         Ok(())
+    }
+}
+
+/// The keys of the proxies of a plan.
+#[derive(Clone)]
+pub struct ProxyKeys {
+    pub plan: Arc<Plan>,
+    /// What makes each subject's images, in every known version of its key.
+    pub sources: Vec<Versions<String>>,
+    /// How supervisors sample; `None` for images of a program's own source.
+    pub sampling: Option<DiffusionSampling>,
+}
+
+impl ProxyKeys {
+    /// The keys of the proxies of batch `batch` of the plan: those under which `table` has all of them, or else those
+    /// under which they are made now.
+    pub fn of(&self, batch: usize, table: &Table<ProxyRow>) -> Vec<String> {
+        let keys = self.known(batch);
+        keys.found(|keys| table.missing(keys).is_empty()).clone()
+    }
+
+    /// The keys of the proxies of batch `batch` of the plan in every known version.
+    pub fn known(&self, batch: usize) -> Versions<Vec<String>> {
+        let source = &self.sources[self.plan.batch(batch).subject];
+        proxy_keys(&self.plan, batch, source, self.sampling.as_ref())
     }
 }
 
@@ -127,7 +124,7 @@ pub struct TokenizerIdentity {
 }
 
 /// A subject with its reference images.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Subject {
     pub name: String,
     pub class: String,
@@ -162,44 +159,36 @@ pub struct ProxyBatch {
     pub batch: usize,
     /// The proxies' keys, in the order of the plan.
     pub keys: Vec<String>,
-    /// Their pixels, if they have just been made; else they are in the store.
-    pub images: Option<Arc<Vec<RgbImage>>>,
+    /// The proxies, if they have just been made; else they are in the store.
+    pub made: Option<Made>,
     /// Keeps other processes from making the same, until it is in the store.
     pub claim: Option<Arc<Claim>>,
 }
 
-/// A planned batch of proxies that a training step may use.
+/// Proxies that have just been made, in the order of the plan.
 #[derive(Debug, Clone)]
+pub struct Made {
+    pub images: Arc<Vec<RgbImage>>,
+    /// What each is told by.
+    pub captions: Arc<Vec<Caption>>,
+}
+
+/// What is noted of an image beside its pixels.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Caption {
+    /// What the student learns it by.
+    pub prompt: String,
+    /// Where it comes from or how it was sampled, JSON.
+    pub settings: String,
+}
+
+/// A planned batch of proxies that a training step may use.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReadyBatch {
     /// Its number in the plan.
     pub batch: usize,
     /// The proxies' keys, in the order of the plan.
     pub keys: Vec<String>,
-}
-
-/// Who drew an evaluated image.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Method {
-    /// The student before it learnt anything.
-    Untouched,
-    /// The student tuned on the references.
-    Direct,
-    /// A diffusion model tuned on the references.
-    Supervisor,
-    /// The student of this pipeline.
-    Student,
-}
-
-impl Method {
-    /// The name in the store.
-    pub fn name(self) -> &'static str {
-        match self {
-            Method::Untouched => "untouched",
-            Method::Direct => "direct",
-            Method::Supervisor => "supervisor",
-            Method::Student => "student",
-        }
-    }
 }
 
 /// Something to draw samples with, on its way to evaluation.
@@ -214,51 +203,79 @@ pub struct Checkpoint {
     pub values: Arc<BTreeMap<String, Tensor>>,
 }
 
-/// A learner that is opened when it is first needed, on its own thread, and shared.
-#[derive(Clone)]
-pub struct Lazy {
-    /// Digest of what decides, beside an adapter, what it draws: the checkpoint, the side length, the type of the
-    /// weights and the kind of device.
-    pub digest: String,
-    name: String,
-    opening: Arc<LearnerOptions>,
-    worker: Arc<tokio::sync::OnceCell<Worker<Box<dyn Learner>>>>,
+/// Opens a learner: the model of a checkpoint, or a stand-in for one.
+pub type OpenLearner = Arc<dyn Fn() -> Result<Box<dyn Learner>> + Send + Sync>;
+
+/// Opens the learner that `opening` asks for.
+pub fn opener(opening: LearnerOptions) -> OpenLearner {
+    Arc::new(move || open(&opening))
 }
 
-impl Lazy {
-    /// The learner `opening` asks for, on a thread called `name`; `base` is the digest of its checkpoint.
-    pub fn new(name: &str, opening: LearnerOptions, base: &str) -> Self {
-        let kind = match opening.device.is_cpu() {
-            true => "cpu",
-            false => "cuda",
-        };
+/// A model that is opened when it is first needed, on its own thread, and shared.
+pub struct Lazy<M> {
+    /// Digest of what decides what it computes; of a learner, an adapter aside.
+    pub digest: String,
+    name: String,
+    open: Arc<dyn Fn() -> Result<M> + Send + Sync>,
+    worker: Arc<tokio::sync::OnceCell<Worker<M>>>,
+}
+
+impl<M> Clone for Lazy<M> {
+    fn clone(&self) -> Self {
         Self {
-            digest: drawing_key(base, opening.resolution, opening.dtype, kind),
+            digest: self.digest.clone(),
+            name: self.name.clone(),
+            open: self.open.clone(),
+            worker: self.worker.clone(),
+        }
+    }
+}
+
+impl<M: Send + 'static> Lazy<M> {
+    /// The model that `open` opens, on a thread called `name`.
+    pub fn new(name: &str, digest: String, open: Arc<dyn Fn() -> Result<M> + Send + Sync>) -> Self {
+        Self {
+            digest,
             name: name.to_string(),
-            opening: Arc::new(opening),
+            open,
             worker: Arc::default(),
         }
     }
 
-    /// The learner's thread.
-    pub async fn get(&self) -> Result<&Worker<Box<dyn Learner>>> {
+    /// The model's thread.
+    ///
+    /// # Errors
+    /// When the model cannot be opened.
+    pub async fn get(&self) -> Result<&Worker<M>> {
         self.worker
             .get_or_try_init(|| async {
-                let opening = self.opening.clone();
-                Worker::spawn(&self.name, move || open(&opening)).await
+                let open = self.open.clone();
+                Worker::spawn(&self.name, move || open()).await
             })
             .await
     }
 }
 
-/// CLIP and DINO.
-pub type Evaluators = Evaluator<ClipEmbedder, DinoEmbedder>;
+/// A learner that draws.
+pub type LazyLearner = Lazy<Box<dyn Learner>>;
 
-/// The evaluators, opened when first needed, on their own thread.
+impl LazyLearner {
+    /// The learner that `opening` asks for, on a thread called `name`; `base` is the digest of its checkpoint. Its own
+    /// digest also names the side length, the type of the weights and the kind of device.
+    pub fn of_checkpoint(name: &str, opening: LearnerOptions, base: &str) -> Self {
+        let kind = match opening.device.is_cpu() {
+            true => "cpu",
+            false => "cuda",
+        };
+        let digest = drawing_key(base, opening.resolution, opening.dtype, kind);
+        Self::new(name, digest, opener(opening))
+    }
+}
+
+/// CLIP and DINO.
 #[derive(Clone)]
 pub struct LazyEvaluator {
-    build: Arc<dyn Fn() -> Result<Evaluators> + Send + Sync>,
-    worker: Arc<tokio::sync::OnceCell<Worker<Evaluators>>>,
+    scorer: Lazy<Box<dyn ImageScorer>>,
     /// Digest of both checkpoints.
     pub digest: String,
     /// Length of a CLIP embedding.
@@ -268,16 +285,15 @@ pub struct LazyEvaluator {
 }
 
 impl LazyEvaluator {
-    /// Evaluators that `build` opens; `digest` and the lengths of their embeddings name their table.
+    /// Evaluators that `open` opens; `digest` and the lengths of their embeddings name their table.
     pub fn new(
-        build: impl Fn() -> Result<Evaluators> + Send + Sync + 'static,
+        open: impl Fn() -> Result<Box<dyn ImageScorer>> + Send + Sync + 'static,
         digest: String,
         clip: usize,
         dino: usize,
     ) -> Self {
         Self {
-            build: Arc::new(build),
-            worker: Arc::default(),
+            scorer: Lazy::new("evaluator", digest.clone(), Arc::new(open)),
             digest,
             clip,
             dino,
@@ -285,26 +301,69 @@ impl LazyEvaluator {
     }
 
     /// The evaluators' thread.
-    pub async fn get(&self) -> Result<&Worker<Evaluators>> {
-        self.worker
-            .get_or_try_init(|| async {
-                let build = self.build.clone();
-                Worker::spawn("evaluator", move || build()).await
-            })
-            .await
+    ///
+    /// # Errors
+    /// When they cannot be opened.
+    pub async fn get(&self) -> Result<&Worker<Box<dyn ImageScorer>>> {
+        self.scorer.get().await
     }
 }
 
-/// Things that went wrong without stopping the run: photos set aside, unknown words.
+/// Something that went wrong without stopping the run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(tag = "kind", content = "text", rename_all = "snake_case")]
+pub enum Warning {
+    /// A photo was left out.
+    SetAside(String),
+    /// Anything else: unknown words, a full disk.
+    Other(String),
+}
+
+impl std::fmt::Display for Warning {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::SetAside(text) | Self::Other(text) => f.write_str(text),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Warning {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "snake_case")]
+        enum Kind {
+            SetAside,
+            Other,
+        }
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Written {
+            Whole {
+                kind: Kind,
+                text: String,
+            },
+            /// As older versions wrote it.
+            Text(String),
+        }
+        Ok(match Written::deserialize(deserializer)? {
+            Written::Whole {
+                kind: Kind::SetAside,
+                text,
+            } => Self::SetAside(text),
+            Written::Whole { text, .. } | Written::Text(text) => Self::Other(text),
+        })
+    }
+}
+
+/// Everything that went wrong in a run without stopping it.
 #[derive(Clone, Default)]
 pub struct Warnings {
-    list: Arc<Mutex<Vec<String>>>,
+    list: Arc<Mutex<Vec<Warning>>>,
 }
 
 impl Warnings {
     /// Notes one, and says it at once.
-    pub fn add(&self, warning: impl Into<String>) {
-        let warning = warning.into();
+    pub fn add(&self, warning: Warning) {
         tracing::warn!("{warning}");
         self.list
             .lock()
@@ -313,7 +372,7 @@ impl Warnings {
     }
 
     /// All of them, in their order.
-    pub fn all(&self) -> Vec<String> {
+    pub fn all(&self) -> Vec<Warning> {
         self.list
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -329,16 +388,15 @@ fn ended_early(stage: &str) -> Error {
     }
 }
 
-/// Opens a learner on a thread of its own and prepares it for training.
-async fn spawn_trainee(
-    name: &str,
-    opening: LearnerOptions,
-    settings: crate::config::Training,
-) -> Result<Worker<crate::training::Trainer>> {
-    Worker::spawn(name, move || {
-        crate::training::Trainer::new(open(&opening)?, &settings)
-    })
-    .await
+/// The table of the scores of `evaluator`.
+async fn evaluations(
+    store: &Store,
+    evaluator: &LazyEvaluator,
+) -> Result<Table<crate::store::EvaluationRow>> {
+    let LazyEvaluator {
+        digest, clip, dino, ..
+    } = evaluator;
+    store.evaluations(digest, *clip, *dino).await
 }
 
 #[cfg(test)]
@@ -363,7 +421,7 @@ mod tests {
                 dropout: 0.0,
                 condition_dropout: 0.0,
             };
-            Lazy::new("sampler", opening, base).digest
+            LazyLearner::of_checkpoint("sampler", opening, base).digest
         };
         let digests = [
             drawn("a", None, Dtype::Auto),
@@ -374,5 +432,18 @@ mod tests {
         let distinct: std::collections::BTreeSet<&String> = digests.iter().collect();
         assert_eq!(distinct.len(), digests.len());
         assert_eq!(digests[0], drawn("a", None, Dtype::Auto));
+    }
+
+    #[test]
+    fn a_warning_is_read_as_it_was_written_also_by_an_older_version() {
+        let warnings = [
+            Warning::SetAside("subject dog1: a.jpg is empty".into()),
+            Warning::Other("there is one photo only".into()),
+        ];
+        let text = serde_json::to_string(&warnings).unwrap();
+        let read: Vec<Warning> = serde_json::from_str(&text).unwrap();
+        assert_eq!(read, warnings);
+        let read: Vec<Warning> = serde_json::from_str("[\"it was full\"]").unwrap();
+        assert_eq!(read, [Warning::Other("it was full".into())]);
     }
 }

@@ -10,7 +10,7 @@ use image::imageops::{crop_imm, flip_horizontal_in_place};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::{Context, Subject};
+use super::{Log, Subject, Subjects, Warning};
 use crate::config;
 use crate::config::prompts;
 use crate::evaluation::captions::{captions, few, side_files};
@@ -18,8 +18,8 @@ use crate::images::{Filter, encode_png, folder, resize_exact, resize_short_side,
 use crate::models::latent_diffusion::Framing;
 use crate::models::{Example, Learner};
 use crate::plan::{derive_seed, reference_key};
-use crate::store::{SubjectRow, now_us};
-use crate::stream::{Meter, blocking};
+use crate::store::{Store, SubjectRow, now_us};
+use crate::stream::blocking;
 use crate::{Error, Result};
 
 /// Larger photos are reduced to squares of this side before anything else reads them.
@@ -29,7 +29,7 @@ const LARGEST: u32 = 1024;
 ///
 /// # Errors
 /// When the folder is missing or holds nothing usable.
-pub fn load(subject: &config::Subject) -> Result<(Subject, Vec<String>)> {
+pub fn load(subject: &config::Subject) -> Result<(Subject, Vec<Warning>)> {
     let name = &subject.name;
     let reduced = folder(&subject.images, |image| {
         let side = image.width().min(image.height()).min(LARGEST);
@@ -45,10 +45,10 @@ pub fn load(subject: &config::Subject) -> Result<(Subject, Vec<String>)> {
         ),
         other => other,
     })?;
-    let mut warnings: Vec<String> = folder
+    let mut warnings: Vec<Warning> = folder
         .set_aside
         .iter()
-        .map(|fault| format!("subject {name}: set aside: {fault}"))
+        .map(|fault| Warning::SetAside(format!("subject {name}: set aside: {fault}")))
         .collect();
     let paths: Vec<_> = folder
         .photos
@@ -57,11 +57,11 @@ pub fn load(subject: &config::Subject) -> Result<(Subject, Vec<String>)> {
         .collect();
     let beside = side_files(&subject.images, &paths, true)?;
     if !beside.is_empty() {
-        warnings.push(format!(
+        warnings.push(Warning::Other(format!(
             "subject {name}: captions beside its photos are ignored ({}): those in metadata.jsonl are read, and a .txt of \
              a photo's name",
             few(&beside)
-        ));
+        )));
     }
     let captions: Vec<Option<String>> = captions(&subject.images, &paths)?
         .into_iter()
@@ -69,16 +69,16 @@ pub fn load(subject: &config::Subject) -> Result<(Subject, Vec<String>)> {
         .collect();
     let lacks = |caption: &&String| !caption.contains(&subject.token);
     if let Some(caption) = captions.iter().flatten().find(lacks) {
-        warnings.push(format!(
+        warnings.push(Warning::Other(format!(
             "subject {name}: a caption does not name it, so that the photo is not learnt as {:?}: {caption:?}",
             subject.token
-        ));
+        )));
     }
     if paths.len() == 1 {
-        warnings.push(format!(
+        warnings.push(Warning::Other(format!(
             "subject {name}: there is one photo only, so that its background and pose are learnt as well; 3 to 6 are \
              better"
-        ));
+        )));
     }
     let mut loaded = Subject {
         name: subject.name.clone(),
@@ -187,34 +187,44 @@ pub fn examples(learner: &mut dyn Learner, images: &[RgbImage]) -> Result<Vec<Ex
         .collect())
 }
 
-/// Commits the subjects to the store and passes their numbers on.
-pub fn references(context: Arc<Context>, meter: Meter) -> impl Stream<Item = Result<usize>> + Send {
-    try_stream! {
-        let table = context.store.subjects().await?;
-        for (index, subject) in context.subjects.iter().enumerate() {
-            let own = subject.clone();
-            let encoding = blocking("encoding photos", move || {
-                own.images.iter().map(encode_png).collect::<Result<Vec<_>>>()
-            });
-            let mut rows = Vec::new();
-            for (number, png) in meter.busy(encoding).await?.into_iter().enumerate() {
-                let image = &subject.images[number];
-                rows.push(SubjectRow {
-                    key: reference_key(&subject.name, &subject.digests[number]),
-                    subject: subject.name.clone(),
-                    class: subject.class.clone(),
-                    token: subject.token.clone(),
-                    index: number as u32,
-                    file_name: subject.files[number].clone(),
-                    width: image.width(),
-                    height: image.height(),
-                    image: png,
-                    created_us: now_us(),
+/// What the stage needs.
+pub struct References {
+    pub subjects: Subjects,
+    pub store: Arc<Store>,
+    pub log: Log,
+}
+
+impl References {
+    /// Commits the subjects to the store and passes their numbers on.
+    pub fn run(self) -> impl Stream<Item = Result<usize>> + Send {
+        try_stream! {
+            let meter = &self.log.meter;
+            let table = self.store.subjects().await?;
+            for (index, subject) in self.subjects.iter().enumerate() {
+                let own = subject.clone();
+                let encoding = blocking("encoding photos", move || {
+                    own.images.iter().map(encode_png).collect::<Result<Vec<_>>>()
                 });
+                let mut rows = Vec::new();
+                for (number, png) in meter.busy(encoding).await?.into_iter().enumerate() {
+                    let image = &subject.images[number];
+                    rows.push(SubjectRow {
+                        key: reference_key(&subject.name, &subject.digests[number]),
+                        subject: subject.name.clone(),
+                        class: subject.class.clone(),
+                        token: subject.token.clone(),
+                        index: number as u32,
+                        file_name: subject.files[number].clone(),
+                        width: image.width(),
+                        height: image.height(),
+                        image: png,
+                        created_us: now_us(),
+                    });
+                }
+                meter.busy(table.append(&rows)).await?;
+                meter.add(1);
+                yield index;
             }
-            meter.busy(table.append(&rows)).await?;
-            meter.add(1);
-            yield index;
         }
     }
 }
@@ -223,7 +233,29 @@ pub fn references(context: Arc<Context>, meter: Meter) -> impl Stream<Item = Res
 mod tests {
     use image::Rgb;
 
+    use super::super::fakes::{Fakes, all};
     use super::*;
+    use crate::store::Columns;
+
+    #[tokio::test]
+    async fn subjects_come_out_in_their_order_once_their_photos_are_rows() {
+        let fakes = Fakes::new(&[]).await;
+        let stage = async || References {
+            subjects: fakes.subjects.clone(),
+            store: fakes.store.clone(),
+            log: fakes.log("references").await,
+        };
+        assert_eq!(all(stage().await.run()).await.unwrap(), [0, 1]);
+        let table = fakes.store.subjects().await.unwrap();
+        let rows = table.rows(None, Columns::All).await.unwrap();
+        let photos: Vec<(String, u32)> = rows.into_iter().map(|r| (r.subject, r.index)).collect();
+        let of = |name: &str| (0..3).map(move |index| (name.to_string(), index)).collect();
+        let expected: [Vec<(String, u32)>; 2] = [of("dog1"), of("cat1")];
+        assert_eq!(photos, expected.concat());
+        // A second run finds them.
+        assert_eq!(all(stage().await.run()).await.unwrap(), [0, 1]);
+        assert_eq!(table.count(), 6);
+    }
 
     const PIPELINE: &str = "[subject.dog]\nimages = \"x\"\nclass = \"dog\"\n[supervisor]\nmodel = \"sdxl\"\n\
                             [student]\nmodel = \"llamagen-xl\"\n";

@@ -1,18 +1,20 @@
-//! report: what a run came to: `sheet.png`, `report.html`, `report.json`, and the table on the terminal. Everything
+//! report: the results of a run: `sheet.png`, `report.html`, `report.json`, and the table on the terminal. Everything
 //! is read back from the store, so a report can be written again at any time.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::evaluate::Evaluated;
-use super::{Context, Method, score};
-use crate::config::Source;
+use super::{LazyEvaluator, Method, Subjects, Warning};
+use crate::config::{Resolved, Source};
 use crate::evaluation::metrics::{ScoredImage, Scores};
 use crate::evaluation::plot::{Chart, Series};
 use crate::evaluation::report::{ModelScores, Report, StageTime};
 use crate::evaluation::sheet::{Block, Row, Sheet};
 use crate::images::{decode_png, encode_png};
-use crate::store::{Columns, EvaluationRow, Row as _, one_of};
+use crate::plan::Plan;
+use crate::store::{Columns, EvaluationRow, MetricStage, Row as _, Store, Table, one_of};
 use crate::stream::{StageReport, blocking};
 use crate::{Result, files};
 
@@ -22,6 +24,7 @@ pub fn label(method: Method, source: Source) -> &'static str {
         (Method::Untouched, _) => "untouched student",
         (Method::Supervisor, _) => "supervisor",
         (Method::Student, Source::Proxies) => "proxy-tuned student",
+        (Method::Student, Source::Custom) => "student tuned on a custom source",
         (Method::Student, Source::Augmented) => "student tuned on augmented references",
         (Method::Direct, _) | (Method::Student, Source::References) => "directly tuned student",
     }
@@ -29,13 +32,13 @@ pub fn label(method: Method, source: Source) -> &'static str {
 
 /// What a run knows at its end beside what the store holds.
 #[derive(Debug, Clone, Default, serde::Serialize, serde::Deserialize)]
-pub struct Ending {
+pub struct RunSummary {
     /// What every stage did, from the last start to the end.
     pub stages: Vec<StageReport>,
     pub wall_seconds: f64,
     /// Proxies that were committed when the first training step ran, and planned in all.
     pub first_training_proxy: Option<(usize, usize)>,
-    pub warnings: Vec<String>,
+    pub warnings: Vec<Warning>,
     /// Methods, steps and the keys of their samples.
     pub evaluated: Vec<Sampled>,
     /// What scored: one sentence each.
@@ -45,7 +48,7 @@ pub struct Ending {
 /// The samples of one checkpoint, as `complete.json` keeps them.
 #[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
 pub struct Sampled {
-    pub method: String,
+    pub method: Method,
     pub step: usize,
     /// Digest of what was trained.
     pub adapter: String,
@@ -56,7 +59,7 @@ pub struct Sampled {
 impl From<Evaluated> for Sampled {
     fn from(evaluated: Evaluated) -> Self {
         Self {
-            method: evaluated.method.name().into(),
+            method: evaluated.method,
             step: evaluated.step,
             adapter: evaluated.adapter,
             samples: evaluated.samples,
@@ -64,19 +67,50 @@ impl From<Evaluated> for Sampled {
     }
 }
 
-const METHODS: [Method; 4] = [
-    Method::Untouched,
-    Method::Direct,
-    Method::Supervisor,
-    Method::Student,
-];
+/// What a report is written from.
+#[derive(Clone)]
+pub struct ReportNeeds {
+    /// The run's name in the store.
+    pub run: String,
+    /// The run's directory.
+    pub dir: PathBuf,
+    pub resolved: Arc<Resolved>,
+    pub plan: Arc<Plan>,
+    pub subjects: Subjects,
+    /// The key of each subject's supervisor; empty without.
+    pub supervisors: Vec<String>,
+    pub store: Arc<Store>,
+    pub evaluator: LazyEvaluator,
+}
+
+impl ReportNeeds {
+    async fn table(&self) -> Result<Table<EvaluationRow>> {
+        super::evaluations(&self.store, &self.evaluator).await
+    }
+
+    /// For example `Proxy-Tuning of nano by nano-sd3`.
+    fn title(&self) -> String {
+        let Resolved {
+            student,
+            supervisor,
+            ..
+        } = &*self.resolved;
+        match (supervisor, student.source) {
+            (Some(supervisor), _) => {
+                format!("Proxy-Tuning of {} by {}", student.model, supervisor.model)
+            }
+            (None, Source::Custom) => format!("Tuning of {} on a custom source", student.model),
+            (None, _) => format!("Direct tuning of {}", student.model),
+        }
+    }
+}
 
 /// The samples to show of `method`: those of its last checkpoint, for every subject.
-fn last_samples(ending: &Ending, method: Method) -> BTreeMap<usize, String> {
-    let own = ending
+fn last_samples(summary: &RunSummary, method: Method) -> BTreeMap<usize, String> {
+    let own = summary
         .evaluated
         .iter()
-        .filter(|sampled| sampled.method == method.name());
+        .filter(|sampled| sampled.method == method);
     let last = own.clone().map(|sampled| sampled.step).max();
     own.filter(|sampled| Some(sampled.step) == last)
         .flat_map(|sampled| sampled.samples.iter().cloned())
@@ -89,22 +123,21 @@ fn last_samples(ending: &Ending, method: Method) -> BTreeMap<usize, String> {
 /// # Errors
 /// When the store cannot be read.
 pub async fn with_earlier(
-    context: &Context,
+    needs: &ReportNeeds,
     evaluated: Vec<Evaluated>,
-    before: Option<Ending>,
+    before: Option<RunSummary>,
 ) -> Result<Vec<Sampled>> {
     let mut all: Vec<Sampled> = evaluated.into_iter().map(Sampled::from).collect();
-    let table = score::table(context).await?;
-    let anew: Vec<(String, usize)> = all.iter().map(|s| (s.method.clone(), s.step)).collect();
-    for sampled in before.into_iter().flat_map(|ending| ending.evaluated) {
+    let table = needs.table().await?;
+    let anew: Vec<(Method, usize)> = all.iter().map(|s| (s.method, s.step)).collect();
+    for sampled in before.into_iter().flat_map(|summary| summary.evaluated) {
         let keys: Vec<String> = sampled.samples.iter().map(|(_, key)| key.clone()).collect();
-        let is_anew = anew.contains(&(sampled.method.clone(), sampled.step));
+        let is_anew = anew.contains(&(sampled.method, sampled.step));
         if !is_anew && table.missing(&keys).is_empty() {
             all.push(sampled);
         }
     }
-    let place = |name: &str| METHODS.iter().position(|method| method.name() == name);
-    all.sort_by_key(|sampled| (place(&sampled.method), sampled.step));
+    all.sort_by_key(|sampled| (sampled.method, sampled.step));
     Ok(all)
 }
 
@@ -112,11 +145,11 @@ pub async fn with_earlier(
 ///
 /// # Errors
 /// When the store cannot be read, or the files cannot be written.
-pub async fn write(context: &Arc<Context>, ending: &Ending) -> Result<Report> {
-    let table = score::table(context).await?;
+pub async fn write(needs: &ReportNeeds, summary: &RunSummary) -> Result<Report> {
+    let table = needs.table().await?;
     let mut shown: Vec<(Method, BTreeMap<usize, EvaluationRow>)> = Vec::new();
-    for method in METHODS {
-        let samples = last_samples(ending, method);
+    for method in Method::ALL {
+        let samples = last_samples(summary, method);
         let keys: Vec<String> = samples.values().cloned().collect();
         let rows = table.get(&keys, Columns::All).await?;
         let rows = samples
@@ -128,14 +161,14 @@ pub async fn write(context: &Arc<Context>, ending: &Ending) -> Result<Report> {
     }
     shown.retain(|(_, rows)| !rows.is_empty());
     let shown = Arc::new(shown);
-    let (own, rows) = (context.clone(), shown.clone());
+    let (own, rows) = (needs.clone(), shown.clone());
     let drawing = blocking("drawing the sheet", move || {
         let sheet = encode_png(&sheet(&own, &rows)?.draw())?;
         files::write(&own.dir.join("sheet.png"), &sheet)?;
         Ok(sheet)
     });
-    let report = compose(context, ending, &shown, drawing.await?).await?;
-    let dir = context.dir.clone();
+    let report = compose(needs, summary, &shown, drawing.await?).await?;
+    let dir = needs.dir.clone();
     let writing = blocking("writing the report", move || {
         files::write(&dir.join("report.html"), report.html().as_bytes())?;
         files::write(&dir.join("report.json"), report.json()?.as_bytes())?;
@@ -144,15 +177,15 @@ pub async fn write(context: &Arc<Context>, ending: &Ending) -> Result<Report> {
     writing.await
 }
 
-fn sheet(context: &Context, shown: &[(Method, BTreeMap<usize, EvaluationRow>)]) -> Result<Sheet> {
+fn sheet(needs: &ReportNeeds, shown: &[(Method, BTreeMap<usize, EvaluationRow>)]) -> Result<Sheet> {
     let columns: Vec<_> = [Method::Supervisor, Method::Direct, Method::Student]
         .iter()
         .filter_map(|wanted| shown.iter().find(|(method, _)| method == wanted))
         .collect();
     let mut blocks = Vec::new();
-    for (index, subject) in context.subjects.iter().enumerate() {
+    for (index, subject) in needs.subjects.iter().enumerate() {
         let mut rows = Vec::new();
-        for (place, image) in context.plan.evaluation().images.iter().enumerate() {
+        for (place, image) in needs.plan.evaluation().images.iter().enumerate() {
             if image.subject != index || image.image_index > 0 {
                 continue;
             }
@@ -179,31 +212,24 @@ fn sheet(context: &Context, shown: &[(Method, BTreeMap<usize, EvaluationRow>)]) 
             rows,
         });
     }
-    let student = &context.resolved.student.model;
     Ok(Sheet {
-        title: match &context.resolved.supervisor {
-            Some(supervisor) => format!("Proxy-Tuning of {student} by {}", supervisor.model),
-            None => format!("Direct tuning of {student}"),
-        },
-        subtitle: format!(
-            "same prompts and seeds in every column; run {}",
-            context.run
-        ),
+        title: needs.title(),
+        subtitle: format!("same prompts and seeds in every column; run {}", needs.run),
         columns: columns
             .iter()
-            .map(|(method, _)| label(*method, context.resolved.student.source).to_string())
+            .map(|(method, _)| label(*method, needs.resolved.student.source).to_string())
             .collect(),
         blocks,
     })
 }
 
 async fn compose(
-    context: &Context,
-    ending: &Ending,
+    needs: &ReportNeeds,
+    summary: &RunSummary,
     shown: &[(Method, BTreeMap<usize, EvaluationRow>)],
     sheet_png: Vec<u8>,
 ) -> Result<Report> {
-    let resolved = &context.resolved;
+    let resolved = &needs.resolved;
     let scored = |row: &EvaluationRow| {
         Some(ScoredImage {
             subject: row.subject.clone(),
@@ -219,7 +245,7 @@ async fn compose(
     let models = shown
         .iter()
         .map(|(method, rows)| ModelScores {
-            name: label(*method, context.resolved.student.source).into(),
+            name: label(*method, needs.resolved.student.source).into(),
             images: rows.values().filter_map(scored).collect(),
         })
         .collect();
@@ -232,7 +258,7 @@ async fn compose(
         ("subjects".to_string(), names.join(", ")),
         ("student".into(), resolved.student.model.clone()),
     ];
-    if let Some((supervisor, proxies)) = resolved.teacher() {
+    if let Some((supervisor, proxies, _)) = resolved.teacher() {
         facts.push(("supervisor".into(), supervisor.model.clone()));
         if let Some(adapter) = &supervisor.adapter {
             facts.push((
@@ -242,34 +268,32 @@ async fn compose(
         }
         facts.push(("proxies per subject".into(), proxies.count.to_string()));
     }
-    facts.push(("wall time".into(), format!("{:.0} s", ending.wall_seconds)));
+    facts.push(("wall time".into(), format!("{:.0} s", summary.wall_seconds)));
     let mut provenance = vec![
-        ("run".to_string(), context.run.clone()),
+        ("run".to_string(), needs.run.clone()),
         ("seed".into(), resolved.seed.to_string()),
-        ("plan".into(), context.plan.digest().to_string()),
+        ("plan".into(), needs.plan.digest().to_string()),
         ("proxytune".into(), env!("CARGO_PKG_VERSION").into()),
     ];
-    for sampled in &ending.evaluated {
+    for sampled in &summary.evaluated {
         provenance.push((
             format!("{} at step {}", sampled.method, sampled.step),
             sampled.adapter.clone(),
         ));
     }
+    let is_set_aside = |warning: &&Warning| matches!(warning, Warning::SetAside(_));
+    let (set_aside, warnings): (Vec<_>, Vec<_>) = summary.warnings.iter().partition(is_set_aside);
+    let [set_aside, warnings] =
+        [set_aside, warnings].map(|list| list.iter().map(|warning| warning.to_string()).collect());
     Ok(Report {
-        title: match &resolved.supervisor {
-            Some(supervisor) => format!(
-                "Proxy-Tuning of {} by {}",
-                resolved.student.model, supervisor.model
-            ),
-            None => format!("Direct tuning of {}", resolved.student.model),
-        },
+        title: needs.title(),
         lead: "Every model drew the same prompts with the same seeds.".into(),
         facts,
         sheet_png,
         models,
-        protocol: ending.protocol.clone(),
-        charts: charts(context, ending).await?,
-        stages: ending
+        protocol: summary.protocol.clone(),
+        charts: charts(needs, summary).await?,
+        stages: summary
             .stages
             .iter()
             .map(|stage| StageTime {
@@ -280,30 +304,20 @@ async fn compose(
                 waiting_seconds: stage.waiting_in + stage.waiting_out,
             })
             .collect(),
-        wall_seconds: ending.wall_seconds,
-        first_training_proxy: ending.first_training_proxy,
+        wall_seconds: summary.wall_seconds,
+        first_training_proxy: summary.first_training_proxy,
         settings: resolved.to_toml()?,
         provenance,
-        set_aside: ending
-            .warnings
-            .iter()
-            .filter(|warning| warning.contains("set aside"))
-            .cloned()
-            .collect(),
-        warnings: ending
-            .warnings
-            .iter()
-            .filter(|warning| !warning.contains("set aside"))
-            .cloned()
-            .collect(),
+        set_aside,
+        warnings,
     })
 }
 
-async fn charts(context: &Context, ending: &Ending) -> Result<Vec<Chart>> {
-    let metrics = context.store.metrics().await?;
+async fn charts(needs: &ReportNeeds, summary: &RunSummary) -> Result<Vec<Chart>> {
+    let metrics = needs.store.metrics().await?;
     let mut supervisors: BTreeMap<String, Vec<(f64, f64)>> = BTreeMap::new();
     let mut students: BTreeMap<String, Vec<(f64, f64)>> = BTreeMap::new();
-    let owners: Vec<&String> = context.supervisors.iter().chain([&context.run]).collect();
+    let owners: Vec<&String> = needs.supervisors.iter().chain([&needs.run]).collect();
     let mut losses = Vec::new();
     for owned in one_of("run", &owners) {
         let filter = format!("name = 'loss' AND {owned}");
@@ -311,13 +325,13 @@ async fn charts(context: &Context, ending: &Ending) -> Result<Vec<Chart>> {
     }
     for row in losses {
         let point = (row.step as f64, row.value);
-        match row.stage.strip_prefix("supervise:") {
-            Some(subject) => supervisors
-                .entry(subject.to_string())
-                .or_default()
-                .push(point),
-            None => students.entry(row.stage).or_default().push(point),
-        }
+        let curve = match row.stage {
+            MetricStage::Supervise(subject) => supervisors.entry(subject),
+            stage @ (MetricStage::Train | MetricStage::Direct | MetricStage::Pretrain(_)) => {
+                students.entry(stage.to_string())
+            }
+        };
+        curve.or_default().push(point);
     }
     let mut charts = Vec::new();
     for (title, curves) in [("Supervisor loss", supervisors), ("Student loss", students)] {
@@ -338,18 +352,18 @@ async fn charts(context: &Context, ending: &Ending) -> Result<Vec<Chart>> {
             });
         }
     }
-    charts.extend(score_chart(context, ending).await?);
+    charts.extend(score_chart(needs, summary).await?);
     Ok(charts)
 }
 
 /// The student's scores over its checkpoints, where there are several.
-async fn score_chart(context: &Context, ending: &Ending) -> Result<Option<Chart>> {
-    let table = score::table(context).await?;
+async fn score_chart(needs: &ReportNeeds, summary: &RunSummary) -> Result<Option<Chart>> {
+    let table = needs.table().await?;
     let mut curves: [(&str, Vec<(f64, f64)>); 3] =
         [("CLIP-I", vec![]), ("CLIP-T", vec![]), ("DINO", vec![])];
     let is_student =
-        |sampled: &&Sampled| sampled.method == "student" || sampled.method == "untouched";
-    for sampled in ending.evaluated.iter().filter(is_student) {
+        |sampled: &&Sampled| matches!(sampled.method, Method::Student | Method::Untouched);
+    for sampled in summary.evaluated.iter().filter(is_student) {
         let keys: Vec<String> = sampled.samples.iter().map(|(_, key)| key.clone()).collect();
         let rows = table.get(&keys, Columns::WithoutPictures).await?;
         let rows: Vec<EvaluationRow> = rows.into_iter().flatten().collect();
@@ -387,4 +401,102 @@ async fn score_chart(context: &Context, ending: &Ending) -> Result<Option<Chart>
             .collect(),
         smoothed: false,
     }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fakes::Fakes;
+    use super::*;
+    use crate::store::MetricRow;
+
+    async fn needs(fakes: &Fakes) -> ReportNeeds {
+        ReportNeeds {
+            run: "run".into(),
+            dir: fakes.dir.path().to_path_buf(),
+            resolved: Arc::new(fakes.resolved.clone()),
+            plan: fakes.plan.clone(),
+            subjects: fakes.subjects.clone(),
+            supervisors: vec!["key0".into(), "key1".into()],
+            store: fakes.store.clone(),
+            evaluator: fakes.evaluator(),
+        }
+    }
+
+    #[tokio::test]
+    async fn photos_that_were_set_aside_and_curves_of_supervisors_stand_apart_from_the_others() {
+        let fakes = Fakes::new(&[]).await;
+        let metrics = fakes.store.metrics().await.unwrap();
+        let curves = [
+            ("key0", MetricStage::Supervise("dog1".into())),
+            ("key1", MetricStage::Supervise("cat1".into())),
+            ("run", MetricStage::Train),
+            ("another run", MetricStage::Direct),
+        ];
+        let rows = curves.map(|(owner, stage)| MetricRow {
+            run: owner.into(),
+            stage,
+            step: 0,
+            name: "loss".into(),
+            value: 0.5,
+            created_us: 1,
+        });
+        metrics.append(&rows).await.unwrap();
+        let summary = RunSummary {
+            warnings: vec![
+                Warning::Other("no photo was set aside".into()),
+                Warning::SetAside("subject dog1: a.jpg is empty".into()),
+            ],
+            ..RunSummary::default()
+        };
+        let report = write(&needs(&fakes).await, &summary).await.unwrap();
+        assert_eq!(report.set_aside, ["subject dog1: a.jpg is empty"]);
+        assert_eq!(report.warnings, ["no photo was set aside"]);
+        let told = |chart: &Chart| {
+            let names = chart.series.iter().map(|series| series.name.clone());
+            (chart.title.clone(), names.collect::<Vec<_>>().join(" "))
+        };
+        let charts: Vec<(String, String)> = report.charts.iter().map(told).collect();
+        let expected = [("Supervisor loss", "cat1 dog1"), ("Student loss", "train")];
+        let expected = expected.map(|(title, names)| (title.to_string(), names.to_string()));
+        assert_eq!(charts, expected);
+        assert!(fakes.dir.path().join("report.html").is_file());
+    }
+
+    #[tokio::test]
+    async fn what_the_same_run_evaluated_earlier_stays_while_its_samples_are_in_the_store() {
+        let fakes = Fakes::new(&[]).await;
+        let needs = needs(&fakes).await;
+        let evaluated = |method, step| Evaluated {
+            method,
+            step,
+            adapter: "anew".into(),
+            samples: Vec::new(),
+        };
+        let earlier = |method, step, samples: &[(usize, String)]| Sampled {
+            method,
+            step,
+            adapter: "earlier".into(),
+            samples: samples.to_vec(),
+        };
+        let before = RunSummary {
+            evaluated: vec![
+                earlier(Method::Student, 4, &[]),
+                earlier(Method::Student, 8, &[]),
+                earlier(Method::Untouched, 0, &[(0, "gone".into())]),
+            ],
+            ..RunSummary::default()
+        };
+        let anew = vec![evaluated(Method::Student, 8), evaluated(Method::Direct, 2)];
+        let all = with_earlier(&needs, anew, Some(before)).await.unwrap();
+        let told: Vec<_> = all
+            .iter()
+            .map(|s| (s.method, s.step, s.adapter.as_str()))
+            .collect();
+        let expected = [
+            (Method::Direct, 2, "anew"),
+            (Method::Student, 4, "earlier"),
+            (Method::Student, 8, "anew"),
+        ];
+        assert_eq!(told, expected);
+    }
 }

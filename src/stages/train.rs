@@ -1,5 +1,4 @@
-//! train: the student learns from proxies while they arrive, and hands its checkpoints on. The loop itself,
-//! [`Course`], is the same for supervisors and for the direct baseline.
+//! train: the student learns from proxies while they arrive, and hands its checkpoints on.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -7,268 +6,180 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use async_stream::try_stream;
-use candle_core::Tensor;
 use futures::{Stream, StreamExt};
 
-use super::references::examples;
-use super::{Checkpoint, Context, Method, ReadyBatch, ended_early, spawn_trainee};
-use crate::config::{Sampling, Training, Tuning};
+use super::session::{InitialAdapter, SessionSettings, TrainingSession};
+use super::{
+    Checkpoint, Log, Method, OpenLearner, ReadyBatch, TokenizerIdentity, ended_early, references,
+};
+use crate::Result;
+use crate::config::{Sampling, Training};
 use crate::images::decode_png;
-use crate::models::{Example, LearnerOptions, Lesson};
-use crate::plan::{Plan, step_seed};
-use crate::store::Columns;
-use crate::stream::{Meter, Worker};
-use crate::training::{Checkpoints, Trainer, restore, tuning};
-use crate::{Error, Result, files};
+use crate::models::{Example, TrainingExample};
+use crate::plan::Plan;
+use crate::store::{Columns, MetricStage, Store};
+use crate::training::Checkpoints;
 
-/// One training: a trainee on its thread, its checkpoints, and where its curve goes.
-pub(super) struct Course {
-    pub context: Arc<Context>,
-    pub meter: Meter,
-    /// The stage's name in the metrics.
-    pub name: String,
-    /// Whose curve it is: the run, or the supervisor's key.
-    pub owner: String,
-    pub settings: Training,
-    pub worker: Worker<Trainer>,
+/// How the student of a run learns, whatever it learns from.
+#[derive(Clone)]
+pub struct StudentSettings {
+    /// Opens it for training.
+    pub open: OpenLearner,
+    pub training: Training,
+    /// How its samples are drawn.
+    pub sampling: Sampling,
+    pub init: Option<InitialAdapter>,
+    /// Steps between evaluated checkpoints; 0: the last alone.
+    pub evaluate_every: usize,
+    /// Evaluate it before it has learnt anything, too.
+    pub untouched: bool,
+    /// Its checkpoints while it learns.
     pub checkpoints: Checkpoints,
-    seed: u64,
+    /// The run's directory.
+    pub dir: PathBuf,
 }
 
-impl Course {
-    /// Opens the trainee; `dir` is where its checkpoints go and `identity` what they must match.
-    pub async fn start(
-        context: Arc<Context>,
-        meter: Meter,
-        name: &str,
-        owner: &str,
-        opening: LearnerOptions,
-        settings: &Training,
-        (dir, identity): (PathBuf, String),
-    ) -> Result<Self> {
-        meter.say("opens the model");
-        let opening = LearnerOptions {
-            tuning: tuning(settings),
-            memory: settings.memory,
-            ..opening
-        };
-        let worker = spawn_trainee(name, opening, settings.clone()).await?;
-        meter.say("");
-        let seed = context.resolved.seed;
-        Ok(Self {
-            context,
-            meter,
-            name: name.to_string(),
-            owner: owner.to_string(),
-            settings: settings.clone(),
-            worker,
-            checkpoints: Checkpoints::new(dir, identity),
+impl StudentSettings {
+    /// A session of this student, as it is opened; `seed` is the run's.
+    pub(super) async fn session(&self, log: &Log, seed: u64) -> Result<TrainingSession> {
+        let settings = SessionSettings {
+            log: log.clone(),
+            stage: MetricStage::Train,
+            owner: log.run.clone(),
+            training: self.training.clone(),
+            checkpoints: self.checkpoints.clone(),
             seed,
-        })
-    }
-
-    /// Makes this the course of the run's student: it starts from the adapter that the pipeline names.
-    pub async fn of_student(mut self) -> Result<Self> {
-        self.seed = self.context.plan.student_seed();
-        let student = &self.context.resolved.student;
-        let Some(init) = student.init.clone() else {
-            return Ok(self);
+            sampling: self.sampling.clone(),
+            evaluated: Some(self.dir.join("evaluated")),
         };
-        let expected = student.init_digest.clone();
-        let begin = move |trainee: &mut Trainer| {
-            if Some(files::digest_of(&init)?) != expected {
-                return Err(Error::invalid(
-                    format!(
-                        "{}: this is not the adapter that the run was planned with",
-                        init.display()
-                    ),
-                    "restore it, or take init_digest out of the pipeline file and start a new run",
-                ));
+        TrainingSession::start(&self.open, settings).await
+    }
+}
+
+/// What the stage needs.
+pub struct Train {
+    pub plan: Arc<Plan>,
+    /// How many subjects there are.
+    pub subjects: usize,
+    pub student: StudentSettings,
+    pub store: Arc<Store>,
+    /// Whose tokens the student reads; `None` for a diffusion student, which reads pixels.
+    pub tokenizer: Option<TokenizerIdentity>,
+    /// How many proxies are committed when the first step is taken goes here, if it is less.
+    pub first_training_proxy: Arc<AtomicUsize>,
+    /// The run's.
+    pub seed: u64,
+    pub log: Log,
+}
+
+impl Train {
+    /// Trains the student on the batches of `input`, each step as soon as the proxies that it may use are committed.
+    /// Yields the untouched student if the evaluation wants it, the checkpoints that are due, and the last.
+    pub fn run(
+        self,
+        input: impl Stream<Item = ReadyBatch> + Send,
+    ) -> impl Stream<Item = Result<Checkpoint>> + Send {
+        try_stream! {
+            let Self { plan, student, log, .. } = &self;
+            let (steps, every) = (student.training.steps, student.evaluate_every);
+            let everyone: Vec<usize> = (0..self.subjects).collect();
+            let checkpoint = |method, step, values| Checkpoint { method, step, subjects: everyone.clone(), values };
+            let session = student.session(log, self.seed).await?;
+            if student.untouched {
+                yield checkpoint(Method::Untouched, 0, session.snapshot().await?);
             }
-            let learner = trainee.learner();
-            restore(&learner.variables(), &learner.read(&init)?, &init)
-        };
-        self.worker.call(&self.meter, begin).await?;
-        Ok(self)
-    }
-
-    /// Where its randomness comes from.
-    pub fn seed(&self) -> u64 {
-        self.seed
-    }
-
-    /// Continues from the newest checkpoint that is whole, and says so where it is not the newest; returns the steps that
-    /// are done. Whatever it goes on from, the result is the same.
-    pub async fn resume(&self) -> Result<usize> {
-        let checkpoints = self.checkpoints.clone();
-        let resumed = self
-            .worker
-            .call(&self.meter, move |trainee| trainee.resume(&checkpoints))
-            .await?;
-        let name = &self.name;
-        for (checkpoint, why) in &resumed.damaged {
-            tracing::warn!("{name}: {checkpoint} is damaged and set aside: {why}");
-        }
-        match (resumed.step, resumed.damaged.len(), resumed.foreign) {
-            (_, 0, 0) => {}
-            (Some(step), ..) => {
-                tracing::warn!("{name}: goes on from the checkpoint of step {step}")
+            let session = session.of_student(student.init.clone(), plan.student_seed()).await?;
+            let mut step = session.resume().await?;
+            let resumed = step == steps;
+            let mut input = std::pin::pin!(input);
+            let mut examples = Examples::new(plan, step, steps);
+            let mut batches = 0;
+            for (step, values) in session.due_before(step, every).await? {
+                yield checkpoint(Method::Student, step, values);
             }
-            (None, 0, _) => tracing::warn!(
-                "{name}: begins at step 0: its checkpoints are of other photos, models or settings"
-            ),
-            (None, ..) => {
-                tracing::warn!(
-                    "{name}: begins at step 0, as no checkpoint is whole; the result is the same"
-                )
-            }
-        }
-        let step = resumed.step.unwrap_or(0);
-        self.meter.reuse(step);
-        Ok(step)
-    }
-
-    /// Where the adapter stays that is evaluated after `step` steps; `None` where all weights are trained, of which each
-    /// copy is as large as the model.
-    fn evaluated(&self, step: usize) -> Option<PathBuf> {
-        let place = self.context.dir.join("evaluated");
-        (self.settings.tuning == Tuning::Lora).then(|| place.join(format!("step-{step:06}")))
-    }
-
-    /// Takes step `step` on weighted batches, records it and, when due, writes a checkpoint.
-    pub async fn step(&self, step: usize, batches: Vec<(f64, Vec<Lesson>)>) -> Result<()> {
-        let seed = step_seed(self.seed, &self.name, step);
-        let progress = self
-            .worker
-            .call(&self.meter, move |trainee| {
-                trainee.step(step, &batches, seed)
-            })
-            .await?;
-        self.meter.add(1);
-        self.meter.say(format!("loss {:.4}", progress.loss));
-        let numbers = [
-            ("loss", progress.loss),
-            ("grad_norm", progress.grad_norm),
-            ("learning_rate", progress.learning_rate),
-        ];
-        self.context
-            .record(&self.owner, &self.name, step, &numbers)
-            .await?;
-        let done = step + 1;
-        if done < self.settings.steps && done.is_multiple_of(self.settings.checkpoint_every) {
-            self.save(done).await?;
-        }
-        Ok(())
-    }
-
-    /// Commits the curve so far and writes a checkpoint after `steps` steps.
-    pub async fn save(&self, steps: usize) -> Result<()> {
-        self.context.metrics.flush().await?;
-        let checkpoints = self.checkpoints.clone();
-        self.worker
-            .call(&self.meter, move |trainee| {
-                trainee.save(&checkpoints, steps)
-            })
-            .await
-    }
-
-    /// The current values of what is trained.
-    pub async fn snapshot(&self) -> Result<Arc<BTreeMap<String, Tensor>>> {
-        self.worker
-            .call(&self.meter, |trainee| Ok(Arc::new(trainee.snapshot()?)))
-            .await
-    }
-
-    /// The current values, for an evaluation that is due after `step` steps; a run that resumes later has them too. An
-    /// adapter stays for good, in the layout of what is published.
-    pub async fn due(&self, step: usize) -> Result<Arc<BTreeMap<String, Tensor>>> {
-        let checkpoints = self.checkpoints.clone();
-        let adapter = self.evaluated(step);
-        let sampling = self.context.resolved.student.sampling.clone();
-        self.worker
-            .call(&self.meter, move |trainee| {
-                let values = Arc::new(trainee.snapshot()?);
-                checkpoints.keep_due(step, &values)?;
-                if let Some(dir) = adapter {
-                    trainee.write(&dir, &values, Some(&sampling))?;
+            while step < steps && !log.stop.requested() {
+                let needed = plan.needs(step);
+                while batches < needed {
+                    match input.next().await {
+                        Some(ready) => self.read(&mut examples, &session, &ready).await?,
+                        None if log.stop.requested() => break,
+                        None => Err(ended_early("train"))?,
+                    }
+                    batches += 1;
                 }
-                Ok(values)
-            })
-            .await
+                if batches < needed {
+                    break;
+                }
+                let pairs = examples.take(plan, step)?;
+                let committed = batches.checked_sub(1).map_or(0, |last| plan.batch(last).numbers.end);
+                self.first_training_proxy.fetch_min(committed, Relaxed);
+                session.step(step, vec![(1.0, pairs)]).await?;
+                step += 1;
+                if every > 0 && step.is_multiple_of(every) && step < steps {
+                    yield checkpoint(Method::Student, step, session.due(step).await?);
+                }
+            }
+            if step < steps {
+                session.save(step).await?;
+                return;
+            }
+            let values = session.publish(student.dir.join("student"), resumed).await?;
+            yield checkpoint(Method::Student, steps, values);
+            // What is still on its way only has to be committed, which it is; taking it lets the stages before end.
+            while input.next().await.is_some() {}
+        }
     }
 
-    /// What [`Course::due`] kept after `step` steps, with its adapter in place; `None` where nothing was, or it is damaged,
-    /// which is said.
-    async fn kept(&self, step: usize) -> Result<Option<Arc<BTreeMap<String, Tensor>>>> {
-        let values = match self.checkpoints.due(step) {
-            Ok(None) => return Ok(None),
-            Ok(Some(values)) => Arc::new(values),
-            Err(error) => {
-                self.context.warnings.add(format!(
-                    "{}: step {step} is not evaluated: what was kept for it is damaged: {error}",
-                    self.name
-                ));
-                return Ok(None);
+    /// Reads the examples of a batch that has just become ready.
+    async fn read(
+        &self,
+        examples: &mut Examples,
+        session: &TrainingSession,
+        ready: &ReadyBatch,
+    ) -> Result<()> {
+        let numbers = self.plan.batch(ready.batch).numbers.clone();
+        if !numbers.clone().any(|number| examples.will_be_used(number)) {
+            return Ok(());
+        }
+        let lost = || ended_early("train");
+        let proxies = self.store.proxies().await?;
+        let columns = match &self.tokenizer {
+            Some(_) => Columns::WithoutPictures,
+            None => Columns::All,
+        };
+        let rows = proxies.get(&ready.keys, columns).await?;
+        let rows = rows.into_iter().map(|row| row.ok_or_else(lost));
+        let rows = rows.collect::<Result<Vec<_>>>()?;
+        let prompts: Vec<String> = rows.iter().map(|row| row.prompt.clone()).collect();
+        let read: Vec<Example> = match &self.tokenizer {
+            Some(TokenizerIdentity { digest, count }) => {
+                let table = self.store.tokens(digest, *count).await?;
+                let rows = table.get(&ready.keys, Columns::All).await?;
+                let tokens = rows.into_iter().map(|row| row.map(|row| row.tokens));
+                let tokens = tokens.map(|tokens| tokens.map(Example::Tokens).ok_or_else(lost));
+                tokens.collect::<Result<_>>()?
+            }
+            None => {
+                session
+                    .call(move |trainer| {
+                        let images = rows.iter().map(|row| decode_png(&row.image, &row.key));
+                        let images = images.collect::<Result<Vec<_>>>()?;
+                        references::examples(trainer.learner(), &images)
+                    })
+                    .await?
             }
         };
-        if let Some(dir) = self.evaluated(step).filter(|dir| !dir.is_dir()) {
-            let values = values.clone();
-            let sampling = self.context.resolved.student.sampling.clone();
-            self.worker
-                .call(&self.meter, move |trainee| {
-                    trainee.write(&dir, &values, Some(&sampling))
-                })
-                .await?;
-        }
-        Ok(Some(values))
-    }
-
-    /// What fell due every `every` steps up to `step`, from which this run resumes: the run before it may have ended
-    /// while training was ahead of the evaluation.
-    pub async fn due_before(
-        &self,
-        step: usize,
-        every: usize,
-    ) -> Result<Vec<(usize, Arc<BTreeMap<String, Tensor>>)>> {
-        let mut due = Vec::new();
-        if every == 0 {
-            return Ok(due);
-        }
-        for earlier in (every..step).step_by(every) {
-            if let Some(values) = self.kept(earlier).await? {
-                due.push((earlier, values));
-            }
-        }
-        if step > 0 && step.is_multiple_of(every) && step < self.settings.steps {
-            due.push((step, self.due(step).await?));
-        }
-        Ok(due)
-    }
-
-    /// Publishes what was learnt as the folder `dir`, wholly or not at all. The last checkpoint stays beside it, so
-    /// that a finished run is found finished; `resumed` says that it is there already. `sampling` is how its samples are
-    /// drawn.
-    pub async fn publish(
-        &self,
-        dir: PathBuf,
-        resumed: bool,
-        sampling: Sampling,
-    ) -> Result<Arc<BTreeMap<String, Tensor>>> {
-        if !resumed {
-            self.save(self.settings.steps).await?;
-        }
-        self.worker
-            .call(&self.meter, move |trainee| {
-                Ok(Arc::new(trainee.publish(&dir, Some(&sampling))?))
-            })
-            .await
+        let pairs = read.into_iter().zip(prompts);
+        let pairs = pairs.map(|(example, prompt)| TrainingExample { example, prompt });
+        examples.add(numbers.zip(pairs));
+        Ok(())
     }
 }
 
 /// What the student reads: examples by proxy number, taken from the store when a step first needs them, and kept until
 /// the last step that does.
 struct Examples {
-    known: BTreeMap<usize, Example>,
+    known: BTreeMap<usize, TrainingExample>,
     /// The last step of the plan that uses a proxy, by its number.
     last_use: BTreeMap<usize, usize>,
 }
@@ -277,137 +188,197 @@ impl Examples {
     /// None yet, for the steps from `step` on.
     fn new(plan: &Plan, step: usize, steps: usize) -> Self {
         let uses =
-            (step..steps).flat_map(|step| plan.lessons(step).iter().map(move |&n| (n, step)));
+            (step..steps).flat_map(|step| plan.examples(step).iter().map(move |&n| (n, step)));
         Self {
             known: BTreeMap::new(),
             last_use: uses.collect(),
         }
     }
 
-    /// The lessons of `step`. What no later step needs is let go.
-    fn lessons(&mut self, plan: &Plan, step: usize) -> Vec<Lesson> {
-        let numbers = plan.lessons(step);
-        let lesson = |&number: &usize| Lesson {
-            example: self.known[&number].clone(),
-            prompt: plan.proxy(number).prompt.clone(),
-        };
-        let lessons = numbers.iter().map(lesson).collect();
+    fn will_be_used(&self, number: usize) -> bool {
+        self.last_use.contains_key(&number)
+    }
+
+    fn add(&mut self, pairs: impl Iterator<Item = (usize, TrainingExample)>) {
+        let last_use = &self.last_use;
+        let used = pairs.filter(|(number, _)| last_use.contains_key(number));
+        self.known.extend(used);
+    }
+
+    /// What `step` learns from. What no later step needs is let go.
+    fn take(&mut self, plan: &Plan, step: usize) -> Result<Vec<TrainingExample>> {
+        let numbers = plan.examples(step);
+        let known = numbers.iter().map(|number| self.known.get(number).cloned());
+        let pairs: Option<Vec<TrainingExample>> = known.collect();
         for number in numbers {
             if self.last_use.get(number) == Some(&step) {
                 self.known.remove(number);
             }
         }
-        lessons
-    }
-
-    /// Reads the examples of a batch that has just become ready.
-    async fn read(&mut self, context: &Context, course: &Course, ready: &ReadyBatch) -> Result<()> {
-        let numbers = context.plan.batch(ready.batch).numbers.clone();
-        if !numbers
-            .clone()
-            .any(|number| self.last_use.contains_key(&number))
-        {
-            return Ok(());
-        }
-        let lost = || super::ended_early("train");
-        match &context.tokenizer {
-            Some(tokenizer) => {
-                let table = context
-                    .store
-                    .tokens(&tokenizer.digest, tokenizer.count)
-                    .await?;
-                for (number, row) in numbers.zip(table.get(&ready.keys, Columns::All).await?) {
-                    self.known
-                        .insert(number, Example::Tokens(row.ok_or_else(lost)?.tokens));
-                }
-            }
-            None => {
-                let rows = context
-                    .store
-                    .proxies()
-                    .await?
-                    .get(&ready.keys, Columns::All)
-                    .await?;
-                let examples = course
-                    .worker
-                    .call(&course.meter, move |trainee| {
-                        let images = rows.into_iter().map(|row| {
-                            let row = row.ok_or_else(lost)?;
-                            decode_png(&row.image, &row.key)
-                        });
-                        let images = images.collect::<Result<Vec<_>>>()?;
-                        examples(trainee.learner(), &images)
-                    })
-                    .await?;
-                self.known.extend(numbers.zip(examples));
-            }
-        }
-        let last_use = &self.last_use;
-        self.known.retain(|number, _| last_use.contains_key(number));
-        Ok(())
+        pairs.ok_or_else(|| ended_early("train"))
     }
 }
 
-/// Trains the student on the batches of `input`, each step as soon as the proxies that it may use are committed.
-/// Yields the untouched student if the evaluation wants it, the checkpoints that are due, and the last.
-pub fn train(
-    context: Arc<Context>,
-    opening: LearnerOptions,
-    input: impl Stream<Item = ReadyBatch> + Send,
-    first_training_proxy: Arc<AtomicUsize>,
-    meter: Meter,
-) -> impl Stream<Item = Result<Checkpoint>> + Send {
-    try_stream! {
-        let student = &context.resolved.student;
-        let steps = student.training.steps;
-        let evaluation = &context.resolved.evaluation;
-        let everyone: Vec<usize> = (0..context.subjects.len()).collect();
-        let checkpoint = |method, step, values| Checkpoint { method, step, subjects: everyone.clone(), values };
-        let identity = format!("student {}", context.student_identity);
-        let place = (context.dir.join("checkpoints/student"), identity);
-        let course =
-            Course::start(context.clone(), meter.clone(), "train", &context.run, opening, &student.training, place).await?;
-        if evaluation.untouched {
-            yield checkpoint(Method::Untouched, 0, course.snapshot().await?);
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering::SeqCst;
+
+    use futures::stream;
+
+    use super::super::fakes::{Fakes, all, next, settles};
+    use super::*;
+    use crate::stream::channel;
+
+    async fn stage(fakes: &Fakes) -> Train {
+        let (identity, _) = fakes.tokenizer();
+        Train {
+            plan: fakes.plan.clone(),
+            subjects: fakes.subjects.len(),
+            student: StudentSettings {
+                open: fakes.learner(),
+                training: fakes.resolved.student.training.clone(),
+                sampling: fakes.resolved.student.sampling.clone(),
+                init: None,
+                evaluate_every: fakes.resolved.evaluation.every,
+                untouched: fakes.resolved.evaluation.untouched,
+                checkpoints: Checkpoints::new(fakes.dir.path().join("checkpoints"), "student"),
+                dir: fakes.dir.path().to_path_buf(),
+            },
+            store: fakes.store.clone(),
+            tokenizer: Some(identity),
+            first_training_proxy: Arc::new(AtomicUsize::new(usize::MAX)),
+            seed: fakes.resolved.seed,
+            log: fakes.log("train").await,
         }
-        let course = course.of_student().await?;
-        let mut step = course.resume().await?;
-        let resumed = step == steps;
-        let mut input = std::pin::pin!(input);
-        let mut examples = Examples::new(&context.plan, step, steps);
-        let mut batches = 0;
-        for (step, values) in course.due_before(step, evaluation.every).await? {
-            yield checkpoint(Method::Student, step, values);
+    }
+
+    /// All batches of the plan, with their tokens in the store.
+    async fn ready(fakes: &Fakes) -> Vec<ReadyBatch> {
+        let kept = fakes.kept().await;
+        let (identity, open) = fakes.tokenizer();
+        let stage = super::super::tokenize::Tokenize {
+            store: fakes.store.clone(),
+            tokenizer: Some(identity),
+            open,
+            log: fakes.log("tokenize").await,
+        };
+        let ready = all(stage.run(stream::iter(kept))).await.unwrap();
+        fakes.work.encoded.store(0, SeqCst);
+        ready
+    }
+
+    /// The prompts of the examples that the plan wants learnt from step `first` on.
+    fn planned(fakes: &Fakes, first: usize) -> Vec<String> {
+        let steps = first..fakes.resolved.student.training.steps;
+        let numbers = steps.flat_map(|step| fakes.plan.examples(step).to_vec());
+        numbers
+            .map(|n| fakes.plan.proxies()[n].prompt.clone())
+            .collect()
+    }
+
+    fn told(checkpoints: &[Checkpoint]) -> Vec<(Method, usize)> {
+        checkpoints.iter().map(|c| (c.method, c.step)).collect()
+    }
+
+    const DUE: [(Method, usize); 3] = [
+        (Method::Untouched, 0),
+        (Method::Student, 4),
+        (Method::Student, 8),
+    ];
+
+    #[tokio::test]
+    async fn it_learns_what_is_planned_in_order_and_hands_on_what_is_due() {
+        let fakes = Fakes::new(&["evaluation.untouched=true"]).await;
+        let ready = ready(&fakes).await;
+        let stage = stage(&fakes).await;
+        let first = stage.first_training_proxy.clone();
+        let checkpoints = all(stage.run(stream::iter(ready))).await.unwrap();
+        assert_eq!(told(&checkpoints), DUE);
+        assert_eq!(*fakes.work.learnt.lock().unwrap(), planned(&fakes, 0));
+        assert_eq!(
+            first.load(SeqCst),
+            fakes.plan.batch(fakes.plan.needs(0) - 1).numbers.end
+        );
+        assert!(fakes.dir.path().join("student").is_dir());
+        assert!(fakes.dir.path().join("evaluated/step-000004").is_dir());
+        // The tokens come from the store.
+        assert_eq!(fakes.work.encoded.load(SeqCst), 0);
+    }
+
+    #[tokio::test]
+    async fn it_takes_as_many_steps_as_the_batches_allow_that_have_come() {
+        let fakes = Fakes::new(&["evaluation.every=0", "student.overlap=1"]).await;
+        let ready = ready(&fakes).await;
+        let meters = ["tokenize", "train"].map(|name| fakes.board.meter(name, "items"));
+        let (outlet, inlet) = channel(&fakes.board, "tokens", 6, &meters[0], &meters[1]);
+        let stage = stage(&fakes).await;
+        let running = tokio::spawn(async move { all(stage.run(inlet)).await });
+        let mut given = 0;
+        for batch in ready {
+            outlet.send(batch).await.ok().unwrap();
+            given += 1;
+            let steps = fakes.resolved.student.training.steps;
+            let allowed = (0..steps)
+                .take_while(|&s| fakes.plan.needs(s) <= given)
+                .count();
+            let taken = || fakes.work.losses.load(SeqCst);
+            settles(taken, allowed, &format!("after {given} batches")).await;
         }
-        while step < steps && !context.stop.requested() {
-            let needed = context.plan.needs(step);
-            while batches < needed {
-                match input.next().await {
-                    Some(ready) => examples.read(&context, &course, &ready).await?,
-                    None if context.stop.requested() => break,
-                    None => Err(ended_early("train"))?,
-                }
-                batches += 1;
-            }
-            if batches < needed {
-                break;
-            }
-            let lessons = examples.lessons(&context.plan, step);
-            let committed = batches.checked_sub(1).map_or(0, |last| context.plan.batch(last).numbers.end);
-            first_training_proxy.fetch_min(committed, Relaxed);
-            course.step(step, vec![(1.0, lessons)]).await?;
-            step += 1;
-            if evaluation.every > 0 && step.is_multiple_of(evaluation.every) && step < steps {
-                yield checkpoint(Method::Student, step, course.due(step).await?);
-            }
+        drop(outlet);
+        let checkpoints = running.await.unwrap().unwrap();
+        assert_eq!(checkpoints.last().unwrap().step, 8);
+    }
+
+    #[tokio::test]
+    async fn a_stopped_student_goes_on_to_the_same_values_and_a_finished_one_is_not_trained_again()
+    {
+        let whole = Fakes::new(&[]).await;
+        let batches = ready(&whole).await;
+        let expected = all(stage(&whole).await.run(stream::iter(batches.clone())))
+            .await
+            .unwrap();
+        let mut fakes = whole.again(&[]);
+        {
+            let running = stage(&fakes).await.run(stream::iter(batches.clone()));
+            let mut running = std::pin::pin!(running);
+            // The first checkpoints: of step 0, if it is evaluated, and of step 4.
+            while next(&mut running).await.unwrap().unwrap().step < 4 {}
+            fakes.stop.request();
+            assert!(next(&mut running).await.is_none());
         }
-        if step < steps {
-            course.save(step).await?;
-            return;
+        assert_eq!(fakes.work.losses.load(SeqCst), 4);
+        for (losses, learnt) in [(4, planned(&whole, 4)), (0, Vec::new())] {
+            let dir = fakes.dir;
+            fakes = whole.again(&[]);
+            fakes.dir = dir;
+            let checkpoints = all(stage(&fakes).await.run(stream::iter(batches.clone()))).await;
+            let checkpoints = checkpoints.unwrap();
+            assert_eq!(fakes.work.losses.load(SeqCst), losses);
+            assert_eq!(*fakes.work.learnt.lock().unwrap(), learnt);
+            let digest = |c: &Checkpoint| crate::files::values_digest(&c.values).unwrap();
+            let (last, whole) = (checkpoints.last().unwrap(), expected.last().unwrap());
+            assert_eq!((last.step, digest(last)), (8, digest(whole)));
+            // What was due before the stop is evaluated still.
+            assert!(told(&checkpoints).contains(&(Method::Student, 4)));
         }
-        let values = course.publish(context.dir.join("student"), resumed, student.sampling.clone()).await?;
-        yield checkpoint(Method::Student, steps, values);
-        // What is still on its way only has to be committed, which it is; taking it lets the stages before end.
-        while input.next().await.is_some() {}
+    }
+
+    #[tokio::test]
+    async fn an_input_that_ends_too_early_and_a_lost_row_are_errors() {
+        let fakes = Fakes::new(&[]).await;
+        let batches = ready(&fakes).await;
+        let first = batches[..1].to_vec();
+        let error = all(stage(&fakes).await.run(stream::iter(first)))
+            .await
+            .unwrap_err();
+        assert!(error.to_string().starts_with("train: "), "{error}");
+        let fakes = fakes.again(&[]);
+        let mut lost = batches;
+        lost[0].keys[0] = "no such key".into();
+        let error = all(stage(&fakes).await.run(stream::iter(lost)))
+            .await
+            .unwrap_err();
+        assert!(error.to_string().starts_with("train: "), "{error}");
+        assert_eq!(fakes.work.losses.load(SeqCst), 0);
     }
 }

@@ -21,6 +21,7 @@ use std::collections::BTreeMap;
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use arrow::datatypes::SchemaRef;
 use futures::future::BoxFuture;
@@ -48,7 +49,8 @@ pub use locks::{Claim, Locks};
 pub use removal::Removed;
 pub(crate) use removal::{one_of, quoted};
 pub use rows::{
-    EvaluationRow, MetricRow, ProxyRow, Row, RunRow, SCHEMA_VERSION, SubjectRow, TokenRow, now_us,
+    EvaluationRow, Method, MetricRow, MetricStage, PictureKind, ProxyRow, Row, RunRow, RunStatus,
+    SCHEMA_VERSION, SubjectRow, TokenRow, now_us,
 };
 pub use table::{Columns, Table};
 pub use upkeep::Compacted;
@@ -68,6 +70,8 @@ const IN_USE: &str = ".in-use.lock";
 /// A directory of tables. Handles to one table from one store share what they know of it.
 pub struct Store {
     path: PathBuf,
+    /// Where the tables are: `path`, or in memory.
+    tables: PathBuf,
     /// Empty where none can be written.
     id: String,
     session: Arc<Session>,
@@ -76,6 +80,8 @@ pub struct Store {
     access: Access,
     /// Says that this process uses the store; none where the directory cannot be written.
     _in_use: Option<File>,
+    /// Of a store in memory.
+    _folder: Option<TemporaryFolder>,
 }
 
 /// Who may have a store open.
@@ -91,11 +97,20 @@ enum Access {
 
 impl Store {
     /// Opens the store in `path`, a local directory, which is created if absent. While another process erases from it,
-    /// this waits, and says so.
+    /// this waits, and says so. `memory://` opens a new store whose tables are in memory; its locks and what its
+    /// supervisors learn lie in a temporary folder. All of it is gone when the store is dropped.
     ///
-    /// Errors: a URL; a directory that cannot be created; a disk without locks.
+    /// Errors: another URL; a directory that cannot be created; a disk without locks.
     pub async fn open(path: impl AsRef<Path>) -> Result<Self> {
-        Self::open_as(path, Access::Shared).await
+        if path.as_ref().to_str() != Some(MEMORY) {
+            return Self::open_as(path, Access::Shared).await;
+        }
+        let folder = TemporaryFolder::new()?;
+        let mut store = Self::open_as(&folder.0, Access::Shared).await?;
+        // A path without a host: the table's name is all of it.
+        store.tables = format!("{MEMORY}/").into();
+        store._folder = Some(folder);
+        Ok(store)
     }
 
     /// Opens the store in `path`, which is there, to read from it: what is no store is not made one.
@@ -143,10 +158,12 @@ impl Store {
         };
         Ok(Self {
             locks,
+            tables: path.clone(),
             path,
             id,
             access,
             _in_use: in_use,
+            _folder: None,
             session: Arc::new(Session::new(INDEX_CACHE, METADATA_CACHE, Arc::default())),
             open: Mutex::default(),
         })
@@ -172,6 +189,11 @@ impl Store {
     /// Errors: a directory that cannot be read.
     pub fn table_names<'a>(&'a self) -> BoxFuture<'a, Result<Vec<String>>> {
         Box::pin(async move {
+            if self.tables != self.path {
+                let open = self.open.lock().await;
+                let filled = open.iter().filter(|(_, table)| table.dataset().is_some());
+                return Ok(filled.map(|(name, _)| name.clone()).collect());
+            }
             let mut entries = tokio::fs::read_dir(&self.path)
                 .await
                 .map_err(Error::io(&self.path))?;
@@ -243,7 +265,7 @@ impl Store {
         {
             return Ok(Table::new(raw.clone()));
         }
-        let path = self.path.join(format!("{name}.lance"));
+        let path = self.tables.join(format!("{name}.lance"));
         let raw = Arc::new(
             dataset::RawTable::open(
                 path,
@@ -256,6 +278,30 @@ impl Store {
         );
         open.insert(name, raw.clone());
         Ok(Table::new(raw))
+    }
+}
+
+/// The name of a store whose tables are in memory.
+const MEMORY: &str = "memory://";
+
+/// A folder of this process that is removed when the value is dropped.
+struct TemporaryFolder(PathBuf);
+
+impl TemporaryFolder {
+    fn new() -> Result<Self> {
+        static NUMBER: AtomicUsize = AtomicUsize::new(0);
+        let number = NUMBER.fetch_add(1, Relaxed);
+        let name = format!("proxytune-{}-{}-{number}", std::process::id(), now_us());
+        let path = std::env::temp_dir().join(name);
+        std::fs::create_dir(&path).map_err(Error::io(&path))?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for TemporaryFolder {
+    fn drop(&mut self) {
+        // What is left of it is the system's to clear.
+        let _ = std::fs::remove_dir_all(&self.0);
     }
 }
 

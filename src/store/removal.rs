@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 
 use arrow::datatypes::Schema;
 
-use super::{Access, Columns, RunRow, Store, upkeep};
+use super::query::TableKind;
+use super::{Access, Columns, MetricStage, RunRow, Store, upkeep};
 use crate::{Error, Result, files};
 use futures::future::BoxFuture;
 
@@ -42,7 +43,10 @@ impl Store {
                 });
             }
             let is_subject = format!("subject = {}", quoted(name));
-            let is_stage = format!("stage = {}", quoted(&format!("supervise:{name}")));
+            let is_stage = format!(
+                "stage = {}",
+                quoted(&MetricStage::Supervise(name.into()).to_string())
+            );
             let proxies = self
                 .proxies()
                 .await?
@@ -78,15 +82,15 @@ impl Store {
             // Last come the tables that say what belongs to the subject, so that nothing is forgotten when this is cut short.
             let mut tables = self.table_names().await?;
             tables.sort_by_key(|table| {
-                ["metrics", "runs", "proxies"]
+                [TableKind::Metrics, TableKind::Runs, TableKind::Proxies]
                     .iter()
-                    .position(|last| last == table)
+                    .position(|last| *last == TableKind::of(table))
             });
             for table in tables {
-                let filters = |schema: &Schema| match table.as_str() {
-                    "metrics" => [vec![is_stage.clone()], of_runs.clone()].concat(),
-                    "runs" => of_runs.clone(),
-                    name if name.starts_with("tokens_") => of_proxies.clone(),
+                let filters = |schema: &Schema| match TableKind::of(&table) {
+                    TableKind::Metrics => [vec![is_stage.clone()], of_runs.clone()].concat(),
+                    TableKind::Runs => of_runs.clone(),
+                    TableKind::Tokens => of_proxies.clone(),
                     _ if schema.column_with_name("subject").is_some() => vec![is_subject.clone()],
                     _ => Vec::new(),
                 };

@@ -11,7 +11,7 @@ use super::checkpoints::{Checkpoints, Resumed};
 use super::optimizer::{OptimizerConfig, learning_rate_factor};
 use super::training_loop::{Progress, TrainingLoop};
 use crate::config::{Sampling, Training, Tuning};
-use crate::models::{Learner, Lesson, sampling_file, snapshot};
+use crate::models::{Learner, TrainingExample, sampling_file, snapshot};
 use crate::nn::LoraConfig;
 use crate::{Error, Result, files, models};
 
@@ -52,7 +52,7 @@ impl Trainer {
     pub fn step(
         &mut self,
         step: usize,
-        groups: &[(f64, Vec<Lesson>)],
+        groups: &[(f64, Vec<TrainingExample>)],
         seed: u64,
     ) -> Result<Progress> {
         let Self {

@@ -414,7 +414,7 @@ impl Watching<'_> {
             scores,
             ..ended(run, refused)
         };
-        for warning in &outcome.ending.warnings {
+        for warning in &outcome.summary.warnings {
             self.say(&format!("run {}: {warning}", run.number))?;
         }
         self.end(run, ended, published)?;

@@ -105,11 +105,11 @@ pub async fn dino_before(
         .into_iter()
         .filter_map(|row| row?.dino_embedding)
         .collect();
-    let ending = pipeline::ending_in(&home.path().join(&published.run))?;
-    let student = ending
+    let summary = pipeline::summary_in(&home.path().join(&published.run))?;
+    let student = summary
         .evaluated
         .iter()
-        .filter(|sampled| sampled.method == Method::Student.name());
+        .filter(|sampled| sampled.method == Method::Student);
     let last = student.max_by_key(|sampled| sampled.step);
     let keys: Vec<String> = last
         .iter()

@@ -273,7 +273,7 @@ impl Scanner {
         if !is_photo_name(path) {
             return Some(Verdict::Bad("only JPEG, PNG and WebP are read".into()));
         }
-        // LearnerOptions a pipe would wait for somebody at its other end, and a device may never end.
+        // Opening a pipe would wait for somebody at its other end, and a device may never end.
         match std::fs::metadata(path) {
             Ok(found) if found.is_dir() => return Some(Verdict::Bad("it is a folder".into())),
             Ok(found) if !found.is_file() => {

@@ -7,7 +7,10 @@ use arrow::datatypes::Int64Type;
 use image::{Rgb, RgbImage};
 use proxytune::images::{encode_png, pixel_digest};
 use proxytune::store::query::Snapshot;
-use proxytune::store::{EvaluationRow, MetricRow, ProxyRow, RunRow, Store, TokenRow};
+use proxytune::store::{
+    EvaluationRow, Method, MetricRow, MetricStage, PictureKind, ProxyRow, RunRow, RunStatus, Store,
+    TokenRow,
+};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tempfile::TempDir;
@@ -91,9 +94,9 @@ pub fn evaluation(widths: Widths, number: u64) -> EvaluationRow {
     let proxy = proxy(number);
     EvaluationRow {
         key: proxy.key,
-        kind: "proxy".into(),
+        kind: PictureKind::Proxy,
         run: proxy.run,
-        method: "supervisor".into(),
+        method: Some(Method::Supervisor),
         step: 0,
         subject: proxy.subject,
         prompt: proxy.prompt,
@@ -146,7 +149,7 @@ pub async fn store(dir: &Path, widths: Widths, count: u64) -> Store {
     let store = Store::open(dir).await.unwrap();
     add(&store, widths, 0..count).await;
     let runs = store.runs().await.unwrap();
-    let row = |run: &str, steps: usize, status: &str, event_us| RunRow {
+    let row = |run: &str, steps: usize, status, event_us| RunRow {
         run: run.into(),
         pipeline: format!("seed = 7\n[student]\nsteps = {steps}\n"),
         resolved: format!(
@@ -154,20 +157,20 @@ pub async fn store(dir: &Path, widths: Widths, count: u64) -> Store {
         ),
         plan_digest: "a".repeat(64),
         versions: format!(r#"{{"proxytune":"0.1.0","evaluators":"{EVALUATORS}"}}"#),
-        status: status.into(),
+        status,
         event_us,
     };
     let rows = [
-        row("nano-1", 200, "started", 1_000_000),
-        row("nano-1", 200, "finished", 61_000_000),
-        row("nano-2", 100, "started", 70_000_000),
-        row("nano-2", 100, "interrupted", 90_000_000),
+        row("nano-1", 200, RunStatus::Started, 1_000_000),
+        row("nano-1", 200, RunStatus::Complete, 61_000_000),
+        row("nano-2", 100, RunStatus::Started, 70_000_000),
+        row("nano-2", 100, RunStatus::Interrupted, 90_000_000),
     ];
     runs.append(&rows).await.unwrap();
     let metrics = store.metrics().await.unwrap();
     let point = |step: u64| MetricRow {
         run: "nano-1".into(),
-        stage: "train".into(),
+        stage: MetricStage::Train,
         step,
         name: "loss".into(),
         value: 1.0 / (step + 1) as f64,

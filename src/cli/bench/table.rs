@@ -12,7 +12,7 @@ use super::torch::{Torch, median, threads};
 use crate::config;
 use crate::config::Sampling;
 use crate::console;
-use crate::models::{self, Learner, LearnerOptions, Lesson, Request};
+use crate::models::{self, Learner, LearnerOptions, Request, TrainingExample};
 use crate::training::{Trainer, tuning};
 use crate::{Error, Result, pipeline};
 
@@ -182,7 +182,7 @@ fn nano() -> Result<Vec<Operation>> {
         config::Document::parse(text, "pipelines/nano.toml", &[], &crate::models::Registry)
             .resolve()?;
     let mut rows = Vec::new();
-    let Some((supervisor, proxies)) = resolved.teacher() else {
+    let Some((supervisor, proxies, drawn)) = resolved.teacher() else {
         return Ok(rows);
     };
     let mut opening = pipeline::opening_for(&supervisor.model, None, config::Device::Cpu)?;
@@ -196,7 +196,7 @@ fn nano() -> Result<Vec<Operation>> {
         "nano proxies",
         &opening,
         proxies.batch_size,
-        Sampling::Diffusion(proxies.sampling.clone()),
+        Sampling::Diffusion(drawn.clone()),
     )?);
     let student = &resolved.student;
     let mut opening = pipeline::opening_for(&student.model, None, config::Device::Cpu)?;
@@ -219,13 +219,13 @@ fn nano() -> Result<Vec<Operation>> {
 }
 
 fn step(name: &str, opening: &LearnerOptions, settings: &config::Training) -> Result<Operation> {
-    let mut trainee = Trainer::new(models::open(opening)?, settings)?;
-    let batch = lessons(trainee.learner(), settings.batch_size)?;
+    let mut trainer = Trainer::new(models::open(opening)?, settings)?;
+    let batch = examples(trainer.learner(), settings.batch_size)?;
     let batches = vec![(1.0, batch)];
     let mut taken = 0;
     let name = format!("{name}, {} images", settings.batch_size);
     Ok(Operation::new(name, move || {
-        trainee.step(taken, &batches, taken as u64)?;
+        trainer.step(taken, &batches, taken as u64)?;
         taken += 1;
         Ok(())
     }))
@@ -250,7 +250,7 @@ fn sampling(
     ))
 }
 
-fn lessons(learner: &mut dyn Learner, count: usize) -> Result<Vec<Lesson>> {
+fn examples(learner: &mut dyn Learner, count: usize) -> Result<Vec<TrainingExample>> {
     let side = learner.resolution();
     let images: Vec<RgbImage> = (0..count as u32)
         .map(|i| {
@@ -260,9 +260,9 @@ fn lessons(learner: &mut dyn Learner, count: usize) -> Result<Vec<Lesson>> {
             })
         })
         .collect();
-    let lesson = |example| Lesson {
+    let pair = |example| TrainingExample {
         example,
         prompt: "a sks dog".into(),
     };
-    Ok(learner.encode(&images)?.into_iter().map(lesson).collect())
+    Ok(learner.encode(&images)?.into_iter().map(pair).collect())
 }

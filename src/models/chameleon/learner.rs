@@ -21,7 +21,8 @@ use crate::models::checkpoint_files::WeightFiles;
 use crate::models::limits::read_config;
 use crate::models::tokenizer::TextTokenizer;
 use crate::models::{
-    Example, ImageTokenizer, Learner, LearnerOptions, Lesson, Request, Sampling, Tuning, adapters,
+    Example, ImageTokenizer, Learner, LearnerOptions, Request, Sampling, TrainingExample, Tuning,
+    adapters,
 };
 use crate::nn::{Adapter, Weights, mean_over_parts, merged, no_grad, recomputing};
 use crate::{Error, Result, images};
@@ -178,9 +179,9 @@ impl Lumina {
         })
     }
 
-    /// The sequence of one lesson. Without its caption it is the answer alone, as guidance asks for it.
-    fn sequence(&self, lesson: &Lesson, captioned: bool) -> Result<Sequence> {
-        let Example::Tokens(codes) = &lesson.example else {
+    /// The sequence of one pair. Without its caption it is the answer alone, as guidance asks for it.
+    fn sequence(&self, pair: &TrainingExample, captioned: bool) -> Result<Sequence> {
+        let Example::Tokens(codes) = &pair.example else {
             return Err(Error::Invalid {
                 what: "an autoregressive model was given latents to learn".into(),
                 hint: None,
@@ -193,7 +194,7 @@ impl Lumina {
                 labelled: 1,
             });
         }
-        let prompt = self.format.prompt(&self.text, &lesson.prompt)?;
+        let prompt = self.format.prompt(&self.text, &pair.prompt)?;
         Ok(Sequence {
             labelled: prompt.len(),
             tokens: [prompt, answer].concat(),
@@ -215,12 +216,12 @@ impl Learner for Lumina {
         Ok(codes.into_iter().map(Example::Tokens).collect())
     }
 
-    fn loss(&mut self, batch: &[Lesson], generator: &mut ChaCha8Rng) -> Result<Tensor> {
+    fn loss(&mut self, batch: &[TrainingExample], generator: &mut ChaCha8Rng) -> Result<Tensor> {
         let sequences = batch
             .iter()
-            .map(|lesson| {
+            .map(|pair| {
                 let captioned = generator.random::<f64>() >= self.condition_dropout;
-                self.sequence(lesson, captioned)
+                self.sequence(pair, captioned)
             })
             .collect::<Result<Vec<_>>>()?;
         let labelled: Vec<usize> = sequences

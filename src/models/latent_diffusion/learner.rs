@@ -14,7 +14,7 @@ use crate::config::Training;
 use crate::diffusion::Guidance;
 use crate::models::checkpoint_files::Layout;
 use crate::models::{
-    Example, Learner, LearnerOptions, Lesson, Request, Sampling, Tuning, adapters,
+    Example, Learner, LearnerOptions, Request, Sampling, TrainingExample, Tuning, adapters,
 };
 use crate::nn::{Adapter, Weights, mean_over_parts, merged, recomputing};
 use crate::{Error, Result, images};
@@ -106,10 +106,10 @@ impl<D: Denoiser> Learner for DiffusionLearner<D> {
             .collect()
     }
 
-    fn loss(&mut self, batch: &[Lesson], generator: &mut ChaCha8Rng) -> Result<Tensor> {
+    fn loss(&mut self, batch: &[TrainingExample], generator: &mut ChaCha8Rng) -> Result<Tensor> {
         let (mut means, mut logvars, mut framings) = (Vec::new(), Vec::new(), Vec::new());
-        for lesson in batch {
-            match &lesson.example {
+        for pair in batch {
+            match &pair.example {
                 Example::Latents {
                     mean,
                     logvar,
@@ -131,9 +131,9 @@ impl<D: Denoiser> Learner for DiffusionLearner<D> {
         let latents = self.model.sample_latents(&mean, &logvar, generator)?;
         let prompts: Vec<&str> = batch
             .iter()
-            .map(|lesson| {
+            .map(|pair| {
                 let dropped = generator.random::<f64>() < self.condition_dropout;
-                if dropped { "" } else { lesson.prompt.as_str() }
+                if dropped { "" } else { pair.prompt.as_str() }
             })
             .collect();
         let conditioning = self.condition(&prompts)?;

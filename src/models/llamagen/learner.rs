@@ -16,8 +16,8 @@ use crate::models::limits::read_config;
 use crate::models::t5::T5Encoder;
 use crate::models::tokenizer::TextTokenizer;
 use crate::models::{
-    Example, ImageTokenizer, Learner, LearnerOptions, Lesson, Request, Sampling, Tuning, adapters,
-    finish_all,
+    Example, ImageTokenizer, Learner, LearnerOptions, Request, Sampling, TrainingExample, Tuning,
+    adapters, finish_all,
 };
 use crate::nn::{Adapter, Weights, mean_over_parts, merged, no_grad, ops, recomputing};
 use crate::{Error, Result, images};
@@ -244,7 +244,7 @@ fn counted<T: PartialEq>(items: Vec<T>) -> (Vec<T>, Vec<usize>) {
     (kinds, counts)
 }
 
-/// The mean of `losses`, equally many of each lesson, if lesson i counts `counts[i]` times.
+/// The mean of `losses`, equally many of each pair, if pair i counts `counts[i]` times.
 fn mean(losses: &Tensor, counts: &[usize]) -> Result<Tensor> {
     if counts.iter().all(|count| *count == 1) {
         return Ok(losses.mean_all()?);
@@ -277,10 +277,10 @@ impl Learner for LlamaGen {
             .collect())
     }
 
-    fn loss(&mut self, batch: &[Lesson], generator: &mut ChaCha8Rng) -> Result<Tensor> {
+    fn loss(&mut self, batch: &[TrainingExample], generator: &mut ChaCha8Rng) -> Result<Tensor> {
         let tokens = batch
             .iter()
-            .map(|lesson| match &lesson.example {
+            .map(|pair| match &pair.example {
                 Example::Tokens(tokens) => Ok(tokens.as_slice()),
                 Example::Latents { .. } => Err(Error::Invalid {
                     what: "an autoregressive model was given latents to learn".into(),
@@ -289,25 +289,25 @@ impl Learner for LlamaGen {
             })
             .collect::<Result<Vec<_>>>()?;
         let n = tokens.first().map_or(0, |tokens| tokens.len());
-        let lessons: Vec<_> = tokens
+        let pairs: Vec<_> = tokens
             .into_iter()
             .zip(batch)
-            .map(|(tokens, lesson)| {
+            .map(|(tokens, pair)| {
                 let drops = generator.random::<f64>() < self.condition_dropout;
-                (tokens, lesson.prompt.as_str(), drops)
+                (tokens, pair.prompt.as_str(), drops)
             })
             .collect();
-        // A few photos make many batches, with the same lesson more than once.
-        let (lessons, counts) = match self.gpt.config().drops_out() {
-            true => (lessons, vec![1; batch.len()]),
-            false => counted(lessons),
+        // A few photos make many batches, with the same pair more than once.
+        let (pairs, counts) = match self.gpt.config().drops_out() {
+            true => (pairs, vec![1; batch.len()]),
+            false => counted(pairs),
         };
-        let b = lessons.len();
-        let prompts = lessons.iter().map(|(_, prompt, _)| *prompt);
+        let b = pairs.len();
+        let prompts = pairs.iter().map(|(_, prompt, _)| *prompt);
         let (captions, mask) = self.captions.batch(prompts)?;
-        let drop: Vec<bool> = lessons.iter().map(|(_, _, drops)| *drops).collect();
+        let drop: Vec<bool> = pairs.iter().map(|(_, _, drops)| *drops).collect();
         let captions = self.gpt.drop_captions(&captions, &drop)?;
-        let targets: Vec<u32> = lessons
+        let targets: Vec<u32> = pairs
             .iter()
             .flat_map(|(tokens, ..)| *tokens)
             .copied()
@@ -385,7 +385,7 @@ mod tests {
             let losses = Tensor::new(values, &Device::Cpu).unwrap();
             mean(&losses, counts).unwrap().to_scalar::<f32>().unwrap()
         };
-        // Two lessons of two tokens, once as a batch of four and once by their counts.
+        // Two pairs of two tokens, once as a batch of four and once by their counts.
         let whole = of(&[1.0, 2.0, 5.0, 6.0, 5.0, 6.0, 5.0, 6.0], &[1; 4]);
         assert!((of(&[1.0, 2.0, 5.0, 6.0], &[1, 3]) - whole).abs() < 1e-6);
     }

@@ -195,11 +195,9 @@ fn subject_of(text: &str, file: &Path) -> Result<String> {
 
 /// What the run's supervisor draws for the run's prompts before it has learnt anything, scored.
 fn untouched_supervisor(context: &Context, resolved: &Resolved, photos: PathBuf) -> Result<Means> {
-    let (Some(supervisor), Some(proxies), Some(subject)) = (
-        &resolved.supervisor,
-        &resolved.proxies,
-        resolved.subjects.first(),
-    ) else {
+    let (Some((supervisor, _, sampling)), Some(subject)) =
+        (resolved.teacher(), resolved.subjects.first())
+    else {
         return Err(Error::invalid(
             "a pipeline without a supervisor",
             "use one that has one, such as pipelines/nano.toml",
@@ -219,7 +217,7 @@ fn untouched_supervisor(context: &Context, resolved: &Resolved, photos: PathBuf)
         .map(|template| prompts::fill_without_token(template, &subject.class))
         .collect();
     let mut learner = open(&opening_for(&supervisor.model, None, supervisor.device)?)?;
-    let images = learner.generate(&requests, &Sampling::Diffusion(proxies.sampling.clone()))?;
+    let images = learner.generate(&requests, &Sampling::Diffusion(sampling.clone()))?;
     let evaluator = Evaluator {
         clip: ClipEmbedder::load(&context.out.join("clip"), &context.device)?,
         dino: DinoEmbedder::load(&context.out.join("dino"), &context.device)?,

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use tokio::runtime::Runtime;
 
-use crate::store::{MetricRow, Store, now_us};
+use crate::store::{MetricRow, MetricStage, Store, now_us};
 use crate::{Error, Result};
 
 /// A run of `pretrain` in the metrics table: its stages are `pretrain:MODEL`, its steps count images.
@@ -42,7 +42,7 @@ impl Curves {
     /// # Errors
     /// When the rows cannot be committed.
     pub fn log(&self, model: &str, names: &[String], points: &[Vec<f64>]) -> Result<()> {
-        let stage = format!("pretrain:{model}");
+        let stage = MetricStage::Pretrain(model.to_string());
         let created_us = now_us();
         let mut rows = Vec::new();
         for point in points {

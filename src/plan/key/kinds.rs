@@ -83,20 +83,28 @@ pub fn supervisor_keys(
     })
 }
 
-/// Keys of the proxies of batch `batch` of `plan`, in the order of their numbers: the supervisor ([`supervisor_keys`]),
-/// how it samples, the prompts and seeds of the whole batch, as batches are remade whole, and the place in it. The
+/// Key of a program's own source of images, from the key that it gives itself.
+pub fn source_key(own: &str) -> String {
+    Digest::new("custom source 1").field("key", own).finish()
+}
+
+/// Keys of the proxies of batch `batch` of `plan`, in the order of their numbers: the supervisor ([`supervisor_keys`]) or
+/// a program's own source ([`source_key`]), how a supervisor samples, the prompts and seeds of the whole batch, as batches are remade whole, and the place in it. The
 /// number of the batch has no part in it, so that more subjects or more proxies leave whole batches as they are.
 pub fn proxy_keys(
     plan: &Plan,
     batch: usize,
     supervisors: &Versions<String>,
-    sampling: &DiffusionSampling,
+    sampling: Option<&DiffusionSampling>,
 ) -> Versions<Vec<String>> {
     let members = &plan.proxies()[plan.batch(batch).numbers.clone()];
     let of = |supervisor: &String| {
         PROXY.keys(|kind| {
             let digest = Digest::new(kind).field("supervisor", supervisor);
-            let digest = settings::diffusion_sampling(digest, sampling);
+            let digest = match sampling {
+                Some(sampling) => settings::diffusion_sampling(digest, sampling),
+                None => digest,
+            };
             let digest = digest.number("members", members.len() as u64);
             let digest = members
                 .iter()

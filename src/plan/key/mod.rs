@@ -23,7 +23,8 @@ pub use checkpoint::checkpoint_digest;
 pub(super) use kinds::plan_digest;
 pub use kinds::{
     Sampled, captioned_photos_digest, drawing_key, evaluators_key, photos_digest, proxy_keys,
-    reference_key, sample_keys, settings_digest, student_key, supervisor_keys, tokens_key,
+    reference_key, sample_keys, settings_digest, source_key, student_key, supervisor_keys,
+    tokens_key,
 };
 
 /// Digests named fields. Names and values are preceded by their lengths, so that no two lists of fields look alike.

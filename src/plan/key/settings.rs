@@ -239,7 +239,10 @@ fn proxies(digest: Digest, proxies: &Proxies) -> Digest {
         .number("count", *count as u64)
         .number("batch size", *batch_size as u64)
         .list("prompts", prompts);
-    diffusion_sampling(digest, sampling)
+    match sampling {
+        Some(sampling) => diffusion_sampling(digest, sampling),
+        None => digest,
+    }
 }
 
 fn student(digest: Digest, student: &Student) -> Digest {
@@ -365,6 +368,7 @@ fn source(digest: Digest, source: Source) -> Digest {
             Source::Proxies => "proxies",
             Source::References => "references",
             Source::Augmented => "augmented",
+            Source::Custom => "custom",
         },
     )
 }

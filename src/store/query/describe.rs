@@ -4,7 +4,7 @@ use std::path::Path;
 
 use arrow::datatypes::DataType;
 
-use super::tables::Kind;
+use super::tables::TableKind;
 use super::views::{self, VIEWS};
 use super::{Snapshot, failure::explained};
 use crate::store::columns::DESCRIPTION;
@@ -51,7 +51,7 @@ impl Snapshot {
                     rows.map_err(|e| crate::store::failure::failed("count", &path, e))? as u64;
                 let bytes = bytes_below(&path).map_err(Error::io(&path))?;
                 tables.push(TableInfo {
-                    row: Kind::of(name).row().to_string(),
+                    row: TableKind::of(name).row().to_string(),
                     size: Some((rows, bytes)),
                     alias_of: None,
                     columns: self.columns(name, &[]).await?,

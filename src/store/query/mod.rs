@@ -35,17 +35,17 @@ mod present;
 mod tables;
 mod views;
 
+pub use super::rows::PictureKind;
 pub use describe::{ColumnInfo, TableInfo, tables_text};
 pub(super) use index::is_of_an_index;
 pub use index::{IndexReport, Recall};
 pub use limits::QueryLimits;
 pub use nearest::{Neighbour, Search, Space};
 pub use present::{Format, write};
-pub use views::PictureKind;
 
 use self::failure::{explained, not_a_query, unknown_table};
 use self::limits::{Meter, Running};
-use self::tables::Kind;
+pub(in crate::store) use self::tables::TableKind;
 use super::columns::{column, text};
 use super::identity::no_store;
 use super::{Access, INDEX_CACHE, METADATA_CACHE, in_use, quoted};
@@ -296,7 +296,7 @@ impl Snapshot {
                 DataFrame::new(self.context.state(), plan).into_view()
             }
             None if name == views::SETTINGS => tables::settings(self).await?,
-            None if self.names.iter().any(|known| known == name) || Kind::is_fixed(name) => {
+            None if self.names.iter().any(|known| known == name) || TableKind::is_fixed(name) => {
                 tables::provider(self, name, false).await?
             }
             None => return Err(unknown_table(self, name)),
@@ -409,7 +409,7 @@ impl Snapshot {
     /// Every name that SQL may use, sorted.
     fn all_names(&self) -> Vec<String> {
         let mut names: Vec<String> = self.names.clone();
-        names.extend(Kind::FIXED.iter().map(|(name, _)| name.to_string()));
+        names.extend(TableKind::FIXED.iter().map(|(name, _)| name.to_string()));
         names.extend(views::names().map(str::to_string));
         names.sort_unstable();
         names.dedup();

@@ -33,7 +33,7 @@ pub(super) const ROW_ID: &str = "_rowid";
 
 /// What the rows of a table are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(in crate::store) enum TableKind {
     Subjects,
     Proxies,
     Tokens,
@@ -44,13 +44,13 @@ pub(super) enum Kind {
     Foreign,
 }
 
-impl Kind {
+impl TableKind {
     /// The tables that every store has, if only without rows.
-    pub const FIXED: [(&'static str, Kind); 4] = [
-        ("metrics", Kind::Metrics),
-        ("proxies", Kind::Proxies),
-        ("runs", Kind::Runs),
-        ("subjects", Kind::Subjects),
+    pub const FIXED: [(&'static str, TableKind); 4] = [
+        ("metrics", TableKind::Metrics),
+        ("proxies", TableKind::Proxies),
+        ("runs", TableKind::Runs),
+        ("subjects", TableKind::Subjects),
     ];
 
     pub fn is_fixed(name: &str) -> bool {
@@ -61,36 +61,36 @@ impl Kind {
         let fixed = Self::FIXED.iter().find(|(known, _)| *known == name);
         match fixed {
             Some((_, kind)) => *kind,
-            None if name.starts_with("tokens_") => Kind::Tokens,
-            None if name.starts_with("evaluations_") => Kind::Evaluations,
-            None => Kind::Foreign,
+            None if name.starts_with("tokens_") => TableKind::Tokens,
+            None if name.starts_with("evaluations_") => TableKind::Evaluations,
+            None => TableKind::Foreign,
         }
     }
 
     /// What a row is.
     pub fn row(self) -> &'static str {
         match self {
-            Kind::Subjects => "a reference image of a subject",
-            Kind::Proxies => "an image made by a supervisor, with what made it",
-            Kind::Tokens => "the codebook indices that one image tokenizer gives a proxy",
-            Kind::Evaluations => {
+            TableKind::Subjects => "a reference image of a subject",
+            TableKind::Proxies => "an image made by a supervisor, with what made it",
+            TableKind::Tokens => "the codebook indices that one image tokenizer gives a proxy",
+            TableKind::Evaluations => {
                 "scores and embeddings of a proxy, sample or reference, by one pair of evaluators"
             }
-            Kind::Metrics => "one number of one step: a point of a curve",
-            Kind::Runs => "a change of a run's status",
-            Kind::Foreign => "unknown: proxytune did not make this table",
+            TableKind::Metrics => "one number of one step: a point of a curve",
+            TableKind::Runs => "a change of a run's status",
+            TableKind::Foreign => "unknown: proxytune did not make this table",
         }
     }
 
     fn key(self) -> &'static [&'static str] {
         match self {
-            Kind::Subjects => SubjectRow::KEY,
-            Kind::Proxies => ProxyRow::KEY,
-            Kind::Tokens => TokenRow::KEY,
-            Kind::Evaluations => EvaluationRow::KEY,
-            Kind::Metrics => MetricRow::KEY,
-            Kind::Runs => RunRow::KEY,
-            Kind::Foreign => &[],
+            TableKind::Subjects => SubjectRow::KEY,
+            TableKind::Proxies => ProxyRow::KEY,
+            TableKind::Tokens => TokenRow::KEY,
+            TableKind::Evaluations => EvaluationRow::KEY,
+            TableKind::Metrics => MetricRow::KEY,
+            TableKind::Runs => RunRow::KEY,
+            TableKind::Foreign => &[],
         }
     }
 
@@ -99,16 +99,16 @@ impl Kind {
     fn schema(self, found: Option<&Schema>) -> Option<SchemaRef> {
         let width = |name| found.and_then(|found| width_of(found, name).ok());
         match self {
-            Kind::Subjects => Some(SubjectRow::schema()),
-            Kind::Proxies => Some(ProxyRow::schema()),
-            Kind::Tokens => Some(TokenRow::schema(width("tokens")?)),
-            Kind::Evaluations => Some(EvaluationRow::schema(
+            TableKind::Subjects => Some(SubjectRow::schema()),
+            TableKind::Proxies => Some(ProxyRow::schema()),
+            TableKind::Tokens => Some(TokenRow::schema(width("tokens")?)),
+            TableKind::Evaluations => Some(EvaluationRow::schema(
                 width("clip_embedding")?,
                 width("dino_embedding")?,
             )),
-            Kind::Metrics => Some(MetricRow::schema()),
-            Kind::Runs => Some(RunRow::schema()),
-            Kind::Foreign => None,
+            TableKind::Metrics => Some(MetricRow::schema()),
+            TableKind::Runs => Some(RunRow::schema()),
+            TableKind::Foreign => None,
         }
     }
 }
@@ -138,7 +138,10 @@ pub(super) async fn provider(
     name: &str,
     row_ids: bool,
 ) -> Result<Arc<dyn TableProvider>> {
-    let (kind, path) = (Kind::of(name), snapshot.path.join(format!("{name}.lance")));
+    let (kind, path) = (
+        TableKind::of(name),
+        snapshot.path.join(format!("{name}.lance")),
+    );
     let explain = |e| explained(e, Some(snapshot));
     let Some(dataset) = snapshot.dataset(name).await? else {
         let schema = kind
@@ -151,7 +154,7 @@ pub(super) async fn provider(
     let ours = kind.schema(Some(&found));
     let lacking = match &ours {
         Some(ours) => layout::lacks(&path, ours, &dataset)?.unwrap_or_default(),
-        None if kind == Kind::Foreign => Vec::new(),
+        None if kind == TableKind::Foreign => Vec::new(),
         None => {
             return Err(broken(format!(
                 "{}: its vectors have no length",
@@ -169,7 +172,7 @@ pub(super) async fn provider(
         LanceTableProvider::new(dataset.clone(), with_row_id, false)
             .with_batch_size_bytes(BATCH_BYTES)
     };
-    let counted = |field: &&FieldRef| kind != Kind::Foreign && is_count(field);
+    let counted = |field: &&FieldRef| kind != TableKind::Foreign && is_count(field);
     if hidden.is_empty() && lacking.is_empty() && !found.fields().iter().any(|f| counted(&f)) {
         return Ok(Arc::new(table(row_ids)));
     }

@@ -1,32 +1,8 @@
 //! Views: what the tables say, put together as people ask for it.
 
-use super::Snapshot;
 use super::tables::ROW_ID;
+use super::{PictureKind, Snapshot};
 use crate::{Error, Result};
-
-/// What a picture of the store is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
-pub enum PictureKind {
-    /// Made by a supervisor, for a student to learn from
-    Proxy,
-    /// Drawn for an evaluation
-    Sample,
-    /// A photo of a subject, as models saw it
-    Reference,
-}
-
-impl PictureKind {
-    pub const ALL: [Self; 3] = [Self::Proxy, Self::Sample, Self::Reference];
-
-    /// How the column `kind` has it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Proxy => "proxy",
-            Self::Sample => "sample",
-            Self::Reference => "reference",
-        }
-    }
-}
 
 /// A name that SQL may use beside the tables'.
 pub(super) struct View {

@@ -5,7 +5,8 @@ use arrow::datatypes::DataType::{Float32, Int64, LargeBinary, UInt64, Utf8};
 use arrow::datatypes::{Float32Type, SchemaRef};
 use arrow::record_batch::RecordBatch;
 
-use super::{Row, SCHEMA_VERSION};
+use super::words::{maybe_words, words};
+use super::{Method, PictureKind, Row, SCHEMA_VERSION};
 use crate::Result;
 use crate::store::columns::{
     self, column, i64s, maybe_bytes, maybe_f32s, maybe_strings, maybe_text, nullable, picture,
@@ -17,11 +18,10 @@ use crate::store::columns::{
 pub struct EvaluationRow {
     /// Digest of the image's origin; the proxy's key for proxies.
     pub key: String,
-    /// "proxy", "sample" or "reference".
-    pub kind: String,
+    pub kind: PictureKind,
     pub run: String,
-    /// What drew it: "supervisor", "direct", "student", "untouched"; empty for references.
-    pub method: String,
+    /// What drew it; none of references.
+    pub method: Option<Method>,
     /// The training step whose checkpoint drew it.
     pub step: u64,
     pub subject: String,
@@ -119,9 +119,9 @@ impl Row for EvaluationRow {
             schema,
             vec![
                 strings(rows.iter().map(|r| r.key.as_str())),
-                strings(rows.iter().map(|r| r.kind.as_str())),
+                strings(rows.iter().map(|r| r.kind.name())),
                 strings(rows.iter().map(|r| r.run.as_str())),
-                strings(rows.iter().map(|r| r.method.as_str())),
+                strings(rows.iter().map(|r| r.method.map_or("", Method::name))),
                 u64s(rows.iter().map(|r| r.step)),
                 strings(rows.iter().map(|r| r.subject.as_str())),
                 strings(rows.iter().map(|r| r.prompt.as_str())),
@@ -139,16 +139,10 @@ impl Row for EvaluationRow {
     }
 
     fn from_batch(batch: &RecordBatch) -> Result<Vec<Self>> {
-        let (key, kind, run) = (
-            text(batch, "key")?,
-            text(batch, "kind")?,
-            text(batch, "run")?,
-        );
-        let (method, subject, prompt) = (
-            text(batch, "method")?,
-            text(batch, "subject")?,
-            text(batch, "prompt")?,
-        );
+        let (key, run) = (text(batch, "key")?, text(batch, "run")?);
+        let kind = words(batch, "kind")?;
+        let method = maybe_words(batch, "method")?;
+        let (subject, prompt) = (text(batch, "subject")?, text(batch, "prompt")?);
         let step: &UInt64Array = column(batch, "step")?;
         let seed: &UInt64Array = column(batch, "seed")?;
         let score = |name| -> Result<_> {
@@ -161,11 +155,11 @@ impl Row for EvaluationRow {
         let image = picture(batch, "image")?;
         let created: &Int64Array = column(batch, "created_us")?;
         let adapter = maybe_text(batch, "adapter")?;
-        let row = |i| Self {
+        let row = |i: usize| Self {
             key: key(i),
-            kind: kind(i),
+            kind: kind[i],
             run: run(i),
-            method: method(i),
+            method: method[i],
             step: step.value(i),
             subject: subject(i),
             prompt: prompt(i),

@@ -5,7 +5,8 @@ use arrow::datatypes::DataType::{Float64, Int64, UInt64, Utf8};
 use arrow::datatypes::SchemaRef;
 use arrow::record_batch::RecordBatch;
 
-use super::{Row, SCHEMA_VERSION};
+use super::words::words;
+use super::{MetricStage, Row, SCHEMA_VERSION};
 use crate::Result;
 use crate::store::columns::{self, column, f64s, i64s, required, strings, text, u64s};
 
@@ -13,8 +14,7 @@ use crate::store::columns::{self, column, f64s, i64s, required, strings, text, u
 #[derive(Clone, Debug, PartialEq)]
 pub struct MetricRow {
     pub run: String,
-    /// E.g. "supervise:dog1", "train".
-    pub stage: String,
+    pub stage: MetricStage,
     pub step: u64,
     /// E.g. "loss", "learning_rate".
     pub name: String,
@@ -48,11 +48,12 @@ impl Row for MetricRow {
     }
 
     fn to_batch(rows: &[&Self], schema: &SchemaRef) -> Result<RecordBatch> {
+        let stages: Vec<String> = rows.iter().map(|r| r.stage.to_string()).collect();
         columns::batch(
             schema,
             vec![
                 strings(rows.iter().map(|r| r.run.as_str())),
-                strings(rows.iter().map(|r| r.stage.as_str())),
+                strings(stages.iter().map(String::as_str)),
                 u64s(rows.iter().map(|r| r.step)),
                 strings(rows.iter().map(|r| r.name.as_str())),
                 f64s(rows.iter().map(|r| r.value)),
@@ -62,17 +63,14 @@ impl Row for MetricRow {
     }
 
     fn from_batch(batch: &RecordBatch) -> Result<Vec<Self>> {
-        let (run, stage, name) = (
-            text(batch, "run")?,
-            text(batch, "stage")?,
-            text(batch, "name")?,
-        );
+        let (run, name) = (text(batch, "run")?, text(batch, "name")?);
+        let stage: Vec<MetricStage> = words(batch, "stage")?;
         let step: &UInt64Array = column(batch, "step")?;
         let value: &Float64Array = column(batch, "value")?;
         let created: &Int64Array = column(batch, "created_us")?;
-        let row = |i| Self {
+        let row = |i: usize| Self {
             run: run(i),
-            stage: stage(i),
+            stage: stage[i].clone(),
             step: step.value(i),
             name: name(i),
             value: value.value(i),

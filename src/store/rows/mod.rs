@@ -12,6 +12,7 @@ mod proxy;
 mod run;
 mod subject;
 mod token;
+mod words;
 
 pub use evaluation::EvaluationRow;
 pub use metric::MetricRow;
@@ -19,6 +20,7 @@ pub use proxy::ProxyRow;
 pub use run::RunRow;
 pub use subject::SubjectRow;
 pub use token::TokenRow;
+pub use words::{Method, MetricStage, PictureKind, RunStatus};
 
 /// The layout that this program writes. It grows by one with every change of a table's columns or of their meaning.
 ///

@@ -5,7 +5,8 @@ use arrow::datatypes::DataType::{Int64, Utf8};
 use arrow::datatypes::SchemaRef;
 use arrow::record_batch::RecordBatch;
 
-use super::{Row, SCHEMA_VERSION};
+use super::words::words;
+use super::{Row, RunStatus, SCHEMA_VERSION};
 use crate::Result;
 use crate::store::columns::{self, column, i64s, required, strings, text};
 
@@ -20,8 +21,7 @@ pub struct RunRow {
     pub plan_digest: String,
     /// Versions of the program, its checkpoints and formats, JSON.
     pub versions: String,
-    /// E.g. "started", "finished", "interrupted", "failed: …".
-    pub status: String,
+    pub status: RunStatus,
     pub event_us: i64,
 }
 
@@ -56,7 +56,7 @@ impl Row for RunRow {
     const PICTURES: &'static [&'static str] = &[];
 
     fn key(&self) -> String {
-        format!("{}/{}/{}", self.run, self.event_us, self.status)
+        format!("{}/{}/{}", self.run, self.event_us, self.status.name())
     }
 
     fn to_batch(rows: &[&Self], schema: &SchemaRef) -> Result<RecordBatch> {
@@ -68,7 +68,7 @@ impl Row for RunRow {
                 strings(rows.iter().map(|r| r.resolved.as_str())),
                 strings(rows.iter().map(|r| r.plan_digest.as_str())),
                 strings(rows.iter().map(|r| r.versions.as_str())),
-                strings(rows.iter().map(|r| r.status.as_str())),
+                strings(rows.iter().map(|r| r.status.name())),
                 i64s(rows.iter().map(|r| r.event_us)),
             ],
         )
@@ -81,15 +81,15 @@ impl Row for RunRow {
             text(batch, "resolved")?,
         );
         let (plan_digest, versions) = (text(batch, "plan_digest")?, text(batch, "versions")?);
-        let status = text(batch, "status")?;
+        let status = words(batch, "status")?;
         let event: &Int64Array = column(batch, "event_us")?;
-        let row = |i| Self {
+        let row = |i: usize| Self {
             run: run(i),
             pipeline: pipeline(i),
             resolved: resolved(i),
             plan_digest: plan_digest(i),
             versions: versions(i),
-            status: status(i),
+            status: status[i],
             event_us: event.value(i),
         };
         Ok((0..batch.num_rows()).map(row).collect())
