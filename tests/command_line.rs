@@ -312,3 +312,33 @@ fn report_writes_the_report_of_a_run_again() {
     let said = proxytune(&["report", text(place.path())]);
     said.says(1, &["is not the directory of a run", "hint: "]);
 }
+
+#[test]
+fn what_belongs_to_the_nano_measures_is_refused_without_them() {
+    for option in [
+        &["--json"][..],
+        &["--only", "clip"],
+        &["--runs", "2"],
+        &["--settings", "pipelines/nano-pretrain.toml"],
+        &["--job", "pipelines/nano.toml"],
+        &["--sheets", "nowhere"],
+        &["--checkpoints", "nowhere"],
+    ] {
+        let subject = "datasets/nano/subjects/dog1";
+        let images = [
+            "evaluate",
+            "--references",
+            subject,
+            "--class",
+            "dog",
+            "--images",
+            subject,
+        ];
+        let said = proxytune(&[&images[..], option].concat());
+        assert_ne!(said.code, Some(0), "{said:?}");
+        assert!(
+            said.err.contains(option[0]) || said.err.contains("--nano"),
+            "{said:?}"
+        );
+    }
+}

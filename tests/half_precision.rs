@@ -432,3 +432,46 @@ fn a_gpt_in_half_precision_equals_the_one_of_rounded_weights_with_its_gradients(
         assert!(difference <= 1e-4 * norm, "{name}: {difference} of {norm}");
     }
 }
+
+/// Where the first number of `tensor` lies.
+fn place(tensor: &Tensor) -> usize {
+    let (storage, _) = tensor.storage_and_layout();
+    match &*storage {
+        candle_core::Storage::Cpu(storage) => storage.as_slice::<f32>().unwrap().as_ptr().addr(),
+        _ => panic!("not on the CPU"),
+    }
+}
+
+#[test]
+fn weights_of_the_same_files_are_loaded_once_while_somebody_keeps_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("model.safetensors");
+    let write = |seed: u64| {
+        let tensors = [("w".to_string(), random(&[4, 6], seed))].into();
+        proxytune::files::write_tensors(&file, &tensors, &[]).unwrap();
+    };
+    let open = || Weights::from_files(std::slice::from_ref(&file), DType::F32, &CPU).unwrap();
+    let read = |weights: &Weights| weights.get((4, 6), "w", Init::Zeros).unwrap();
+    write(1);
+    let (one, two) = (open(), open());
+    let first = read(&one);
+    assert_eq!(place(&first), place(&read(&two)));
+    drop(one);
+    assert_eq!(place(&first), place(&read(&open())));
+    // Trained weights are nobody else's.
+    let trained = Weights::trainable(std::slice::from_ref(&file), 0, &CPU).unwrap();
+    assert_ne!(place(&first), place(&read(&trained)));
+    // Half precision, of whatever is rounded, too.
+    let half = || Weights::from_files(std::slice::from_ref(&file), DType::BF16, &CPU).unwrap();
+    let matrix = |weights: &Weights| match weights.matrix((4, 6), "w", Init::Zeros).unwrap() {
+        Weight::Half(half) => half.to_tensor().unwrap(),
+        _ => panic!("not in half precision"),
+    };
+    let kept = half();
+    assert_eq!(flat(&matrix(&kept)), flat(&matrix(&half())));
+    // A file that was written again is another one.
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    write(2);
+    assert_ne!(flat(&first), flat(&read(&open())));
+    drop(two);
+}

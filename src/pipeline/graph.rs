@@ -379,6 +379,7 @@ impl Builder {
                 key: supervisor.key,
                 sampler: sampler.clone(),
                 adapter: supervisor.adapter,
+                values: Arc::default(),
                 sampling: sampling.clone(),
                 foreseen: foreseen.clone(),
             }),

@@ -446,6 +446,7 @@ pub(crate) fn supervisors(fakes: &Fakes, sampler: &LazyLearner) -> Vec<super::so
                 key: format!("supervisor {subject}"),
                 sampler: sampler.clone(),
                 adapter,
+                values: Arc::default(),
                 sampling: fakes.keys().sampling.unwrap(),
                 foreseen: Arc::default(),
             }),

@@ -1,9 +1,11 @@
 //! Sources of images: what makes the proxies that a student learns from. A supervisor that has learnt its subject is
 //! one; a program that uses the library brings its own with [`run_with_source`](crate::pipeline::run_with_source).
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
+use candle_core::Tensor;
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt, stream};
 use image::RgbImage;
@@ -162,6 +164,8 @@ pub struct SupervisorSource {
     pub sampler: LazyLearner,
     /// The folder with its adapter.
     pub adapter: PathBuf,
+    /// What the adapter holds, once it has been read.
+    pub values: Arc<OnceLock<BTreeMap<String, Tensor>>>,
     pub sampling: DiffusionSampling,
     /// Every prompt that the sampler will be asked for.
     pub foreseen: Arc<Vec<String>>,
@@ -183,13 +187,22 @@ impl SupervisorSource {
             what: format!("settings as JSON: {e}"),
             hint: None,
         })?;
-        let (adapter, foreseen) = (self.adapter.clone(), self.foreseen.clone());
+        let (adapter, values) = (self.adapter.clone(), self.values.clone());
+        let foreseen = self.foreseen.clone();
         let drawn = self
             .sampler
             .get()
             .await?
             .call(meter, move |learner| {
-                restore(&learner.variables(), &learner.read(&adapter)?, &adapter)?;
+                let values = match values.get() {
+                    Some(values) => values,
+                    None => {
+                        let read = learner.read(&adapter)?;
+                        values.get_or_init(|| read)
+                    }
+                };
+                // Others draw with the same learner: subjects, and class images of what has learnt nothing yet.
+                restore(&learner.variables(), values, &adapter)?;
                 learner.foresee(&foreseen)?;
                 learner.generate(&requests, &sampling)
             })
