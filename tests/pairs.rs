@@ -184,7 +184,9 @@ async fn proxies_are_kept_as_they_were_drawn_and_resized_on_their_way_to_the_tok
     ]);
     command
         .args(["--set", smaller[0], "--store"])
-        .arg(place.store());
+        .arg(place.store())
+        .arg("--out")
+        .arg(place.path().join("runs"));
     let said = say(command);
     assert_eq!(said.code, Some(0), "{said:?}");
     assert!(said.out.contains("12 were there, 0 made here"), "{said:?}");

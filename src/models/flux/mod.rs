@@ -48,13 +48,22 @@ pub const FAMILY: Family = Family::new(&FamilySettings {
 pub static ARCHITECTURE: Architecture = Architecture {
     family: FAMILY,
     recognises: |layout| layout.is_pipeline("FluxPipeline"),
-    models: &[KnownModel {
-        name: "flux.1-dev",
-        resolution: Some(512),
-        directory: "datasets/checkpoints/flux.1-dev",
-        hub: Some(&catalogue::FLUX_1_DEV),
-        files: &[],
-    }],
+    models: &[
+        KnownModel {
+            name: "flux.1-dev",
+            resolution: Some(512),
+            directory: "datasets/checkpoints/flux.1-dev",
+            hub: Some(&catalogue::FLUX_1_DEV),
+            files: &[],
+        },
+        KnownModel {
+            name: "nano-flux",
+            resolution: Some(64),
+            directory: "datasets/nano/checkpoints/flux",
+            hub: None,
+            files: &["model_index.json"],
+        },
+    ],
     readers: |dir, _, _| TextReader::of_encoders(text_encoders(dir)?),
     learner: Some(LearnerParts {
         open: |options| Ok(Box::new(FluxLearner::open(options)?)),

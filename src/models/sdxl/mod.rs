@@ -54,13 +54,22 @@ pub const LORA_TARGETS: [&str; 4] = ["to_k", "to_q", "to_v", "to_out.0"];
 pub static ARCHITECTURE: Architecture = Architecture {
     family: FAMILY,
     recognises: |layout| layout.is_pipeline("StableDiffusionXLPipeline"),
-    models: &[KnownModel {
-        name: "sdxl",
-        resolution: Some(1024),
-        directory: "datasets/checkpoints/sdxl",
-        hub: Some(&catalogue::SDXL),
-        files: &[],
-    }],
+    models: &[
+        KnownModel {
+            name: "sdxl",
+            resolution: Some(1024),
+            directory: "datasets/checkpoints/sdxl",
+            hub: Some(&catalogue::SDXL),
+            files: &[],
+        },
+        KnownModel {
+            name: "nano-sdxl",
+            resolution: Some(32),
+            directory: "datasets/nano/checkpoints/sdxl",
+            hub: None,
+            files: &["model_index.json"],
+        },
+    ],
     readers: |dir, _, _| TextReader::of_encoders(described_clips(&Layout::open(dir)?)?),
     learner: Some(LearnerParts {
         open: |options| Ok(Box::new(SdxlLearner::open(options)?)),
