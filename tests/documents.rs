@@ -193,7 +193,7 @@ fn type_in_words(of: &str, choices: &BTreeMap<String, String>) -> String {
 /// The tables of all fields, from the doc comments of the resolved pipeline's types.
 fn fields() -> String {
     let text = read("src/config/resolved.rs");
-    let choices = choices(&text);
+    let choices = choices(&read("src/config/choices.rs"));
     let mut tables = String::new();
     let mut doc = String::new();
     let mut skipped = false;

@@ -4,12 +4,14 @@
 //! place; `typed` reads these into structs of options, what was typed; `resolve` fills every default and gives
 //! [`Resolved`], what it means. Faults of all steps are collected and reported together.
 
+mod choices;
 mod direct;
 mod document;
 mod effect;
 mod family;
 pub mod limits;
 pub mod own_subjects;
+mod plan_size;
 pub mod prompts;
 mod reader;
 mod resolve;

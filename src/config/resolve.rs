@@ -5,7 +5,7 @@ use std::path::Path;
 use super::direct;
 use super::effect::{first_idle, unlike};
 use super::family::{Family, Kind};
-use super::limits;
+use super::plan_size;
 use super::prompts::PromptList;
 use super::reader::{At, Faults, did_you_mean};
 use super::resolved::*;
@@ -58,10 +58,10 @@ pub(super) fn pipeline(
         }
         (None, Source::Proxies) => missing_section(faults, &typed.start, "supervisor", "nano-sd3"),
         (_, Source::Custom) => {
-            no_effect_of_supervisor(typed, faults);
+            no_effect_of_source(typed, source, faults);
             proxies = Some(resolve_proxies(&typed.proxies, None, faults));
         }
-        (_, Source::References | Source::Augmented) => no_effect_of_proxies(typed, faults),
+        (_, Source::References | Source::Augmented) => no_effect_of_source(typed, source, faults),
     }
     let evaluation = resolve_evaluation(&typed.evaluation, student.as_ref(), surroundings, faults);
     let student = student?;
@@ -80,76 +80,9 @@ pub(super) fn pipeline(
         evaluation: evaluation?,
         channels: channels(&typed.channels),
     };
-    check_plan(typed, &resolved, faults);
+    plan_size::check(typed, &resolved, faults);
     let whole = source != Source::Proxies || resolved.teacher().is_some();
     whole.then_some(resolved)
-}
-
-/// Reports numbers that are in range, but together too large to be planned.
-fn check_plan(typed: &typed::Pipeline, resolved: &Resolved, faults: &Faults) {
-    let start = &typed.start;
-    let subjects = resolved.subjects.len() as u128;
-    let uses = |training: &Training| training.steps as u128 * training.examples_per_step() as u128;
-    let student = typed.student.as_ref();
-    let mut checks = vec![(
-        uses(&resolved.student.training),
-        limits::USES,
-        student.map_or(start, |student| place_of(&student.training.steps, start)),
-        "the examples of all steps of the student (steps · batch_size)",
-    )];
-    if let Some(direct) = resolved.direct() {
-        checks.push((
-            uses(&direct.training),
-            limits::USES,
-            place_of(&typed.direct.training.steps, start),
-            "the examples of all steps of direct tuning (steps · batch_size)",
-        ));
-    }
-    if let Some(proxies) = &resolved.proxies {
-        checks.push((
-            subjects * proxies.count as u128,
-            limits::PICTURES,
-            place_of(&typed.proxies.count, start),
-            "the proxies of all subjects (subjects · count)",
-        ));
-    }
-    if let (Some(supervisor), Some(section)) = (&resolved.supervisor, &typed.supervisor) {
-        let prior = supervisor.prior_preservation.as_ref();
-        let class_images = prior.map_or(0, |prior| prior.class_images as u128);
-        checks.extend([
-            (
-                subjects * uses(&supervisor.training),
-                limits::USES,
-                place_of(&section.training.steps, &section.place),
-                "the examples of all steps of the supervisors (subjects · steps · batch_size)",
-            ),
-            (
-                subjects * class_images,
-                limits::PICTURES,
-                &section.place,
-                "the class images of all subjects (subjects · class_images)",
-            ),
-        ]);
-    }
-    let prompts = resolved.subjects.iter().map(|subject| {
-        let templates = resolved.evaluation.prompts.templates(&subject.class);
-        templates.len() as u128
-    });
-    checks.push((
-        prompts.sum::<u128>() * resolved.evaluation.images_per_prompt as u128,
-        limits::PICTURES,
-        place_of(&typed.evaluation.images_per_prompt, start),
-        "the pictures of an evaluation (subjects · prompts · images_per_prompt)",
-    ));
-    for (number, most, place, what) in checks {
-        if number > most as u128 {
-            faults.push(
-                place,
-                format!("{what} are {number}"),
-                format!("at most {most} can be planned beforehand"),
-            );
-        }
-    }
 }
 
 fn missing_section(faults: &Faults, start: &Place, section: &str, model: &str) {
@@ -160,54 +93,35 @@ fn missing_section(faults: &Faults, start: &Place, section: &str, model: &str) {
     );
 }
 
-/// Reports what only a student that learns from proxies has a use for.
-fn no_effect_of_proxies(typed: &typed::Pipeline, faults: &Faults) {
+/// Reports what has no effect on a student that learns from another `source` than a supervisor's proxies.
+fn no_effect_of_source(typed: &typed::Pipeline, source: Source, faults: &Faults) {
     let student = typed.student.as_ref();
     let switch = student.and_then(|student| student.source.as_ref());
     let switch = switch.map(|at| &at.place);
-    let supervisor = typed.supervisor.iter();
-    let supervisor = supervisor
-        .flat_map(|section| std::iter::once(&section.place).chain(section.training.places()));
-    let overlap = student.and_then(|student| unlike(&student.overlap, &OVERLAP));
-    for (what, place) in [
-        ("[supervisor]", first_idle(switch, supervisor)),
-        ("[proxies]", first_idle(switch, &typed.proxies.place)),
-        ("student.overlap", first_idle(switch, overlap)),
-    ] {
-        if let Some(place) = place {
-            faults.push(
-                place,
-                format!("{what} has no effect without proxies"),
-                "remove it, or set student.source = \"proxies\"",
-            );
-        }
-    }
-}
-
-/// Reports what a custom source makes itself.
-fn no_effect_of_supervisor(typed: &typed::Pipeline, faults: &Faults) {
-    let student = typed.student.as_ref();
-    let switch = student.and_then(|student| student.source.as_ref());
-    let switch = switch.map(|at| &at.place);
-    let supervisor = typed.supervisor.iter();
-    let supervisor = supervisor
-        .flat_map(|section| std::iter::once(&section.place).chain(section.training.places()));
-    if let Some(place) = first_idle(switch, supervisor) {
-        faults.push(
-            place,
-            "[supervisor] has no effect beside a custom source",
-            "remove it, or set student.source = \"proxies\"",
-        );
-    }
-    for (_, place) in sampling_places(&typed.proxies.sampling) {
+    let idle = |what: &str, place: Option<&Place>, why: &str, hint: &str| {
         if let Some(place) = first_idle(switch, place) {
-            faults.push(
-                place,
-                "how proxies are sampled has no effect on a custom source",
-                "remove the line: the source's own program decides that",
-            );
+            faults.push(place, format!("{what} has no effect {why}"), hint);
         }
+    };
+    let why = match source {
+        Source::Custom => "beside a custom source",
+        _ => "without proxies",
+    };
+    let mend = "remove it, or set student.source = \"proxies\"";
+    let supervisor = typed.supervisor.iter();
+    let supervisor = supervisor
+        .flat_map(|section| std::iter::once(&section.place).chain(section.training.places()));
+    idle("[supervisor]", first_idle(switch, supervisor), why, mend);
+    if source == Source::Custom {
+        for (_, place) in sampling_places(&typed.proxies.sampling) {
+            let hint = "remove the line: the source's own program decides that";
+            idle("how proxies are sampled", place, "on a custom source", hint);
+        }
+        return;
     }
+    idle("[proxies]", typed.proxies.place.as_ref(), why, mend);
+    let overlap = student.and_then(|student| unlike(&student.overlap, &OVERLAP));
+    idle("student.overlap", overlap, why, mend);
 }
 
 /// What the model is that is to play `role`.

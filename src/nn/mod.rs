@@ -33,6 +33,7 @@ mod slices;
 mod slot;
 mod tensor_files;
 mod vjp;
+mod weight_source;
 mod weights;
 
 pub(crate) use adapter::seeded;

@@ -3,12 +3,13 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::SystemTime;
 
 use candle_core::{DType, Device, DeviceLocation, Tensor};
 
 use super::precision::{HalfKind, HalfMatrix};
+use super::weights::lock;
 use crate::Result;
 
 /// Loaded tensors of the same files on the same device, by name and type. They are never written to.
@@ -27,10 +28,6 @@ struct Key {
 
 /// All that is alive.
 static ALIVE: Mutex<Option<HashMap<Key, Weak<Shared>>>> = Mutex::new(None);
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 impl Shared {
     /// What others have loaded of these `files`, or an empty one for them to come. A file that has been written since is
@@ -93,4 +90,31 @@ fn taken<T: Clone>(
     let loaded = load()?;
     known.insert(key, loaded.clone());
     Ok(loaded)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_loaded_is_loaded_once_as_long_as_somebody_keeps_it_and_the_file_is_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = [dir.path().join("model.safetensors")];
+        std::fs::write(&files[0], "one").unwrap();
+        let of = || Shared::of(&files, &Device::Cpu);
+        let (kept, other) = (of(), of());
+        assert!(Arc::ptr_eq(&kept, &other));
+        let ones = Tensor::ones((2, 2), DType::F32, &Device::Cpu).unwrap();
+        let mut loads = 0;
+        for kind in [HalfKind::Bf16, HalfKind::F16, HalfKind::Bf16] {
+            let load = || {
+                loads += 1;
+                HalfMatrix::new(&ones, kind)
+            };
+            assert_eq!(other.half("w", kind, load).unwrap().kind(), kind);
+        }
+        assert_eq!(loads, 2);
+        std::fs::write(&files[0], "another").unwrap();
+        assert!(!Arc::ptr_eq(&kept, &of()));
+    }
 }

@@ -10,38 +10,12 @@ use candle_core::{DType, Device, Shape, Tensor, Var};
 
 use super::adapter::{Adapter, Lora};
 use super::init::{Init, draw};
-use super::precision::{HalfKind, HalfMatrix, Precision, Weight};
+use super::precision::{HalfMatrix, Precision, Weight};
 use super::quantised::QuantisedMatrix;
 use super::shared::Shared;
 use super::tensor_files::{Rename, Stored, TensorFiles};
+use super::weight_source::{Held, Source, elements_in, half_in, read_half, stored_dtype};
 use crate::{Error, Result};
-
-enum Source {
-    Files(TensorFiles),
-    Memory(Mutex<HashMap<String, Held>>),
-    Nothing,
-    /// Nothing, and what is drawn is packed so.
-    Blocks(GgmlDType),
-}
-
-/// A tensor in memory, as it is kept.
-enum Held {
-    Tensor(Tensor),
-    /// Rounded when it was asked for as a matrix.
-    Half(HalfMatrix),
-}
-
-impl Held {
-    fn dims(&self) -> Vec<usize> {
-        match self {
-            Held::Tensor(tensor) => tensor.dims().to_vec(),
-            Held::Half(half) => {
-                let (rows, columns) = half.dims2();
-                vec![rows, columns]
-            }
-        }
-    }
-}
 
 struct Inner {
     source: Source,
@@ -68,7 +42,7 @@ struct Inner {
 /// So many elements may be made for a checkpoint beyond as many as it has: 64 MB in f32.
 const MADE_AT_LEAST: usize = 1 << 24;
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -572,68 +546,4 @@ fn joined(path: &str, name: &str) -> String {
 fn open(files: &[PathBuf], rename: Option<&Rename>) -> Result<(Source, PathBuf)> {
     let path = files.first().cloned().unwrap_or_default();
     Ok((Source::Files(TensorFiles::open(files, rename)?), path))
-}
-
-/// A matrix of `files` in half precision: in place where it has that type already, else a rounded copy.
-fn read_half(files: &TensorFiles, name: &str, kind: HalfKind) -> Result<HalfMatrix> {
-    match files.half(name, kind)? {
-        Some(mapped) => Ok(mapped),
-        None => HalfMatrix::new(&files.load(name, &Device::Cpu)?, kind),
-    }
-}
-
-/// The matrix `name` of tensors in memory, if it is to be kept in half precision: rounded at the first call.
-fn half_in(
-    tensors: &mut HashMap<String, Held>,
-    name: &str,
-    kept: impl Fn(DType) -> Option<HalfKind>,
-) -> Result<Option<HalfMatrix>> {
-    let rounded = match tensors.get(name) {
-        Some(Held::Half(half)) => return Ok(Some(half.clone())),
-        Some(Held::Tensor(tensor)) => match kept(tensor.dtype()) {
-            Some(kind) => HalfMatrix::new(tensor, kind)?,
-            None => return Ok(None),
-        },
-        None => return Ok(None),
-    };
-    tensors.insert(name.to_string(), Held::Half(rounded.clone()));
-    Ok(Some(rounded))
-}
-
-/// All numbers that a checkpoint has.
-fn elements_in(source: &Source) -> usize {
-    let product = |dims: &[usize]| {
-        dims.iter()
-            .fold(1usize, |all, dim| all.saturating_mul(*dim))
-    };
-    let add = |all: usize, more: usize| all.saturating_add(more);
-    match source {
-        Source::Files(files) => files.shapes().map(|dims| product(&dims)).fold(0, add),
-        Source::Memory(tensors) => {
-            let tensors = lock(tensors);
-            tensors
-                .values()
-                .map(|held| product(&held.dims()))
-                .fold(0, add)
-        }
-        Source::Nothing | Source::Blocks(_) => 0,
-    }
-}
-
-/// The type of the first matrix by name: what the checkpoint is stored in.
-fn stored_dtype(source: &Source) -> Option<DType> {
-    match source {
-        Source::Files(files) => files.dtype(),
-        Source::Memory(tensors) => {
-            let tensors = lock(tensors);
-            let matrices = tensors.iter().filter_map(|(name, held)| match held {
-                Held::Tensor(tensor) if tensor.rank() == 2 => Some((name, tensor.dtype())),
-                Held::Tensor(_) | Held::Half(_) => None,
-            });
-            matrices
-                .min_by_key(|(name, _)| *name)
-                .map(|(_, dtype)| dtype)
-        }
-        Source::Nothing | Source::Blocks(_) => None,
-    }
 }

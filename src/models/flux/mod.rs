@@ -213,6 +213,7 @@ impl FluxDenoiser {
 }
 
 impl Denoiser for FluxDenoiser {
+    type Text = TextEncoders;
     const NAME: &'static str = "FLUX";
     const COMPONENT: &'static str = "transformer";
     const BUFFERS: &'static [&'static str] = &[];
@@ -228,22 +229,17 @@ impl Denoiser for FluxDenoiser {
         })
     }
 
-    fn close_text(&mut self) {
-        self.text = None;
+    fn text(&mut self) -> &mut Option<TextEncoders> {
+        &mut self.text
     }
 
-    fn has_text(&self) -> bool {
-        self.text.is_some()
-    }
-
-    fn open_text(
-        &mut self,
+    fn read_text(
+        &self,
         layout: &Layout,
         weights: &Weights,
         opened: &mut Vec<Weights>,
-    ) -> Result<()> {
-        self.text = Some(TextEncoders::open(layout, weights, opened)?);
-        Ok(())
+    ) -> Result<TextEncoders> {
+        TextEncoders::open(layout, weights, opened)
     }
 
     fn channels(&self) -> usize {

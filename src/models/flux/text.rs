@@ -26,7 +26,7 @@ pub(super) fn described(layout: &Layout) -> Result<Vec<(&'static str, PathBuf, u
 }
 
 /// CLIP and T5.
-pub(super) struct TextEncoders {
+pub struct TextEncoders {
     clip: ClipText,
     t5: t5::T5Encoder,
     tokenizer: PaddedTokenizer,

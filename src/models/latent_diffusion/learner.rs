@@ -165,7 +165,7 @@ impl<D: Denoiser> Learner for DiffusionLearner<D> {
         for prompt in distinct {
             self.condition(&[prompt])?;
         }
-        self.model.denoiser.close_text();
+        *self.model.denoiser.text() = None;
         Ok(())
     }
 

@@ -123,6 +123,8 @@ pub(super) fn opened<T>(text: &Option<T>) -> Result<&T> {
 /// What a family adds to the autoencoder: text encoders, the network that denoises, and its schedule. The adapter, if
 /// any, is on the network alone.
 pub trait Denoiser: Sized + Send + Sync {
+    /// Its text encoders.
+    type Text;
     /// What the family is called.
     const NAME: &'static str;
     /// The network's folder in a checkpoint, and the name that adapters' files have for it.
@@ -134,19 +136,16 @@ pub trait Denoiser: Sized + Send + Sync {
     /// opened is added to `opened`, for faults to be reported together.
     fn open(layout: &Layout, weights: &Weights, opened: &mut Vec<Weights>) -> Result<Self>;
 
-    /// Lets go of the text encoders, until [`Denoiser::open_text`].
-    fn close_text(&mut self);
+    /// The text encoders, where they are open: whoever lets go of them puts in nothing.
+    fn text(&mut self) -> &mut Option<Self::Text>;
 
-    /// Whether the text encoders are open.
-    fn has_text(&self) -> bool;
-
-    /// Opens the text encoders again, as [`Denoiser::open`] did.
-    fn open_text(
-        &mut self,
+    /// Reads the text encoders, as [`Denoiser::open`] did.
+    fn read_text(
+        &self,
         layout: &Layout,
         weights: &Weights,
         opened: &mut Vec<Weights>,
-    ) -> Result<()>;
+    ) -> Result<Self::Text>;
 
     /// Channels of the latents.
     fn channels(&self) -> usize;
@@ -269,13 +268,15 @@ impl<D: Denoiser> LatentDiffusion<D> {
 
     /// Opens the text encoders of the model at `directory` again where they were closed.
     pub(super) fn open_text(&mut self, directory: &Path, weights: &Weights) -> Result<()> {
-        if self.denoiser.has_text() {
+        if self.denoiser.text().is_some() {
             return Ok(());
         }
         let mut opened = Vec::new();
         let layout = Layout::open(directory)?;
-        self.denoiser.open_text(&layout, weights, &mut opened)?;
-        finish_all(directory, &opened)
+        let text = self.denoiser.read_text(&layout, weights, &mut opened)?;
+        finish_all(directory, &opened)?;
+        *self.denoiser.text() = Some(text);
+        Ok(())
     }
 
     /// The autoencoder.

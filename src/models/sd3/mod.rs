@@ -147,6 +147,7 @@ pub fn transformer_files(directory: &Path) -> Result<WeightFiles> {
 }
 
 impl Denoiser for Mmdit {
+    type Text = TextEncoders;
     const NAME: &'static str = "SD3";
     const COMPONENT: &'static str = "transformer";
     const BUFFERS: &'static [&'static str] = &["pos_embed.pos_embed"];
@@ -162,27 +163,17 @@ impl Denoiser for Mmdit {
         })
     }
 
-    fn close_text(&mut self) {
-        self.text = None;
+    fn text(&mut self) -> &mut Option<TextEncoders> {
+        &mut self.text
     }
 
-    fn has_text(&self) -> bool {
-        self.text.is_some()
-    }
-
-    fn open_text(
-        &mut self,
+    fn read_text(
+        &self,
         layout: &Layout,
         weights: &Weights,
         opened: &mut Vec<Weights>,
-    ) -> Result<()> {
-        self.text = Some(TextEncoders::open(
-            layout,
-            self.transformer.config(),
-            weights,
-            opened,
-        )?);
-        Ok(())
+    ) -> Result<TextEncoders> {
+        TextEncoders::open(layout, self.transformer.config(), weights, opened)
     }
 
     fn channels(&self) -> usize {

@@ -36,7 +36,7 @@ struct T5Text {
 }
 
 /// Every text encoder that a checkpoint has.
-pub(super) struct TextEncoders {
+pub struct TextEncoders {
     clips: Vec<ClipText>,
     t5: Option<T5Text>,
     joint_attention_dim: usize,

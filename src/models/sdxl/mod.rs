@@ -132,6 +132,7 @@ fn fixed(max_sequence_length: Option<usize>) -> Result<()> {
 }
 
 impl Denoiser for SdxlDenoiser {
+    type Text = TextEncoders;
     const NAME: &'static str = "SDXL";
     const COMPONENT: &'static str = "unet";
     const BUFFERS: &'static [&'static str] = &[];
@@ -149,22 +150,17 @@ impl Denoiser for SdxlDenoiser {
         })
     }
 
-    fn close_text(&mut self) {
-        self.text = None;
+    fn text(&mut self) -> &mut Option<TextEncoders> {
+        &mut self.text
     }
 
-    fn has_text(&self) -> bool {
-        self.text.is_some()
-    }
-
-    fn open_text(
-        &mut self,
+    fn read_text(
+        &self,
         layout: &Layout,
         weights: &Weights,
         opened: &mut Vec<Weights>,
-    ) -> Result<()> {
-        self.text = Some(TextEncoders::open(layout, weights, opened)?);
-        Ok(())
+    ) -> Result<TextEncoders> {
+        TextEncoders::open(layout, weights, opened)
     }
 
     fn channels(&self) -> usize {

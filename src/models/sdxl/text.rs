@@ -26,7 +26,7 @@ impl Default for Index {
 }
 
 /// Both CLIPs.
-pub(super) struct TextEncoders {
+pub struct TextEncoders {
     clips: Vec<ClipText>,
     zeros_for_empty_prompt: bool,
 }
