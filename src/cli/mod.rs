@@ -533,8 +533,9 @@ fn log() {
         .try_init();
 }
 
-/// Does the `work` of a command that streams. What still computes or waits for a lock when it is over, after Ctrl-C, is
-/// not waited for.
+/// Does the `work` of a command that streams. What still computes or waits for a lock when it is over, after Ctrl-C or when
+/// nobody reads what is printed, is not waited for and ends with the process: taking its tasks away one by one makes those
+/// of Lance panic that wait for another.
 fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -543,6 +544,6 @@ fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
         .build()
         .map_err(Error::io("threads for the streams"))?;
     let result = runtime.block_on(work);
-    runtime.shutdown_background();
+    std::mem::forget(runtime);
     result
 }
